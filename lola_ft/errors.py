@@ -1,0 +1,28 @@
+"""The user's mistakes. Everything else that goes wrong is a bug and keeps its traceback.
+
+A message says where, what, what would be right and how to mend it, in that order:
+
+    data/sw.jsonl:381: field 'output' is missing (found: instruction, answer). Map it with `fields: {output: answer}`.
+"""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: shown as one message on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be run; the message lists all its mistakes, one a line."""
+
+
+class DataError(UserError):
+    """A data file or row that cannot be used; names file and line."""
+
+
+class CheckpointError(UserError):
+    """A base model folder or file that cannot be used; names the file and the tensor."""
+
+
+class AdapterError(UserError):
+    """An adapter that does not fit its base or its declared layout; names the tensors."""
