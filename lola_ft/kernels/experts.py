@@ -1,0 +1,220 @@
+"""The experts' forward and backward in one pass: gather, up, GELU, down, LoRA side paths, probability, scatter.
+
+Expert weights are asked for one expert at a time, in forward and again in backward, so that a 4-bit weight is dense
+only while it is used. No gradient is formed for a weight, bias or adapter that does not want one.
+
+Shapes: T tokens, N rows of the grouped buffer, D hidden, F inner, E experts, R rank.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lola_ft.kernels.grouping import Grouping, group_by_expert
+
+
+@dataclass(frozen=True)
+class WeightStack:
+    """One projection's weights of all experts.
+
+    Attributes:
+        trainable: The stack (E, in, out) if it wants a gradient, else None.
+        expert: Gives expert e's dense weight (in, out) in a dtype; outside autograd, called anew in backward.
+    """
+
+    trainable: Tensor | None
+    expert: Callable[[int, torch.dtype], Tensor]
+
+
+class Experts(Protocol):
+    """What the kernel needs of a module of experts, dense or 4-bit."""
+
+    num_experts: int
+
+    @property
+    def up_proj_bias(self) -> Tensor: ...
+
+    @property
+    def down_proj_bias(self) -> Tensor: ...
+
+    def weights(self, name: str) -> WeightStack: ...
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA side path of all experts for one projection: `x @ a.T @ b.T`, scaling already in `b`.
+
+    Attributes:
+        a_ERI: (E, R, in).
+        b_EOR: (E, out, R).
+        dropout: Probability of dropping an input of the side path; 0 outside training.
+    """
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+    dropout: float = 0.0
+
+
+def run_experts(
+    experts: Experts,
+    x_TD: Tensor,
+    expert_ids_T: Tensor,
+    probs_T: Tensor,
+    low_rank: Mapping[str, LowRank],
+) -> Tensor:
+    """Send each token through its expert and scale by its probability; (T, D) in x's dtype."""
+    device_type = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_TD.dtype
+    factors: list[Tensor | None] = []
+    dropouts: dict[str, float] = {}
+    for name in ("up_proj", "down_proj"):
+        path = low_rank.get(name)
+        factors += [path.a_ERI.to(dtype), path.b_EOR.to(dtype)] if path else [None, None]
+        dropouts[name] = path.dropout if path else 0.0
+    up, down = experts.weights("up_proj"), experts.weights("down_proj")
+    with torch.autocast(device_type, enabled=False):
+        out_TD = _Experts.apply(
+            x_TD.to(dtype),
+            probs_T.to(dtype),
+            up.trainable,
+            experts.up_proj_bias,
+            down.trainable,
+            experts.down_proj_bias,
+            *factors,
+            up.expert,
+            down.expert,
+            group_by_expert(expert_ids_T, experts.num_experts),
+            dropouts,
+        )
+    return out_TD.to(x_TD.dtype)
+
+
+class _Experts(torch.autograd.Function):
+    """Saved for backward: grouped inputs, pre-activations, unscaled outputs, rank-R intermediates; no dense weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        probs_T: Tensor,
+        up_weight: Tensor | None,
+        up_bias_EF: Tensor,
+        down_weight: Tensor | None,
+        down_bias_ED: Tensor,
+        a_up: Tensor | None,
+        b_up: Tensor | None,
+        a_down: Tensor | None,
+        b_down: Tensor | None,
+        up_of: Callable[[int, torch.dtype], Tensor],
+        down_of: Callable[[int, torch.dtype], Tensor],
+        groups: Grouping,
+        dropouts: dict[str, float],
+    ) -> Tensor:
+        dtype = x_TD.dtype
+        rows_ND = x_TD.new_zeros(groups.num_rows, x_TD.shape[1]).index_copy_(0, groups.row_of_token_T, x_TD)
+        pre_NF = x_TD.new_empty(groups.num_rows, up_bias_EF.shape[1])
+        y_ND = torch.empty_like(rows_ND)
+        keep_ND = _dropout_mask(rows_ND, dropouts["up_proj"])
+        keep_NF = _dropout_mask(pre_NF, dropouts["down_proj"])
+        h_up = None if a_up is None else x_TD.new_empty(groups.num_rows, a_up.shape[1])
+        h_down = None if a_down is None else x_TD.new_empty(groups.num_rows, a_down.shape[1])
+        for e, i, j in groups.spans:
+            x, pre, y = rows_ND[i:j], pre_NF[i:j], y_ND[i:j]
+            torch.mm(x, up_of(e, dtype), out=pre)
+            pre.add_(up_bias_EF[e])
+            if a_up is not None and b_up is not None and h_up is not None:
+                torch.mm(_dropped(x, keep_ND, i, j), a_up[e].t(), out=h_up[i:j])
+                pre.addmm_(h_up[i:j], b_up[e].t())
+            act = F.gelu(pre, approximate="tanh")
+            torch.mm(act, down_of(e, dtype), out=y)
+            y.add_(down_bias_ED[e])
+            if a_down is not None and b_down is not None and h_down is not None:
+                torch.mm(_dropped(act, keep_NF, i, j), a_down[e].t(), out=h_down[i:j])
+                y.addmm_(h_down[i:j], b_down[e].t())
+        y_TD = y_ND[groups.row_of_token_T]
+        ctx.save_for_backward(
+            rows_ND, pre_NF, y_TD, probs_T, a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF
+        )
+        ctx.up_of, ctx.down_of, ctx.groups = up_of, down_of, groups
+        ctx.shapes = (up_weight, up_bias_EF, down_weight, down_bias_ED)
+        return y_TD * probs_T[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TD = grads[0]
+        rows_ND, pre_NF, y_TD, probs_T, a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF = ctx.saved_tensors
+        groups, up_of, down_of, dtype = ctx.groups, ctx.up_of, ctx.down_of, rows_ND.dtype
+        wants = ctx.needs_input_grad
+        d_up, d_up_bias, d_down, d_down_bias = (
+            torch.zeros_like(tensor) if want else None for tensor, want in zip(ctx.shapes, wants[2:6], strict=True)
+        )
+        # Zeros, not empty: an expert without a token gets a zero gradient.
+        d_factors = [
+            torch.zeros_like(t) if t is not None and w else None
+            for t, w in zip((a_up, b_up, a_down, b_down), wants[6:10], strict=True)
+        ]
+        d_a_up, d_b_up, d_a_down, d_b_down = d_factors
+        d_probs_T = (grad_TD * y_TD).sum(-1, dtype=torch.float32).to(probs_T.dtype) if wants[1] else None
+        d_y_ND = torch.zeros_like(rows_ND).index_copy_(0, groups.row_of_token_T, grad_TD * probs_T[:, None])
+        d_x_ND = torch.empty_like(rows_ND) if wants[0] else None
+        for e, i, j in groups.spans:
+            x, pre, d_y = rows_ND[i:j], pre_NF[i:j], d_y_ND[i:j]
+            act = F.gelu(pre, approximate="tanh")
+            d_act = d_y @ down_of(e, dtype).t()
+            if d_down is not None:
+                d_down[e] = act.t() @ d_y
+            if d_down_bias is not None:
+                d_down_bias[e] = d_y.sum(0)
+            if a_down is not None:
+                side = _dropped(act, keep_NF, i, j)
+                d_act += _side_backward(side, h_down[i:j], d_y, a_down, b_down, d_a_down, d_b_down, keep_NF, e, i, j)
+            d_pre = torch.ops.aten.gelu_backward(d_act, pre, approximate="tanh")
+            if d_up is not None:
+                d_up[e] = x.t() @ d_pre
+            if d_up_bias is not None:
+                d_up_bias[e] = d_pre.sum(0)
+            d_side = None
+            if a_up is not None:
+                side = _dropped(x, keep_ND, i, j)
+                d_side = _side_backward(side, h_up[i:j], d_pre, a_up, b_up, d_a_up, d_b_up, keep_ND, e, i, j)
+            if d_x_ND is not None:
+                torch.mm(d_pre, up_of(e, dtype).t(), out=d_x_ND[i:j])
+                if d_side is not None:
+                    d_x_ND[i:j] += d_side
+        d_x_TD = None if d_x_ND is None else d_x_ND[groups.row_of_token_T]
+        return d_x_TD, d_probs_T, d_up, d_up_bias, d_down, d_down_bias, *d_factors, None, None, None, None
+
+
+def _side_backward(
+    side: Tensor,
+    hidden: Tensor,
+    d_out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    d_a: Tensor | None,
+    d_b: Tensor | None,
+    keep: Tensor | None,
+    e: int,
+    i: int,
+    j: int,
+) -> Tensor:
+    """Fill expert e's adapter gradients and return the gradient of the side path's input, rows i to j."""
+    d_hidden = d_out @ b[e]
+    if d_a is not None:
+        torch.mm(d_hidden.t(), side, out=d_a[e])
+    if d_b is not None:
+        torch.mm(d_out.t(), hidden, out=d_b[e])
+    return _dropped(d_hidden @ a[e], keep, i, j)
+
+
+def _dropout_mask(like: Tensor, probability: float) -> Tensor | None:
+    """0 where an entry is dropped and 1/(1-p) elsewhere, in `like`'s dtype; None without dropout."""
+    return F.dropout(torch.ones_like(like), probability) if probability else None
+
+
+def _dropped(x: Tensor, keep: Tensor | None, i: int, j: int) -> Tensor:
+    return x if keep is None else x * keep[i:j]

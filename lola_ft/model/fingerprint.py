@@ -1,0 +1,35 @@
+"""A short identity of a base model's weights, to tell whether an adapter was trained on this base."""
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor
+
+from lola_ft.model.hub_checkpoint import HubCheckpoint, TensorEntry
+
+_SAMPLES = 64
+
+
+def fingerprint(checkpoint: HubCheckpoint) -> str:
+    """Sixteen hex digits over every weight's name, shape and 64 values spread over it.
+
+    Values are compared in bfloat16, so that a float32 checkpoint and its 16-bit copy have the same identity.
+    """
+    digest = hashlib.sha256()
+    for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):
+        digest.update(json.dumps([entry.name, entry.shape]).encode())
+        digest.update(_sample(entry).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(entry: TensorEntry) -> Tensor:
+    """Up to 64 values at even distances, in bfloat16."""
+    size = entry.dtype.itemsize
+    numel = entry.num_bytes // size
+    raw = bytearray()
+    with entry.file.open("rb") as handle:
+        for i in range(min(_SAMPLES, numel)):
+            handle.seek(entry.start + numel * i // min(_SAMPLES, numel) * size)
+            raw += handle.read(size)
+    return torch.frombuffer(raw, dtype=entry.dtype).to(torch.bfloat16)

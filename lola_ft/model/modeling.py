@@ -1,0 +1,219 @@
+"""The LOLA model on today's transformers: backbone and language-model head.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary, T = B*S tokens, E experts.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from lola_ft.errors import UserError
+from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.layers import LolaBlock, init_weights
+from lola_ft.model.layout import IGNORED_KEYS
+from lola_ft.model.router import load_balancing_loss
+
+
+class LolaPreTrainedModel(PreTrainedModel):
+    """What the LOLA models share: their config, what transformers may do with them, initialisation."""
+
+    config_class = LolaConfig
+    config: LolaConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LolaBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config.initializer_range)
+
+
+class LolaModel(LolaPreTrainedModel):
+    """The backbone: embeddings, layers, final norm. Parameter names follow the Hub's `transformer.` tree."""
+
+    def __init__(self, config: LolaConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([LolaBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Run the layers.
+
+        Args:
+            input_ids: (B, S); or `inputs_embeds` (B, S, D).
+            attention_mask: (B, past + S), 1 for real tokens. Leave it out for packed rows.
+            position_ids: (B, S); must restart at each document of a packed row.
+
+        Returns:
+            `last_hidden_state` (B, S, D) after the final norm; on request `hidden_states` (embeddings, each layer,
+            the last one after the final norm), `router_logits` (one (T, E) a MoE layer), `attentions`.
+
+        Raises:
+            UserError: If the sequence goes beyond the model's learned positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        config = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+
+        embeds_BSD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = self._next_positions(embeds_BSD, past_key_values)
+        mask = create_causal_mask(
+            config=config,
+            inputs_embeds=embeds_BSD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        x_BSD = self.drop(embeds_BSD + self.wpe(position_ids))
+
+        hidden_states, router_logits, attentions = [x_BSD], [], []
+        for block in self.h:
+            x_BSD, logits_TE, weights = block(
+                x_BSD, attention_mask=mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs
+            )
+            hidden_states.append(x_BSD)
+            attentions.append(weights)
+            if logits_TE is not None:
+                router_logits.append(logits_TE)
+        x_BSD = self.ln_f(x_BSD)
+        hidden_states[-1] = x_BSD
+        return MoeModelOutputWithPast(
+            last_hidden_state=x_BSD,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+        )
+
+    def _next_positions(self, embeds_BSD: Tensor, past_key_values: Cache | None) -> Tensor:
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        end = past + embeds_BSD.shape[1]
+        if end > self.config.n_positions:
+            raise UserError(
+                f"The sequence is {end} tokens long, but this model has {self.config.n_positions} learned positions. "
+                "Shorten the text or split it."
+            )
+        return torch.arange(past, end, device=embeds_BSD.device).unsqueeze(0)
+
+
+class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
+    """LOLA with its language-model head, whose weight is the input embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LolaConfig) -> None:
+        super().__init__(config)
+        self.transformer = LolaModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Predict the next tokens.
+
+        Args:
+            labels: (B, S), shifted inside; -100 marks a position that is not learned.
+            logits_to_keep: Score only the last so many positions (0: all), or these positions.
+            skip_logits: With labels: form the loss from labelled rows alone and return no logits, so that the
+                (B, S, V) tensor never exists.
+            num_items_in_batch: Divide the summed loss by this instead of by the labels of this batch.
+
+        Returns:
+            `loss` is the cross-entropy alone; `aux_loss` (with `output_router_logits`) is LOLA's load-balancing
+            loss of the real tokens, not weighted: a trainer adds `config.router_aux_loss_coef` times it.
+        """
+        outputs = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        x_BSD = outputs.last_hidden_state
+        loss, logits = None, None
+        if labels is not None:
+            loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
+        if labels is None or not skip_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(x_BSD[:, kept])
+        aux_loss = None
+        if output_router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, real_tokens(attention_mask, x_BSD.shape[1]))
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+def real_tokens(attention_mask: Tensor | None, seq: int) -> Tensor | None:
+    """The flat mask (T,) of the real tokens among the last `seq` positions; None if every token is real."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -seq:].reshape(-1).bool()
