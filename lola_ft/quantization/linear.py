@@ -1,0 +1,70 @@
+"""A linear layer whose weight is NF4, dense only while it is multiplied with."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lola_ft.quantization.nf4 import NF4, dequantize
+
+
+class NF4Linear(bnb.nn.Linear4bit):
+    """bitsandbytes' 4-bit linear layer (weight out×in) with a forward and backward of our own.
+
+    Upstream's class holds the weight, so that PEFT and others recognise it. Its forward is not used, for on CPUs with
+    AVX512-BF16 it repacks the weight in place at the first evaluation (0.50), after which training and dequantising
+    are wrong.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=True, quant_type="nf4", device="meta")
+        self.support_avx512bf16_for_cpu = False
+
+    def load_dense(self, weight: Tensor) -> None:
+        """Quantise a dense weight (out, in) into this layer, on the weight's device."""
+        packed, state = quantize_to_state(weight)
+        self.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, quant_type="nf4", module=self, bnb_quantized=True
+        )
+        self.quant_state = state
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantised weight (out, in)."""
+        state = self.weight.quant_state
+        nf4 = NF4(self.weight.data, state.absmax, state.state2.absmax, state.offset)
+        return dequantize(nf4, state.state2.code, tuple(state.shape), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device_type = x.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        with torch.autocast(device_type, enabled=False):
+            return _NF4Linear.apply(x.to(dtype), self.bias, self)
+
+
+class _NF4Linear(torch.autograd.Function):
+    """y = x W^T + b; keeps nothing but a reference to the layer, and dequantises again for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dense_weight(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_y = grads[0]
+        wants_x, wants_bias, _ = ctx.needs_input_grad
+        d_x = d_y @ ctx.layer.dense_weight(d_y.dtype) if wants_x else None
+        d_bias = d_y.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if wants_bias else None
+        return d_x, d_bias, None
+
+
+def quantize_to_state(weight: Tensor) -> tuple[Tensor, Any]:
+    """Packed bytes and bitsandbytes' QuantState of a weight."""
+    return bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is one of the linear layers that 4-bit loading replaces."""
+    return type(module) is nn.Linear
