@@ -1,0 +1,35 @@
+"""Rewriting an adapter in another layout."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.errors import UserError
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted: the layout it came in, and how many tensors the file held."""
+
+    source_layout: str
+    tensors: int
+
+
+def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str | Path) -> Conversion:
+    """Write an adapter to `out` in `layout`; the numbers are bit-equal.
+
+    Args:
+        base: Tells how many experts there are, and is checked to fit.
+
+    Raises:
+        AdapterError: If the adapter does not fit the base, or the layout cannot hold it.
+    """
+    if Path(out).exists() and any(Path(out).iterdir()):
+        raise UserError(f"{out}: already there and not empty. Choose another --out.")
+    checkpoint = HubCheckpoint.open(base)
+    stored = read_adapter(adapter)
+    weights = stored.weights(checkpoint.config.num_experts)
+    weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
+    write_adapter(weights, out, layout, checkpoint.config.num_experts)
+    return Conversion(stored.layout, len(stored.state))

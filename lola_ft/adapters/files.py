@@ -1,0 +1,160 @@
+"""Adapters on disk: reading and writing a folder of `adapter_config.json` and `adapter_model.safetensors`."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lola_ft.adapters.attach import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
+from lola_ft.adapters.layouts import LAYOUTS, SINGLE, detect_layout, from_state, to_state
+from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.errors import AdapterError
+from lola_ft.files import replace_folder
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+LAYOUT_VERSION = "1"
+# What this version reads right; another value of these would change the numbers.
+_PLAIN_CONFIG: dict[str, Any] = {"use_dora": False, "bias": "none", "lora_bias": False, "layer_replication": None}
+# PEFT 0.11, which the authors' code runs on, refuses a config with keys that it does not know.
+_AUTHORS_CONFIG_KEYS = (
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
+    *("init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config"),
+    *("lora_alpha", "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r"),
+    *("rank_pattern", "revision", "target_modules", "task_type", "use_dora", "use_rslora"),
+)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter folder as it is, not yet brought to one form."""
+
+    folder: Path
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def layout(self) -> str:
+        return detect_layout(self.state)
+
+    def weights(self, num_experts: int) -> AdapterWeights:
+        """The adapter's numbers under the Hub's names."""
+        try:
+            weights = from_state(self.state, self.config, num_experts)
+        except AdapterError as error:
+            raise AdapterError(f"{self.folder}: {error}") from error
+        weights.base_fingerprint = self.metadata.get("base_fingerprint")
+        return weights
+
+
+def read_adapter(path: str | Path) -> StoredAdapter:
+    """Read an adapter folder of either layout.
+
+    Raises:
+        AdapterError: If it is missing, damaged, or holds something that would be lost.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"{folder}: no adapter here; an adapter's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: the adapter is damaged or incomplete ({error}).") from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')}; lola_ft reads LoRA adapters.")
+    for key, plain in _PLAIN_CONFIG.items():
+        if config.get(key, plain) != plain:
+            raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {config[key]}, which lola_ft does not support.")
+    return StoredAdapter(folder, config, state, metadata)
+
+
+def write_adapter(
+    weights: AdapterWeights,
+    path: str | Path,
+    layout: str,
+    num_experts: int,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write an adapter folder whole or not at all; an older adapter there is replaced at the end.
+
+    Args:
+        also: Called with the folder before it is put in place, to write what belongs beside the adapter.
+    """
+    if layout not in LAYOUTS:
+        raise AdapterError(f"layout '{layout}' is not known; use one of {', '.join(LAYOUTS)}.")
+    state = to_state(weights, layout, num_experts)
+    metadata = {"format": "pt", "lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
+    if weights.base_fingerprint:
+        metadata["base_fingerprint"] = weights.base_fingerprint
+    config = config_for(weights, layout)
+    with replace_folder(path) as folder:
+        (folder / WEIGHTS_FILE).write_bytes(save(state, metadata=metadata))
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if also is not None:
+            also(folder)
+    return Path(path)
+
+
+def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
+    """`adapter_config.json` for these weights: what stock PEFT needs to load them.
+
+    Dropout is written as 0: it plays no part once trained, and PEFT refuses it on expert parameters.
+    """
+    ranks, alphas = _by_target(weights, layout)
+    common_rank = _preferred(ranks)
+    common_alpha = _preferred(alphas)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=weights.base,
+        inference_mode=True,
+        r=int(common_rank),
+        lora_alpha=common_alpha if common_alpha % 1 else int(common_alpha),
+        rank_pattern={target: rank for target, rank in ranks.items() if rank != common_rank},
+        alpha_pattern={target: alpha for target, alpha in alphas.items() if alpha != common_alpha},
+        use_rslora=weights.rslora,
+        fan_in_fan_out=layout == "per_expert",
+        target_modules=sorted(target for target in ranks if target not in EXPERT_TARGETS),
+        target_parameters=[target for target in EXPERT_TARGETS if target in ranks] or None,
+        modules_to_save=[ROUTER_MODULE] if weights.trained else None,
+    )
+    plain = {key: _jsonable(value) for key, value in config.to_dict().items()}
+    return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}
+
+
+def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of each target, named by the shortest ending that says what is meant."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for module, pair in weights.pairs.items():
+        target = _target_name(module, layout)
+        if (ranks.setdefault(target, pair.rank), alphas.setdefault(target, pair.alpha)) != (pair.rank, pair.alpha):
+            raise AdapterError(f"{module}: its rank or alpha differs from that of other '{target}' modules.")
+    return ranks, alphas
+
+
+def _target_name(module: str, layout: str) -> str:
+    single = SINGLE.match(module)
+    if single is None:
+        return next(t for t in (*ATTENTION_TARGETS, *MLP_TARGETS) if module.endswith(t))
+    if layout == "per_expert":
+        return f"experts.{single['expert']}.{single['proj']}"
+    return EXPERT_TARGETS[0] if single["proj"] == "c_fc" else EXPERT_TARGETS[1]
+
+
+def _preferred(values: dict[str, Any]) -> Any:
+    """The experts' value if there is one (PEFT wants no pattern for parameters), else the first, else 1."""
+    return values.get(EXPERT_TARGETS[0], values.get(EXPERT_TARGETS[1], next(iter(values.values()), 1)))
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value

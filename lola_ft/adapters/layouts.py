@@ -1,0 +1,138 @@
+"""The two layouts of an adapter on disk, to and from `AdapterWeights`.
+
+`peft`: what PEFT writes for the native model; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
+`per_expert`: the authors'; one A (R, in) and B (out, R) an expert, under Conv1D names.
+Both call linear layers by the same names and hold a router's trained weight as it is.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from lola_ft.adapters.expert_lora import join_a, join_b, split_a, split_b
+from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.errors import AdapterError
+from lola_ft.model.layout import EXPERT_PROJECTIONS
+
+LAYOUTS = ("peft", "per_expert")
+PREFIX = "base_model.model."
+FUSED = re.compile(r"^(?P<experts>.+\.moe\.experts)(?P<inner>\.base_layer)?$")
+SINGLE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
+_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_DISK_NAME = {fused: disk for disk, fused in EXPERT_PROJECTIONS.items()}
+
+
+def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: int) -> AdapterWeights:
+    """Read either layout's tensors; every one is used, or it is an error.
+
+    Args:
+        state: Tensors by their name in the file.
+        config: `adapter_config.json`.
+        num_experts: Of the base, to cut fused factors apart.
+    """
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    weights = AdapterWeights(
+        {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
+    )
+    unknown = []
+    for key, tensor in state.items():
+        name = key.removeprefix(PREFIX)
+        match = _LORA_KEY.match(name)
+        if match:
+            factors[match["module"]][match["factor"]] = tensor
+        elif name.endswith(".moe.gate.weight"):
+            weights.trained[name] = tensor
+        else:
+            unknown.append(key)
+    unknown += [f"{PREFIX}{module}" for module, pair in factors.items() if set(pair) != {"A", "B"}]
+    if unknown:
+        raise AdapterError(
+            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. lola_ft takes "
+            "LoRA pairs of attention, dense MLP and experts, and trained router weights."
+        )
+    for module, pair in factors.items():
+        fused = FUSED.match(module)
+        if fused is None:
+            weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config))
+            continue
+        projection = _fused_projection(fused, factors, config)
+        named = f"{fused['experts']}.{projection}"
+        _check_fused(named, pair, num_experts)
+        a_ERI, b_EOR = split_a(pair["A"], num_experts), split_b(pair["B"], num_experts)
+        for e in range(num_experts):
+            single = f"{fused['experts']}.{e}.{_DISK_NAME[projection]}"
+            weights.pairs[single] = LoraPair(a_ERI[e].contiguous(), b_EOR[e].contiguous(), _alpha(named, config))
+    return weights
+
+
+def to_state(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str, Tensor]:
+    """The tensors of a layout, by their name in the file; bit-equal to those they were read from."""
+    state = {f"{PREFIX}{name}": tensor for name, tensor in weights.trained.items()}
+    stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
+    for module, pair in weights.pairs.items():
+        single = SINGLE.match(module)
+        if single is None or layout == "per_expert":
+            state |= _pair_state(module, pair.a, pair.b)
+        else:
+            stacks[single["experts"], EXPERT_PROJECTIONS[single["proj"]]][int(single["expert"])] = pair
+    for (experts, projection), by_expert in stacks.items():
+        a_ERI, b_EOR = _stack(by_expert, num_experts, f"{experts}.{projection}")
+        # PEFT nests the wrappers: up_proj's lies inside down_proj's where both have one.
+        inner = projection == "up_proj" and (experts, "down_proj") in stacks
+        state |= _pair_state(experts + ".base_layer" * inner, join_a(a_ERI), join_b(b_EOR))
+    return {key: tensor.contiguous() for key, tensor in sorted(state.items())}
+
+
+def detect_layout(names: Iterable[str]) -> str:
+    """`per_expert` if a tensor belongs to one numbered expert, else `peft`."""
+    modules = (_LORA_KEY.match(name.removeprefix(PREFIX)) for name in names)
+    return "per_expert" if any(match and SINGLE.match(match["module"]) for match in modules) else "peft"
+
+
+def _pair_state(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    return {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
+
+
+def _stack(by_expert: dict[int, LoraPair], num_experts: int, name: str) -> tuple[Tensor, Tensor]:
+    """Fused factors (E, R, in) and (E, out, R); an expert without a pair gets zeros, which change nothing."""
+    some = next(iter(by_expert.values()))
+    if {(pair.a.shape, pair.b.shape, pair.alpha) for pair in by_expert.values()} != {
+        (some.a.shape, some.b.shape, some.alpha)
+    }:
+        raise AdapterError(f"{name}: its experts differ in rank or alpha, which only the layout per_expert can hold.")
+    a = [by_expert[e].a if e in by_expert else torch.zeros_like(some.a) for e in range(num_experts)]
+    b = [by_expert[e].b if e in by_expert else torch.zeros_like(some.b) for e in range(num_experts)]
+    return torch.stack(a), torch.stack(b)
+
+
+def _fused_projection(fused: re.Match[str], factors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> str:
+    """Which projection a fused pair belongs to: wrappers nest, and the config tells which one stands alone."""
+    if fused["inner"]:
+        return "up_proj"
+    if f"{fused['experts']}.base_layer" in factors:
+        return "down_proj"
+    targets = {target.rpartition(".")[2] for target in config.get("target_parameters") or ()}
+    if len(targets) != 1 or not targets <= set(_DISK_NAME):
+        raise AdapterError(
+            f"{fused['experts']}: target_parameters {sorted(targets)} do not tell which projection it is."
+        )
+    return targets.pop()
+
+
+def _check_fused(name: str, pair: dict[str, Tensor], num_experts: int) -> None:
+    rows, columns = pair["A"].shape[0], pair["B"].shape[1]
+    if rows != columns or rows % num_experts:
+        raise AdapterError(
+            f"{name}: A has {rows} rows and B {columns} columns; for {num_experts} experts both must be the same "
+            f"multiple of {num_experts}. Was the adapter trained on a base with another number of experts?"
+        )
+
+
+def _alpha(module: str, config: dict[str, Any]) -> float:
+    pattern = config.get("alpha_pattern") or {}
+    return float(pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"]))
