@@ -1,0 +1,61 @@
+"""Writing safetensors files tensor by tensor, without holding a file's tensors in memory."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from lola_ft.model.hub_checkpoint import TensorEntry, bytes_of
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class SafetensorsWriter:
+    """One file, filled in the order of `entries`; its header is written first, so shapes and dtypes must hold."""
+
+    def __init__(self, path: Path, entries: list[TensorEntry], dtype: torch.dtype | None) -> None:
+        """Start the file.
+
+        Args:
+            entries: The tensors to come.
+            dtype: What every tensor is written in; None keeps each one's own.
+        """
+        self._pending = [(entry.name, entry.shape, dtype or entry.dtype) for entry in reversed(entries)]
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, shape, tensor_dtype in reversed(self._pending):
+            size = torch.Size(shape).numel() * tensor_dtype.itemsize
+            header[name] = {
+                "dtype": _DTYPE_NAMES[tensor_dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, offset + size],
+            }
+            offset += size
+        self.num_bytes = offset
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._handle = path.open("wb", buffering=0)
+        self._handle.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, tensor: Tensor) -> None:
+        """Write the next tensor, cast to its dtype."""
+        name, shape, dtype = self._pending.pop()
+        assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)} given, {tuple(shape)} announced"
+        view = bytes_of(tensor.to(dtype).contiguous())
+        while len(view):
+            view = view[self._handle.write(view) :]
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            assert not self._pending, f"{len(self._pending)} announced tensors were not written"
+            os.fsync(self._handle.fileno())
+        self._handle.close()
