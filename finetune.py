@@ -1,0 +1,8 @@
+"""Fine-tune LOLA: `python finetune.py RECIPE [key=value …] [--dry-run]`."""
+
+import sys
+
+from lola_ft.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

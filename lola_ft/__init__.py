@@ -1,0 +1,14 @@
+"""lola_ft: parameter-efficient fine-tuning of LOLA, a multilingual mixture-of-experts language model.
+
+Importing it makes `transformers.AutoModelForCausalLM` load LOLA checkpoints natively, without remote code.
+"""
+
+from lola_ft.adapters import load_adapter, save_adapter
+from lola_ft.merging import merge
+from lola_ft.model import register
+from lola_ft.quantization import load_base
+
+register()
+
+__all__ = ["load_adapter", "load_base", "merge", "save_adapter"]
+__version__ = "0.1.0"

@@ -1,0 +1,104 @@
+"""Every verb of `lola-ft`, one function each; `finetune.py` and `merge.py` call two of them.
+
+Exit codes: 0 done, 2 the user's input is wrong, 130 stopped by Ctrl-C, 1 a bug.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lola_ft.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def about() -> None:
+    """Parameter-efficient fine-tuning of LOLA, the multilingual mixture-of-experts language model."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train.")] = False,
+) -> None:
+    """Fine-tune as a recipe says."""
+    from lola_ft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lola_ft.training import train as run
+
+    try:
+        run(loaded, dry_run=dry_run)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def merge(
+    run_or_adapter: Annotated[str, typer.Argument(help="A run folder or an adapter's folder.")],
+    base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
+    out: Annotated[str | None, typer.Option(help="Where to write; RUN/merged for a run.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    rounding: Annotated[str, typer.Option(help="Add to the original weights (base) or to NF4-rounded ones.")] = "base",
+    allow_other_base: Annotated[bool, typer.Option("--allow-other-base", help="Accept another base.")] = False,
+) -> None:
+    """Merge an adapter into the weights, in the Hub's layout, and check the result."""
+    from lola_ft.merging.command import merge_command
+
+    merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base)
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, either layout.")],
+    base: Annotated[str, typer.Option(help="The base's folder or Hub id.")],
+    layout: Annotated[str, typer.Option(help="peft or per_expert (the LOLA authors').")],
+    out: Annotated[str, typer.Option(help="Folder to write.")],
+) -> None:
+    """Rewrite an adapter in the other layout; the numbers stay the same."""
+    from lola_ft.adapters.convert import convert_adapter
+
+    result = convert_adapter(adapter, base, layout, out)
+    Console().print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
+
+
+@app.command()
+def nano(
+    out: Annotated[str, typer.Option(help="Folder to write; an up-to-date one is reused.")] = ".cache/nano",
+) -> None:
+    """Build the nano base: LOLA's architecture at 5 M parameters, pre-trained on CLDR names in 150 languages."""
+    from lola_ft.nano import build_nano
+
+    build_nano(Path(out))
+
+
+@app.command()
+def demo(
+    recipe: Annotated[str, typer.Argument(help="The demo's recipe.")] = "recipes/demo.yaml",
+) -> None:
+    """Run the main job on the embedded default: build a base, fine-tune it in 4 bit, merge, compare."""
+    from lola_ft.demo import run_demo
+
+    run_demo(recipe)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a verb and exit with its code; a user's mistake is one message on stderr."""
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT 0.21 asks transformers for it
+    try:
+        app(args=arguments, prog_name="lola-ft")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

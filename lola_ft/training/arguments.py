@@ -1,0 +1,58 @@
+"""A recipe's training section as TRL's arguments."""
+
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+from lola_ft.recipe.schema import Data, Train
+from lola_ft.training.precision import Precision
+
+# Names of ours that transformers spells differently; every other name is transformers' own.
+_OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
+
+
+def sft_config(
+    train: Train, data: Data, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
+) -> SFTConfig:
+    """TRL's arguments.
+
+    Args:
+        steps: Optimiser steps of the whole run, to turn the warm-up share into steps.
+        evaluate: Whether there is validation data.
+    """
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        per_device_train_batch_size=train.micro_batch_size,
+        per_device_eval_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.grad_accum_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.scheduler,
+        warmup_steps=round(train.warmup_ratio * steps),
+        optim=_OPTIMIZERS.get(train.optimizer, train.optimizer),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=train.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if train.save_every else "no",
+        save_steps=train.save_every or 500,
+        eval_strategy="steps" if evaluate and train.eval_every else "no",
+        eval_steps=train.eval_every or None,
+        seed=train.seed,
+        data_seed=train.seed,
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        max_length=data.max_length,
+        packing=data.packing,
+        packing_strategy="bfd",
+        router_aux_loss_coef=0.0,
+        report_to="none",
+        disable_tqdm=False,
+    )

@@ -1,0 +1,85 @@
+"""A check after the first backward pass: does everything that should learn get a gradient?
+
+The best-known silent failure of expert LoRA is an adapter that is attached and never trained. An expert counts as used
+if one of its tokens matters to the loss: in the last layer, a token that only belongs to a prompt does not.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lola_ft.adapters.expert_lora import ParamWrapper, split_b
+from lola_ft.model.layers import LolaMoe
+
+
+class FirstStepCheck(TrainerCallback):
+    """Counts, during the first step, the tokens that reach each expert with a gradient; then checks the adapter.
+
+    Attributes:
+        summary: What was found, once the first step is over.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.summary = ""
+        self._model = model
+        self._used: dict[str, set[int]] = defaultdict(set)
+        self._handles = [
+            module.register_forward_hook(self._watch(name))
+            for name, module in model.named_modules()
+            if isinstance(module, LolaMoe)
+        ]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.summary = check_gradients(self._model, self._used)
+
+    def _watch(self, name: str) -> Any:
+        def on_forward(module: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+            out_BSD, router_logits_TE = output
+            if not out_BSD.requires_grad:
+                return
+            expert_ids_T = router_logits_TE.detach().argmax(dim=-1)
+
+            def on_gradient(d_out_BSD: Tensor) -> None:
+                live_T = d_out_BSD.reshape(-1, d_out_BSD.shape[-1]).ne(0).any(dim=-1)
+                self._used[name].update(expert_ids_T[live_T].unique().tolist())
+
+            out_BSD.register_hook(on_gradient)
+
+        return on_forward
+
+
+def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
+    """Check every trainable tensor's gradient; for an expert, the rows of its `lora_B` (A's are zero while B is).
+
+    Args:
+        used: Ids of the experts that got a token with a gradient, by MoE module name.
+
+    Raises:
+        AssertionError: Naming tensors and experts without a gradient: a bug, not a user's mistake.
+    """
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without, f"{len(without)} trainable tensors got no gradient, such as {without[:3]}"
+    idle: list[str] = []
+    experts = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, ParamWrapper):
+            continue
+        moe = name.split(".experts")[0]
+        for adapter in module.active_adapters:
+            grad_EOR = split_b(module.lora_B[adapter].weight.grad, module.num_experts)
+            got = grad_EOR.flatten(1).ne(0).any(dim=1).tolist()
+            idle += [f"{moe} expert {e} {module.parameter_name}" for e in used.get(moe, ()) if not got[e]]
+        experts += len(used.get(moe, ())) if module.parameter_name == "down_proj" else 0
+    assert not idle, f"{len(idle)} expert adapters saw tokens and got no gradient, such as {idle[:3]}"
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    finite = all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)
+    note = "" if finite else " Some gradients are not finite."
+    return f"First step: all {trainable} trainable tensors got a gradient, {experts} experts were reached.{note}"

@@ -1,0 +1,242 @@
+"""A run, from a recipe to the run folder. Nothing is written before everything the user gave has been checked."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
+from lola_ft.errors import CheckpointError, UserError
+from lola_ft.files import write_text
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.quantization import audit, load_base
+from lola_ft.recipe import Recipe, render_recipe
+from lola_ft.training import run_folder
+from lola_ft.training.arguments import sft_config
+from lola_ft.training.dataset import RunData, data_table, prepare
+from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
+from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.progress import Progress
+from lola_ft.training.trainables import count_trainable, trainable_table
+from lola_ft.training.trainer import LolaTrainer
+
+TEMPLATE_FILE = "prompt_template.jinja"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that must be right before the first byte is written."""
+
+    recipe: Recipe
+    device: torch.device
+    precision: Precision
+    tokenizer: PreTrainedTokenizerFast
+    data: RunData
+    model: PeftModel
+    audit: dict[str, dict[str, int]]
+    trained: dict[str, tuple[int, int]]
+
+
+def train(recipe: Recipe, dry_run: bool = False) -> Path:
+    """Fine-tune as the recipe says; returns the run folder.
+
+    Args:
+        dry_run: Do everything but train and write.
+
+    Raises:
+        UserError: For anything in the recipe, the data or the base that cannot work.
+    """
+    console = Console()
+    output = Path(recipe.output)
+    run_folder.refuse_taken(output)
+    started = time.perf_counter()
+    prepared = _prepare(recipe, console)
+    if dry_run:
+        console.print("Dry run: everything is in order; nothing was trained or written.")
+        return output
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / run_folder.RECIPE_FILE, render_recipe(prepared.recipe))
+    trainer, results = _fit(prepared, output, console)
+    results["prepare_s"] = round(time.perf_counter() - started - results["train_s"], 1)
+    _finish(prepared, trainer, output, results)
+    console.print(f"Done. The adapter is in {output / run_folder.ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
+    console.print(f"Merge it into the base with: python merge.py {output}")
+    return output
+
+
+def _prepare(recipe: Recipe, console: Console) -> Prepared:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = choose_precision(recipe.base.dtype, device)
+    if precision.note:
+        console.print(precision.note)
+    checkpoint = HubCheckpoint.open(recipe.base.model, recipe.base.revision)
+    recipe = _fit_length(recipe, checkpoint.config, console)
+    tokenizer = load_tokenizer(checkpoint)
+    data = prepare(recipe.data, tokenizer, recipe.train.seed)
+    console.print(data_table(data.train.report, "Training data"))
+    if data.validation:
+        console.print(data_table(data.validation.report, "Validation data"))
+    set_seed(recipe.train.seed)
+    quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
+    base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
+    sizes = audit(base).as_dict()
+    adapter = recipe.adapter
+    settings = AdapterSettings(
+        attention_rank=adapter.attention.rank if adapter.attention else None,
+        mlp_rank=adapter.mlp.rank if adapter.mlp else None,
+        expert_rank=adapter.experts.rank if adapter.experts else None,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        rslora=adapter.variant == "rslora",
+        tune_router=recipe.router.mode == "tuned",
+    )
+    model = attach(base, lora_config(settings))
+    trained = count_trainable(model)
+    ranks = {
+        "attention": settings.attention_rank,
+        "dense mlp": settings.mlp_rank,
+        "experts": settings.expert_rank,
+    }
+    console.print(trainable_table(trained, ranks, recipe.router.mode))
+    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
+
+
+def _fit_length(recipe: Recipe, config: LolaConfig, console: Console) -> Recipe:
+    """Hold sequences to the base's positions: an error if the recipe asks for more, a note if only the default does."""
+    wanted, most = recipe.data.max_length, config.n_positions
+    if wanted <= most:
+        return recipe
+    if "max_length" in recipe.data.model_fields_set:
+        raise UserError(
+            f"data.max_length: {wanted} is more than the {most} learned positions of {recipe.base.model}. "
+            f"Set data.max_length={most} or less."
+        )
+    console.print(f"Sequences are at most {most} tokens long: {recipe.base.model} has no more positions.")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
+
+
+def load_tokenizer(checkpoint: HubCheckpoint) -> PreTrainedTokenizerFast:
+    """The base's tokenizer, checked against its vocabulary.
+
+    Raises:
+        CheckpointError: If there is none, or it has more tokens than the model.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{checkpoint.folder}: no tokenizer can be loaded from here ({reason}).") from error
+    if len(tokenizer) > checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{checkpoint.config.vocab_size}. They do not belong together."
+        )
+    return tokenizer
+
+
+def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTrainer, dict[str, Any]]:
+    recipe, data = prepared.recipe, prepared.data
+    metrics = MetricsFile(output / run_folder.METRICS_FILE)
+    check = FirstStepCheck(prepared.model)
+    trainer = LolaTrainer(
+        model=prepared.model,
+        args=sft_config(
+            recipe.train,
+            recipe.data,
+            output / run_folder.CHECKPOINTS_FOLDER,
+            prepared.precision,
+            prepared.device,
+            steps=_estimate_steps(recipe, data),
+            evaluate=data.validation is not None,
+        ),
+        train_dataset=data.train.dataset,
+        eval_dataset=data.validation.dataset if data.validation else None,
+        processing_class=prepared.tokenizer,
+        callbacks=[metrics, check],
+        aux_loss_coef=recipe.router.aux_loss,
+        keep_checkpoints=recipe.train.keep,
+    )
+    metrics.trainer = trainer
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress(check))
+    console.print(_packing_line(trainer, data))
+    began = time.perf_counter()
+    try:
+        outcome = trainer.train()
+    except KeyboardInterrupt:
+        trainer._save_checkpoint(trainer.model, None)
+        console.print(f"Stopped. The adapter so far is in {output / run_folder.CHECKPOINTS_FOLDER}.")
+        raise
+    results = {"steps": trainer.state.global_step, "mean_loss": outcome.training_loss}
+    if data.validation:
+        results["eval_loss"] = trainer.evaluate()["eval_loss"]
+    results |= {"tokens": trainer.tokens_seen, "train_s": round(time.perf_counter() - began, 1)}
+    return trainer, results
+
+
+def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dict[str, Any]) -> None:
+    """Write the adapter with tokenizer and template, the manifest, the plot and the card."""
+    recipe, model = prepared.recipe, trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model()
+
+    def write_companions(folder: Path) -> None:
+        prepared.tokenizer.save_pretrained(folder)
+        (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
+
+    save_adapter(model, output / run_folder.ADAPTER_FOLDER, also=write_companions)
+    validation = prepared.data.validation
+    manifest = {
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": run_folder.library_versions(),
+        "hardware": run_folder.hardware(),
+        "base": {
+            "id": base.base_id,
+            "fingerprint": base.base_fingerprint,
+            "dtype": str(prepared.precision.dtype).removeprefix("torch."),
+            "parts": prepared.audit,
+        },
+        "trained": {
+            group: {"tensors": tensors, "parameters": parameters}
+            for group, (tensors, parameters) in prepared.trained.items()
+        },
+        "data": {
+            "sha256": prepared.data.source_hashes,
+            "train": prepared.data.train.report.as_dict(),
+            "validation": validation.report.as_dict() if validation else None,
+        },
+        "results": results,
+    }
+    run_folder.write_manifest(output, manifest)
+    plot_loss(read_metrics(output / run_folder.METRICS_FILE), output / run_folder.LOSS_PLOT)
+    run_folder.write_card(output, manifest)
+
+
+def _estimate_steps(recipe: Recipe, data: RunData) -> int:
+    """Optimiser steps of the run, for the warm-up; packing is taken to be perfect."""
+    train = recipe.train
+    if train.max_steps:
+        return train.max_steps
+    total = data.train.report.total
+    rows = math.ceil(total.tokens / recipe.data.max_length) if recipe.data.packing else total.sequences
+    return max(1, math.ceil(rows / (train.micro_batch_size * train.grad_accum_steps) * train.epochs))
+
+
+def _packing_line(trainer: LolaTrainer, data: RunData) -> str:
+    """How many rows there are and how full they are."""
+    rows, total = len(trainer.train_dataset), data.train.report.total
+    if not trainer.args.packing:
+        return (
+            f"{total.sequences:,} sequences, {total.tokens / total.sequences:.0f} tokens each on average, not packed."
+        )
+    full = total.tokens / (rows * trainer.args.max_length)
+    return f"{total.sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."

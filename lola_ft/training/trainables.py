@@ -1,0 +1,36 @@
+"""What a run trains, said before it starts."""
+
+from collections import defaultdict
+
+from rich.table import Table
+from torch import nn
+
+GROUPS = (("attention", ".attn."), ("dense mlp", ".mlp."), ("experts", ".experts."), ("router", ".gate."))
+
+
+def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(tensors, parameters) that are trained, by group."""
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = next(label for label, marker in GROUPS if marker in name)
+            tensors, parameters = counts[group]
+            counts[group] = (tensors + 1, parameters + parameter.numel())
+    return dict(counts)
+
+
+def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int | None], router: str) -> Table:
+    """The table printed at the start; groups without an adapter are shown as frozen."""
+    table = Table(title="What is trained", title_justify="left")
+    table.add_column("group")
+    table.add_column("how")
+    table.add_column("tensors", justify="right")
+    table.add_column("parameters", justify="right")
+    for group, _ in GROUPS:
+        tensors, parameters = counts.get(group, (0, 0))
+        rank = ranks.get(group)
+        how = router if group == "router" else f"LoRA rank {rank}" if rank else "frozen"
+        table.add_row(group, how, f"{tensors:,}", f"{parameters:,}")
+    table.add_section()
+    table.add_row("all", "", *(f"{sum(column):,}" for column in zip(*counts.values(), strict=True)))
+    return table

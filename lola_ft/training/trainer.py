@@ -1,0 +1,87 @@
+"""TRL's SFTTrainer with LOLA's loss: labelled rows only, LOLA's own load-balancing term, our adapter files."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import SFTTrainer
+
+from lola_ft.adapters import save_adapter
+
+CHECKPOINT_PREFIX = "step"
+
+
+class LolaTrainer(SFTTrainer):
+    """Trains an adapter on token ids and labels.
+
+    Attributes:
+        tokens_seen: Tokens of all training batches, padding left out.
+    """
+
+    def __init__(self, *args: Any, aux_loss_coef: float = 0.0, keep_checkpoints: int = 2, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        own_coef = model.config.router_aux_loss_coef
+        super().__init__(*args, **kwargs)
+        # TRL 1.16 writes its own aux-loss settings into the config and would add Mixtral's formula.
+        model.config.router_aux_loss_coef, model.config.output_router_logits = own_coef, False
+        self.aux_loss_enabled = False
+        self.aux_loss_coef = aux_loss_coef
+        self.keep_checkpoints = keep_checkpoints
+        self.tokens_seen = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Cross-entropy of the labelled tokens, plus the weighted load-balancing loss while training.
+
+        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1. The balancing loss
+        is a mean over each micro batch's own tokens, averaged over the micro batches: it does depend on the split.
+        """
+        training = model.training
+        balance = training and self.aux_loss_coef > 0
+        outputs = model(
+            **inputs,
+            use_cache=False,
+            skip_logits=True,
+            output_router_logits=balance,
+            num_items_in_batch=num_items_in_batch,
+        )
+        loss = outputs.loss
+        if balance:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.aux_loss_coef * outputs.aux_loss / steps
+            self._metrics["train"]["aux_loss"].append(outputs.aux_loss.item())
+        if training:
+            mask = inputs.get("attention_mask")
+            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:  # noqa: ARG002
+        """Checkpoints hold the adapter in the layout of every other adapter folder."""
+        assert output_dir is not None, "checkpoints are saved to a folder of their own"
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir) / "adapter")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `step-N` beside and rename it; keep the newest few. (TRL's would add a model card of its own.)"""
+        Trainer._save_checkpoint(self, model, trial)
+        folder = Path(self.args.output_dir)
+        written = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        target = folder / f"{CHECKPOINT_PREFIX}-{self.state.global_step}"
+        shutil.rmtree(target, ignore_errors=True)
+        written.rename(target)
+        for old in checkpoints(folder)[: -self.keep_checkpoints]:
+            shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The `step-N` folders, oldest first."""
+    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
