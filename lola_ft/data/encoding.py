@@ -1,0 +1,220 @@
+"""From examples to token ids and labels, with a policy for rows that are too long.
+
+A sequence is prompt ids, answer ids, EOS. Prompt and answer are tokenised apart from each other and without special
+tokens: at inference the model gets the prompt's ids and nothing else, so the boundary must not depend on the answer.
+The labels are the answer and its EOS; the prompt is masked. A text is learned as a whole, from its second token on:
+nothing precedes the first, and in a packed batch what stands before it is another document.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lola_ft.data.formats import Example
+from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.templates import Template
+from lola_ft.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+MASKED = -100
+"""The label of a token that is read and not learned."""
+
+_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Sequences with the columns `input_ids` and `labels`, and what became of the rows."""
+
+    dataset: "Dataset"
+    report: EncodingReport
+
+
+class Sequence(NamedTuple):
+    """Token ids; the first `masked` of them are not learned."""
+
+    ids: list[int]
+    masked: int
+
+
+def encode(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    max_length: int,
+    overlong: str = "drop",
+) -> Encoded:
+    """Encode examples in their order. The texts of one batch are held at a time; the result lies in memory.
+
+    Args:
+        examples: Any iterable, a generator too.
+        template: Renders the prompts; texts have none.
+        max_length: Longest sequence in tokens, EOS included; at least 2.
+        overlong: What happens to a longer row:
+            drop: it is left out and counted.
+            error: a DataError names it.
+            truncate: the prompt loses its beginning; an answer too long even without its prompt, or a text, loses
+                its end. EOS stays.
+            split: a text becomes several sequences. They overlap by one token, so that every token is learned
+                once and none without a predecessor. A row with a prompt is refused: without its prompt the rest of
+                an answer teaches nothing, and with it each piece but the last would lack its EOS.
+
+    Raises:
+        DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
+    """
+    assert max_length >= 2, f"max_length {max_length} leaves no room for a token and its EOS"
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    fit = _POLICIES[overlong]
+    report = EncodingReport()
+    chunks = []
+    shortest = None
+    for batch in _batches(examples):
+        sequences: list[Sequence] = []
+        for row in _tokenize(batch, tokenizer, template, eos):
+            counts = report.of(row.example.language)
+            fitted = [row.whole] if row.length <= max_length else fit(row, max_length, counts)
+            _count(counts, fitted)
+            sequences += fitted
+            shortest = row.length if shortest is None else min(shortest, row.length)
+        chunks.append(_arrow(sequences))
+    if not report.languages:
+        raise DataError("there are no rows to encode.")
+    if not report.total.kept:
+        raise DataError(
+            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
+            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
+        )
+    return Encoded(_dataset(chunks), report)
+
+
+def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+    """Token ids of texts as they are: no special token is added, and none is read out of a text (`<s>` in a text
+    is four ordinary characters). Prompts at inference are encoded by this too."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+    )
+    return encoded["input_ids"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """An example's token ids; `prompt` is None for a text."""
+
+    example: Example
+    prompt: list[int] | None
+    answer: list[int]
+    """Answer or text, with EOS."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole row."""
+        return len(self.prompt or ()) + len(self.answer)
+
+    @property
+    def whole(self) -> Sequence:
+        """The row as one sequence."""
+        prompt = self.prompt or []
+        return Sequence([*prompt, *self.answer], max(1, len(prompt)))
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    iterator = iter(examples)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+def _tokenize(
+    batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: Template, eos: int
+) -> Iterator[TokenizedRow]:
+    prompts = iter(encode_texts([template.render(row) for row in batch if row.prompt is not None], tokenizer))
+    answers = encode_texts([row.completion for row in batch], tokenizer)
+    for example, answer in zip(batch, answers, strict=True):
+        yield TokenizedRow(example, None if example.prompt is None else next(prompts), [*answer, eos])
+
+
+def _drop(_row: TokenizedRow, _max_length: int, counts: Counts) -> list[Sequence]:
+    counts.dropped += 1
+    return []
+
+
+def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequence]:
+    raise DataError(
+        f"{row.example.where}: {row.length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
+        "data.max_length, or set data.overlong to drop or truncate."
+    )
+
+
+def _truncate(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
+    counts.truncated += 1
+    room = max_length - len(row.answer)
+    if row.prompt is not None and room >= 0:
+        prompt = row.prompt[len(row.prompt) - room :]
+        return [Sequence([*prompt, *row.answer], max(1, room))]
+    counts.answers_cut += 1
+    return [Sequence([*row.answer[: max_length - 1], row.answer[-1]], 1)]
+
+
+def _split(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
+    if row.prompt is not None:
+        raise DataError(
+            f"{row.example.where}: {row.length} tokens, more than data.max_length {max_length}, and data.overlong "
+            "split cuts plain text only: an answer cut off from its prompt teaches nothing. Choose drop or truncate."
+        )
+    counts.split += 1
+    starts = range(0, len(row.answer) - 1, max_length - 1)
+    return [Sequence(row.answer[start : start + max_length], 1) for start in starts]
+
+
+_POLICIES: dict[str, Callable[[TokenizedRow, int, Counts], list[Sequence]]] = {
+    "drop": _drop,
+    "error": _refuse,
+    "truncate": _truncate,
+    "split": _split,
+}
+
+
+def _count(counts: Counts, fitted: list[Sequence]) -> None:
+    counts.rows += 1
+    counts.kept += bool(fitted)
+    counts.sequences += len(fitted)
+    counts.tokens += sum(len(sequence.ids) for sequence in fitted)
+    counts.trained_tokens += sum(len(sequence.ids) - sequence.masked for sequence in fitted)
+
+
+def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
+    """Sequences as 32-bit columns: about 8 bytes a token in all, where Python lists take 70."""
+    import pyarrow
+
+    kind = pyarrow.list_(pyarrow.int32())
+    labels = [[MASKED] * masked + ids[masked:] for ids, masked in sequences]
+    columns: dict[str, Any] = {
+        "input_ids": pyarrow.array([ids for ids, _ in sequences], kind),
+        "labels": pyarrow.array(labels, kind),
+    }
+    return pyarrow.table(columns)
+
+
+def _dataset(chunks: "list[pyarrow.Table]") -> "Dataset":
+    """A dataset over tables in memory: no file is written, and the same rows get the same fingerprint."""
+    import hashlib
+
+    import pyarrow
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    table = pyarrow.concat_tables(chunks)
+    digest = hashlib.sha256()
+    for column in table.columns:
+        for chunk in column.chunks:
+            digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(chunk.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+    return Dataset(InMemoryTable(table), fingerprint=digest.hexdigest()[:16])

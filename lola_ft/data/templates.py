@@ -1,0 +1,98 @@
+"""Prompt templates: the text in front of an answer, the same in training and in use.
+
+A template is a jinja file, bundled or the user's own. It sees `instruction`, `input` and `prompt` (both in one) and
+nothing else. It runs in jinja's sandbox, since a template may come with somebody else's adapter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2 import meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lola_ft.data.formats import Example, prompt_fields
+from lola_ft.errors import DataError
+
+_FOLDER = Path(__file__).parent / "templates"
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined,
+    autoescape=False,
+    trim_blocks=True,  # a line with nothing but a block tag leaves nothing behind
+    lstrip_blocks=True,
+    keep_trailing_newline=False,  # a file's last line break is its editor's, not the prompt's
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A prompt template. Saving `source` as a .jinja file and loading it gives the same prompts."""
+
+    name: str
+    source: str
+
+    @classmethod
+    def load(cls, name_or_path: str) -> "Template":
+        """A bundled template by its name, or a file whose path ends in .jinja.
+
+        Raises:
+            DataError: No such template, or one that cannot give a prompt.
+        """
+        bundled = sorted(file.stem for file in _FOLDER.glob("*.jinja"))
+        if not name_or_path.endswith(".jinja") and name_or_path not in bundled:
+            raise DataError(
+                f"template '{name_or_path}' is unknown. Bundled are {', '.join(bundled)}; "
+                "a template of your own is a path that ends in .jinja."
+            )
+        path = _FOLDER / f"{name_or_path}.jinja" if name_or_path in bundled else Path(name_or_path)
+        template = cls(name_or_path, _read(path))
+        template._check()
+        return template
+
+    def render(self, example: Example) -> str:
+        """The prompt of an example."""
+        assert example.prompt is not None, "a text example has no prompt to render"
+        return self._render(example.prompt)
+
+    def prompt(self, instruction: str, input: str = "") -> str:
+        """The prompt of a request at inference."""
+        return self._render(prompt_fields(instruction, input))
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        return _ENVIRONMENT.from_string(self.source)
+
+    def _render(self, fields: Mapping[str, str]) -> str:
+        try:
+            return self._compiled.render(fields)
+        except Exception as error:  # the user's own template may raise anything
+            raise DataError(f"template {self.name} fails: {str(error).rstrip('.')}.") from None
+
+    def _check(self) -> None:
+        """Refuse at once what would fail, or leave the request out, on every row."""
+        try:
+            used = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"{self.name}:{error.lineno}: broken template: {str(error.message).rstrip('.')}.") from None
+        known = prompt_fields("one", "two")
+        if unknown := sorted(used - set(known)):
+            raise DataError(f"template {self.name} uses '{unknown[0]}'; there is {', '.join(known)}.")
+        if not {"instruction", "prompt"} & used:
+            raise DataError(f"template {self.name} leaves the request out. Use `instruction` or `prompt` in it.")
+        if "instruction" in used and not {"input", "prompt"} & used:
+            raise DataError(f"template {self.name} leaves `input` out. Use it too, or `prompt` for both in one.")
+        self._render(known)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such template.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text. Save the template as UTF-8.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None

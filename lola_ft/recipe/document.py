@@ -1,0 +1,141 @@
+"""A recipe's text as plain data that remembers where each key stands.
+
+The YAML is read as a tree of nodes, never constructed: no tag is executed, every key keeps its line, and all
+duplicate keys are found in one go. Values are YAML 1.2's: null, true, false, numbers (`1e-4` is one), text, lists
+and mappings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a recipe: keys, and places in lists."""
+
+MAX_DEPTH = 20
+MAX_NODES = 20_000
+
+_CORE = "tag:yaml.org,2002:"
+
+
+class BadYaml(Exception):  # noqa: N818 - caught inside this package, never shown as it is
+    """Text that is not YAML: what is wrong and, where known, the line."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+@dataclass
+class Document:
+    """Plain data, the line of every key in it (from 1), and the mistakes that YAML itself lets pass."""
+
+    data: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, int, str]] = field(default_factory=list)
+    nodes: int = 0
+
+
+def parse_document(text: str) -> Document:
+    """Read YAML text.
+
+    Raises:
+        BadYaml: The text is not one YAML document, or is nested beyond any recipe.
+    """
+    document = Document()
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+    except RecursionError:
+        raise BadYaml("nested too deeply") from None
+    except YAMLError as error:
+        raise _bad_yaml(error) from None
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        raise BadYaml(f"not valid YAML ({error})") from None  # ruamel's own slips on malformed text
+    if root is not None:
+        document.lines[()] = root.start_mark.line + 1
+        document.data = _plain(root, (), document)
+    return document
+
+
+def _bad_yaml(error: YAMLError) -> BadYaml:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
+    hint = ". Indent with spaces, not tabs" if "'\\t'" in problem else ""
+    return BadYaml(f"not valid YAML: {problem}{hint}", None if mark is None else mark.line + 1)
+
+
+def _plain(node: Node, path: KeyPath, document: Document) -> Any:
+    document.nodes += 1
+    if len(path) > MAX_DEPTH or document.nodes > MAX_NODES:
+        raise BadYaml("nested too deeply or too large for a recipe", node.start_mark.line + 1)
+    kind = str(node.tag).removeprefix(_CORE)
+    if isinstance(node, MappingNode) and kind == "map":
+        return _mapping(node, path, document)
+    if isinstance(node, SequenceNode) and kind == "seq":
+        return [_item(value, (*path, index), document) for index, value in enumerate(node.value)]
+    if isinstance(node, ScalarNode) and kind in _SCALARS:
+        return _scalar(node.value, kind)
+    tag = str(node.tag).replace(_CORE, "!!")
+    document.problems.append((path, node.start_mark.line + 1, f"the tag '{tag}' is not allowed. Remove it"))
+    return None
+
+
+def _item(node: Node, path: KeyPath, document: Document) -> Any:
+    document.lines.setdefault(path, node.start_mark.line + 1)
+    return _plain(node, path, document)
+
+
+def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, ScalarNode) or _is_broken(key_node.value):
+            document.problems.append((path, line, "a key must be plain text"))
+            continue
+        key = str(key_node.value)
+        place = (*path, key)
+        if str(key_node.tag).endswith(":merge"):
+            document.problems.append((place, line, "merge keys are not supported. Write the settings out"))
+        elif key in mapping:
+            document.problems.append((place, line, f"given twice, first on line {document.lines[place]}"))
+        else:
+            document.lines[place] = line
+            mapping[key] = _plain(value_node, place, document)
+    return mapping
+
+
+def _is_broken(text: str) -> bool:
+    """Whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _scalar(text: str, kind: str) -> Any:
+    try:
+        return _SCALARS[kind](text)
+    except ValueError:
+        return text  # a tag such as !!int before something else: the schema then names what it wants
+
+
+def _integer(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 0) if digits.lstrip("+-").lower().startswith(("0x", "0o", "0b")) else int(digits)
+
+
+def _decimal(text: str) -> float:
+    return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    "null": lambda _: None,
+    "bool": lambda text: text.lower() in ("true", "yes", "on", "y"),
+    "int": _integer,
+    "float": _decimal,
+    "str": str,
+    "timestamp": str,
+    "value": str,
+}

@@ -1,0 +1,106 @@
+"""From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place."""
+
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from lola_ft.errors import RecipeError
+from lola_ft.recipe import unsupported
+from lola_ft.recipe.document import BadYaml, Document, KeyPath, parse_document
+from lola_ft.recipe.messages import explain, shown
+from lola_ft.recipe.overrides import Overridden, apply_overrides
+from lola_ft.recipe.schema import Recipe
+
+_LAST = sys.maxsize
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A YAML file. Paths inside it are taken from the working directory, as on the command line.
+        overrides: Settings such as `train.max_steps=20`; the later one wins.
+
+    Raises:
+        RecipeError: The file cannot be read, or the recipe has mistakes: all of them, one a line, each as
+            `recipes/sw.yaml:14: adapter.attention.rnak: unknown key. Did you mean 'rank'?`.
+    """
+    document = _parse(path)
+    if not isinstance(document.data, dict):
+        given = "it is empty" if document.data is None else f"it holds {shown(document.data)}"
+        raise RecipeError(f"{path}: expected a recipe, a mapping such as `base: {{model: …}}`; {given}.")
+    overridden = apply_overrides(document.data, overrides)
+    recipe, mistakes = _validate(overridden)
+    found = [(line, f"{path}:{line}: {_dotted(key)}{message}.") for key, line, message in document.problems]
+    found += [_locate(key, message, path, document, overridden) for key, message in mistakes]
+    found += [(_LAST, f"override {_printable(text)!r}: {problem}.") for text, problem in overridden.problems]
+    messages = [message for _, message in sorted(found, key=lambda mistake: mistake[0])]
+    if messages or recipe is None:
+        raise RecipeError("\n".join(dict.fromkeys(messages)))
+    return recipe
+
+
+def _parse(path: str | Path) -> Document:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe.{_near(Path(path))}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: is a folder; expected a recipe file.") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{_printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    try:
+        return parse_document(text)
+    except BadYaml as error:
+        place = f"{path}:{error.line}" if error.line else str(path)
+        raise RecipeError(f"{place}: {error.message}.") from None
+
+
+def _near(path: Path) -> str:
+    """A hint at a file of the same folder with nearly the same name."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1) or [n for n in names if n == f"{path.name}.yaml"]
+    return f" Did you mean '{path.with_name(close[0])}'?" if close else ""
+
+
+def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    mistakes = list(unsupported.find(overridden.data))
+    try:
+        recipe = Recipe.model_validate(overridden.data)
+    except ValidationError as error:
+        return None, [*mistakes, *explain(error)]
+    return recipe, mistakes
+
+
+def _locate(
+    path: KeyPath, message: str, file: str | Path, document: Document, overridden: Overridden
+) -> tuple[int, str]:
+    """A mistake's line and text; one made by an override comes after those of the file."""
+    text = f"{_dotted(path)}{message}{'' if message.endswith(('.', '?')) else '.'}"
+    for prefix in _prefixes(path):
+        if prefix in overridden.origins:
+            return _LAST, f"override {_printable(overridden.origins[prefix])!r}: {text}"
+    line = next(document.lines[prefix] for prefix in _prefixes(path) if prefix in document.lines)
+    return line, f"{file}:{line}: {text}"
+
+
+def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
+    """The path itself, then its parents, the nearest first."""
+    return (path[:end] for end in range(len(path), -1, -1))
+
+
+def _dotted(path: KeyPath) -> str:
+    return _printable(".".join(map(str, path))) + ": " if path else ""
+
+
+def _printable(text: object) -> str:
+    """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))

@@ -1,0 +1,93 @@
+"""The schema's findings in words a user can act on: what was given, and what would be right."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lola_ft.recipe.document import KeyPath
+from lola_ft.recipe.keys import describe_key
+from lola_ft.recipe.schema import UNION_TAGS
+from lola_ft.recipe.suggest import suggest_key, suggest_word
+
+
+def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
+    """Each mistake of a recipe: the path of the key to blame and the message."""
+    for detail in error.errors(include_url=False):
+        path = tuple(part for part in detail["loc"] if part not in UNION_TAGS)
+        if detail["type"] == "rules":
+            for key, message in detail["ctx"]["problems"]:
+                yield (*path, *key), message
+        else:
+            yield path, _message(detail, path)
+
+
+def shown(value: Any) -> str:
+    """A value as its owner wrote it, kept short."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _message(detail: ErrorDetails, path: KeyPath) -> str:
+    kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key.{suggest_key(path)}"
+    if kind == "missing":
+        return f"missing ({describe_key(path)})"
+    if kind == "literal_error":
+        words = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+        choices = f"one of {', '.join(words)}" if len(words) <= 12 else "a name that transformers knows"
+        return f"expected {choices}; got {shown(given)}.{suggest_word(given, words)}"
+    if kind in _RANGES:
+        return f"must be {_RANGES[kind].format(**context)}; got {shown(given)}"
+    if kind in ("too_short", "string_too_short"):
+        return "must not be empty"
+    if kind in _EXPECTED:
+        return f"expected {_EXPECTED[kind]}; got {shown(given)}.{_mend(kind, given)}"
+    return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}; got {shown(given)}"
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of a sensible size",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_unicode": "text that can be written as UTF-8",
+    "list_type": "a list",
+    "dict_type": "a mapping such as {key: value}",
+    "model_type": "a mapping such as {key: value}",
+}
+
+_RANGES = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
+}
+
+
+def _mend(kind: str, given: Any) -> str:
+    """What to write instead, where it can be told."""
+    if isinstance(given, str) and kind in ("int_type", "float_type"):
+        convert: Callable[[str], Any] = int if kind == "int_type" else float
+        try:
+            convert(given)
+        except ValueError:
+            return ""
+        return f" Write {given.strip()} without quotes."
+    if kind == "bool_type" and isinstance(given, str):
+        meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(given.lower(), given.lower())
+        return f" Write {meant} without quotes." if meant in ("true", "false") else ""
+    if kind == "string_type" and isinstance(given, bool | int | float):
+        return " Put it in quotes."
+    return ""

@@ -1,0 +1,87 @@
+"""`key=value` on the command line, laid over a recipe's data.
+
+A key is a dotted path into the recipe, a number being the place in a list (`data.sources.0.path`); a value is read
+as YAML, so `null`, `8`, `1e-4` and `{rank: 4}` mean what they mean in the file.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lola_ft.recipe.document import BadYaml, KeyPath, parse_document
+
+EXCLUSIVE = {
+    ("train", "max_steps"): ("train", "epochs"),
+    ("train", "epochs"): ("train", "max_steps"),
+}
+"""Overriding one of such a pair takes the other out of the file: a short trial of a recipe needs one word."""
+
+
+@dataclass
+class Overridden:
+    """A recipe's data after the overrides."""
+
+    data: dict[str, Any]
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+    """The override, as typed, that set the value at a path."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Overrides that could not be applied: as typed, and why."""
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> Overridden:
+    """Lay overrides over a recipe's data, in their order; `data` itself is left alone."""
+    result = Overridden(copy.deepcopy(data))
+    for override in overrides:
+        if problem := _apply(override, result):
+            result.problems.append((override, problem))
+    return result
+
+
+def _apply(override: str, result: Overridden) -> str | None:
+    """Apply one override; returns what is wrong with it."""
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        return "expected key=value, such as train.max_steps=20"
+    try:
+        document = parse_document(text)
+    except BadYaml as error:
+        return f"the value is {error.message}"
+    if document.problems:
+        return document.problems[0][2]
+    return _put(parts, document.data, override, result)
+
+
+def _put(parts: list[str], value: Any, override: str, result: Overridden) -> str | None:
+    place: Any = result.data
+    path: KeyPath = ()
+    for part in parts[:-1]:
+        step, problem = _step(place, part, path)
+        if problem:
+            return problem
+        if isinstance(place, dict) and place.get(part) is None:
+            place[part] = {}
+            result.origins[(*path, part)] = override
+        place, path = place[step], (*path, step)
+    step, problem = _step(place, parts[-1], path)
+    if problem:
+        return problem
+    path = (*path, step)
+    if path in EXCLUSIVE and value is not None and EXCLUSIVE[path] not in result.origins:
+        place.pop(EXCLUSIVE[path][-1], None)
+    place[step] = value
+    result.origins[path] = override
+    return None
+
+
+def _step(place: Any, part: str, path: KeyPath) -> tuple[str | int, str | None]:
+    """The key or list place that `part` names in `place`, and what is wrong with it."""
+    name = ".".join(map(str, path)) or "the recipe"
+    if isinstance(place, dict):
+        return part, None
+    if not isinstance(place, list):
+        return part, f"{name} is a single value; it has no '{part}'"
+    if part.isascii() and part.isdigit() and len(part) < 6 and int(part) < len(place):
+        return int(part), None
+    return part, f"{name} is a list of {len(place)}; name an item by its number, from 0 to {len(place) - 1}"

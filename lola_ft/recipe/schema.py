@@ -1,0 +1,229 @@
+"""What a recipe may say: every key with its type, range, default and one line of explanation.
+
+A section is a frozen pydantic model: unknown keys are refused and nothing is converted (`"4"` and `true` are not
+numbers; a whole number may stand for a decimal). Rules that tie keys together live beside them in `_rules`; a rule
+names the key to blame, so that the loader can point at its line.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from lola_ft.recipe import unsupported
+from lola_ft.recipe.document import KeyPath
+from lola_ft.recipe.names import FORMAT_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+
+LOLA_POSITIONS = 2048
+"""LOLA has one learned vector a position, so no sequence can be longer."""
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+UNION_TAGS = ("<name>", "<layers>", "<share>", "<sources>")
+"""Names of the alternatives of a value, which pydantic puts into the place of a mistake."""
+
+Problem = tuple[KeyPath, str]
+"""A broken rule: the key to blame, seen from its section (`()` for the section itself), and what is wrong."""
+
+
+class Section(BaseModel):
+    """A mapping of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def _rules(self) -> Iterable[Problem]:
+        """The rules between this section's keys that are broken."""
+        return ()
+
+    @model_validator(mode="after")
+    def _follow_rules(self) -> Self:
+        if problems := list(self._rules()):
+            text = "; ".join(f"{'.'.join(map(str, key))}: {message}" for key, message in problems)
+            raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+class Base(Section):
+    """The model that is fine-tuned; its weights stay as they are."""
+
+    model: Name = Field(description="Hub id or folder of the base model")
+    revision: Name = Field(default="main", description="branch, tag or commit of the base on the Hub")
+    quantization: Literal["nf4", "none"] = Field(default="nf4", description="how frozen weights are stored")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="number format of the arithmetic"
+    )
+
+
+class GroupLora(Section):
+    """LoRA on one group of weights."""
+
+    rank: Rank = Field(description="rank of the two LoRA matrices")
+
+
+class ExpertLora(Section):
+    """LoRA on the experts, one pair of matrices for each."""
+
+    rank: Rank = Field(description="rank of the two LoRA matrices of each expert")
+    select: Annotated[
+        Annotated[Name, Tag("<name>")] | Annotated[list[list[int]], Tag("<layers>")],
+        Discriminator(
+            lambda value: {str: "<name>", list: "<layers>"}.get(type(value)),
+            custom_error_type="expert_selection",
+            custom_error_message="expected `all`, a list of expert numbers for each MoE layer, or a file",
+        ),
+    ] = Field(
+        default="all", description="which experts are trained: all, a list for each MoE layer, or a selection file"
+    )
+
+
+class Adapter(Section):
+    """Which weights get LoRA; a group left out gets none."""
+
+    attention: GroupLora | None = Field(default=None, description="LoRA on the attention projections")
+    mlp: GroupLora | None = Field(default=None, description="LoRA on the dense blocks' projections")
+    experts: ExpertLora | None = Field(default=None, description="LoRA on the experts' projections")
+    alpha: float = Field(default=32.0, gt=0, description="LoRA's numerator: updates are scaled by alpha / rank")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="share of LoRA's inputs dropped in training")
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        default="lora", description="how updates are scaled and composed"
+    )
+
+
+class Router(Section):
+    """What happens to the layers that choose the experts."""
+
+    mode: Literal["frozen", "tuned", "lora"] = Field(
+        default="frozen", description="whether and how the router is trained"
+    )
+    aux_loss: float = Field(default=0.0, ge=0, description="weight of the loss that evens out the experts' load")
+
+
+class Source(Section):
+    """Where rows come from: a local file or a dataset on the Hub."""
+
+    path: Name | None = Field(default=None, description="local .jsonl or .json file")
+    hub: Name | None = Field(default=None, description="dataset id on the Hub")
+    split: Name | None = Field(default=None, description="split of the Hub dataset (train)")
+    revision: Name | None = Field(default=None, description="branch, tag or commit of the Hub dataset")
+    format: Format = Field(description="what a row's fields mean")
+    language: Name | None = Field(default=None, description="language code of every row")
+    language_column: Name | None = Field(default=None, description="field of a row that holds its language code")
+    fields: dict[str, Name] = Field(default={}, description="the format's field name: the file's field name")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_split(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("hub") is not None and given.get("split") is None:
+            return given | {"split": "train"}
+        return given
+
+    def _rules(self) -> Iterable[Problem]:
+        if (self.path is None) == (self.hub is None):
+            yield (), "give exactly one of `path` (a local file) and `hub` (a dataset on the Hub)"
+        for key in ("split", "revision"):
+            if self.hub is None and self.path is not None and getattr(self, key) is not None:
+                yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
+        if self.language is not None and self.language_column is not None:
+            yield ("language_column",), "give `language` or `language_column`, not both"
+        known = FORMAT_FIELDS.get(self.format, ())
+        for name in self.fields:
+            if known and name not in known:
+                yield ("fields", name), f"format {self.format} has no field '{name}'; it has {', '.join(known)}"
+
+
+def _kind_of_validation(value: Any) -> str | None:
+    if isinstance(value, list):
+        return "<sources>"
+    return "<share>" if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+class Data(Section):
+    """What the model learns from."""
+
+    template: Name = Field(default="alpaca", description="bundled prompt template, or a path that ends in .jinja")
+    sources: list[Source] = Field(min_length=1, description="where the training rows come from")
+    language_temperature: float = Field(default=1.0, ge=1, description="evens languages out: sampling follows n^(1/T)")
+    max_length: int = Field(default=1024, ge=2, description="longest sequence in tokens")
+    overlong: Literal["drop", "split", "truncate", "error"] = Field(
+        default="drop", description="what happens to longer rows"
+    )
+    packing: bool = Field(default=True, description="put several rows into one sequence")
+    validation: Annotated[
+        Annotated[Share, Tag("<share>")] | Annotated[list[Source], Field(min_length=1), Tag("<sources>")],
+        Discriminator(
+            _kind_of_validation,
+            custom_error_type="validation_kind",
+            custom_error_message="expected a share such as 0.02, or a list of sources",
+        ),
+    ] = Field(default=0.0, description="share of the rows held out for evaluation, or sources of its own")
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.max_length > LOLA_POSITIONS:
+            yield ("max_length",), f"{self.max_length} is more than LOLA's {LOLA_POSITIONS} positions"
+        rows = [*self.sources, *(self.validation if isinstance(self.validation, list) else [])]
+        answers = next((source.format for source in rows if source.format != "text"), None)
+        if self.overlong == "split" and answers is not None:
+            yield (
+                ("overlong",),
+                f"`split` cuts plain text only, and format {answers} has an answer that belongs to its prompt. "
+                "Choose drop, truncate or error",
+            )
+
+
+class Train(Section):
+    """How long, how fast, in which portions."""
+
+    epochs: float = Field(default=1.0, gt=0, description="passes over the data")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="optimiser steps, instead of epochs"
+    )
+    micro_batch_size: int = Field(default=4, ge=1, description="sequences in one forward pass")
+    grad_accum_steps: int = Field(default=4, ge=1, description="forward passes in one optimiser step")
+    learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest learning rate")
+    scheduler: Literal[SCHEDULERS] = Field(default="cosine", description="how the learning rate changes")  # type: ignore[valid-type]
+    warmup_ratio: Share = Field(default=0.03, description="share of the steps in which the learning rate rises")
+    optimizer: Literal[OPTIMIZERS] = Field(default="adamw_8bit", description="optimiser")  # type: ignore[valid-type]
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="decay of the trained weights")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    gradient_checkpointing: bool = Field(default=True, description="recompute activations: less memory, more time")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of every random choice")
+    save_every: int = Field(default=200, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept on disk")
+    eval_every: int = Field(default=200, ge=0, description="steps between evaluations; 0: only at the end")
+    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_warmup(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("scheduler") == "constant" and "warmup_ratio" not in given:
+            return given | {"warmup_ratio": 0.0}
+        return given
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.max_steps is not None and "epochs" in self.model_fields_set:
+            yield ("max_steps",), "train.epochs and train.max_steps both say when to stop. Give one of them"
+        if self.scheduler == "constant" and self.warmup_ratio > 0:
+            yield ("warmup_ratio",), "scheduler constant has no warm-up. Choose constant_with_warmup, or set this to 0"
+
+
+class Recipe(Section):
+    """Everything a run needs to know."""
+
+    base: Base = Field(description="the model that is fine-tuned")
+    adapter: Adapter = Field(default=Adapter(), description="which weights get LoRA")
+    router: Router = Field(default=Router(), description="what happens to the routers")
+    data: Data = Field(description="what the model learns from")
+    train: Train = Field(default=Train(), description="how long, how fast, in which portions")
+    output: Name = Field(description="folder of the run")
+
+    def _rules(self) -> Iterable[Problem]:
+        groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
+        if self.router.mode == "frozen" and not any(groups):
+            yield (
+                ("adapter",),
+                "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
+            )
+        yield from unsupported.find(self.model_dump())

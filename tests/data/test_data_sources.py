@@ -1,0 +1,182 @@
+"""Reading rows: what is accepted, and the message for every file that is not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lola_ft.data import Source, read_examples, read_rows
+from lola_ft.errors import DataError
+from lola_ft.recipe import schema
+
+
+def rows_of(folder: Path, name: str, content: bytes) -> list[dict[str, object]]:
+    path = folder / name
+    path.write_bytes(content)
+    return [row.fields for row in read_rows(Source("text", str(path)))]
+
+
+def failure(folder: Path, name: str, content: bytes, format: str = "text") -> str:
+    """The message for a file, its folder left out."""
+    path = folder / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_examples([Source(format, str(path))]))
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+GOOD = [
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n'),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}'),
+    ("a.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \r\n{"text": "b"}\r\n'),
+    ("A.JSONL", b'\n\n{"text": "a"}\n{"text": "b"}\n'),
+    ("a.json", b'[{"text": "a"}, {"text": "b"}]'),
+    ("a.json", b'\xef\xbb\xbf[\r\n{"text": "a"},\r\n{"text": "b"}\r\n]\r\n'),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), GOOD)
+def test_files_as_editors_write_them_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    assert rows_of(tmp_path, name, content) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_row_knows_its_place(tmp_path: Path) -> None:
+    lines, items = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text('\n{"text": "a"}\n\n{"text": "b"}\n')
+    items.write_text('[{"text": "a"}, {"text": "b"}]')
+    assert [row.where for row in read_rows(Source("text", str(lines)))] == [f"{lines}:2", f"{lines}:4"]
+    assert [row.where for row in read_rows(Source("text", str(items)))] == [f"{items}:[0]", f"{items}:[1]"]
+
+
+@pytest.mark.parametrize("text", ["\u2028 \u2029 \x85 \x0b", "שלום", "नमस्ते", "🙂", "e\u0301", "\ufeff"])
+def test_text_comes_through_untouched(tmp_path: Path, text: str) -> None:
+    content = json.dumps({"text": text}, ensure_ascii=False).encode()
+    assert rows_of(tmp_path, "a.jsonl", content) == [{"text": text}]
+
+
+BAD_FILES = [
+    ("a.jsonl", b"", "a.jsonl holds no rows. Give a file with at least one, or remove this source."),
+    ("a.jsonl", b"\n \r\n", "a.jsonl holds no rows. Give a file with at least one, or remove this source."),
+    ("a.json", b"", "a.json holds no rows. Give a file with at least one, or remove this source."),
+    ("a.json", b"[]", "a.json holds no rows. Give a file with at least one, or remove this source."),
+    ("a.csv", b"text\na\n", "a.csv: unknown kind of file '.csv'. This version reads .jsonl and .json."),
+    ("rows", b"{}", "rows: unknown kind of file ''. This version reads .jsonl and .json."),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: broken JSON at column 13: expecting ',' delimiter."),
+    ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
+    ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "a.jsonl:1: broken JSON at column 15: extra data."),
+    ("a.jsonl", b'{"text": NaN}\n', "a.jsonl:1: broken JSON: NaN is not JSON."),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: nested too deeply."),
+    ("a.jsonl", b'[{"text": "a"}]\n', 'a.jsonl:1: expected an object such as {"instruction": …}; found a list.'),
+    ("a.jsonl", b"\n3\n", 'a.jsonl:2: expected an object such as {"instruction": …}; found a number.'),
+    ("a.jsonl", b"null\n", 'a.jsonl:1: expected an object such as {"instruction": …}; found null.'),
+    (
+        "a.jsonl",
+        b'[\n{"text": "a"}\n]\n',
+        "a.jsonl:1: a list that goes over several lines. A file that is one JSON list is named .json.",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xe9"}\n',
+        "a.jsonl:2: not UTF-8 text (byte 11 is 0xe9). Save the file as UTF-8.",
+    ),
+    (
+        "a.jsonl",
+        '{"text": "a"}\n'.encode("utf-16"),
+        "a.jsonl:1: the file is UTF-16, not UTF-8. Save it as UTF-8.",
+    ),
+    ("a.json", b'{"text": "a"}', "a.json: expected a list of objects; found an object."),
+    (
+        "a.json",
+        b'{"text": "a"}\n{"text": "b"}\n',
+        "a.json:2: more than one object. A file with one object a line is named .jsonl.",
+    ),
+    ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json:2: broken JSON at column 10: expecting value."),
+    (
+        "a.json",
+        b'[{"text": "a"}, 3]',
+        'a.json:[1]: expected an object such as {"instruction": …}; found a number.',
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    assert failure(tmp_path, name, content) == message
+
+
+def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "swahili.jsonl").touch()
+    with pytest.raises(DataError) as caught:
+        read_rows(Source("text", str(tmp_path / "swahil.jsonl")))
+    near = tmp_path / "swahili.jsonl"
+    assert str(caught.value) == f"{tmp_path / 'swahil.jsonl'}: no such file. Did you mean '{near}'?"
+    with pytest.raises(DataError) as caught:
+        read_rows(Source("text", str(tmp_path / "data" / "x.jsonl")))
+    assert str(caught.value).endswith(f"no such file. There is no folder '{tmp_path / 'data'}' either.")
+
+
+def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is a folder. Name a \.jsonl or \.json file in it\."):
+        read_rows(Source("text", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a" * 300 + ".jsonl", "File name too long"), ("a.jsonl/b.jsonl", "Not a directory")]
+)
+def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(DataError) as caught:
+        read_rows(Source("text", str(tmp_path / name)))
+    assert str(caught.value) == f"{tmp_path / name}: cannot be read: {reason}."
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=st.binary(max_size=60) | st.text('{}[]":,ab0 \n\r\\u', max_size=40).map(str.encode))
+@example(b'{"a": ' + b"1" * 5000 + b"}")
+@example(b'{"text": "\\ud800"}')
+@pytest.mark.parametrize("name", ["fuzz.jsonl", "fuzz.json"])
+def test_any_bytes_are_rows_or_give_one_clean_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    try:
+        rows = list(read_examples([Source("text", str(path))]))
+    except DataError as error:
+        message = str(error)
+    else:
+        message = rows[0].where
+    assert str(path) in message
+
+
+def test_a_hub_dataset_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands in for the Hub: `datasets` reads both by the same call."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a", "lang": "sw"}\n')
+    (folder / "test.jsonl").write_text('{"text": "b", "lang": "de"}\n')
+    [train] = read_examples([Source("text", hub=str(folder), language_column="lang")])
+    [test] = read_rows(Source("text", hub=str(folder), split="test"))
+    assert (train.completion, train.language, train.where) == ("a", "sw", f"{folder}[train]:[0]")
+    assert test.fields["text"] == "b"
+    with pytest.raises(DataError, match="cannot be loaded from the Hub: Unknown split"):
+        read_rows(Source("text", hub=str(folder), split="dev"))
+
+
+def test_a_dataset_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"^nobody/nothing\[train\]: cannot be loaded from the Hub: "):
+        read_rows(Source("text", hub="nobody/nothing"))
+
+
+def test_a_recipes_source_has_the_same_keys() -> None:
+    written = schema.Source.model_validate({"path": "a.jsonl", "format": "text", "fields": {"text": "body"}})
+    assert Source(**written.model_dump()) == Source("text", "a.jsonl", fields={"text": "body"})

@@ -1,0 +1,416 @@
+"""Every mistake a recipe can hold, and the message it must give, word for word."""
+
+from pathlib import Path
+
+import pytest
+
+from lola_ft.errors import RecipeError
+from lola_ft.recipe import load_recipe
+
+GOOD = [
+    "base: {model: some/model}",
+    "adapter: {attention: {rank: 4}}",
+    "data: {sources: [{path: a.jsonl, format: alpaca}]}",
+    "train: {}",
+    "output: runs/x",
+]
+
+
+def mistakes(folder: Path, text: str | bytes, *overrides: str) -> list[str]:
+    """The messages for a recipe, `r.yaml` standing for its path."""
+    path = folder / "r.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(str(path), "r.yaml").splitlines()
+
+
+def with_line(line: int, text: str) -> str:
+    """The good recipe with one line (from 1) put differently."""
+    return "\n".join([*GOOD[: line - 1], text, *GOOD[line:]]) + "\n"
+
+
+def with_source(text: str, more: str = "") -> str:
+    return with_line(3, f"data: {{sources: [{{{text}}}]{more}}}")
+
+
+RANGES = [
+    (1, "base: {model: ''}", "base.model: must not be empty."),
+    (2, "adapter: {mlp: {rank: 0}}", "adapter.mlp.rank: must be at least 1; got 0."),
+    (2, "adapter: {mlp: {rank: 4096}}", "adapter.mlp.rank: must be at most 1024; got 4096."),
+    (2, "adapter: {mlp: {rank: 4}, alpha: 0}", "adapter.alpha: must be more than 0; got 0."),
+    (2, "adapter: {mlp: {rank: 4}, alpha: .inf}", "adapter.alpha: expected a finite number; got inf."),
+    (2, "adapter: {mlp: {rank: 4}, dropout: 1}", "adapter.dropout: must be less than 1; got 1."),
+    (3, "data: {sources: []}", "data.sources: must not be empty."),
+    (4, "train: {learning_rate: -1e-4}", "train.learning_rate: must be more than 0; got -0.0001."),
+    (4, "train: {warmup_ratio: 1.5}", "train.warmup_ratio: must be less than 1; got 1.5."),
+    (4, "train: {micro_batch_size: 0}", "train.micro_batch_size: must be at least 1; got 0."),
+    (4, "train: {seed: -1}", "train.seed: must be at least 0; got -1."),
+    (4, "train: {max_steps: 0}", "train.max_steps: must be at least 1; got 0."),
+    (4, "train: {keep: 0}", "train.keep: must be at least 1; got 0."),
+]
+
+TYPES = [
+    (1, "base: some/model", "base: expected a mapping such as {key: value}; got 'some/model'."),
+    (1, "base: {model: 7}", "base.model: expected text; got 7. Put it in quotes."),
+    (1, "base: {model: [x]}", "base.model: expected text; got a list."),
+    (2, "adapter: {mlp: 8}", "adapter.mlp: expected a mapping such as {key: value}; got 8."),
+    (2, "adapter: {mlp: {rank: '4'}}", "adapter.mlp.rank: expected a whole number; got '4'. Write 4 without quotes."),
+    (2, "adapter: {mlp: {rank: 4.5}}", "adapter.mlp.rank: expected a whole number; got 4.5."),
+    (2, "adapter: {mlp: {rank: true}}", "adapter.mlp.rank: expected a whole number; got true."),
+    (2, "adapter: {mlp: {rank: four}}", "adapter.mlp.rank: expected a whole number; got 'four'."),
+    (
+        2,
+        "adapter: {experts: {rank: 4, select: 3}}",
+        "adapter.experts.select: expected `all`, a list of expert numbers for each MoE layer, or a file; got 3.",
+    ),
+    (3, "data: {sources: a.jsonl}", "data.sources: expected a list; got 'a.jsonl'."),
+    (3, "data: {sources: [a.jsonl]}", "data.sources.0: expected a mapping such as {key: value}; got 'a.jsonl'."),
+    (
+        3,
+        "data: {sources: [{path: a, format: text, fields: [x]}]}",
+        "data.sources.0.fields: expected a mapping such as {key: value}; got a list.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], validation: yes}",
+        "data.validation: expected a share such as 0.02, or a list of sources; got 'yes'.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], validation: 1.0}",
+        "data.validation: must be less than 1; got 1.0.",
+    ),
+    (4, "train: {gradient_checkpointing: 1}", "train.gradient_checkpointing: expected true or false; got 1."),
+    (
+        4,
+        "train: {gradient_checkpointing: off}",
+        "train.gradient_checkpointing: expected true or false; got 'off'. Write false without quotes.",
+    ),
+    (
+        4,
+        "train: {learning_rate: '1e-4'}",
+        "train.learning_rate: expected a number; got '1e-4'. Write 1e-4 without quotes.",
+    ),
+    (4, "train: {epochs: null}", "train.epochs: expected a number; got nothing."),
+    (4, "train:", "train: expected a mapping such as {key: value}; got nothing."),
+    (5, "output: 2024-01-01", None),  # a folder's name, not a date
+]
+
+CHOICES = [
+    (
+        1,
+        "base: {model: m, quantization: nf5}",
+        "base.quantization: expected one of nf4, none; got 'nf5'. Did you mean 'nf4'?",
+    ),
+    (
+        1,
+        "base: {model: m, quantization: null}",
+        "base.quantization: expected one of nf4, none; got nothing. Did you mean 'none'?",
+    ),
+    (
+        1,
+        "base: {model: m, dtype: float23}",
+        "base.dtype: expected one of bfloat16, float16, float32; got 'float23'. Did you mean 'float32'?",
+    ),
+    (
+        2,
+        "adapter: {mlp: {rank: 4}, variant: LoRA}",
+        "adapter.variant: expected one of lora, rslora, dora; got 'LoRA'. Did you mean 'lora'?",
+    ),
+    (
+        4,
+        "train: {optimizer: adamw8bit}",
+        "train.optimizer: expected a name that transformers knows; got 'adamw8bit'. Did you mean 'adamw_8bit'?",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: csv}]}",
+        "data.sources.0.format: expected one of alpaca, prompt_completion, text, messages, classification, "
+        "translation; got 'csv'.",
+    ),
+]
+
+KEYS = [
+    (2, "adapter: {attention: {rnak: 4}}", "adapter.attention.rnak: unknown key. Did you mean 'rank'?"),
+    (2, "adapter: {rnak: 4}", "adapter.rnak: unknown key. Did you mean 'rank'? It belongs in adapter.attention."),
+    (2, "adapter: {experts: {rank: 2, r: 4}}", "adapter.experts.r: unknown key. Did you mean 'rank'?"),
+    (4, "rank: 4", "rank: unknown key. Did you mean 'adapter.attention.rank'?"),
+    (4, "learning_rate: 1e-4", "learning_rate: unknown key. Did you mean 'train.learning_rate'?"),
+    (4, "lora_alpha: 16", "lora_alpha: unknown key. Did you mean 'adapter.alpha'?"),
+    (4, "train: {lr: 1e-4}", "train.lr: unknown key. Did you mean 'learning_rate'?"),
+    (4, "train: {max_length: 64}", "train.max_length: unknown key. Did you mean 'data.max_length'?"),
+    (4, "train: {outputs: x}", "train.outputs: unknown key. Did you mean 'output'? It belongs at the top."),
+    (4, "trian: {}", "trian: unknown key. Did you mean 'train'?"),
+    (4, "train.seed: 3", "train.seed: unknown key. Dots work on the command line only; write `train: {seed: …}`."),
+    (4, "zzz: 3", "zzz: unknown key."),
+    (4, "3: 3", "3: unknown key."),
+]
+
+RULES = [
+    (
+        2,
+        "adapter: {}",
+        "adapter: nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], max_length: 4096}",
+        "data.max_length: 4096 is more than LOLA's 2048 positions.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: alpaca}], overlong: split}",
+        "data.overlong: `split` cuts plain text only, and format alpaca has an answer that belongs to its prompt. "
+        "Choose drop, truncate or error.",
+    ),
+    (
+        4,
+        "train: {epochs: 1, max_steps: 9}",
+        "train.max_steps: train.epochs and train.max_steps both say when to stop. Give one of them.",
+    ),
+    (
+        4,
+        "train: {scheduler: constant, warmup_ratio: 0.1}",
+        "train.warmup_ratio: scheduler constant has no warm-up. Choose constant_with_warmup, or set this to 0.",
+    ),
+]
+
+SOURCES = [
+    ("format: text", ": give exactly one of `path` (a local file) and `hub` (a dataset on the Hub)."),
+    (
+        "path: a, hub: b, format: text",
+        ": give exactly one of `path` (a local file) and `hub` (a dataset on the Hub).",
+    ),
+    ("path: a", ".format: missing (what a row's fields mean)."),
+    ("path: a, format: text, split: dev", ".split: belongs to a Hub dataset; a local file has none. Remove it."),
+    ("path: a, format: text, revision: v1", ".revision: belongs to a Hub dataset; a local file has none. Remove it."),
+    (
+        "path: a, format: text, language: sw, language_column: lang",
+        ".language_column: give `language` or `language_column`, not both.",
+    ),
+    (
+        "path: a, format: alpaca, fields: {answer: output}",
+        ".fields.answer: format alpaca has no field 'answer'; it has instruction, input, output.",
+    ),
+    ("path: a, format: text, fields: {text: 3}", ".fields.text: expected text; got 3. Put it in quotes."),
+    ("path: a, format: text, pth: b", ".pth: unknown key. Did you mean 'path'?"),
+]
+
+NOT_YET = [
+    (
+        2,
+        "adapter: {mlp: {rank: 4}, variant: dora}",
+        "adapter.variant: dora is not supported yet. Choose lora or rslora.",
+    ),
+    (
+        2,
+        "adapter: {experts: {rank: 4, select: [[0, 1]]}}",
+        "adapter.experts.select: choosing experts is not supported yet. Write `select: all`.",
+    ),
+    (
+        2,
+        "adapter: {experts: {rank: 4, select: best.json}}",
+        "adapter.experts.select: choosing experts is not supported yet. Write `select: all`.",
+    ),
+    (4, "router: {mode: lora}", "router.mode: lora on the router is not supported yet. Choose frozen or tuned."),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], language_temperature: 2}",
+        "data.language_temperature: mixing languages is not supported yet. Write 1.0.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: messages}]}",
+        "data.sources.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], validation: [{path: a, format: translation}]}",
+        "data.validation.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
+    ),
+    (
+        4,
+        "train: {scheduler: warmup_stable_decay}",
+        "train.scheduler: this schedule needs settings of its own that a recipe cannot give. "
+        "Choose another, such as cosine.",
+    ),
+    (
+        4,
+        "train: {scheduler: greedy}",
+        "train.scheduler: a schedule that follows the evaluation is not supported yet. Choose another, such as cosine.",
+    ),
+    (
+        4,
+        "train: {optimizer: galore_adamw}",
+        "train.optimizer: this optimiser is made for training all weights. Choose another, such as adamw_8bit.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "text", "message"), [*RANGES, *TYPES, *CHOICES, *RULES, *NOT_YET])
+def test_a_wrong_value_is_explained_at_its_line(tmp_path: Path, line: int, text: str, message: str | None) -> None:
+    if message is None:
+        (tmp_path / "r.yaml").write_text(with_line(line, text))
+        assert load_recipe(tmp_path / "r.yaml").output == "2024-01-01"
+    else:
+        assert mistakes(tmp_path, with_line(line, text)) == [f"r.yaml:{line}: {message}"]
+
+
+@pytest.mark.parametrize(("line", "text", "message"), KEYS)
+def test_an_unknown_key_is_named_with_a_suggestion(tmp_path: Path, line: int, text: str, message: str) -> None:
+    expected = f"r.yaml:{line}: {message}"
+    assert expected in mistakes(tmp_path, with_line(line, text))
+
+
+@pytest.mark.parametrize(("text", "message"), SOURCES)
+def test_a_wrong_source_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    assert mistakes(tmp_path, with_source(text)) == [f"r.yaml:3: data.sources.0{message}"]
+
+
+def test_missing_keys_are_named_at_the_line_of_their_parent(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, "# a comment\nadapter:\n  mlp: {rank: 4}\ndata:\n  max_length: 8\nbase: {}\n") == [
+        "r.yaml:2: output: missing (folder of the run).",
+        "r.yaml:4: data.sources: missing (where the training rows come from).",
+        "r.yaml:6: base.model: missing (Hub id or folder of the base model).",
+    ]
+
+
+def test_a_misspelt_required_key_is_both_unknown_and_missing(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, with_line(1, "base: {modle: m}")) == [
+        "r.yaml:1: base.model: missing (Hub id or folder of the base model).",
+        "r.yaml:1: base.modle: unknown key. Did you mean 'model'?",
+    ]
+
+
+def test_all_mistakes_come_in_one_message_in_the_order_of_their_lines(tmp_path: Path) -> None:
+    text = "\n".join(
+        [
+            "output: runs/x",
+            "train:",
+            "  seed: 1",
+            "  seed: 2",
+            "  scheduler: cosin",
+            "router: {mode: lora}",
+            "adapter:",
+            "  rank: 4",
+            "base: {model: m}",
+        ]
+    )
+    found = mistakes(tmp_path, text, "train.keep=no", "train.keep", "data.max_length=4096")
+    assert [message.partition(": ")[0] for message in found] == [
+        "r.yaml:4",
+        "r.yaml:5",
+        "r.yaml:6",
+        "r.yaml:8",
+        "override 'data.max_length=4096'",
+        "override 'train.keep=no'",
+        "override 'train.keep'",
+    ]
+    assert found[0] == "r.yaml:4: train.seed: given twice, first on line 3."
+    assert found[4] == ("override 'data.max_length=4096': data.sources: missing (where the training rows come from).")
+
+
+OVERRIDES = [
+    ("train.lr=1", "override 'train.lr=1': train.lr: unknown key. Did you mean 'learning_rate'?"),
+    ("train.seed=abc", "override 'train.seed=abc': train.seed: expected a whole number; got 'abc'."),
+    ("train.seed", "override 'train.seed': expected key=value, such as train.max_steps=20."),
+    ("=3", "override '=3': expected key=value, such as train.max_steps=20."),
+    ("train..seed=3", "override 'train..seed=3': expected key=value, such as train.max_steps=20."),
+    (
+        "train.seed=[",
+        "override 'train.seed=[': the value is not valid YAML: expected the node content, but found '<stream end>'.",
+    ),
+    ("train.seed=!!python/x 3", "override 'train.seed=!!python/x 3': the tag '!!python/x' is not allowed. Remove it."),
+    ("output.x.y=3", "override 'output.x.y=3': output is a single value; it has no 'x'."),
+    (
+        "data.sources.1.path=b",
+        "override 'data.sources.1.path=b': data.sources is a list of 1; name an item by its number, from 0 to 0.",
+    ),
+    ("adapter=null", "override 'adapter=null': adapter: expected a mapping such as {key: value}; got nothing."),
+    (
+        "adapter={mlp: {rank: x}}",
+        "override 'adapter={mlp: {rank: x}}': adapter.mlp.rank: expected a whole number; got 'x'.",
+    ),
+    (
+        "adapter.attention=null",
+        "r.yaml:2: adapter: nothing would be trained. "
+        "Give a rank to attention, mlp or experts, or set router.mode to tuned.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDES)
+def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, message: str) -> None:
+    assert mistakes(tmp_path, "\n".join(GOOD), override) == [message]
+
+
+FILES = [
+    (b"", "r.yaml: expected a recipe, a mapping such as `base: {model: …}`; it is empty."),
+    (b"# only a comment\n", "r.yaml: expected a recipe, a mapping such as `base: {model: …}`; it is empty."),
+    (b"- a\n- b\n", "r.yaml: expected a recipe, a mapping such as `base: {model: …}`; it holds a list."),
+    (b"42\n", "r.yaml: expected a recipe, a mapping such as `base: {model: …}`; it holds 42."),
+    (b"base: \xff\n", "r.yaml: not UTF-8 text (byte 6). Save it as UTF-8."),
+    ("base: {}".encode("utf-16"), "r.yaml: not UTF-8 text (byte 0). Save it as UTF-8."),
+    (b"base:\n\tmodel: m\n", None),
+    (b"base: {model: m\n", None),
+    (b"base: *other\n", "r.yaml:1: not valid YAML: found undefined alias 'other'."),
+    (b"a: 1\n---\nb: 2\n", None),
+    (b"[" * 1000, "r.yaml: nested too deeply."),
+    (b"a: &x [*x]\n", "r.yaml:1: nested too deeply or too large for a recipe."),
+    (b"a: \x00\n", None),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), FILES)
+def test_a_file_that_is_no_recipe_gives_one_message(tmp_path: Path, content: bytes, message: str | None) -> None:
+    found = mistakes(tmp_path, content)
+    assert len(found) == 1
+    if message is None:
+        assert found[0].startswith("r.yaml:")
+        assert "not valid YAML: " in found[0]
+    else:
+        assert found == [message]
+
+
+def test_tabs_are_explained(tmp_path: Path) -> None:
+    [message] = mistakes(tmp_path, "base:\n\tmodel: m\n")
+    assert message.startswith("r.yaml:2: not valid YAML: ")
+    assert message.endswith("Indent with spaces, not tabs.")
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.system [ls]", "!mine {a: 1}", "!!binary aGk=", "!!set {a}"])
+def test_no_tag_is_executed(tmp_path: Path, tag: str) -> None:
+    found = mistakes(tmp_path, with_line(5, f"output: {tag}"))
+    assert found[0].startswith("r.yaml:5: output: the tag ")
+    assert found[0].endswith(" is not allowed. Remove it.")
+
+
+def test_merge_keys_and_keys_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, with_line(4, "train: {<<: {seed: 1}, [a]: 2}"))
+    assert found == [
+        "r.yaml:4: train.<<: merge keys are not supported. Write the settings out.",
+        "r.yaml:4: train: a key must be plain text.",
+    ]
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    found = mistakes(tmp_path, with_line(4, '"\\ud800": 3') + 'router: {mode: "\\udfff"}')
+    assert found == [
+        "r.yaml:4: a key must be plain text.",
+        "r.yaml:6: router.mode: expected text that can be written as UTF-8; got '\\udfff'.",
+    ]
+
+
+def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "swahili.yaml").touch()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "swahil.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path / 'swahil.yaml'}: no such recipe. Did you mean '{tmp_path / 'swahili.yaml'}'?"
+    )
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is a folder; expected a recipe file"):
+        load_recipe(tmp_path)
