@@ -76,3 +76,18 @@ def alpaca_rows(count: int) -> list[dict[str, Any]]:
         {"instruction": f"Name {i % 10}", "input": "", "output": names[i % 10], "language": ("en", "sw")[i % 2]}
         for i in range(count)
     ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighty Alpaca rows in two languages; read only."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", alpaca_rows(80))

@@ -1,0 +1,66 @@
+"""Imports go one way: from the command line down to the errors."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lola_ft"
+# A package may import from those of a higher number, and from itself.
+LEVELS = {
+    "__main__": 0,
+    "cli": 1,
+    "demo": 2,
+    "training": 3,
+    "merging": 3,
+    "hub": 3,
+    "evaluation": 3,
+    "routing": 3,
+    "planning": 3,
+    "nano": 3,
+    "adapters": 4,
+    "data": 4,
+    "quantization": 5,
+    "model": 6,
+    "kernels": 7,
+    "recipe": 7,
+    "files": 8,
+    "errors": 9,
+}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def test_every_package_has_a_level() -> None:
+    assert MODULES
+    assert {part(path) for path in MODULES} <= set(LEVELS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    own = part(path)
+    for imported in ours_imported_by(path):
+        if imported != own:
+            assert LEVELS[imported] > LEVELS[own], f"{own} imports {imported}, which is not below it"
+        if imported == "recipe":
+            assert own in ("cli", "training", "merging", "recipe", "demo"), f"{own} imports recipe"
+
+
+def part(path: Path) -> str:
+    """The part of the package that a file belongs to: its folder, or its own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def ours_imported_by(path: Path) -> set[str]:
+    """The parts that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module or ""]
+            if node.module == "lola_ft":
+                names = [f"lola_ft.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("lola_ft.")}
+    return found
