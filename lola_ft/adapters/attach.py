@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper
 from lola_ft.errors import UserError
@@ -60,10 +61,15 @@ def lora_config(settings: AdapterSettings) -> LoraConfig:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
-        target_modules=[target for target in ranks if target not in EXPERT_TARGETS],
+        target_modules=linear_targets(ranks),
         target_parameters=[target for target in ranks if target in EXPERT_TARGETS] or None,
         modules_to_save=[ROUTER_MODULE] if settings.tune_router else None,
     )
+
+
+def linear_targets(ranks: dict[str, int]) -> list[str] | str:
+    """PEFT's `target_modules`; a name of PEFT's that matches nothing where only the router is trained."""
+    return sorted(target for target in ranks if target not in EXPERT_TARGETS) if ranks else DUMMY_TARGET_MODULES
 
 
 def attach(model: LolaForCausalLM, config: LoraConfig, adapter_name: str = "default") -> PeftModel:

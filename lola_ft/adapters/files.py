@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lola_ft.adapters.attach import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
+from lola_ft.adapters.attach import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE, linear_targets
 from lola_ft.adapters.layouts import LAYOUTS, SINGLE, detect_layout, from_state, to_state
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
@@ -123,7 +123,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         alpha_pattern={target: alpha for target, alpha in alphas.items() if alpha != common_alpha},
         use_rslora=weights.rslora,
         fan_in_fan_out=layout == "per_expert",
-        target_modules=sorted(target for target in ranks if target not in EXPERT_TARGETS),
+        target_modules=linear_targets(ranks),
         target_parameters=[target for target in EXPERT_TARGETS if target in ranks] or None,
         modules_to_save=[ROUTER_MODULE] if weights.trained else None,
     )

@@ -71,9 +71,10 @@ def _loading_config(weights: AdapterWeights, model: LolaForCausalLM) -> LoraConf
     state = set(to_state(weights, "peft", model.config.num_experts))
     config = config_for(weights, "peft")
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
-        config[kind] = [name for target in config[kind] or () for name in _names_of(target, kind, state, model)]
+        if isinstance(config[kind], list):
+            config[kind] = [name for target in config[kind] for name in _names_of(target, kind, state, model)]
     known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
-    return LoraConfig(**known | {"target_parameters": config["target_parameters"] or None})
+    return LoraConfig(**known)
 
 
 def _names_of(target: str, kind: str, state: set[str], model: LolaForCausalLM) -> list[str]:
