@@ -8,6 +8,7 @@ from lola_ft.errors import CheckpointError
 
 # Both names that LOLA checkpoints carry, and transformers' newer one, are the tanh approximation of GELU.
 TANH_GELU_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_inner", "n_layer", "n_head", "num_experts")
 
 
 class LolaConfig(PreTrainedConfig):
@@ -60,7 +61,7 @@ class LolaConfig(PreTrainedConfig):
         self.n_embd = n_embd
         self.n_layer = n_layer
         self.n_head = n_head
-        self.n_inner = 4 * n_embd if n_inner is None else n_inner
+        self.n_inner: int = 4 * n_embd if n_inner is None and _is_size(n_embd) else n_inner  # type: ignore[assignment]
         self.num_experts = num_experts
         self.topk = topk
         self.activation_function = activation_function
@@ -90,13 +91,14 @@ class LolaConfig(PreTrainedConfig):
 
 
 def _refuse_unsupported(config: LolaConfig) -> None:
-    problems = []
+    sizes = {name: getattr(config, name) for name in _SIZES}
+    problems = [f"{name} is {size!r}, not a positive integer" for name, size in sizes.items() if not _is_size(size)]
     if config.topk != 1:
-        problems.append(f"topk is {config.topk}, but LOLA sends each token to exactly 1 expert")
+        problems.append(f"topk is {config.topk!r}, but LOLA sends each token to exactly 1 expert")
     if config.activation_function not in TANH_GELU_NAMES:
         known = ", ".join(TANH_GELU_NAMES)
         problems.append(f"activation_function is '{config.activation_function}', not one of {known}")
-    if config.n_embd % config.n_head:
+    if not problems and config.n_embd % config.n_head:
         problems.append(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
     if config.reorder_and_upcast_attn:
         problems.append("reorder_and_upcast_attn is not supported; attention runs through transformers' interface")
@@ -104,3 +106,7 @@ def _refuse_unsupported(config: LolaConfig) -> None:
         problems.append("tie_word_embeddings is false, but LOLA's output embeddings are its input embeddings")
     if problems:
         raise CheckpointError("config.json: " + "; ".join(problems) + ".")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -14,7 +14,8 @@ _SAMPLES = 64
 def fingerprint(checkpoint: HubCheckpoint) -> str:
     """Sixteen hex digits over every weight's name, shape and 64 values spread over it.
 
-    Values are compared in bfloat16, so that a float32 checkpoint and its 16-bit copy have the same identity.
+    Values are compared in bfloat16, so that a float32 checkpoint and its bfloat16 copy have the same identity.
+    (A float16 copy has another: its values round twice.)
     """
     digest = hashlib.sha256()
     for entry in sorted(checkpoint.entries.values(), key=lambda entry: entry.name):

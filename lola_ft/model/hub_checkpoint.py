@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lola_ft.model.layout import is_ignored
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_HEADER_BYTES = 100_000_000
+_PIECE = 1 << 20  # values cast at a time: an embedding in float32 would double the peak of loading
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
@@ -39,13 +41,19 @@ class TensorEntry:
     start: int
     num_bytes: int
 
-    def read(self) -> Tensor:
-        """Read the tensor into memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        if self.num_bytes:
-            with self.file.open("rb", buffering=0) as handle:
-                handle.seek(self.start)
-                read_fully(handle.fileno(), bytes_of(tensor), self.file)
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Read the tensor into memory of its own, in its own dtype or cast to another, a piece at a time."""
+        tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
+        flat = tensor.view(-1)
+        step = max(1, flat.numel()) if tensor.dtype == self.dtype else _PIECE
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.start)
+            for start in range(0, flat.numel(), step):
+                target = flat[start : start + step]
+                piece = target if target.dtype == self.dtype else torch.empty(target.shape, dtype=self.dtype)
+                read_fully(handle.fileno(), bytes_of(piece), self.file)
+                if piece is not target:
+                    target.copy_(piece)
         return tensor
 
 
@@ -97,7 +105,10 @@ class HubCheckpoint:
                 f"{folder / 'config.json'}: model_type is '{model_type}', not '{LolaConfig.model_type}': this is not a "
                 "LOLA checkpoint. lola_ft fine-tunes LOLA, for instance dice-research/lola_v1."
             )
-        config = LolaConfig.from_dict(config_json)
+        try:
+            config = LolaConfig.from_dict(config_json)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}/{error}") from error
         files = weight_files(folder)
         found = {entry.name: entry for file in files for entry in read_header(file)}
         entries = {name: entry for name, entry in found.items() if not is_ignored(name)}
@@ -129,16 +140,19 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, from its index or the single file."""
+    """The safetensors files of a checkpoint: the single file or, without one, those of the index (as transformers)."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
     index = folder / _INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: its weight_map does not say which shard holds which tensor.")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
         return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
     raise CheckpointError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}. (Pickled .bin weights are never loaded.)")
 
 
@@ -152,9 +166,9 @@ def read_header(file: Path) -> list[TensorEntry]:
             raise CheckpointError(f"{file}: not a whole safetensors file. Download it again.")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
+            entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{file}: its safetensors header is damaged. Download it again.") from error
-    entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
     end = max((entry.start + entry.num_bytes for entry in entries), default=8 + length)
     if end > size:
         first = min((e for e in entries if e.start + e.num_bytes > size), key=lambda e: e.start)
@@ -170,7 +184,12 @@ def _entry(file: Path, name: str, info: dict[str, Any], data_start: int) -> Tens
     dtype = _DTYPES.get(info["dtype"])
     if dtype is None and not is_ignored(name):
         raise CheckpointError(f"{file}: tensor '{name}' is {info['dtype']}; weights must be F32, F16 or BF16.")
-    return TensorEntry(name, file, dtype or torch.uint8, tuple(info["shape"]), data_start + start, end - start)
+    shape = tuple(info["shape"])
+    if start < 0 or (dtype is not None and end - start != prod(shape) * dtype.itemsize):
+        raise CheckpointError(
+            f"{file}: tensor '{name}' takes {end - start} bytes, which its shape and dtype contradict."
+        )
+    return TensorEntry(name, file, dtype or torch.uint8, shape, data_start + start, end - start)
 
 
 def expected_shapes(config: LolaConfig) -> dict[str, tuple[int, ...]]:

@@ -101,10 +101,17 @@ class LolaMoe(nn.Module):
         # The authors drop out each expert's output before scaling it; both are elementwise, so once after is the same.
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the output (B, S, D) and the router's scores (T, E)."""
+    def forward(self, x_BSD: Tensor, choices: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the output (B, S, D) and the router's scores (T, E).
+
+        Args:
+            choices: Empty: filled with the chosen experts. Filled: these are used again, so that a recomputation
+                (gradient checkpointing) cannot send a token elsewhere for a rounding difference.
+        """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing = route(self.gate(x_TD))
+        routing = route(self.gate(x_TD), choices[0] if choices else None)
+        if choices == []:
+            choices.append(routing.expert_ids_T)
         out_TD = self.experts(x_TD, routing.expert_ids_T, routing.probs_T)
         return self.dropout(out_TD).view_as(x_BSD), routing.logits_TE
 
@@ -128,13 +135,14 @@ class LolaBlock(GradientCheckpointingLayer):
         x_BSD: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        choices: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns the hidden states (B, S, D), the router's scores (T, E) or None, the attention weights or None."""
         attn_BSD, weights = self.attn(self.ln_1(x_BSD), attention_mask, past_key_values, **kwargs)
         x_BSD = x_BSD + attn_BSD
         if self.is_moe:
-            out_BSD, router_logits_TE = self.moe(self.ln_2(x_BSD))
+            out_BSD, router_logits_TE = self.moe(self.ln_2(x_BSD), choices)
         else:
             out_BSD, router_logits_TE = self.mlp(self.ln_2(x_BSD)), None
         return x_BSD + out_BSD, router_logits_TE, weights

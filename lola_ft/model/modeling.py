@@ -36,6 +36,25 @@ class LolaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, but for bitsandbytes' quantiser: it would leave every expert dense, silently."""
+        if kwargs.get("quantization_config") is not None:
+            raise UserError(
+                "transformers' quantisers do not know fused experts: they would stay dense and the router would not. "
+                "Load in 4 bit with lola_ft.load_base(path, quantization='nf4')."
+            )
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, in the Hub's layout; refused for 4-bit weights, which that layout cannot hold."""
+        if getattr(self, "quantization", None):
+            raise UserError(
+                "A 4-bit base is not saved as a checkpoint: its weights are rounded. Save the adapter "
+                "(lola_ft.save_adapter), or merge it into the original weights (lola_ft.merge)."
+            )
+        return super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config.initializer_range)
@@ -94,14 +113,10 @@ class LolaModel(LolaPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
-
+        checkpointing = self.gradient_checkpointing and self.training
+        use_cache = use_cache and not checkpointing
         embeds_BSD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = self._next_positions(embeds_BSD, past_key_values)
+        position_ids = self._positions(embeds_BSD, past_key_values, position_ids)
         mask = create_causal_mask(
             config=config,
             inputs_embeds=embeds_BSD,
@@ -109,12 +124,20 @@ class LolaModel(LolaPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        # Only now: with a cache, even an empty one, the mask would let packed documents see each other.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
         x_BSD = self.drop(embeds_BSD + self.wpe(position_ids))
 
         hidden_states, router_logits, attentions = [x_BSD], [], []
         for block in self.h:
             x_BSD, logits_TE, weights = block(
-                x_BSD, attention_mask=mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs
+                x_BSD,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                choices=[] if checkpointing else None,
+                **kwargs,
             )
             hidden_states.append(x_BSD)
             attentions.append(weights)
@@ -130,14 +153,20 @@ class LolaModel(LolaPreTrainedModel):
             router_logits=tuple(router_logits) if output_router_logits else None,
         )
 
-    def _next_positions(self, embeds_BSD: Tensor, past_key_values: Cache | None) -> Tensor:
+    def _positions(self, embeds_BSD: Tensor, past_key_values: Cache | None, position_ids: Tensor | None) -> Tensor:
+        """The given positions, or else those that follow the cache; refused beyond the learned ones."""
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         end = past + embeds_BSD.shape[1]
+        if position_ids is not None and end > self.config.n_positions:
+            # Packed or left-padded rows may be longer than their highest position. (Reading it waits for the GPU.)
+            end = int(position_ids.max()) + 1
         if end > self.config.n_positions:
             raise UserError(
                 f"The sequence is {end} tokens long, but this model has {self.config.n_positions} learned positions. "
                 "Shorten the text or split it."
             )
+        if position_ids is not None:
+            return position_ids
         return torch.arange(past, end, device=embeds_BSD.device).unsqueeze(0)
 
 

@@ -40,9 +40,16 @@ class Routing:
     probs_T: Tensor
 
 
-def route(logits_TE: Tensor) -> Routing:
-    """Choose each token's expert (top-1, not renormalised; LOLA, arXiv 2409.11272)."""
-    probs_T, expert_ids_T = logits_TE.softmax(dim=-1).max(dim=-1)
+def route(logits_TE: Tensor, expert_ids_T: Tensor | None = None) -> Routing:
+    """Choose each token's expert (top-1, not renormalised; LOLA, arXiv 2409.11272).
+
+    Args:
+        expert_ids_T: Choices made before (T,), to be kept whatever the scores are now.
+    """
+    probs_TE = logits_TE.softmax(dim=-1)
+    if expert_ids_T is None:
+        expert_ids_T = probs_TE.argmax(dim=-1)
+    probs_T = probs_TE.gather(1, expert_ids_T[:, None]).squeeze(1)
     return Routing(logits_TE, expert_ids_T, probs_T)
 
 

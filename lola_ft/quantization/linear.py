@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lola_ft.quantization.nf4 import NF4, dequantize
+from lola_ft.quantization.nf4 import NF4, dequantize, quant_state, quantize
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -24,7 +24,8 @@ class NF4Linear(bnb.nn.Linear4bit):
 
     def load_dense(self, weight: Tensor) -> None:
         """Quantise a dense weight (out, in) into this layer, on the weight's device."""
-        packed, state = quantize_to_state(weight)
+        nf4 = quantize(weight)
+        packed, state = nf4.packed.view(-1, 1), quant_state(nf4, weight.shape, weight.dtype)
         self.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, quant_type="nf4", module=self, bnb_quantized=True
         )
@@ -58,11 +59,6 @@ class _NF4Linear(torch.autograd.Function):
         d_x = d_y @ ctx.layer.dense_weight(d_y.dtype) if wants_x else None
         d_bias = d_y.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if wants_bias else None
         return d_x, d_bias, None
-
-
-def quantize_to_state(weight: Tensor) -> tuple[Tensor, Any]:
-    """Packed bytes and bitsandbytes' QuantState of a weight."""
-    return bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
 
 
 def is_quantizable(module: nn.Module) -> bool:

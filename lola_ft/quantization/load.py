@@ -77,16 +77,15 @@ def _load_nf4(checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.devic
         place = place_of(entry.name)
         module_name, _, name = place.parameter.rpartition(".")
         module = model.get_submodule(module_name)
-        # Quantised from float32 or bfloat16 as stored: a cast first would round twice.
-        tensor = entry.read().to(device)
+        # Weights are quantised from what is stored: a cast first would round twice.
         if isinstance(module, NF4Experts) and not name.endswith("_bias"):
-            module.load_expert(name, place.expert_id or 0, tensor)
+            module.load_expert(name, place.expert_id or 0, entry.read().to(device))
         elif isinstance(module, NF4Linear) and name == "weight":
-            module.load_dense(tensor.t())
+            module.load_dense(entry.read().to(device).t())
         elif place.expert_id is not None:
-            _bias_stack(module, name, dtype, device).data[place.expert_id] = tensor
+            _bias_stack(module, name, dtype, device).data[place.expert_id] = entry.read()
         else:
-            setattr(module, name, nn.Parameter(tensor.to(dtype), requires_grad=False))
+            setattr(module, name, nn.Parameter(entry.read(dtype).to(device), requires_grad=False))
     model.tie_weights()
     model.config.dtype = dtype
     model.quantization = "nf4"

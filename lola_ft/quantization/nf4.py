@@ -4,7 +4,9 @@ A weight is cut into blocks of 64 values in memory order, each with a scale (abs
 in 8 bits, in blocks of 256, around their mean. 4.127 bits a weight in all.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import bitsandbytes.functional as bnb
@@ -13,6 +15,8 @@ from torch import Tensor
 
 BLOCK = 64
 ABSMAX_BLOCK = 256
+# Weights of a chunk: it stays in a core's cache, and torch runs operations of this size in one thread.
+_CHUNK = 511 * BLOCK
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,53 @@ class NF4:
 
 def quantize(weight: Tensor) -> NF4:
     """Quantise a float weight of any shape, in memory order; bit-equal to bitsandbytes' `quantize_4bit`."""
-    packed, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
-    return NF4(packed.view(-1), state.absmax, state.state2.absmax, state.offset)
+    flat = weight.contiguous().view(-1)
+    if flat.device.type == "cpu":
+        packed, scales = _codes_and_scales(flat)
+    else:
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(flat, BLOCK, "nf4", torch.uint8)
+    offset = scales.mean()
+    absmax, state = bnb.quantize_blockwise(scales.sub_(offset), blocksize=ABSMAX_BLOCK)
+    return NF4(packed.view(-1), absmax, state.absmax, offset)
+
+
+def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and float32 block scales of a flat CPU weight, a cache-sized chunk at a time.
+
+    bitsandbytes' CPU operator (0.50) spends three quarters of its time in `bucketize` and needs ten bytes a weight
+    beside the result. Here a code is the number of bounds below the scaled value: the same codes in a fraction of
+    the time and memory.
+    """
+    numel = flat.numel()
+    packed = torch.empty(-(-numel // 2), dtype=torch.uint8)
+    scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
+    whole = numel - numel % BLOCK
+    starts = range(0, whole, _CHUNK)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda start: _quantize_chunk(flat, start, min(start + _CHUNK, whole), packed, scales), starts))
+    if whole < numel:
+        tail, tail_scale = torch.ops.bitsandbytes.quantize_4bit.default(flat[whole:], BLOCK, "nf4", torch.uint8)
+        packed[whole // 2 :], scales[whole // BLOCK :] = tail.view(-1), tail_scale
+    return packed, scales
+
+
+def _quantize_chunk(flat: Tensor, start: int, stop: int, packed: Tensor, scales: Tensor) -> None:
+    blocks = flat[start:stop].view(-1, BLOCK).float()
+    absmax = blocks.abs().amax(dim=-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
+    codes = torch.zeros(stop - start, dtype=torch.uint8)
+    above = torch.empty(stop - start, dtype=torch.bool)
+    for bound in _bounds():
+        codes += torch.gt(scaled, bound, out=above)
+    packed[start // 2 : stop // 2] = (codes[::2] << 4) | codes[1::2]
+    scales[start // BLOCK : stop // BLOCK] = absmax
+
+
+@cache
+def _bounds() -> list[float]:
+    """The 15 values halfway between neighbouring codes of NF4."""
+    code = bnb.get_4bit_type("nf4", device="cpu")
+    return ((code[:-1] + code[1:]) / 2).tolist()
 
 
 def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -66,3 +115,21 @@ def packed_sizes(numel: int) -> tuple[int, int, int]:
     """Lengths of `packed`, `absmax` and `absmax2` for a weight of `numel` values."""
     blocks = -(-numel // BLOCK)
     return -(-numel // 2), blocks, -(-blocks // ABSMAX_BLOCK)
+
+
+def quant_state(nf4: NF4, shape: torch.Size, dtype: torch.dtype) -> bnb.QuantState:
+    """The scales as bitsandbytes' own classes hold them."""
+    device = nf4.packed.device
+    second = bnb.QuantState(
+        absmax=nf4.absmax2, code=dynamic_code().to(device), blocksize=ABSMAX_BLOCK, dtype=torch.float32
+    )
+    return bnb.QuantState(
+        absmax=nf4.absmax,
+        shape=shape,
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=bnb.get_4bit_type("nf4", device=device),
+        quant_type="nf4",
+        offset=nf4.offset,
+        state2=second,
+    )

@@ -1,0 +1,70 @@
+"""The plan of the grouped buffer: a place of its own for each token, among those of its expert."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lola_ft.kernels.grouping import group_by_expert, padded_rows
+
+choices = st.integers(1, 20).flatmap(
+    lambda experts: st.tuples(st.lists(st.integers(0, experts - 1), max_size=400), st.just(experts))
+)
+
+
+@given(choices)
+@settings(deadline=None, max_examples=150)
+def test_every_token_has_a_row_of_its_own_in_its_experts_span(case: tuple[list[int], int]) -> None:
+    expert_ids, num_experts = case
+    groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
+    rows = groups.row_of_token_T.tolist()
+    assert len(set(rows)) == len(rows) == len(expert_ids)
+    span_of = {expert_id: (first, end) for expert_id, first, end in groups.spans}
+    for expert_id, row in zip(expert_ids, rows, strict=True):
+        first, end = span_of[expert_id]
+        assert first <= row < end
+
+
+@given(choices)
+@settings(deadline=None, max_examples=150)
+def test_spans_tile_the_buffer_and_leave_out_idle_experts(case: tuple[list[int], int]) -> None:
+    expert_ids, num_experts = case
+    groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
+    assert [expert_id for expert_id, _, _ in groups.spans] == sorted(set(expert_ids))
+    at = 0
+    for expert_id, first, end in groups.spans:
+        assert first == at
+        assert end - first == padded_rows(expert_ids.count(expert_id))
+        at = end
+    assert groups.num_rows == at
+
+
+@given(choices)
+@settings(deadline=None, max_examples=50)
+def test_tokens_of_an_expert_keep_their_order_from_its_first_row_on(case: tuple[list[int], int]) -> None:
+    """Then a buffer's rows depend on the tokens alone, and a sum over them is the same in every run."""
+    expert_ids, num_experts = case
+    groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
+    for expert_id, first, _ in groups.spans:
+        rows = [row for row, e in zip(groups.row_of_token_T.tolist(), expert_ids, strict=True) if e == expert_id]
+        assert rows == list(range(first, first + len(rows)))
+
+
+@given(st.integers(0, 100_000))
+def test_padding_is_little_and_monotonic(count: int) -> None:
+    rows = padded_rows(count)
+    assert count <= rows <= count + max(31, count // 4)
+    assert rows % 32 == 0
+    assert padded_rows(rows) == rows
+    assert padded_rows(count + 1) >= rows
+
+
+def test_few_row_counts_exist() -> None:
+    """oneDNN builds a kernel for each: eight up to 256 rows, then four a doubling."""
+    assert {padded_rows(count) for count in range(1, 257)} == set(range(32, 257, 32))
+    assert len({padded_rows(count) for count in range(1, 16_385)}) == 8 + 4 * 6
+
+
+@pytest.mark.parametrize(("count", "rows"), [(0, 0), (1, 32), (32, 32), (33, 64), (256, 256), (257, 320), (513, 640)])
+def test_padded_rows(count: int, rows: int) -> None:
+    assert padded_rows(count) == rows
