@@ -24,7 +24,8 @@ import lola_ft
 from lola_ft.adapters import AdapterSettings, attach, lora_config
 from lola_ft.merging.writer import SafetensorsWriter
 from lola_ft.model import LolaConfig
-from lola_ft.model.hub_checkpoint import TensorEntry, expected_shapes
+from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry
 from lola_ft.quantization import audit
 from lola_ft.training.precision import choose_precision
 
@@ -119,7 +120,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int) -> None:
     pool = torch.randn(1 << 24).mul_(0.02)  # every tensor is a stretch of these, from a place of its own
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        entries = [TensorEntry(name, folder / file, dtype, shape, 0, 0) for name, shape in shard]
+        entries = [TensorEntry(name, folder / file, DTYPE_NAMES[dtype], shape, 0, 0) for name, shape in shard]
         with SafetensorsWriter(folder / file, entries, dtype) as writer:
             for j, (name, shape) in enumerate(shard):
                 numel = torch.Size(shape).numel()
@@ -158,7 +159,7 @@ def read_memory() -> dict[str, float]:
     """Anonymous and resident memory of this process, MB (Linux)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {
-        name: round(int(fields[key].split()[0]) / 1000, 1)
+        name: round(int(fields[key].split()[0]) * 1024 / 1e6, 1)
         for name, key in (("anonymous", "RssAnon"), ("resident", "VmRSS"))
     }
 

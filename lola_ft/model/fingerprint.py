@@ -6,7 +6,8 @@ import json
 import torch
 from torch import Tensor
 
-from lola_ft.model.hub_checkpoint import HubCheckpoint, TensorEntry
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.safetensors_file import TensorEntry
 
 _SAMPLES = 64
 

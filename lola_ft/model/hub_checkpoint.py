@@ -1,75 +1,24 @@
-"""Reading a checkpoint folder in the Hub's layout, tensor by tensor, and saying what is wrong with it.
-
-Tensors are read with plain reads into memory of their own: a mapped file would count as resident for as long as the
-mapping lives, and a file that shrinks under a mapping kills the process.
-"""
+"""A checkpoint folder in the Hub's layout: which tensors it holds and where, and what is wrong with it."""
 
 import json
-import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-from torch import Tensor
 
 from lola_ft.errors import CheckpointError
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.layout import is_ignored
+from lola_ft.model.safetensors_file import TensorEntry, read_header
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_MAX_HEADER_BYTES = 100_000_000
-_PIECE = 1 << 20  # values cast at a time: an embedding in float32 would double the peak of loading
+WEIGHT_KINDS = ("F32", "F16", "BF16")
+_HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor's bytes lie: `shape` elements of `dtype` from byte `start` of `file`."""
-
-    name: str
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
-
-    def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Read the tensor into memory of its own, in its own dtype or cast to another, a piece at a time."""
-        tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
-        flat = tensor.view(-1)
-        step = max(1, flat.numel()) if tensor.dtype == self.dtype else _PIECE
-        with self.file.open("rb", buffering=0) as handle:
-            handle.seek(self.start)
-            for start in range(0, flat.numel(), step):
-                target = flat[start : start + step]
-                piece = target if target.dtype == self.dtype else torch.empty(target.shape, dtype=self.dtype)
-                read_fully(handle.fileno(), bytes_of(piece), self.file)
-                if piece is not target:
-                    target.copy_(piece)
-        return tensor
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to read into or write from."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def read_fully(fd: int, view: memoryview, file: Path) -> None:
-    """Fill `view` from the file's position on; a short read means that the file shrank."""
-    done = 0
-    while done < len(view):
-        count = os.readv(fd, [view[done:]])
-        if count == 0:
-            raise CheckpointError(f"{file}: ends too early; it is truncated. Download it again.")
-        done += count
 
 
 @dataclass(frozen=True)
@@ -81,6 +30,7 @@ class HubCheckpoint:
         entries: By tensor name.
         files: The safetensors files.
         ignored: Names of legacy buffers and of copies of tied weights, which are left out.
+        head: A copy of the embeddings under the output head's name, if a file holds one.
     """
 
     folder: Path
@@ -89,6 +39,7 @@ class HubCheckpoint:
     entries: dict[str, TensorEntry]
     files: list[Path]
     ignored: list[str]
+    head: TensorEntry | None
 
     @staticmethod
     def open(path: str | Path, revision: str | None = None) -> "HubCheckpoint":
@@ -110,14 +61,33 @@ class HubCheckpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{folder}/{error}") from error
         files = weight_files(folder)
-        found = {entry.name: entry for file in files for entry in read_header(file)}
+        found = _find_tensors(files)
         entries = {name: entry for name, entry in found.items() if not is_ignored(name)}
-        _check_shapes(folder, entries, expected_shapes(config))
-        return HubCheckpoint(folder, config, config_json, entries, files, sorted(set(found) - set(entries)))
+        _check_tensors(folder, entries, expected_shapes(config))
+        ignored = {name: entry for name, entry in found.items() if name not in entries}
+        return HubCheckpoint(folder, config, config_json, entries, files, sorted(ignored), ignored.get(_HEAD))
 
     def __iter__(self) -> Iterator[TensorEntry]:
         """The weights in file order, so that reading them is sequential."""
         yield from sorted(self.entries.values(), key=lambda entry: (entry.file, entry.start))
+
+    def check_tied_head(self) -> None:
+        """Refuse a checkpoint whose output head is not its embeddings: LOLA ties them, so the head would be lost.
+
+        Raises:
+            CheckpointError: If the stored head differs in any value.
+        """
+        embeddings = self.entries["transformer.wte.weight"]
+        if self.head is None:
+            return
+        same = self.head.shape == embeddings.shape and self.head.kind in WEIGHT_KINDS
+        if not same or any(
+            not a.equal(b) for (_, a), (_, b) in zip(self.head.pieces(), embeddings.pieces(), strict=True)
+        ):
+            raise CheckpointError(
+                f"{self.head.file}: tensor '{_HEAD}' differs from '{embeddings.name}', but LOLA's output head is its "
+                "embeddings. Remove it if it is stale; an untied head is not supported."
+            )
 
 
 def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -156,42 +126,6 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}. (Pickled .bin weights are never loaded.)")
 
 
-def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file, by its header; checks that the file is as long as the header says."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
-        prefix = handle.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file}: not a whole safetensors file. Download it again.")
-        try:
-            header = json.loads(handle.read(length))
-            entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{file}: its safetensors header is damaged. Download it again.") from error
-    end = max((entry.start + entry.num_bytes for entry in entries), default=8 + length)
-    if end > size:
-        first = min((e for e in entries if e.start + e.num_bytes > size), key=lambda e: e.start)
-        raise CheckpointError(
-            f"{file}: truncated: tensor '{first.name}' and what follows is cut off ({size} of {end} bytes). "
-            "Download it again."
-        )
-    return entries
-
-
-def _entry(file: Path, name: str, info: dict[str, Any], data_start: int) -> TensorEntry:
-    start, end = info["data_offsets"]
-    dtype = _DTYPES.get(info["dtype"])
-    if dtype is None and not is_ignored(name):
-        raise CheckpointError(f"{file}: tensor '{name}' is {info['dtype']}; weights must be F32, F16 or BF16.")
-    shape = tuple(info["shape"])
-    if start < 0 or (dtype is not None and end - start != prod(shape) * dtype.itemsize):
-        raise CheckpointError(
-            f"{file}: tensor '{name}' takes {end - start} bytes, which its shape and dtype contradict."
-        )
-    return TensorEntry(name, file, dtype or torch.uint8, shape, data_start + start, end - start)
-
-
 def expected_shapes(config: LolaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint with this config, in the Hub's names and orientation (in×out)."""
     d, f = config.n_embd, config.n_inner
@@ -227,7 +161,20 @@ def expected_shapes(config: LolaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shapes(folder: Path, entries: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]]) -> None:
+def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
+    """Every tensor of the files; one that stands in two of them is refused."""
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in found:
+                raise CheckpointError(
+                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}; which counts?"
+                )
+            found[entry.name] = entry
+    return found
+
+
+def _check_tensors(folder: Path, entries: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]]) -> None:
     missing = [name for name in expected if name not in entries]
     if missing:
         raise CheckpointError(
@@ -238,6 +185,8 @@ def _check_shapes(folder: Path, entries: dict[str, TensorEntry], expected: dict[
         raise CheckpointError(f"{folder}: {len(extra)} tensors that config.json does not call for: {_few(extra)}.")
     for name, shape in expected.items():
         entry = entries[name]
+        if entry.kind not in WEIGHT_KINDS:
+            raise CheckpointError(f"{entry.file}: tensor '{name}' is {entry.kind}; weights must be F32, F16 or BF16.")
         if entry.shape != shape:
             raise CheckpointError(
                 f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, but config.json calls for {list(shape)}."

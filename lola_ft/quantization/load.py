@@ -4,20 +4,28 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from lola_ft.errors import UserError
+from lola_ft.errors import CheckpointError, UserError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.fingerprint import fingerprint
+from lola_ft.model.heads import LolaForSequenceClassification, LolaForTokenClassification
 from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.layers import init_weights
 from lola_ft.model.layout import place_of
+from lola_ft.model.modeling import LolaPreTrainedModel
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear, is_quantizable
 
 QUANTIZATIONS = ("nf4", None)
+HEADS: dict[str, type[LolaPreTrainedModel]] = {
+    "causal_lm": LolaForCausalLM,
+    "sequence_classification": LolaForSequenceClassification,
+    "token_classification": LolaForTokenClassification,
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -28,7 +36,9 @@ def load_base(
     device: str | torch.device | None = None,
     revision: str | None = None,
     quiet: bool = False,
-) -> LolaForCausalLM:
+    head: str = "causal_lm",
+    num_labels: int = 2,
+) -> LolaPreTrainedModel:
     """Load LOLA in the Hub's layout, ready for evaluation or for an adapter.
 
     With "nf4", attention, dense MLP and every expert become NF4 with double quantisation while loading, one tensor at
@@ -40,10 +50,13 @@ def load_base(
         dtype: What stays dense is held, and everything is computed, in this dtype.
         device: Where to; the GPU if there is one.
         quiet: Do not print the audit (parameters and bytes by part and format).
+        head: "causal_lm"; or "sequence_classification" or "token_classification", a fresh layer of `num_labels`
+            outputs, which stays in `dtype`.
 
     Raises:
-        CheckpointError: Naming file and tensor; also if a weight stayed dense that should not.
-        UserError: For an unknown quantization or dtype.
+        CheckpointError: Naming file and tensor; also for weights that are not finite, for an output head that is not
+            the embeddings, or if a weight stayed dense that should not.
+        UserError: For an unknown quantization, dtype or head.
     """
     if quantization == "none":
         quantization = None
@@ -52,12 +65,18 @@ def load_base(
     torch_dtype = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if torch_dtype is None or torch_dtype not in DTYPES.values():
         raise UserError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
+    if head not in HEADS:
+        raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
     target = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = HubCheckpoint.open(path, revision)
+    checkpoint.check_tied_head()
+    labels = {} if head == "causal_lm" else {"num_labels": num_labels}
     if quantization is None:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch_dtype).to(target)
+        model = HEADS[head].from_pretrained(checkpoint.folder, dtype=torch_dtype, **labels).to(target)
+        for name, parameter in model.named_parameters():
+            require_finite(parameter, f"{checkpoint.folder}: tensor '{name}'")
     else:
-        model = _load_nf4(checkpoint, torch_dtype, target)
+        model = _load_nf4(checkpoint, HEADS[head], labels, torch_dtype, target)
         require_quantized(model)
     model.eval()
     model.config._name_or_path = str(path)
@@ -69,23 +88,47 @@ def load_base(
     return model
 
 
-def _load_nf4(checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.device) -> LolaForCausalLM:
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Refuse a weight with NaN or infinite values: in 4 bit they would spoil their whole block, unseen.
+
+    Raises:
+        CheckpointError: Beginning with `what`.
+    """
+    # The sum is one cheap pass; it may overflow where every value is finite, so only then all are looked at.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged, or its training diverged.")
+
+
+def _load_nf4(
+    checkpoint: HubCheckpoint,
+    model_class: type[LolaPreTrainedModel],
+    labels: dict[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LolaPreTrainedModel:
+    config = checkpoint.config
+    for name, value in labels.items():
+        setattr(config, name, value)
     with torch.device("meta"):
-        model = LolaForCausalLM(checkpoint.config)
+        model = model_class(config)
     _make_nf4_modules(model, device)
     for entry in checkpoint:
         place = place_of(entry.name)
         module_name, _, name = place.parameter.rpartition(".")
         module = model.get_submodule(module_name)
+        quantised = not name.endswith("bias") and isinstance(module, NF4Experts | NF4Linear)
         # Weights are quantised from what is stored: a cast first would round twice.
-        if isinstance(module, NF4Experts) and not name.endswith("_bias"):
-            module.load_expert(name, place.expert_id or 0, entry.read().to(device))
-        elif isinstance(module, NF4Linear) and name == "weight":
-            module.load_dense(entry.read().to(device).t())
+        tensor = entry.read(None if quantised else dtype).to(device)
+        require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
+        if quantised and isinstance(module, NF4Experts):
+            module.load_expert(name, place.expert_id or 0, tensor)
+        elif quantised:
+            module.load_dense(tensor.t())
         elif place.expert_id is not None:
-            _bias_stack(module, name, dtype, device).data[place.expert_id] = entry.read()
+            _bias_stack(module, name, dtype, device).data[place.expert_id] = tensor
         else:
-            setattr(module, name, nn.Parameter(entry.read(dtype).to(device), requires_grad=False))
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    _make_head(model, dtype, device)
     model.tie_weights()
     model.config.dtype = dtype
     model.quantization = "nf4"
@@ -96,7 +139,15 @@ def _load_nf4(checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.devic
     return model
 
 
-def _make_nf4_modules(model: LolaForCausalLM, device: torch.device) -> None:
+def _make_head(model: LolaPreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a classification head, which no checkpoint of the base holds, fresh weights."""
+    head = getattr(model, "score", None)
+    if head is not None:
+        head.to_empty(device=device).to(dtype)
+        init_weights(head, model.config.initializer_range)
+
+
+def _make_nf4_modules(model: LolaPreTrainedModel, device: torch.device) -> None:
     """Replace, on the meta device, every linear layer and every MoE layer's experts by their 4-bit form."""
     for name, module in list(model.transformer.named_modules()):
         parent = model.transformer.get_submodule(name.rpartition(".")[0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lola_ft.errors import CheckpointError
-from lola_ft.model import hub_checkpoint
+from lola_ft.model import safetensors_file
 from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 C_PROJ = "transformer.h.1.moe.experts.2.c_proj.weight"
@@ -178,7 +178,7 @@ def test_every_tensor_is_read_as_stored(shards: int, folder: Any) -> None:
 def test_a_tensor_is_cast_while_it_is_read(
     stored: torch.dtype, wanted: torch.dtype, folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_checkpoint, "_PIECE", 1000)  # so that a small tensor is read in several pieces
+    monkeypatch.setattr(safetensors_file, "_PIECE", 1000)  # so that a small tensor is read in several pieces
     folder.cast(stored)
     expected = folder.tensors
     for entry in HubCheckpoint.open(folder.path):

@@ -1,0 +1,116 @@
+"""Safetensors files, read tensor by tensor without mapping them.
+
+Tensors are read with plain reads into memory of their own: a mapped file would count as resident for as long as the
+mapping lives, and a file that shrinks under a mapping kills the process.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lola_ft.errors import CheckpointError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+_PIECE = 1 << 20  # values read at a time where a tensor is cast: an embedding would else double the peak of loading
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor's bytes lie: `shape` elements from byte `start` of `file`.
+
+    Attributes:
+        kind: The dtype as the file names it, such as "BF16".
+    """
+
+    name: str
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.kind]
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Read the tensor into memory of its own, in its own dtype or cast to another, a piece at a time."""
+        tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
+        flat = tensor.view(-1)
+        if tensor.dtype == self.dtype:
+            with self.file.open("rb", buffering=0) as handle:
+                handle.seek(self.start)
+                read_fully(handle.fileno(), bytes_of(flat), self.file)
+            return tensor
+        for start, piece in self.pieces():
+            flat[start : start + piece.numel()] = piece
+        return tensor
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces, each with the place of its first value."""
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.start)
+            numel = prod(self.shape)
+            for start in range(0, numel, _PIECE):
+                piece = torch.empty(min(_PIECE, numel - start), dtype=self.dtype)
+                read_fully(handle.fileno(), bytes_of(piece), self.file)
+                yield start, piece
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, to read into or write from."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read_fully(fd: int, view: memoryview, file: Path) -> None:
+    """Fill `view` from the file's position on; a short read means that the file shrank."""
+    done = 0
+    while done < len(view):
+        count = os.readv(fd, [view[done:]])
+        if count == 0:
+            raise CheckpointError(f"{file}: ends too early; it is truncated. Download it again.")
+        done += count
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """The tensors of a safetensors file, by its header; checks that the file is as long as the header says."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        prefix = handle.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file}: not a whole safetensors file. Download it again.")
+        try:
+            header = json.loads(handle.read(length))
+            entries = [_entry(file, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{file}: its safetensors header is damaged. Download it again.") from error
+    end = max((entry.start + entry.num_bytes for entry in entries), default=8 + length)
+    if end > size:
+        first = min((e for e in entries if e.start + e.num_bytes > size), key=lambda e: e.start)
+        raise CheckpointError(
+            f"{file}: truncated: tensor '{first.name}' and what follows is cut off ({size} of {end} bytes). "
+            "Download it again."
+        )
+    return entries
+
+
+def _entry(file: Path, name: str, info: dict[str, Any], data_start: int) -> TensorEntry:
+    start, end = info["data_offsets"]
+    dtype = DTYPES.get(info["dtype"])
+    shape = tuple(info["shape"])
+    if start < 0 or (dtype is not None and end - start != prod(shape) * dtype.itemsize):
+        raise CheckpointError(
+            f"{file}: tensor '{name}' takes {end - start} bytes, which its shape and dtype contradict."
+        )
+    return TensorEntry(name, file, str(info["dtype"]), shape, data_start + start, end - start)
