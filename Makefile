@@ -1,5 +1,7 @@
 # make demo   sets up .venv and runs the main job on the embedded default
 # make test   sets up .venv, then format check, lint, types, tests
+# Threads that wait asleep: spinning ones cost a shared machine ten times what they gain.
+export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -22,10 +22,10 @@ import torch
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, attach, lora_config
-from lola_ft.merging.writer import SafetensorsWriter
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry
+from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization import audit
 from lola_ft.training.precision import choose_precision
 

@@ -1,13 +1,15 @@
 """Which weights get LoRA: from plain settings to PEFT's config, and the adapter attached to a model."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper
+from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.quantization import NF4Linear
@@ -72,19 +74,27 @@ def linear_targets(ranks: dict[str, int]) -> list[str] | str:
     return sorted(target for target in ranks if target not in EXPERT_TARGETS) if ranks else DUMMY_TARGET_MODULES
 
 
+class NF4LoraLinear(LoraLinear4bit):
+    """PEFT's LoRA on a 4-bit linear layer, but for its merge, which would quantise the merged weight anew."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:  # noqa: ARG002
+        refuse_merge()
+
+
 def attach(model: LolaForCausalLM, config: LoraConfig, adapter_name: str = "default") -> PeftModel:
     """Wrap a model (changed in place) with a fresh adapter; everything else is frozen.
 
     Adapter weights and a tuned router are float32 whatever the base: small updates vanish in 16 bits.
     """
-    if isinstance(model, PeftModel):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError("This model already has an adapter; load the base anew.")
     classes: dict[type, type] = dict.fromkeys(EXPERT_CLASSES, ParamWrapper)
-    config._register_custom_module(classes | {NF4Linear: LoraLinear4bit})
+    config._register_custom_module(classes | {NF4Linear: NF4LoraLinear})
     config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
     peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        of_adapter = "lora_" in name or "modules_to_save" in name
+        if of_adapter and parameter.dtype != torch.float32:  # also where it is only loaded, not trained
             parameter.data = parameter.data.float()
-        assert not parameter.requires_grad or "lora_" in name or "modules_to_save" in name, f"{name} would be trained"
+        assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
     return peft_model

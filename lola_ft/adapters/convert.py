@@ -25,7 +25,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     Raises:
         AdapterError: If the adapter does not fit the base, or the layout cannot hold it.
     """
-    if Path(out).exists() and any(Path(out).iterdir()):
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"{out}: already there and not empty. Choose another --out.")
     checkpoint = HubCheckpoint.open(base)
     stored = read_adapter(adapter)

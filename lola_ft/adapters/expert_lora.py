@@ -61,11 +61,11 @@ class ParamWrapper(StockParamWrapper):
 
     def forward(self, x_TD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x_TD, *args, **kwargs)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         paths: dict[str, LowRank] = {}
         layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
+            if layer.disable_adapters and layer.merged:
+                layer.unmerge()
             path = layer.low_rank()
             if path is not None:
                 paths[layer.parameter_name] = path
@@ -74,7 +74,7 @@ class ParamWrapper(StockParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         if isinstance(self.get_base_layer(), NF4Experts):
-            _refuse_merge()
+            refuse_merge()
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
@@ -105,7 +105,12 @@ def _without_dropout(config: LoraConfig) -> LoraConfig:
     return plain
 
 
-def _refuse_merge() -> NoReturn:
+def refuse_merge() -> NoReturn:
+    """PEFT's in-memory merge has nothing to add to here.
+
+    Raises:
+        AdapterError: Always, naming what merges instead.
+    """
     raise AdapterError(
         "Merging into 4-bit weights in memory would round the adapter away. Use merge.py (lola_ft.merge): it merges "
         "into the original weights on disk."

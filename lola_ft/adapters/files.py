@@ -12,16 +12,27 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lola_ft.adapters.attach import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE, linear_targets
-from lola_ft.adapters.layouts import LAYOUTS, SINGLE, detect_layout, from_state, to_state
+from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, SINGLE, detect_layout, from_state, to_state
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.errors import AdapterError
+from lola_ft.errors import AdapterError, UserError
 from lola_ft.files import replace_folder
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
 # What this version reads right; another value of these would change the numbers.
-_PLAIN_CONFIG: dict[str, Any] = {"use_dora": False, "bias": "none", "lora_bias": False, "layer_replication": None}
+_PLAIN_CONFIG: dict[str, Any] = {
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "layer_replication": None,
+    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "use_bdlora": None,
+}
+# Initialisations that subtract the adapter's start from the base's weights.
+_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT 0.11, which the authors' code runs on, refuses a config with keys that it does not know.
 _AUTHORS_CONFIG_KEYS = (
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode"),
@@ -70,11 +81,24 @@ def read_adapter(path: str | Path) -> StoredAdapter:
             metadata = file.metadata() or {}
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"{folder}: the adapter is damaged or incomplete ({error}).") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG_FILE}: holds {type(config).__name__}, not an object.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')}; lola_ft reads LoRA adapters.")
     for key, plain in _PLAIN_CONFIG.items():
         if config.get(key, plain) != plain:
             raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {config[key]}, which lola_ft does not support.")
+    if str(config.get("init_lora_weights")).startswith(_INIT_CHANGES_BASE):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: init_lora_weights is {config['init_lora_weights']}, which changes the base's own "
+            "weights; lola_ft does not support it."
+        )
+    if (version := metadata.get("lola_ft_layout", LAYOUT_VERSION).rpartition("/")[2]) != LAYOUT_VERSION:
+        raise AdapterError(f"{folder}: its layout has version {version}; this lola_ft reads {LAYOUT_VERSION}.")
+    if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE}: {len(broken)} tensors hold NaN or infinite values: {', '.join(broken[:3])}."
+        )
     return StoredAdapter(folder, config, state, metadata)
 
 
@@ -92,6 +116,8 @@ def write_adapter(
     """
     if layout not in LAYOUTS:
         raise AdapterError(f"layout '{layout}' is not known; use one of {', '.join(LAYOUTS)}.")
+    if not is_replaceable(path):
+        raise UserError(f"{path}: already there and no adapter. Choose another folder.")
     state = to_state(weights, layout, num_experts)
     metadata = {"format": "pt", "lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
     if weights.base_fingerprint:
@@ -103,6 +129,14 @@ def write_adapter(
         if also is not None:
             also(folder)
     return Path(path)
+
+
+def is_replaceable(path: str | Path) -> bool:
+    """Whether an adapter may be written here: nothing, an empty folder, or an adapter's folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return not folder.exists()
+    return (folder / CONFIG_FILE).is_file() or not any(folder.iterdir())
 
 
 def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:

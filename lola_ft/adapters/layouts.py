@@ -20,6 +20,7 @@ from lola_ft.errors import AdapterError
 from lola_ft.model.layout import EXPERT_PROJECTIONS
 
 LAYOUTS = ("peft", "per_expert")
+CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 FUSED = re.compile(r"^(?P<experts>.+\.moe\.experts)(?P<inner>\.base_layer)?$")
 SINGLE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
@@ -43,7 +44,7 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
     for key, tensor in state.items():
         name = key.removeprefix(PREFIX)
         match = _LORA_KEY.match(name)
-        if match:
+        if match and tensor.ndim == 2 and match["factor"] not in factors[match["module"]]:
             factors[match["module"]][match["factor"]] = tensor
         elif name.endswith(".moe.gate.weight"):
             weights.trained[name] = tensor
@@ -58,14 +59,17 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
     for module, pair in factors.items():
         fused = FUSED.match(module)
         if fused is None:
+            _check_rank(module, pair, config, 1)
             weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config))
             continue
         projection = _fused_projection(fused, factors, config)
         named = f"{fused['experts']}.{projection}"
-        _check_fused(named, pair, num_experts)
+        _check_rank(named, pair, config, num_experts)
         a_ERI, b_EOR = split_a(pair["A"], num_experts), split_b(pair["B"], num_experts)
         for e in range(num_experts):
             single = f"{fused['experts']}.{e}.{_DISK_NAME[projection]}"
+            if single in factors:
+                raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
             weights.pairs[single] = LoraPair(a_ERI[e].contiguous(), b_EOR[e].contiguous(), _alpha(named, config))
     return weights
 
@@ -80,6 +84,10 @@ def to_state(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str
             state |= _pair_state(module, pair.a, pair.b)
         else:
             stacks[single["experts"], EXPERT_PROJECTIONS[single["proj"]]][int(single["expert"])] = pair
+    if len({frozenset(e for e, p in stacks if p == projection) for _, projection in stacks}) > 1:
+        raise AdapterError(
+            "Some layers have LoRA on both projections of their experts, some on one: only per_expert can hold it."
+        )
     for (experts, projection), by_expert in stacks.items():
         a_ERI, b_EOR = _stack(by_expert, num_experts, f"{experts}.{projection}")
         # PEFT nests the wrappers: up_proj's lies inside down_proj's where both have one.
@@ -124,15 +132,26 @@ def _fused_projection(fused: re.Match[str], factors: dict[str, dict[str, Tensor]
     return targets.pop()
 
 
-def _check_fused(name: str, pair: dict[str, Tensor], num_experts: int) -> None:
+def _check_rank(name: str, pair: dict[str, Tensor], config: dict[str, Any], num_experts: int) -> None:
+    """Both factors must have the config's rank, times the experts that they are stacked for."""
+    rank = int(_setting("rank_pattern", "r", name, config))
     rows, columns = pair["A"].shape[0], pair["B"].shape[1]
-    if rows != columns or rows % num_experts:
+    if {rows, columns} != {rank * num_experts}:
+        stacked = f" for each of {num_experts} experts, {rank * num_experts} in all" if num_experts > 1 else ""
+        hint = " Was the adapter trained on a base with another number of experts?" if num_experts > 1 else ""
         raise AdapterError(
-            f"{name}: A has {rows} rows and B {columns} columns; for {num_experts} experts both must be the same "
-            f"multiple of {num_experts}. Was the adapter trained on a base with another number of experts?"
+            f"{name}: A has {rows} rows and B {columns} columns, but {CONFIG_FILE} gives rank {rank}{stacked}.{hint}"
         )
 
 
-def _alpha(module: str, config: dict[str, Any]) -> float:
-    pattern = config.get("alpha_pattern") or {}
-    return float(pattern.get(get_pattern_key(pattern.keys(), module), config["lora_alpha"]))
+def _alpha(name: str, config: dict[str, Any]) -> float:
+    return float(_setting("alpha_pattern", "lora_alpha", name, config))
+
+
+def _setting(pattern_key: str, common_key: str, name: str, config: dict[str, Any]) -> Any:
+    """A module's own value, or the common one; the first pattern that matches counts, as in PEFT."""
+    pattern = config.get(pattern_key) or {}
+    value = pattern.get(get_pattern_key(pattern.keys(), name), config.get(common_key))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise AdapterError(f"{CONFIG_FILE} gives no {common_key} for {name}.")
+    return value

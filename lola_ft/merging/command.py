@@ -45,12 +45,16 @@ def _say(report: MergeReport, target: Path) -> None:
         f"{report.applied} of {report.adapter_tensors} adapter tensors applied; {report.changed} weights changed, "
         f"{report.copied} copied as they were."
     )
+    if report.rounded:
+        console.print(f"{report.rounded} more were written as 4-bit rounding leaves them.")
     if report.dropped:
         console.print(f"Left out {len(report.dropped)} legacy tensors: {', '.join(report.dropped[:3])}.")
     if proof := report.verification:
         console.print(
-            f"Reloaded and compared on {proof.tokens} tokens in {proof.dtype}: largest logit difference between merged "
-            f"and base plus adapter {proof.max_logit_difference:.3g} (largest logit {proof.largest_logit:.3g}), "
-            f"same next token at {proof.top1_agreement:.1%} of positions."
+            f"Reloaded and compared on {proof.compared} of {proof.tokens} tokens in {proof.dtype}: largest logit "
+            f"difference between merged and base plus adapter {proof.max_logit_difference:.3g} (largest logit "
+            f"{proof.largest_logit:.3g}), same next token at {proof.top1_agreement:.1%} of positions."
         )
+        if proof.compared < proof.tokens:
+            console.print("The other tokens come with or after one that rounding sent to another expert.")
     console.print(f"The merged model is in {target}; the proof in {target / 'merge_report.json'}.")

@@ -14,9 +14,9 @@ from lola_ft.errors import AdapterError, UserError
 from lola_ft.files import replace_folder, write_text
 from lola_ft.merging.rounding import nf4_rounded
 from lola_ft.merging.verify import Verification, verify
-from lola_ft.merging.writer import SafetensorsWriter
 from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.hub_checkpoint import HubCheckpoint, TensorEntry
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization.load import DTYPES
 
 ROUNDINGS = ("base", "nf4")
@@ -30,10 +30,11 @@ class MergeReport:
 
     Attributes:
         applied: Adapter tensors merged (A, B and trained weights each count one), out of `adapter_tensors`.
-        changed: Base tensors that differ from the base's now.
+        changed: Base tensors that the adapter changed.
+        rounded: Base tensors that it did not, but 4-bit rounding did (`rounding="nf4"`).
         copied: Base tensors written as they were (but for a cast).
         dropped: Legacy buffers and copies of tied weights that were left out, by name.
-        largest_change: Largest absolute change of any weight.
+        largest_change: Largest absolute change that the adapter made to any weight, as written.
     """
 
     base_fingerprint: str
@@ -43,6 +44,7 @@ class MergeReport:
     adapter_tensors: int
     applied: int
     changed: int
+    rounded: int
     copied: int
     dropped: list[str]
     largest_change: float
@@ -104,26 +106,31 @@ def merge(
 def _write_weights(
     checkpoint: HubCheckpoint, weights: AdapterWeights, folder: Path, dtype: torch.dtype | None, rounding: str
 ) -> MergeReport:
-    applied = changed = copied = total_bytes = 0
+    applied = changed = rounded = total_bytes = 0
     largest = 0.0
     weight_map: dict[str, str] = {}
     for file in checkpoint.files:
         entries = [entry for entry in checkpoint if entry.file == file]
         with SafetensorsWriter(folder / file.name, entries, dtype) as writer:
             for entry in entries:
-                tensor, used, change = _merged(entry, weights, rounding)
+                stored = entry.read()
+                start = nf4_rounded(entry.name, stored) if rounding == "nf4" else stored
+                tensor, used = _merged(entry.name, start, weights)
+                tensor = tensor.to(dtype or entry.dtype)
+                change = (tensor.float() - start.to(tensor.dtype).float()).abs().max().item() if used else 0.0
                 writer.write(tensor)
                 applied, largest = applied + used, max(largest, change)
-                changed, copied = changed + (used > 0), copied + (used == 0)
+                changed, rounded = changed + (change > 0), rounded + (change == 0 and start is not stored)
                 weight_map[entry.name] = file.name
             total_bytes += writer.num_bytes
     if applied != weights.tensor_count():
         raise AdapterError(f"{applied} of {weights.tensor_count()} adapter tensors were merged; the rest has no place.")
     if largest == 0:
         raise AdapterError(
-            "The adapter changes nothing (its update is all zeros): was it trained? Nothing was written."
+            "The adapter changes nothing: its update is all zeros, or too small for the output dtype. Was it trained? "
+            "Nothing was written."
         )
-    if len(checkpoint.files) > 1:
+    if checkpoint.files[0].name != "model.safetensors":
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return MergeReport(
@@ -134,26 +141,21 @@ def _write_weights(
         adapter_tensors=weights.tensor_count(),
         applied=applied,
         changed=changed,
-        copied=copied,
+        rounded=rounded,
+        copied=len(checkpoint.entries) - changed - rounded,
         dropped=checkpoint.ignored,
         largest_change=largest,
     )
 
 
-def _merged(entry: TensorEntry, weights: AdapterWeights, rounding: str) -> tuple[Tensor, int, float]:
-    """The tensor to write, how many adapter tensors went into it, and its largest change. Computed in float32."""
-    tensor = entry.read()
-    if entry.name in weights.trained:
-        trained = weights.trained[entry.name].float()
-        return trained, 1, (trained - tensor.float()).abs().max().item()
-    if rounding == "nf4":
-        tensor = nf4_rounded(entry.name, tensor)
-    module = entry.name.removesuffix(".weight")
-    if module not in weights.pairs or module == entry.name:
-        return tensor, 0, 0.0
-    delta = weights.delta(module)
-    largest = delta.abs().max().item()
-    return delta.add_(tensor), 2, largest
+def _merged(name: str, tensor: Tensor, weights: AdapterWeights) -> tuple[Tensor, int]:
+    """The weight with the adapter, float32 where it changes, and how many adapter tensors went into it."""
+    if name in weights.trained:
+        return weights.trained[name].float(), 1
+    module = name.removesuffix(".weight")
+    if module not in weights.pairs or module == name:
+        return tensor, 0
+    return weights.delta(module).add_(tensor), 2
 
 
 def _write_config(checkpoint: HubCheckpoint, folder: Path, base: str | Path, dtype: str) -> None:
@@ -169,10 +171,9 @@ def _write_config(checkpoint: HubCheckpoint, folder: Path, base: str | Path, dty
 
 
 def _copy_files(checkpoint: HubCheckpoint, stored: StoredAdapter, folder: Path) -> None:
-    """The tokenizer that training used if it lies beside the adapter, else the base's; and the small rest."""
-    sources = [checkpoint.folder, stored.folder]
-    for source in sources:
-        for pattern in (*_TOKENIZER_FILES, *_OTHER_FILES):
-            for file in sorted(source.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+    """The tokenizer that training used if it lies beside the adapter, else the base's, never a mix; the small rest."""
+    tokenizer = stored.folder if any(stored.folder.glob("tokenizer*")) else checkpoint.folder
+    sources = [(checkpoint.folder, _OTHER_FILES), (tokenizer, _TOKENIZER_FILES)]
+    for source, patterns in sources:
+        for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)

@@ -33,9 +33,11 @@ class Verification:
     """Comparison of merged and base-plus-adapter on `tokens` tokens of the prompts.
 
     Attributes:
-        max_logit_difference: Largest absolute difference over all positions and vocabulary entries.
+        max_logit_difference: Largest absolute difference over the vocabulary at the `compared` positions.
         largest_logit: For scale.
         top1_agreement: Share of positions whose most likely next token is the same.
+        compared: Tokens before the first of their prompt that rounding sent to another expert: from there on logits
+            differ by more than rounding.
         dtype: What both were computed in.
     """
 
@@ -43,7 +45,16 @@ class Verification:
     largest_logit: float
     top1_agreement: float
     tokens: int
+    compared: int
     dtype: str
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Of one prompt: logits (S, V), and scores (S*L, E) of L routers, token by token."""
+
+    logits_SV: Tensor
+    scores_NE: Tensor
 
 
 def verify(base: Path, adapter: Path, merged: Path, rounding: str) -> Verification:
@@ -60,20 +71,47 @@ def verify(base: Path, adapter: Path, merged: Path, rounding: str) -> Verificati
 
     quantization = "nf4" if rounding == "nf4" else None
     reference_model = load_base(base, quantization=quantization, dtype=compute, quiet=True)
-    reference = _logits(load_adapter(reference_model, adapter, allow_other_base=True), prompts)
+    reference = _run(load_adapter(reference_model, adapter, allow_other_base=True), prompts)
     del reference_model
     gc.collect()
-    result = _logits(AutoModelForCausalLM.from_pretrained(merged, dtype=compute).to(reference[0].device), prompts)
+    result = _run(
+        AutoModelForCausalLM.from_pretrained(merged, dtype=compute).to(reference[0].logits_SV.device), prompts
+    )
 
-    difference = max((a - b).abs().max().item() for a, b in zip(reference, result, strict=True))
-    largest = max(a.abs().max().item() for a in reference)
-    agree = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, result, strict=True)])
-    if not difference <= _TOLERANCE[weights_dtype] * largest:
+    logits, merged_logits, scores, merged_scores = _comparable(reference, result)
+    for what, a, b in (("router scores", scores, merged_scores), ("logits", logits, merged_logits)):
+        difference, largest = (a - b).abs().max().item(), a.abs().max().item()
+        if not difference <= _TOLERANCE[weights_dtype] * largest:  # false for NaN, too
+            raise AdapterError(
+                f"The merged model's {what} differ from base plus adapter by {difference:.3g} (largest {largest:.3g}), "
+                f"more than {weights_dtype} rounding explains. Nothing was written."
+            )
+    agree = torch.cat(
+        [a.logits_SV.argmax(-1) == b.logits_SV.argmax(-1) for a, b in zip(reference, result, strict=True)]
+    )
+    top1, name = agree.float().mean().item(), str(compute).split(".")[1]
+    return Verification(difference, largest, top1, agree.numel(), len(logits), name)
+
+
+def _comparable(reference: list[_Outputs], result: list[_Outputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits and router scores, of both, that rounding alone can have moved.
+
+    A score near a tie may fall the other way after rounding; that token then goes through another expert, and what
+    follows it sees it. Scores up to and with the first such choice, and logits before it, must still agree.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for a, b in zip(reference, result, strict=True):
+        rerouted_N = (a.scores_NE.argmax(-1) != b.scores_NE.argmax(-1)).tolist()
+        first = rerouted_N.index(True) if True in rerouted_N else len(rerouted_N)
+        seq = first * len(a.logits_SV) // len(rerouted_N)
+        parts.append((a.logits_SV[:seq], b.logits_SV[:seq], a.scores_NE[: first + 1], b.scores_NE[: first + 1]))
+    logits, merged_logits, scores, merged_scores = (torch.cat(column) for column in zip(*parts, strict=True))
+    if len(logits) == 0:
         raise AdapterError(
-            f"The merged model's logits differ from base plus adapter by {difference:.3g} (largest logit "
-            f"{largest:.3g}), more than {weights_dtype} rounding explains. Nothing was written."
+            "The merged model sends the first token of every prompt to other experts than base plus adapter does. "
+            "Nothing was written."
         )
-    return Verification(difference, largest, agree.float().mean().item(), agree.numel(), str(compute).split(".")[1])
+    return logits, merged_logits, scores, merged_scores
 
 
 def _prompt_ids(folder: Path, vocab_size: int) -> list[Tensor]:
@@ -87,7 +125,10 @@ def _prompt_ids(folder: Path, vocab_size: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, prompts: list[Tensor]) -> list[Tensor]:
+def _run(model: nn.Module, prompts: list[Tensor]) -> list[_Outputs]:
     model.eval()
     device = next(model.parameters()).device
-    return [model(ids.to(device)).logits[0].float() for ids in prompts]
+    outputs = [model(ids.to(device), output_router_logits=True) for ids in prompts]
+    return [
+        _Outputs(out.logits[0].float(), torch.stack(out.router_logits, dim=1).flatten(0, 1).float()) for out in outputs
+    ]

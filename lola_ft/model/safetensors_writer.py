@@ -9,9 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lola_ft.model.hub_checkpoint import TensorEntry, bytes_of
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
 
 
 class SafetensorsWriter:
@@ -30,7 +28,7 @@ class SafetensorsWriter:
         for name, shape, tensor_dtype in reversed(self._pending):
             size = torch.Size(shape).numel() * tensor_dtype.itemsize
             header[name] = {
-                "dtype": _DTYPE_NAMES[tensor_dtype],
+                "dtype": DTYPE_NAMES[tensor_dtype],
                 "shape": list(shape),
                 "data_offsets": [offset, offset + size],
             }

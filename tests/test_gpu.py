@@ -1,0 +1,70 @@
+"""What needs a GPU: the same numbers there, within the card's rounding, and memory that stays small."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import lola_ft
+from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.cli import main
+
+pytestmark = pytest.mark.gpu
+# A GPU sums in another order and may use TF32 in places; logits of the tiny base are of size 1 to 5.
+GPU_TOLERANCE = 5e-3
+IDS = torch.arange(6, 46).view(2, 20)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", None])
+def test_logits_and_gradients_equal_the_cpus(quantization: str | None, tiny_base: Path) -> None:
+    outcome = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        base = lola_ft.load_base(tiny_base, quantization, "float32", device, quiet=True)
+        model = attach(
+            base, lora_config(AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4, tune_router=True))
+        )
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim == 2:
+                parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(device)
+        ids = IDS.to(device)
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        outcome[device] = (out.logits.detach().cpu(), grads)
+    torch.testing.assert_close(outcome["cuda"][0], outcome["cpu"][0], atol=GPU_TOLERANCE, rtol=GPU_TOLERANCE)
+    assert set(outcome["cuda"][1]) == set(outcome["cpu"][1])
+    for name, grad in outcome["cpu"][1].items():
+        torch.testing.assert_close(outcome["cuda"][1][name], grad, atol=GPU_TOLERANCE, rtol=GPU_TOLERANCE)
+
+
+def test_four_bit_weights_move_between_devices(tiny_base: Path) -> None:
+    model = lola_ft.load_base(tiny_base, "nf4", "float32", "cpu", quiet=True)
+    before = model(IDS).logits
+    there = model.to("cuda")(IDS.to("cuda")).logits.cpu()
+    torch.testing.assert_close(there, before, atol=GPU_TOLERANCE, rtol=GPU_TOLERANCE)
+    assert torch.equal(model.to("cpu")(IDS).logits, before)
+
+
+def test_a_run_in_bfloat16(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"base: {{model: {tiny_base}}}\n"
+        "adapter: {attention: {rank: 4}, mlp: {rank: 4}, experts: {rank: 4}}\n"
+        f"data: {{sources: [{{path: {rows_file}, format: alpaca}}], max_length: 128}}\n"
+        "train: {max_steps: 12, learning_rate: 0.01}\n"
+        f"output: {tmp_path / 'run'}\n"
+    )
+    main_ok(["train", str(recipe)])
+    main_ok(["merge", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in lines if '"loss": ' in line]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def main_ok(arguments: list[str]) -> None:
+    """Run a verb; it must end with code 0."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert not stop.value.code
