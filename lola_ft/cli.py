@@ -71,6 +71,18 @@ def convert(
 
 
 @app.command()
+def quantize(
+    base: Annotated[str, typer.Argument(help="The base's folder or Hub id.")],
+    dtype: Annotated[str, typer.Option(help="Of what stays dense: bfloat16, float16 or float32.")] = "bfloat16",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Quantise a base once; later runs load the result, many times faster."""
+    from lola_ft.quantization import quantize_base
+
+    Console().print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
+
+
+@app.command()
 def nano(
     out: Annotated[str, typer.Option(help="Folder to write; an up-to-date one is reused.")] = ".cache/nano",
 ) -> None:

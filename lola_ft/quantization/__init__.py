@@ -3,6 +3,6 @@
 from lola_ft.quantization.audit import Audit, audit
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
-from lola_ft.quantization.load import load_base
+from lola_ft.quantization.load import load_base, quantize_base
 
-__all__ = ["Audit", "NF4Experts", "NF4Linear", "audit", "load_base"]
+__all__ = ["Audit", "NF4Experts", "NF4Linear", "audit", "load_base", "quantize_base"]

@@ -24,18 +24,30 @@ class NF4Linear(bnb.nn.Linear4bit):
 
     def load_dense(self, weight: Tensor) -> None:
         """Quantise a dense weight (out, in) into this layer, on the weight's device."""
-        nf4 = quantize(weight)
-        packed, state = nf4.packed.view(-1, 1), quant_state(nf4, weight.shape, weight.dtype)
+        self.load_quantized(quantize(weight))
+
+    def load_quantized(self, nf4: NF4) -> None:
+        """Take over a quantised weight (out, in)."""
+        state = quant_state(nf4, torch.Size((self.out_features, self.in_features)))
         self.weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, quant_type="nf4", module=self, bnb_quantized=True
+            nf4.packed.view(-1, 1),
+            requires_grad=False,
+            quant_state=state,
+            quant_type="nf4",
+            module=self,
+            bnb_quantized=True,
         )
         self.quant_state = state
+
+    def stored(self) -> NF4:
+        """The quantised weight (views)."""
+        state = self.weight.quant_state
+        return NF4(self.weight.data.view(-1), state.absmax, state.state2.absmax, state.offset)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The dequantised weight (out, in)."""
         state = self.weight.quant_state
-        nf4 = NF4(self.weight.data, state.absmax, state.state2.absmax, state.offset)
-        return dequantize(nf4, state.state2.code, tuple(state.shape), dtype)
+        return dequantize(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device_type = x.device.type

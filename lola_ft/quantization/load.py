@@ -17,6 +17,7 @@ from lola_ft.model.layers import init_weights
 from lola_ft.model.layout import place_of
 from lola_ft.model.modeling import LolaPreTrainedModel
 from lola_ft.quantization.audit import audit, require_quantized
+from lola_ft.quantization.cache import matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear, is_quantizable
 
@@ -62,9 +63,7 @@ def load_base(
         quantization = None
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization '{quantization}' is not known; use 'nf4' or None.")
-    torch_dtype = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if torch_dtype is None or torch_dtype not in DTYPES.values():
-        raise UserError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
+    torch_dtype = _known_dtype(dtype)
     if head not in HEADS:
         raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
     target = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,6 +85,27 @@ def load_base(
         title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {target}"
         Console().print(audit(model).table(title))
     return model
+
+
+def quantize_base(
+    path: str | Path, dtype: str | torch.dtype = "bfloat16", revision: str | None = None, quiet: bool = False
+) -> Path:
+    """Quantise a base once and keep the result in the cache, where `load_base` finds it; returns its folder.
+
+    Raises:
+        CheckpointError: As `load_base`; also if the cache cannot be written. Nothing partial is left.
+    """
+    torch_dtype = _known_dtype(dtype)
+    checkpoint = HubCheckpoint.open(path, revision)
+    model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
+    return matching_cache(checkpoint, torch_dtype) or write_cache(model, source_identity(checkpoint, torch_dtype))
+
+
+def _known_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if known is None or known not in DTYPES.values():
+        raise UserError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")
+    return known
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -112,6 +132,26 @@ def _load_nf4(
     with torch.device("meta"):
         model = model_class(config)
     _make_nf4_modules(model, device)
+    cached = matching_cache(checkpoint, dtype)
+    if cached is not None:
+        read_cache(model, cached, device)
+    else:
+        _quantize_into(model, checkpoint, dtype, device)
+    _make_head(model, dtype, device)
+    model.tie_weights()
+    model.config.dtype = dtype
+    model.quantization = "nf4"
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, f"parameters were left without weights: {left[:3]}"
+    return model
+
+
+def _quantize_into(
+    model: LolaPreTrainedModel, checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read the checkpoint in file order; quantise or cast each tensor into its place, and free it."""
     for entry in checkpoint:
         place = place_of(entry.name)
         module_name, _, name = place.parameter.rpartition(".")
@@ -128,15 +168,6 @@ def _load_nf4(
             _bias_stack(module, name, dtype, device).data[place.expert_id] = tensor
         else:
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    _make_head(model, dtype, device)
-    model.tie_weights()
-    model.config.dtype = dtype
-    model.quantization = "nf4"
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, f"parameters were left without weights: {left[:3]}"
-    return model
 
 
 def _make_head(model: LolaPreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

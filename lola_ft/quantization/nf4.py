@@ -117,7 +117,7 @@ def packed_sizes(numel: int) -> tuple[int, int, int]:
     return -(-numel // 2), blocks, -(-blocks // ABSMAX_BLOCK)
 
 
-def quant_state(nf4: NF4, shape: torch.Size, dtype: torch.dtype) -> bnb.QuantState:
+def quant_state(nf4: NF4, shape: torch.Size) -> bnb.QuantState:
     """The scales as bitsandbytes' own classes hold them."""
     device = nf4.packed.device
     second = bnb.QuantState(
@@ -126,7 +126,7 @@ def quant_state(nf4: NF4, shape: torch.Size, dtype: torch.dtype) -> bnb.QuantSta
     return bnb.QuantState(
         absmax=nf4.absmax,
         shape=shape,
-        dtype=dtype,
+        dtype=torch.float32,
         blocksize=BLOCK,
         code=bnb.get_4bit_type("nf4", device=device),
         quant_type="nf4",

@@ -1,0 +1,129 @@
+"""A quantised base on disk, so that quantising happens once.
+
+`lola-ft quantize BASE` writes one; `load_base` uses it when it agrees with its source, else quantises anew. A cache is
+a folder of `nf4.safetensors` (packed codes, scales, and what stayed dense, each under its native name) and
+`source.json` (format, the source's fingerprint and files).
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lola_ft.errors import CheckpointError
+from lola_ft.files import replace_folder
+from lola_ft.model.fingerprint import fingerprint
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.modeling import LolaPreTrainedModel
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
+from lola_ft.model.safetensors_writer import SafetensorsWriter
+from lola_ft.quantization.experts import NF4Experts
+from lola_ft.quantization.linear import NF4Linear
+from lola_ft.quantization.nf4 import NF4
+
+FORMAT = 1
+NF4_PARTS = ("packed", "absmax", "absmax2", "offset")
+WEIGHTS_FILE, SOURCE_FILE = "nf4.safetensors", "source.json"
+
+
+def cache_root() -> Path:
+    """`$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
+    own = os.environ.get("LOLA_FT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lola_ft"
+
+
+def cache_folder(identity: dict[str, Any]) -> Path:
+    """Where the quantised form of a source belongs."""
+    return cache_root() / "nf4" / f"{identity['fingerprint']}-{identity['dtype']}"
+
+
+def source_identity(checkpoint: HubCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+    """What a cache must agree with: format, fingerprint, and every weight file's name, size and time of change.
+
+    A Hub snapshot's folder is named by its revision.
+    """
+    return {
+        "format": FORMAT,
+        "source": checkpoint.folder.name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(checkpoint),
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
+    }
+
+
+def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any]) -> Path:
+    """Save a model that was quantised from the source of this identity, whole or not at all; returns the folder.
+
+    Raises:
+        CheckpointError: If it cannot be written, for want of space or permission.
+    """
+    folder = cache_folder(identity)
+    parts = list(_stored_parts(model))
+    target = folder / WEIGHTS_FILE
+    entries = [
+        TensorEntry(name, target, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0) for name, tensor in parts
+    ]
+    try:
+        with replace_folder(folder) as partial:
+            with SafetensorsWriter(partial / WEIGHTS_FILE, entries, None) as writer:
+                for _, tensor in parts:
+                    writer.write(tensor.detach().cpu())
+            (partial / SOURCE_FILE).write_text(json.dumps(identity, indent=2) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the quantised base cannot be saved ({error.strerror or error}).") from error
+    return folder
+
+
+def matching_cache(checkpoint: HubCheckpoint, dtype: torch.dtype) -> Path | None:
+    """The cache of this source, if there is one and it agrees with the source in everything."""
+    identity = source_identity(checkpoint, dtype)
+    folder = cache_folder(identity)
+    try:
+        saved = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return folder if saved == identity else None
+
+
+def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -> None:
+    """Fill a model of empty NF4 modules from a cache, tensor by tensor.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+    """
+    linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for entry in sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start):
+        module_name, _, name = entry.name.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensor = entry.read().to(device)
+        if isinstance(module, NF4Linear) and name != "bias":
+            linear_parts[module_name][name] = tensor
+        elif isinstance(module, NF4Experts) and name in dict(module.named_buffers(recurse=False)):
+            setattr(module, name, tensor)
+        else:
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    for module_name, parts in linear_parts.items():
+        module = model.get_submodule(module_name)
+        assert isinstance(module, NF4Linear), f"{module_name} is not a 4-bit layer"
+        module.load_quantized(NF4(*(parts[name] for name in NF4_PARTS)))
+
+
+def _stored_parts(model: LolaPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a cache holds, by name: parameters, and the scales of 4-bit weights."""
+    for module_name, module in model.transformer.named_modules(prefix="transformer"):
+        if isinstance(module, NF4Linear):
+            yield f"{module_name}.bias", module.bias.data
+            for name in NF4_PARTS:
+                yield f"{module_name}.{name}", getattr(module.stored(), name)
+            continue
+        for name, tensor in module.named_parameters(recurse=False):
+            yield f"{module_name}.{name}", tensor.data
+        if isinstance(module, NF4Experts):
+            for name, tensor in module.named_buffers(recurse=False):
+                if name != "absmax_code":
+                    yield f"{module_name}.{name}", tensor
