@@ -6,6 +6,7 @@ ids are fresh in every step: with repeated ones, groups of the same size hide wh
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
 import tempfile
@@ -23,11 +24,15 @@ def main() -> None:
     args = parse()
     device = torch.device(args.device)
     precision = choose_precision("bfloat16", device)
-    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        LolaForCausalLM(shape_of(args)).to(torch.bfloat16).save_pretrained(folder)
+        # In a process of its own: the dense float32 model that it makes first must not count as this one's peak.
+        child = multiprocessing.get_context("spawn").Process(target=write_base, args=(folder, args))
+        child.start()
+        child.join()
+        assert child.exitcode == 0, "the random base was not written"
         quantization = None if args.quantization == "none" else args.quantization
         base = lola_ft.load_base(folder, quantization, precision.dtype, device, quiet=True)
+    torch.manual_seed(0)
     ranks = AdapterSettings(attention_rank=args.rank, mlp_rank=args.rank, expert_rank=args.rank)
     model = attach(base, lora_config(ranks)).train()
     if args.checkpointing:
@@ -63,6 +68,12 @@ def main() -> None:
             }
         )
     )
+
+
+def write_base(folder: str, args: argparse.Namespace) -> None:
+    """Write a random base in bfloat16."""
+    torch.manual_seed(0)
+    LolaForCausalLM(shape_of(args)).to(torch.bfloat16).save_pretrained(folder)
 
 
 def shape_of(args: argparse.Namespace) -> LolaConfig:

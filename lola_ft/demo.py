@@ -1,0 +1,150 @@
+"""The demo: the main job on the embedded default, from an empty folder to a table.
+
+It builds the nano base, then runs the same two commands that a user would, and asks base, adapter and merged model for
+the language of terms that none of them has seen.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+import lola_ft
+from lola_ft.errors import UserError
+from lola_ft.evaluation import ExactMatch, best_constant_answer, exact_match_by_language
+from lola_ft.nano import build_nano
+from lola_ft.nano.corpus import load_split
+from lola_ft.nano.task import build_rows, write_rows
+from lola_ft.quantization import audit
+from lola_ft.recipe import Recipe, load_recipe
+
+TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 200, 12
+TEST_FILE = "test.jsonl"
+_LANGUAGES_SHOWN = 5
+
+
+def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
+    """Run every stage and print what came out.
+
+    Raises:
+        UserError: If the recipe is not there, or its output folder holds something else than a demo's run.
+    """
+    if not Path(recipe_path).is_file() or not Path("finetune.py").is_file():
+        raise UserError(f"{recipe_path}: not here. Run the demo in a checkout of lola_ft, or give the recipe's path.")
+    recipe = load_recipe(recipe_path)
+    base, run = Path(recipe.base.model), Path(recipe.output)
+    console, seconds = Console(), dict[str, float]()
+    _make_room(run, recipe)
+    with _stage("base", "The nano base", console, seconds):
+        build_nano(base)
+        rows = _write_task(recipe)
+    with _stage("fine-tune", "Fine-tuning in 4 bit", console, seconds):
+        _command(console, "finetune.py", recipe_path)
+    with _stage("merge", "Merging", console, seconds):
+        _command(console, "merge.py", str(run))
+    with _stage("evaluate", "Asking about held-out terms", console, seconds):
+        results, sizes = _evaluate(base, run, rows)
+    console.print(_accuracy_table(results, rows))
+    answer, share = best_constant_answer(rows)
+    console.print(
+        f"The best constant answer would be '{answer}', right in {share:.1%}. Answers that ended by themselves: "
+        + ", ".join(f"{name} {result.stopped_share:.1%}" for name, result in results.items())
+        + "."
+    )
+    console.print(_size_and_time(sizes, seconds))
+    console.print(f"Base {base}, adapter {run / 'adapter'}, merged model {run / 'merged'}, plot {run / 'loss.png'}.")
+    summary = {name: asdict(result) | {"accuracy": result.accuracy} for name, result in results.items()}
+    summary |= {"best_constant": {"answer": answer, "accuracy": share}, "bytes": sizes, "seconds": seconds}
+    (run / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _make_room(run: Path, recipe: Recipe) -> None:
+    """Remove the run of an earlier demo; refuse to touch anything else."""
+    if not run.exists() or not any(run.iterdir()):
+        return
+    manifest = run / "recipe.yaml"
+    if not manifest.is_file() or load_recipe(manifest).base.model != recipe.base.model:
+        raise UserError(f"{run}: holds something else than a run of the demo. Move it away first.")
+    shutil.rmtree(run)
+
+
+def _write_task(recipe: Recipe) -> list[dict[str, str]]:
+    """Write the training rows where the recipe looks for them, the test rows beside; returns the test rows."""
+    source = recipe.data.sources[0].path
+    assert source is not None, "the demo's recipe trains on a local file"
+    train, test = build_rows(load_split(), TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE)
+    write_rows(train, Path(source))
+    write_rows(test, Path(source).with_name(TEST_FILE))
+    return [asdict(row) for row in test]
+
+
+def _command(console: Console, script: str, argument: str) -> None:
+    """Run one of the two scripts as a user would; its output goes straight to the terminal."""
+    console.print(f"$ python {script} {shlex.quote(argument)}")
+    done = subprocess.run([sys.executable, script, argument], check=False)
+    if done.returncode:
+        raise UserError(f"python {script} {argument} ended with code {done.returncode}; see its message above.")
+
+
+def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:
+    """Exact match before, after (adapter on the 4-bit base) and merged; bytes of the base dense and in 4 bit."""
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    results: dict[str, ExactMatch] = {}
+    sizes = {}
+
+    def ask(name: str, model: Any) -> None:
+        results[name] = exact_match_by_language(model, tokenizer, rows)
+
+    dense = lola_ft.load_base(base, None, torch.float32, quiet=True)
+    sizes["float32"] = audit(dense).total_bytes
+    ask("before", dense)
+    quantised = lola_ft.load_base(base, "nf4", torch.float32, quiet=True)
+    sizes["nf4"] = audit(quantised).total_bytes
+    ask("after", lola_ft.load_adapter(quantised, run / "adapter"))
+    ask("merged", lola_ft.load_base(run / "merged", None, torch.float32, quiet=True))
+    return results, sizes
+
+
+def _accuracy_table(results: dict[str, ExactMatch], rows: list[dict[str, str]]) -> Table:
+    """Accuracy overall, and for the languages with most and with least terms in the test."""
+    names = {row["language"]: row["completion"].strip() for row in rows}
+    asked = results["before"].asked
+    by_terms = sorted(asked, key=lambda language: (-asked[language], language))
+    table = Table(title=f"Name the language of a term: {len(rows):,} held-out terms", title_justify="left")
+    for heading in ("language", "terms", *results):
+        table.add_column(heading, justify="left" if heading == "language" else "right")
+    table.add_row("all", f"{asked.total():,}", *(f"{result.accuracy:.1%}" for result in results.values()))
+    for part in (by_terms[:_LANGUAGES_SHOWN], by_terms[-_LANGUAGES_SHOWN:]):
+        table.add_section()
+        for language in part:
+            accuracies = (f"{result.accuracy_of(language):.0%}" for result in results.values())
+            table.add_row(names[language], str(asked[language]), *accuracies)
+    return table
+
+
+def _size_and_time(sizes: dict[str, int], seconds: dict[str, float]) -> str:
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return (
+        f"The base takes {sizes['float32']:,} bytes in float32 and {sizes['nf4']:,} in 4 bit "
+        f"({sizes['nf4'] / sizes['float32']:.0%}).\nTime: {times}."
+    )
+
+
+@contextmanager
+def _stage(name: str, title: str, console: Console, seconds: dict[str, float]) -> Iterator[None]:
+    console.rule(title, align="left")
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 1)

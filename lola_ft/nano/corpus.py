@@ -1,0 +1,121 @@
+"""The nano base's pre-training text, and the split that keeps the demo's test terms out of it.
+
+LOLA was pre-trained on plain documents, one language each. Here a document is a list of names in one language, joined
+the way that language joins a list ("Kenya, Uganda na Tanzania"), by CLDR's own patterns.
+"""
+
+import functools
+import hashlib
+import random
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
+
+HELD_OUT_SHARE = 0.06
+SHORTEST_LIST, LONGEST_LIST = 4, 24  # names in a document
+
+
+@dataclass(frozen=True)
+class Split:
+    """The terms the models may learn from, and those that no text of theirs contains."""
+
+    train: tuple[Term, ...]
+    held_out: tuple[Term, ...]
+
+
+@functools.cache
+def load_split(held_out_share: float = HELD_OUT_SHARE) -> Split:
+    """CLDR's terms, split; the same on every machine with the same Babel."""
+    return split_terms(load_terms(), held_out_share, keep_in_train={normalise(name) for name in _answers()})
+
+
+def split_terms(terms: Iterable[Term], held_out_share: float, keep_in_train: Iterable[str] = ()) -> Split:
+    """Hold out terms by the hash of their normalised text, so that a string shared by languages is on one side.
+
+    A candidate that occurs inside a training term ("Niger" in "Nigeria") or in `keep_in_train` (normalised texts) goes
+    back to training: what is held out is then no substring of anything that is trained on.
+    """
+    terms = tuple(terms)
+    texts = {normalise(term.text) for term in terms}
+    candidates = {text for text in texts if _hash_fraction(text) < held_out_share}
+    held_out = candidates - _found_inside(candidates, texts | set(keep_in_train)) - set(keep_in_train)
+    return Split(
+        train=tuple(term for term in terms if normalise(term.text) not in held_out),
+        held_out=tuple(term for term in terms if normalise(term.text) in held_out),
+    )
+
+
+def build_documents(
+    terms: Iterable[Term], passes: int, english_passes: int, seed: int, held_out: Iterable[Term] = ()
+) -> list[str]:
+    """Documents of one language each, in shuffled order; every term occurs `passes` times, each time in other company.
+
+    English has passes of its own: it is the largest part of LOLA's text too, and the demo answers in English.
+    A list whose joining word happens to build a term of `held_out` ("Antigua na Barbuda") is left out.
+    """
+    rng = random.Random(seed)
+    forbidden = _texts_by_language(held_out)
+    documents = []
+    for (language, _), group in _by_language_and_kind(terms).items():
+        for _ in range(english_passes if language == "en" else passes):
+            rng.shuffle(group)
+            for names in _cut(group, rng):
+                document = join_names(names, language)
+                if not any(text in normalise(document) for text in forbidden[language]):
+                    documents.append(document)
+    rng.shuffle(documents)
+    return documents
+
+
+def _answers() -> set[str]:
+    """The English names of the languages: the demo's answers, which fine-tuning must show."""
+    return {language_name(language) for language in {term.language for term in load_terms()}}
+
+
+def _hash_fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _found_inside(candidates: set[str], texts: set[str]) -> set[str]:
+    """The candidates that occur inside a text which is not itself a candidate that stays held out."""
+    if not candidates:
+        return set()
+    shortest, longest = min(map(len, candidates)), max(map(len, candidates))
+    found: set[str] = set()
+    # From long to short: when a candidate's turn comes, every text it could occur in has been looked through.
+    for text in sorted(texts, key=lambda text: (-len(text), text)):
+        if text in candidates and text not in found:
+            continue
+        for start in range(len(text) - shortest + 1):
+            for end in range(start + shortest, min(len(text), start + longest) + 1):
+                if text[start:end] in candidates and end - start < len(text):
+                    found.add(text[start:end])
+    return found
+
+
+def _texts_by_language(terms: Iterable[Term]) -> defaultdict[str, set[str]]:
+    texts: defaultdict[str, set[str]] = defaultdict(set)
+    for term in terms:
+        texts[term.language].add(normalise(term.text))
+    return texts
+
+
+def _by_language_and_kind(terms: Iterable[Term]) -> dict[tuple[str, str], list[str]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for term in terms:
+        groups.setdefault((term.language, term.kind), []).append(term.text)
+    return groups
+
+
+def _cut(names: list[str], rng: random.Random) -> list[list[str]]:
+    """Cut a list of names into lists of SHORTEST_LIST to LONGEST_LIST names (the last may be shorter)."""
+    pieces = []
+    start = 0
+    while start < len(names):
+        length = rng.randint(SHORTEST_LIST, LONGEST_LIST)
+        pieces.append(names[start : start + length])
+        start += length
+    return pieces

@@ -1,0 +1,122 @@
+"""CLDR's names, the split and the documents: the same every time, and nothing held out in what is trained on."""
+
+import re
+import unicodedata
+from collections import Counter
+
+import pytest
+
+from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
+from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_documents, load_split, split_terms
+from lola_ft.nano.task import NAMES_PER_ROW, build_rows
+
+PASSES = {"passes": 1, "english_passes": 2, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return load_split()
+
+
+def names_of(language: str) -> set[str]:
+    return {term.text for term in load_terms() if term.language == language}
+
+
+def test_about_150_languages_with_enough_names() -> None:
+    counts = Counter(term.language for term in load_terms())
+    assert 130 <= len(counts) <= 160
+    assert min(counts.values()) >= 400
+    assert {"sw", "de", "ja", "hi", "am", "qu", "yo", "fr", "no"} <= counts.keys()
+    assert not {"ht", "nn", "nb"} & counts.keys(), "these files are (nearly) French and Norwegian"
+
+
+def test_names_are_the_languages_own() -> None:
+    assert {"Januari", "Jumatatu", "Kiswahili", "Uhispania"} <= names_of("sw")
+    assert {"январь", "января"} <= names_of("ru"), "months alone and in a date"
+    # Babel's inherited tables name German months alone in Zhuang once that was read.
+    assert not any(name.startswith("ndwen") for name in names_of("de"))
+
+
+def test_no_junk_and_no_untranslated_english() -> None:
+    english = {normalise(text) for text in names_of("en")}
+    for term in load_terms():
+        assert any(unicodedata.category(char)[0] == "L" for char in term.text), term
+        assert not any(char.isdigit() for char in term.text), term
+        assert unicodedata.is_normalized("NFC", term.text), term
+        assert term.language == "en" or normalise(term.text) not in english, term
+
+
+def test_lists_are_joined_as_the_language_does() -> None:
+    assert join_names(["Kenya", "Uganda", "Tanzania"], "sw") == "Kenya, Uganda na Tanzania"
+    assert join_names(["a", "b", "c", "d"], "en") == "a, b, c, and d"
+    assert join_names(["甲", "乙", "丙"], "ja") == "甲、乙、丙"
+    assert join_names(["uno", "due"], "it") == "uno e due"
+    assert join_names(["solo"], "it") == "solo"
+
+
+def test_split_is_stable_and_joins_what_reads_the_same() -> None:
+    terms = [Term(text, language, "territory") for language in ("aa", "bb") for text in ("Peru", "PERU ", "Chad")]
+    terms += [Term(f"name {'x' * i}", "aa", "unit") for i in range(50)]
+    split = split_terms(terms, 0.5)
+    assert split == split_terms(terms, 0.5)
+    assert split.train
+    assert split.held_out
+    assert not {normalise(t.text) for t in split.train} & {normalise(t.text) for t in split.held_out}
+    assert len(split.train) + len(split.held_out) == len(terms)
+
+
+def test_a_term_inside_a_training_term_is_not_held_out() -> None:
+    words = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
+    terms = [Term(word, "aa", "unit") for word in words] + [Term(f"{word} end", "aa", "unit") for word in words]
+    split = split_terms(terms, 0.5, keep_in_train=["wab"])
+    trained = {normalise(term.text) for term in split.train} | {"wab"}
+    assert len(split.held_out) > 100
+    for term in split.held_out:
+        assert not any(normalise(term.text) in text for text in trained), term
+
+
+def test_adding_a_language_moves_no_other_term() -> None:
+    some = [term for term in load_terms() if term.language in ("sw", "ja")]
+    more = [*some, *(term for term in load_terms() if term.language == "ka")]
+    before, after = split_terms(some, HELD_OUT_SHARE), split_terms(more, HELD_OUT_SHARE)
+    assert set(before.held_out) == {t for t in after.held_out if t.language != "ka"}
+
+
+def test_documents_are_the_same_every_time(split: Split) -> None:
+    some = [term for term in split.train if term.language in ("en", "sw", "th")]
+    documents = build_documents(some, **PASSES)
+    assert documents == build_documents(some, **PASSES)
+    assert documents != build_documents(some, **PASSES | {"seed": 1})
+    assert sum("Uhispania" in document for document in documents) == 1
+    assert sum(bool(re.search(r"\bSpain\b", document)) for document in documents) == 2
+
+
+@pytest.mark.slow
+def test_no_document_and_no_training_row_holds_a_held_out_term(split: Split) -> None:
+    documents = [normalise(document) for document in build_documents(split.train, held_out=split.held_out, **PASSES)]
+    train, test = build_rows(split, train_per_language=60, test_per_language=12)
+    text = "\n".join([*documents, *(normalise(row.prompt + row.completion) for row in train)])
+    held_out = {normalise(term.text) for term in split.held_out}
+    assert len(held_out) > 4000
+    # Every substring that could be one of them, by length; a search for each would take minutes.
+    for length in sorted(set(map(len, held_out))):
+        of_length = {term for term in held_out if len(term) == length}
+        found = of_length.intersection(text[i : i + length] for i in range(len(text) - length + 1))
+        assert not found, f"held-out terms in the training text: {sorted(found)[:5]}"
+    assert all(normalise(row.completion.strip()) not in held_out for row in test), "answers are shown in training"
+
+
+def test_rows_are_balanced_and_ask_each_held_out_name_once(split: Split) -> None:
+    train, test = build_rows(split, train_per_language=60, test_per_language=12)
+    assert (train, test) == build_rows(split, train_per_language=60, test_per_language=12)
+    assert len(test) > 1000
+    languages = {row.language for row in train}
+    assert languages == {row.language for row in test} == {t.language for t in split.train} - {"en"}
+    assert set(Counter(row.language for row in train).values()) == {60}
+    assert max(Counter(row.language for row in test).values()) <= 12
+    asked = [name for row in test for name in row.prompt.removeprefix("Names: ").split("\n")[0].split(", ")]
+    assert len(asked) >= NAMES_PER_ROW * len(test)
+    row = next(row for row in train if row.language == "sw")
+    assert row.prompt.startswith("Names: ")
+    assert row.prompt.endswith("\nLanguage:")
+    assert row.completion == " Swahili" == f" {language_name('sw')}"

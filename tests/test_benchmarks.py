@@ -1,0 +1,24 @@
+"""The benchmarks run and print what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = "--layers 2 --hidden 64 --heads 4 --inner 128 --experts 4 --vocab 512 --seq 64 --batch 2 --rank 4 --steps 2"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_train_step_prints_one_json_line_last(quantization: str) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
+    command = [sys.executable, str(script), *SMALL.split(), "--quantization", quantization, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {"tokens_per_s", "step_s", "peak_rss_mb", "peak_gpu_mb", "trainable", "loss"} <= set(result)
+    linear = 2 * 4 * (64 + 192 + 64 + 64) + 4 * (64 + 128 + 128 + 64)
+    assert result["trainable"] == linear + 4 * 4 * (64 + 128 + 128 + 64)
+    assert result["tokens_per_s"] > 0
+    assert 5.5 < result["loss"] < 7.5  # ln(512) = 6.2

@@ -1,0 +1,65 @@
+"""The demo from end to end at a small size, with the real commands in real processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lola_ft import demo
+from lola_ft.errors import UserError
+from lola_ft.nano.build import NanoSettings, build_nano
+from lola_ft.nano.pretrain import PretrainSettings
+
+ROOT = Path(__file__).parents[1]
+SMALL = NanoSettings(
+    n_embd=64, n_inner=128, num_experts=8, vocab_size=1024, english_passes=1, pretrain=PretrainSettings(steps=20)
+)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a checkout; the demo's recipe is cut to a few steps."""
+    for script in ("finetune.py", "merge.py"):
+        (tmp_path / script).symlink_to(ROOT / script)
+    recipe = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8")
+    lines = ["  max_steps: 30" if line.strip().startswith("max_steps:") else line for line in recipe.splitlines()]
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "demo.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(demo, "build_nano", lambda out: build_nano(out, SMALL))
+    monkeypatch.setattr(demo, "TRAIN_PER_LANGUAGE", 20)
+    monkeypatch.setattr(demo, "TEST_PER_LANGUAGE", 2)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_whole_demo_and_a_second_one(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.run_demo()
+    first = json.loads((checkout / "runs" / "demo" / "demo.json").read_text(encoding="utf-8"))
+    printed = capsys.readouterr().out
+    assert "held-out terms" in printed
+    assert "best constant answer" in printed
+    assert first["after"]["asked"] == first["before"]["asked"]
+    assert first["bytes"]["nf4"] < 0.6 * first["bytes"]["float32"]
+    assert (checkout / "runs" / "demo" / "merged" / "merge_report.json").exists()
+    demo.run_demo()
+    second = json.loads((checkout / "runs" / "demo" / "demo.json").read_text(encoding="utf-8"))
+    for name in ("before", "after", "merged"):
+        assert second[name] == first[name]  # the same numbers on the same machine
+    assert "already" in capsys.readouterr().out  # the base was not built twice
+
+
+def test_somebody_elses_run_is_not_touched(checkout: Path) -> None:
+    run = checkout / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        demo.run_demo()
+    assert (run / "thesis.txt").read_text() == "mine"
+
+
+def test_outside_a_checkout_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="checkout"):
+        demo.run_demo()
