@@ -1,7 +1,7 @@
 """The demo: the main job on the embedded default, from an empty folder to a table.
 
 It builds the nano base, then runs the same two commands that a user would, and asks base, adapter and merged model for
-the language of terms that none of them has seen.
+the language of names that none of them has seen.
 """
 
 import json
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -65,7 +66,7 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
     )
     console.print(_size_and_time(sizes, seconds))
     console.print(f"Base {base}, adapter {run / 'adapter'}, merged model {run / 'merged'}, plot {run / 'loss.png'}.")
-    summary = {name: asdict(result) | {"accuracy": result.accuracy} for name, result in results.items()}
+    summary: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
     summary |= {"best_constant": {"answer": answer, "accuracy": share}, "bytes": sizes, "seconds": seconds}
     (run / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -118,19 +119,22 @@ def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[s
 
 
 def _accuracy_table(results: dict[str, ExactMatch], rows: list[dict[str, str]]) -> Table:
-    """Accuracy overall, and for the languages with most and with least terms in the test."""
+    """Accuracy overall, and for the languages with most and with least names to learn from."""
     names = {row["language"]: row["completion"].strip() for row in rows}
     asked = results["before"].asked
-    by_terms = sorted(asked, key=lambda language: (-asked[language], language))
-    table = Table(title=f"Name the language of a term: {len(rows):,} held-out terms", title_justify="left")
-    for heading in ("language", "terms", *results):
+    learned = Counter(term.language for term in load_split().train if term.language in asked)
+    by_terms = sorted(learned, key=lambda language: (-learned[language], language))
+    title = f"Language of three held-out names, {len(asked)} languages"
+    table = Table(title=title, title_justify="left")
+    for heading in ("language", "names learned from", "questions", *results):
         table.add_column(heading, justify="left" if heading == "language" else "right")
-    table.add_row("all", f"{asked.total():,}", *(f"{result.accuracy:.1%}" for result in results.values()))
+    total = f"{learned.total():,}"
+    table.add_row("all", total, f"{asked.total():,}", *(f"{result.accuracy:.1%}" for result in results.values()))
     for part in (by_terms[:_LANGUAGES_SHOWN], by_terms[-_LANGUAGES_SHOWN:]):
         table.add_section()
         for language in part:
             accuracies = (f"{result.accuracy_of(language):.0%}" for result in results.values())
-            table.add_row(names[language], str(asked[language]), *accuracies)
+            table.add_row(names[language], f"{learned[language]:,}", str(asked[language]), *accuracies)
     return table
 
 

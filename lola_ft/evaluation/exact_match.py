@@ -33,6 +33,11 @@ class ExactMatch:
     def stopped_share(self) -> float:
         return self.stopped / max(self.asked.total(), 1)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, to be written as JSON."""
+        counts = {"right": dict(self.right), "asked": dict(self.asked)}
+        return {"accuracy": self.accuracy, "stopped_share": self.stopped_share, **counts}
+
     def accuracy_of(self, language: str) -> float:
         return self.right[language] / max(self.asked[language], 1)
 
