@@ -104,7 +104,8 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb and exit with its code; a user's mistake is one message on stderr."""
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT 0.21 asks transformers for it
+    # transformers 5.23 renames gradient to activation checkpointing; PEFT 0.21 and 5.17 know the old name alone.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
     try:
         app(args=arguments, prog_name="lola-ft")
     except UserError as error:
