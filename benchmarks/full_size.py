@@ -1,6 +1,6 @@
 """LOLA's exact shapes with random weights, on this machine: write, load in NF4, one training step, a few tokens.
 
-    python benchmarks/full_size.py [--source-dtype bfloat16|float32] [--folder DIR]
+    python benchmarks/full_size.py [--source-dtype bfloat16|float32] [--folder DIR] [--load-only]
 
 Needs 15 GB of disk for bfloat16 shards, 30 GB for float32. Prints one JSON line last and removes what it wrote. Memory
 is the process's own (anonymous) and its resident peak, sampled ten times a second; the checkpoint is written by a child
@@ -62,19 +62,8 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     memory["load"] = peak.result()
     parts = audit(model).as_dict()
     memory["loaded"] = read_memory()
-    ids = torch.randint(6, 100_000, (1, args.seq))
-    with Peak() as peak:
-        began = time.perf_counter()
-        with torch.no_grad():
-            model(ids[:, :64])
-        seconds["forward_64_tokens"] = time.perf_counter() - began
-        seconds["train_step"] = train_step(model, ids, precision.bf16)
-    memory["train"] = peak.result()
-    began = time.perf_counter()
-    with torch.no_grad():
-        model.eval()
-        model.generate(ids[:, :16], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
-    seconds["generate_8_tokens"] = time.perf_counter() - began
+    if not args.load_only:
+        compute(model, args, precision.bf16, memory, seconds)
     return {
         "source_dtype": args.source_dtype,
         "compute_dtype": args.dtype,
@@ -85,6 +74,25 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "threads": torch.get_num_threads(),
     }
+
+
+def compute(
+    model: torch.nn.Module, args: argparse.Namespace, bf16: bool, memory: dict[str, Any], seconds: dict[str, float]
+) -> None:
+    """A forward, a training step and a few tokens; notes memory and seconds."""
+    ids = torch.randint(6, 100_000, (1, args.seq))
+    with Peak() as peak:
+        began = time.perf_counter()
+        with torch.no_grad():
+            model(ids[:, :64])
+        seconds["forward_64_tokens"] = time.perf_counter() - began
+        seconds["train_step"] = train_step(model, ids, bf16)
+    memory["train"] = peak.result()
+    began = time.perf_counter()
+    with torch.no_grad():
+        model.eval()
+        model.generate(ids[:, :16], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=1)
+    seconds["generate_8_tokens"] = time.perf_counter() - began
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor, bf16: bool) -> float:
@@ -169,6 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--source-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what stays dense")
     parser.add_argument("--folder", help="where to write the checkpoint; the system's temporary folder if left out")
+    parser.add_argument("--load-only", action="store_true", help="stop after loading")
     parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
     parser.add_argument("--seq", type=int, default=256)
     return parser.parse_args()
