@@ -1,6 +1,7 @@
 """Small real things that many tests use: the authors' golden files, a tiny base with a tokenizer, a data file."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def tiny_config(**changes: Any) -> LolaConfig:
         "initializer_range": 0.1,
     }
     return LolaConfig(**settings | changes)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., LolaConfig]:
+    """Makes the tiny config; keywords change it."""
+    return tiny_config
 
 
 def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from lola_ft.adapters.attach import attach
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
@@ -35,10 +35,11 @@ def load_adapter(
             f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load its own base, or allow "
             "another one (allow_other_base)."
         )
-    config = _loading_config(weights, model)
+    state = to_state(weights, "peft", model.config.num_experts)
+    config = _loading_config(weights, state, model)
     config.inference_mode = not trainable
     peft_model = attach(model, config)
-    _set_state(peft_model, weights)
+    _set_state(peft_model, state)
     return peft_model.train(trainable)
 
 
@@ -66,9 +67,8 @@ def adapter_weights(model: nn.Module) -> AdapterWeights:
     return weights
 
 
-def _loading_config(weights: AdapterWeights, model: LolaForCausalLM) -> LoraConfig:
+def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: LolaForCausalLM) -> LoraConfig:
     """PEFT's config for the native model; a target is named in full where it covers only some layers."""
-    state = set(to_state(weights, "peft", model.config.num_experts))
     config = config_for(weights, "peft")
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config[kind], list):
@@ -77,7 +77,7 @@ def _loading_config(weights: AdapterWeights, model: LolaForCausalLM) -> LoraConf
     return LoraConfig(**known)
 
 
-def _names_of(target: str, kind: str, state: set[str], model: LolaForCausalLM) -> list[str]:
+def _names_of(target: str, kind: str, state: dict[str, Tensor], model: LolaForCausalLM) -> list[str]:
     """`[target]` if every module that ends so has a tensor in the state, else the full names of those that have."""
     parts = model.named_parameters() if kind == "target_parameters" else model.named_modules()
     full = [name for name, _ in parts if name.endswith(f".{target}")]
@@ -86,8 +86,7 @@ def _names_of(target: str, kind: str, state: set[str], model: LolaForCausalLM) -
     return [target] if held == full else held
 
 
-def _set_state(model: PeftModel, weights: AdapterWeights) -> None:
-    state = to_state(weights, "peft", model.config.num_experts)
+def _set_state(model: PeftModel, state: dict[str, Tensor]) -> None:
     places = get_peft_model_state_dict(model)
     missing, unused = sorted(set(places) - set(state)), sorted(set(state) - set(places))
     if missing or unused:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lola_ft.kernels.grouping import Grouping, group_by_expert
+from lola_ft.kernels.precision import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def run_experts(
     low_rank: Mapping[str, LowRank],
 ) -> Tensor:
     """Send each token through its expert and scale by its probability; (T, D) in x's dtype."""
-    device_type = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x_TD.dtype
+    dtype = compute_dtype(x_TD)
     factors: list[Tensor | None] = []
     dropouts: dict[str, float] = {}
     for name in ("up_proj", "down_proj"):
@@ -76,7 +76,7 @@ def run_experts(
         factors += [path.a_ERI.to(dtype), path.b_EOR.to(dtype)] if path else [None, None]
         dropouts[name] = path.dropout if path else 0.0
     up, down = experts.weights("up_proj"), experts.weights("down_proj")
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _Experts.apply(
             x_TD.to(dtype),
             probs_T.to(dtype),

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lola_ft.kernels.precision import compute_dtype
 from lola_ft.quantization.nf4 import NF4, dequantize, quant_state, quantize
 
 
@@ -50,9 +51,8 @@ class NF4Linear(bnb.nn.Linear4bit):
         return dequantize(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        with torch.autocast(device_type, enabled=False):
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
             return _NF4Linear.apply(x.to(dtype), self.bias, self)
 
 

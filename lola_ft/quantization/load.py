@@ -66,7 +66,7 @@ def load_base(
     torch_dtype = _known_dtype(dtype)
     if head not in HEADS:
         raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
-    target = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.device(device) if device else default_device()
     checkpoint = HubCheckpoint.open(path, revision)
     checkpoint.check_tied_head()
     labels = {} if head == "causal_lm" else {"num_labels": num_labels}
@@ -85,6 +85,11 @@ def load_base(
         title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {target}"
         Console().print(audit(model).table(title))
     return model
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quantize_base(

@@ -18,6 +18,7 @@ from lola_ft.files import write_text
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import audit, load_base
+from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 from lola_ft.training.arguments import sft_config
@@ -74,7 +75,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> Path:
 
 
 def _prepare(recipe: Recipe, console: Console) -> Prepared:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)

@@ -20,25 +20,12 @@ ModelMaker = Callable[..., LolaForCausalLM]
 
 
 @pytest.fixture(scope="session")
-def make_model() -> ModelMaker:
+def make_model(make_config: Callable[..., LolaConfig]) -> ModelMaker:
     """Makes a random model in evaluation mode: four layers, hidden 64, no dropout; keywords change its config."""
 
     def make(seed: int = 0, **changes: Any) -> LolaForCausalLM:
-        settings: dict[str, Any] = {
-            "vocab_size": 320,
-            "n_positions": 64,
-            "n_embd": 64,
-            "n_layer": 4,
-            "n_head": 4,
-            "n_inner": 128,
-            "num_experts": 4,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "initializer_range": 0.1,
-        }
         torch.manual_seed(seed)
-        return LolaForCausalLM(LolaConfig(**settings | changes)).eval()
+        return LolaForCausalLM(make_config(**{"n_positions": 64} | changes)).eval()
 
     return make
 

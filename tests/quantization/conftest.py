@@ -18,25 +18,12 @@ BaseWriter = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def write_base(tmp_path_factory: pytest.TempPathFactory) -> BaseWriter:
+def write_base(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., LolaConfig]) -> BaseWriter:
     """Writes a random base (hidden 64, inner 128, 4 experts, 4 layers) and returns its folder."""
 
     def write(seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None, **changes: Any) -> Path:
-        settings: dict[str, Any] = {
-            "vocab_size": 320,
-            "n_positions": 64,
-            "n_embd": 64,
-            "n_layer": 4,
-            "n_head": 4,
-            "n_inner": 128,
-            "num_experts": 4,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-            "initializer_range": 0.1,
-        }
         torch.manual_seed(seed)
-        model = LolaForCausalLM(LolaConfig(**settings | changes))
+        model = LolaForCausalLM(make_config(**{"n_positions": 64} | changes))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
