@@ -7,7 +7,8 @@ mapping lives, and a file that shrinks under a mapping kills the process.
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,6 +66,19 @@ class TensorEntry:
                 piece = torch.empty(min(_PIECE, numel - start), dtype=self.dtype)
                 read_fully(handle.fileno(), bytes_of(piece), self.file)
                 yield start, piece
+
+
+def read_ahead(wanted: Iterable[tuple[TensorEntry, torch.dtype | None]]) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Read each entry, in its dtype or cast to another, while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as pool:
+        coming: tuple[TensorEntry, Future[Tensor]] | None = None
+        for entry, dtype in wanted:
+            now, coming = coming, (entry, pool.submit(entry.read, dtype))
+            if now is not None:
+                yield now[0], now[1].result()
+                del now
+        if coming is not None:
+            yield coming[0], coming[1].result()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
 from lola_ft.files import replace_folder
-from lola_ft.model.fingerprint import fingerprint
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.modeling import LolaPreTrainedModel
-from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
 from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
@@ -42,7 +41,7 @@ def cache_folder(identity: dict[str, Any]) -> Path:
     return cache_root() / "nf4" / f"{identity['fingerprint']}-{identity['dtype']}"
 
 
-def source_identity(checkpoint: HubCheckpoint, dtype: torch.dtype) -> dict[str, Any]:
+def source_identity(checkpoint: HubCheckpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a cache must agree with: format, fingerprint, and every weight file's name, size and time of change.
 
     A Hub snapshot's folder is named by its revision.
@@ -51,7 +50,7 @@ def source_identity(checkpoint: HubCheckpoint, dtype: torch.dtype) -> dict[str, 
         "format": FORMAT,
         "source": checkpoint.folder.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(checkpoint),
+        "fingerprint": base_fingerprint,
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
     }
 
@@ -79,9 +78,8 @@ def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any]) -> Path:
     return folder
 
 
-def matching_cache(checkpoint: HubCheckpoint, dtype: torch.dtype) -> Path | None:
-    """The cache of this source, if there is one and it agrees with the source in everything."""
-    identity = source_identity(checkpoint, dtype)
+def matching_cache(identity: dict[str, Any]) -> Path | None:
+    """The cache of the source of this identity, if there is one and it agrees with the source in everything."""
     folder = cache_folder(identity)
     try:
         saved = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
@@ -97,10 +95,11 @@ def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -
         CheckpointError: If the file is damaged.
     """
     linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for entry in sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start):
+    entries = sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start)
+    for entry, read in read_ahead((entry, None) for entry in entries):
         module_name, _, name = entry.name.rpartition(".")
         module = model.get_submodule(module_name)
-        tensor = entry.read().to(device)
+        tensor = read.to(device)
         if isinstance(module, NF4Linear) and name != "bias":
             linear_parts[module_name][name] = tensor
         elif isinstance(module, NF4Experts) and name in dict(module.named_buffers(recurse=False)):

@@ -16,6 +16,7 @@ from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layers import init_weights
 from lola_ft.model.layout import place_of
 from lola_ft.model.modeling import LolaPreTrainedModel
+from lola_ft.model.safetensors_file import TensorEntry, read_ahead
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
@@ -69,18 +70,20 @@ def load_base(
     target = torch.device(device) if device else default_device()
     checkpoint = HubCheckpoint.open(path, revision)
     checkpoint.check_tied_head()
+    base_fingerprint = fingerprint(checkpoint)
     labels = {} if head == "causal_lm" else {"num_labels": num_labels}
     if quantization is None:
         model = HEADS[head].from_pretrained(checkpoint.folder, dtype=torch_dtype, **labels).to(target)
         for name, parameter in model.named_parameters():
             require_finite(parameter, f"{checkpoint.folder}: tensor '{name}'")
     else:
-        model = _load_nf4(checkpoint, HEADS[head], labels, torch_dtype, target)
+        cached = matching_cache(source_identity(checkpoint, base_fingerprint, torch_dtype))
+        model = _load_nf4(checkpoint, cached, HEADS[head], labels, torch_dtype, target)
         require_quantized(model)
     model.eval()
     model.config._name_or_path = str(path)
     model.base_id = "" if Path(path).exists() else str(path)  # a local path would mean nothing to others
-    model.base_fingerprint = fingerprint(checkpoint)
+    model.base_fingerprint = base_fingerprint
     if not quiet:
         title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {target}"
         Console().print(audit(model).table(title))
@@ -103,7 +106,8 @@ def quantize_base(
     torch_dtype = _known_dtype(dtype)
     checkpoint = HubCheckpoint.open(path, revision)
     model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
-    return matching_cache(checkpoint, torch_dtype) or write_cache(model, source_identity(checkpoint, torch_dtype))
+    identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
+    return matching_cache(identity) or write_cache(model, identity)
 
 
 def _known_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -119,13 +123,14 @@ def require_finite(tensor: Tensor, what: str) -> None:
     Raises:
         CheckpointError: Beginning with `what`.
     """
-    # The sum is one cheap pass; it may overflow where every value is finite, so only then all are looked at.
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all():
+    extremes = torch.stack(torch.aminmax(tensor))  # NaN if any value is
+    if not torch.isfinite(extremes).all():
         raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged, or its training diverged.")
 
 
 def _load_nf4(
     checkpoint: HubCheckpoint,
+    cached: Path | None,
     model_class: type[LolaPreTrainedModel],
     labels: dict[str, int],
     dtype: torch.dtype,
@@ -137,7 +142,6 @@ def _load_nf4(
     with torch.device("meta"):
         model = model_class(config)
     _make_nf4_modules(model, device)
-    cached = matching_cache(checkpoint, dtype)
     if cached is not None:
         read_cache(model, cached, device)
     else:
@@ -157,22 +161,28 @@ def _quantize_into(
     model: LolaPreTrainedModel, checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Read the checkpoint in file order; quantise or cast each tensor into its place, and free it."""
-    for entry in checkpoint:
+
+    def quantised_module(entry: TensorEntry) -> NF4Experts | NF4Linear | None:
+        module_name, _, name = place_of(entry.name).parameter.rpartition(".")
+        module = model.get_submodule(module_name)
+        return module if isinstance(module, NF4Experts | NF4Linear) and not name.endswith("bias") else None
+
+    # Weights are quantised from what is stored: a cast first would round twice.
+    wanted = [(entry, None if quantised_module(entry) else dtype) for entry in checkpoint]
+    for entry, read in read_ahead(wanted):
+        tensor = read.to(device)
+        require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
         place = place_of(entry.name)
         module_name, _, name = place.parameter.rpartition(".")
-        module = model.get_submodule(module_name)
-        quantised = not name.endswith("bias") and isinstance(module, NF4Experts | NF4Linear)
-        # Weights are quantised from what is stored: a cast first would round twice.
-        tensor = entry.read(None if quantised else dtype).to(device)
-        require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
-        if quantised and isinstance(module, NF4Experts):
-            module.load_expert(name, place.expert_id or 0, tensor)
-        elif quantised:
-            module.load_dense(tensor.t())
+        quantised = quantised_module(entry)
+        if isinstance(quantised, NF4Experts):
+            quantised.load_expert(name, place.expert_id or 0, tensor)
+        elif quantised is not None:
+            quantised.load_dense(tensor.t())
         elif place.expert_id is not None:
-            _bias_stack(module, name, dtype, device).data[place.expert_id] = tensor
+            _bias_stack(model.get_submodule(module_name), name, dtype, device).data[place.expert_id] = tensor
         else:
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+            setattr(model.get_submodule(module_name), name, nn.Parameter(tensor, requires_grad=False))
 
 
 def _make_head(model: LolaPreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -10,13 +10,15 @@ from functools import cache
 from math import prod
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import torch
 from torch import Tensor
 
 BLOCK = 64
 ABSMAX_BLOCK = 256
-# Weights of a chunk: it stays in a core's cache, and torch runs operations of this size in one thread.
-_CHUNK = 511 * BLOCK
+# Weights of a chunk: few enough to stay in a core's cache, many enough that threads seldom wait for the interpreter.
+_CHUNK = 4096 * BLOCK
+_SMALLEST_SCALE = np.float32(1e-38)  # a block of zeros is divided by this
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
 
     bitsandbytes' CPU operator (0.50) spends three quarters of its time in `bucketize` and needs ten bytes a weight
     beside the result. Here a code is the number of bounds below the scaled value: the same codes in a fraction of
-    the time and memory.
+    the time and memory. numpy counts: its comparison writes bytes three times faster than torch's.
     """
     numel = flat.numel()
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8)
@@ -69,22 +71,26 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_chunk(flat: Tensor, start: int, stop: int, packed: Tensor, scales: Tensor) -> None:
-    blocks = flat[start:stop].view(-1, BLOCK).float()
-    absmax = blocks.abs().amax(dim=-1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
-    codes = torch.zeros(stop - start, dtype=torch.uint8)
-    above = torch.empty(stop - start, dtype=torch.bool)
+    scaled = flat[start:stop].to(torch.float32, copy=True).numpy()
+    blocks = scaled.reshape(-1, BLOCK)  # the same memory
+    absmax = np.abs(blocks).max(axis=1)
+    blocks *= (1 / np.maximum(absmax, _SMALLEST_SCALE))[:, None]
+    np.clip(scaled, -1, 1, out=scaled)
+    codes = np.zeros(stop - start, dtype=np.uint8)
+    above = np.empty(stop - start, dtype=np.bool_)
     for bound in _bounds():
-        codes += torch.gt(scaled, bound, out=above)
-    packed[start // 2 : stop // 2] = (codes[::2] << 4) | codes[1::2]
-    scales[start // BLOCK : stop // BLOCK] = absmax
+        np.greater(scaled, bound, out=above)
+        np.add(codes, above.view(np.uint8), out=codes)
+    pairs = codes.view("<u2")  # the first code of a pair is its low byte, and belongs in the high four bits
+    packed[start // 2 : stop // 2] = torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))
+    scales[start // BLOCK : stop // BLOCK] = torch.from_numpy(absmax)
 
 
 @cache
-def _bounds() -> list[float]:
+def _bounds() -> tuple[np.float32, ...]:
     """The 15 values halfway between neighbouring codes of NF4."""
     code = bnb.get_4bit_type("nf4", device="cpu")
-    return ((code[:-1] + code[1:]) / 2).tolist()
+    return tuple(((code[:-1] + code[1:]) / 2).numpy())
 
 
 def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
