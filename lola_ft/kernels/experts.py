@@ -1,6 +1,6 @@
 """The experts' forward and backward in one pass: gather, up, GELU, down, LoRA side paths, probability, scatter.
 
-Expert weights are asked for one expert at a time, in forward and again in backward, so that a 4-bit weight is dense
+Expert weights are asked for one tile at a time, in forward and again in backward, so that a 4-bit weight is dense
 only while it is used. No gradient is formed for a weight, bias or adapter that does not want one.
 
 Shapes: T tokens, N rows of the grouped buffer, D hidden, F inner, E experts, R rank.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lola_ft.kernels.grouping import Grouping, group_by_expert
 from lola_ft.kernels.precision import compute_dtype
+from lola_ft.kernels.tiles import Tiles, times, times_transposed
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class WeightStack:
 
     Attributes:
         trainable: The stack (E, in, out) if it wants a gradient, else None.
-        expert: Gives expert e's dense weight (in, out) in a dtype; outside autograd, called anew in backward.
+        tiles: Gives expert e's dense weight (in, out) in a dtype, some rows at a time; outside autograd, called anew
+            in backward.
     """
 
     trainable: Tensor | None
-    expert: Callable[[int, torch.dtype], Tensor]
+    tiles: Callable[[int, torch.dtype], Tiles]
 
 
 class Experts(Protocol):
@@ -85,8 +87,8 @@ def run_experts(
             down.trainable,
             experts.down_proj_bias,
             *factors,
-            up.expert,
-            down.expert,
+            up.tiles,
+            down.tiles,
             group_by_expert(expert_ids_T, experts.num_experts),
             dropouts,
         )
@@ -109,8 +111,8 @@ class _Experts(torch.autograd.Function):
         b_up: Tensor | None,
         a_down: Tensor | None,
         b_down: Tensor | None,
-        up_of: Callable[[int, torch.dtype], Tensor],
-        down_of: Callable[[int, torch.dtype], Tensor],
+        up_of: Callable[[int, torch.dtype], Tiles],
+        down_of: Callable[[int, torch.dtype], Tiles],
         groups: Grouping,
         dropouts: dict[str, float],
     ) -> Tensor:
@@ -124,13 +126,13 @@ class _Experts(torch.autograd.Function):
         h_down = None if a_down is None else x_TD.new_empty(groups.num_rows, a_down.shape[1])
         for e, i, j in groups.spans:
             x, pre, y = rows_ND[i:j], pre_NF[i:j], y_ND[i:j]
-            torch.mm(x, up_of(e, dtype), out=pre)
+            times(x, up_of(e, dtype), pre)
             pre.add_(up_bias_EF[e])
             if a_up is not None and b_up is not None and h_up is not None:
                 torch.mm(_dropped(x, keep_ND, i, j), a_up[e].t(), out=h_up[i:j])
                 pre.addmm_(h_up[i:j], b_up[e].t())
             act = F.gelu(pre, approximate="tanh")
-            torch.mm(act, down_of(e, dtype), out=y)
+            times(act, down_of(e, dtype), y)
             y.add_(down_bias_ED[e])
             if a_down is not None and b_down is not None and h_down is not None:
                 torch.mm(_dropped(act, keep_NF, i, j), a_down[e].t(), out=h_down[i:j])
@@ -164,7 +166,7 @@ class _Experts(torch.autograd.Function):
         for e, i, j in groups.spans:
             x, pre, d_y = rows_ND[i:j], pre_NF[i:j], d_y_ND[i:j]
             act = F.gelu(pre, approximate="tanh")
-            d_act = d_y @ down_of(e, dtype).t()
+            d_act = times_transposed(d_y, down_of(e, dtype), torch.empty_like(act))
             if d_down is not None:
                 d_down[e] = act.t() @ d_y
             if d_down_bias is not None:
@@ -182,7 +184,7 @@ class _Experts(torch.autograd.Function):
                 side = _dropped(x, keep_ND, i, j)
                 d_side = _side_backward(side, h_up[i:j], d_pre, a_up, b_up, d_a_up, d_b_up, keep_ND, e, i, j)
             if d_x_ND is not None:
-                torch.mm(d_pre, up_of(e, dtype).t(), out=d_x_ND[i:j])
+                times_transposed(d_pre, up_of(e, dtype), d_x_ND[i:j])
                 if d_side is not None:
                     d_x_ND[i:j] += d_side
         d_x_TD = None if d_x_ND is None else d_x_ND[groups.row_of_token_T]

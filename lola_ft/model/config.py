@@ -46,6 +46,7 @@ class LolaConfig(PreTrainedConfig):
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
         router_aux_loss_coef: float = 0.01,
+        output_router_logits: bool = False,
         scale_attn_weights: bool = True,
         scale_attn_by_inverse_layer_idx: bool = False,
         reorder_and_upcast_attn: bool = False,
@@ -71,6 +72,7 @@ class LolaConfig(PreTrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_range = initializer_range
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
         self.scale_attn_weights = scale_attn_weights
         self.scale_attn_by_inverse_layer_idx = scale_attn_by_inverse_layer_idx
         self.reorder_and_upcast_attn = reorder_and_upcast_attn

@@ -37,7 +37,9 @@ class LolaExperts(nn.Module):
         """`up_proj` or `down_proj` as the kernel wants it."""
         stack = getattr(self, name)
         dense = stack.detach()
-        return WeightStack(stack if stack.requires_grad else None, lambda expert_id, dtype: dense[expert_id].to(dtype))
+        return WeightStack(
+            stack if stack.requires_grad else None, lambda expert_id, dtype: iter([(0, dense[expert_id].to(dtype))])
+        )
 
     def forward(
         self,

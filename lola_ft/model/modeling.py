@@ -112,10 +112,13 @@ class LolaModel(LolaPreTrainedModel):
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = use_cache and not checkpointing
         embeds_BSD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        self._check_attention(embeds_BSD.device, output_attentions)
         position_ids = self._positions(embeds_BSD, past_key_values, position_ids)
         mask = create_causal_mask(
             config=config,
@@ -152,6 +155,20 @@ class LolaModel(LolaPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             router_logits=tuple(router_logits) if output_router_logits else None,
         )
+
+    def _check_attention(self, device: torch.device, output_attentions: bool) -> None:
+        """Refuse what the chosen attention would answer with nothing, or with NaN."""
+        chosen = self.config._attn_implementation
+        if output_attentions and chosen != "eager":
+            raise UserError(
+                f"{chosen} attention does not form its weights. For output_attentions, call "
+                "model.set_attn_implementation('eager') first."
+            )
+        if chosen == "flex_attention" and device.type == "cpu" and not torch._dynamo.config.disable:
+            raise UserError(
+                "flex attention, compiled for a CPU, answers NaN (torch 2.13). Call "
+                "model.set_attn_implementation('sdpa') first, or use a GPU."
+            )
 
     def _positions(self, embeds_BSD: Tensor, past_key_values: Cache | None, position_ids: Tensor | None) -> Tensor:
         """The given positions, or else those that follow the cache; refused beyond the learned ones."""
@@ -210,6 +227,8 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
             `loss` is the cross-entropy alone; `aux_loss` (with `output_router_logits`) is LOLA's load-balancing
             loss of the real tokens, not weighted: a trainer adds `config.router_aux_loss_coef` times it.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.transformer(
             input_ids,
             attention_mask=attention_mask,

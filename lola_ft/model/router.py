@@ -66,16 +66,30 @@ def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | 
     Returns:
         A scalar, float32; 1 a layer if the load is even.
     """
-    losses = []
+    total = torch.zeros(())
     for logits_TE in router_logits:
         num_experts = logits_TE.shape[-1]
         probs_TE = logits_TE.float().softmax(dim=-1)
         chosen_TE = F.one_hot(probs_TE.argmax(dim=-1), num_experts).to(probs_TE.dtype)
-        if token_mask_T is None:
-            load_E, mean_prob_E = chosen_TE.mean(dim=0), probs_TE.mean(dim=0)
-        else:
-            weight_T1 = token_mask_T.to(probs_TE.dtype)[:, None]
-            tokens = weight_T1.sum().clamp(min=1)
-            load_E, mean_prob_E = (chosen_TE * weight_T1).sum(0) / tokens, (probs_TE * weight_T1).sum(0) / tokens
-        losses.append(num_experts * (load_E * mean_prob_E).sum())
-    return torch.stack(losses).sum()
+        load_E, mean_prob_E = _mean(chosen_TE, token_mask_T), _mean(probs_TE, token_mask_T)
+        total = total + num_experts * (load_E * mean_prob_E).sum()
+    return total
+
+
+def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None = None) -> Tensor:
+    """The mean square of each token's `logsumexp` of scores, summed over the layers (ST-MoE, arXiv 2202.08906).
+
+    It keeps scores small, where softmax is exact in half precision. Arguments as for `load_balancing_loss`.
+    """
+    total = torch.zeros(())
+    for logits_TE in router_logits:
+        total = total + _mean(logits_TE.float().logsumexp(dim=-1).square(), token_mask_T)
+    return total
+
+
+def _mean(values: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    """Mean over the real tokens, the first dimension; 0 if there are none."""
+    if token_mask_T is None:
+        return values.mean(dim=0)
+    weight = token_mask_T.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+    return (values * weight).sum(0) / token_mask_T.sum().clamp(min=1)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.kernels.experts import WeightStack
+from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import PROJECTIONS, LolaExperts
-from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code, packed_sizes, quantize
+from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, dynamic_code, packed_sizes, quantize
 
 
 class NF4Experts(LolaExperts):
@@ -67,7 +68,10 @@ class NF4Experts(LolaExperts):
         return dequantize(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
 
     def weights(self, name: str) -> WeightStack:
-        return WeightStack(None, partial(self.expert_weight, name))
+        return WeightStack(None, partial(self._tiles, name))
+
+    def _tiles(self, name: str, expert_id: int, dtype: torch.dtype) -> Tiles:
+        return dequantized_tiles(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Experts":
         """Follow `.to(device)`, but keep the scales float32 under `.half()` or `.to(dtype)`."""

@@ -4,11 +4,11 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lola_ft.kernels.precision import compute_dtype
-from lola_ft.quantization.nf4 import NF4, dequantize, quant_state, quantize
+from lola_ft.kernels.tiles import Tiles, times, times_transposed
+from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, quant_state, quantize
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -50,6 +50,11 @@ class NF4Linear(bnb.nn.Linear4bit):
         state = self.weight.quant_state
         return dequantize(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
+    def tiles(self, dtype: torch.dtype) -> Tiles:
+        """The dequantised weight (out, in), some rows at a time."""
+        state = self.weight.quant_state
+        return dequantized_tiles(self.stored(), state.state2.code, tuple(state.shape), dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -62,14 +67,21 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor, layer: NF4Linear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dense_weight(x.dtype), bias.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        out = rows.new_empty(rows.shape[0], layer.out_features)
+        return times_transposed(rows, layer.tiles(x.dtype), out, bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_y = grads[0]
+        d_y, layer = grads[0], ctx.layer
+        rows = d_y.reshape(-1, d_y.shape[-1])
         wants_x, wants_bias, _ = ctx.needs_input_grad
-        d_x = d_y @ ctx.layer.dense_weight(d_y.dtype) if wants_x else None
-        d_bias = d_y.flatten(0, -2).sum(0).to(ctx.layer.bias.dtype) if wants_bias else None
+        d_x = d_bias = None
+        if wants_x:
+            d_x = times(rows, layer.tiles(d_y.dtype), rows.new_empty(rows.shape[0], layer.in_features))
+            d_x = d_x.view(*d_y.shape[:-1], -1)
+        if wants_bias:
+            d_bias = rows.sum(0).to(layer.bias.dtype)
         return d_x, d_bias, None
 
 

@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lola_ft.kernels.tiles import Tiles
+
 BLOCK = 64
 ABSMAX_BLOCK = 256
 # Weights of a chunk: few enough to stay in a core's cache, many enough that threads seldom wait for the interpreter.
 _CHUNK = 4096 * BLOCK
+_TILE = 1 << 20  # weights dequantised at a time on a CPU: 4 MB in float32
 _SMALLEST_SCALE = np.float32(1e-38)  # a block of zeros is divided by this
 
 
@@ -96,20 +99,41 @@ def _bounds() -> tuple[np.float32, ...]:
 def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The dense weight of `shape` in `dtype`.
 
-    Works on the flat weight: bitsandbytes 0.50's CPU operator is wrong for some shapes whose last dimension is not a
-    multiple of 64.
-
     Args:
         absmax_code: `dynamic_code()` on the weight's device.
     """
+    return _dense(nf4.packed, _block_scales(nf4, absmax_code), prod(shape), dtype).view(shape)
+
+
+def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
+    """The dense weight of `shape` in `dtype`, some rows at a time; the same numbers as whole.
+
+    In tiles only where it pays and sums stay exact enough: in float32 on a CPU. (A sum over tiles is rounded after
+    each of them, which half precision would feel.)
+    """
+    rows, columns = shape
+    scales = _block_scales(nf4, absmax_code)
+    tiled = nf4.packed.device.type == "cpu" and dtype == torch.float32 and columns % BLOCK == 0
+    step = max(1, _TILE // columns) if tiled else rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first, end = start * columns, stop * columns
+        scales_of_rows = scales if step >= rows else scales[first // BLOCK : end // BLOCK]
+        packed = nf4.packed if step >= rows else nf4.packed[first // 2 : end // 2]
+        yield start, _dense(packed, scales_of_rows, end - first, dtype).view(stop - start, columns)
+
+
+def _block_scales(nf4: NF4, absmax_code: Tensor) -> Tensor:
     absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
         nf4.absmax, nf4.absmax2, absmax_code, ABSMAX_BLOCK, torch.float32
     )
     absmax += nf4.offset
-    flat = torch.ops.bitsandbytes.dequantize_4bit.default(
-        nf4.packed.view(-1, 1), absmax, BLOCK, "nf4", (prod(shape),), dtype
-    )
-    return flat.view(shape)
+    return absmax
+
+
+def _dense(packed: Tensor, scales: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """Flat, for bitsandbytes 0.50's CPU operator is wrong for some shapes whose last dimension is no multiple of 64."""
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), scales, BLOCK, "nf4", (numel,), dtype)
 
 
 def dynamic_code() -> Tensor:

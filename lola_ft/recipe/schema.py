@@ -99,6 +99,7 @@ class Router(Section):
         default="frozen", description="whether and how the router is trained"
     )
     aux_loss: float = Field(default=0.0, ge=0, description="weight of the loss that evens out the experts' load")
+    z_loss: float = Field(default=0.0, ge=0, description="weight of the loss that keeps the routers' scores small")
 
 
 class Source(Section):

@@ -164,6 +164,7 @@ def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTraine
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check],
         aux_loss_coef=recipe.router.aux_loss,
+        z_loss_coef=recipe.router.z_loss,
         keep_checkpoints=recipe.train.keep,
     )
     metrics.trainer = trainer

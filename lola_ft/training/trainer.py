@@ -4,12 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from lola_ft.adapters import save_adapter
+from lola_ft.model.modeling import real_tokens
+from lola_ft.model.router import load_balancing_loss, router_z_loss
 
 CHECKPOINT_PREFIX = "step"
 
@@ -21,14 +24,21 @@ class LolaTrainer(SFTTrainer):
         tokens_seen: Tokens of all training batches, padding left out.
     """
 
-    def __init__(self, *args: Any, aux_loss_coef: float = 0.0, keep_checkpoints: int = 2, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        aux_loss_coef: float = 0.0,
+        z_loss_coef: float = 0.0,
+        keep_checkpoints: int = 2,
+        **kwargs: Any,
+    ) -> None:
         model = kwargs["model"]
         own_coef = model.config.router_aux_loss_coef
         super().__init__(*args, **kwargs)
         # TRL 1.16 writes its own aux-loss settings into the config and would add Mixtral's formula.
         model.config.router_aux_loss_coef, model.config.output_router_logits = own_coef, False
         self.aux_loss_enabled = False
-        self.aux_loss_coef = aux_loss_coef
+        self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
         self.keep_checkpoints = keep_checkpoints
         self.tokens_seen = 0
 
@@ -39,29 +49,42 @@ class LolaTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """Cross-entropy of the labelled tokens, plus the weighted load-balancing loss while training.
+        """Cross-entropy of the labelled tokens, plus the weighted losses of the routers while training.
 
-        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1. The balancing loss
-        is a mean over each micro batch's own tokens, averaged over the micro batches: it does depend on the split.
+        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1. The routers' losses
+        are means over each micro batch's own tokens, averaged over the micro batches: they do depend on the split.
         """
         training = model.training
-        balance = training and self.aux_loss_coef > 0
+        routers = training and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
         outputs = model(
             **inputs,
             use_cache=False,
             skip_logits=True,
-            output_router_logits=balance,
+            output_router_logits=routers,
             num_items_in_batch=num_items_in_batch,
         )
         loss = outputs.loss
-        if balance:
+        if routers:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.aux_loss_coef * outputs.aux_loss / steps
-            self._metrics["train"]["aux_loss"].append(outputs.aux_loss.item())
+            loss = loss + self._router_losses(outputs, inputs) / steps
         if training:
             mask = inputs.get("attention_mask")
             self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return (loss, outputs) if return_outputs else loss
+
+    def _router_losses(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """The weighted sum of the losses that the recipe asks for, each logged by itself."""
+        total = torch.zeros((), device=outputs.loss.device)
+        mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
+        for name, coef, function in (
+            ("aux_loss", self.aux_loss_coef, load_balancing_loss),
+            ("z_loss", self.z_loss_coef, router_z_loss),
+        ):
+            if coef > 0:
+                value = function(outputs.router_logits, mask)
+                self._metrics["train"][name].append(value.item())
+                total = total + coef * value
+        return total
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:  # noqa: ARG002
         """Checkpoints hold the adapter in the layout of every other adapter folder."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lola_ft.kernels import experts as kernel
 from lola_ft.kernels.experts import LowRank, run_experts
+from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import LolaExperts
 
 # 8 bits of mantissa in weights, activations and sums, relative to the largest entry; seen: 0.008.
@@ -337,11 +338,11 @@ def test_weights_are_asked_for_by_active_expert_once_a_pass() -> None:
     def weights(name: str) -> Any:
         stack = real(name)
 
-        def expert(expert_id: int, dtype: torch.dtype) -> Tensor:
+        def tiles(expert_id: int, dtype: torch.dtype) -> Tiles:
             asked.append((name, expert_id))
-            return stack.expert(expert_id, dtype)
+            return stack.tiles(expert_id, dtype)
 
-        return kernel.WeightStack(stack.trainable, expert)
+        return kernel.WeightStack(stack.trainable, tiles)
 
     case.experts.weights = weights  # type: ignore[method-assign]
     out = case.run()

@@ -1,5 +1,8 @@
 """Generation: caches, left padding, sampling, beams, and the end of the context."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -128,7 +131,6 @@ def test_eager_and_sdpa_attention_agree(make_model: Callable[..., LolaForCausalL
             outputs[attention] = model(ids, attention_mask=mask, output_attentions=attention == "eager")
     real = mask.bool()
     assert (outputs["sdpa"].logits[real] - outputs["eager"].logits[real]).abs().max() < ROUNDING
-    assert outputs["sdpa"].attentions is None
     for weights_BHSS in outputs["eager"].attentions:
         assert weights_BHSS.shape == (2, 4, 14, 14)
         sums = weights_BHSS.sum(-1)
@@ -180,3 +182,48 @@ def test_outputs_as_a_tuple(model: LolaForCausalLM) -> None:
     with torch.no_grad():
         logits = model(prompt(9), return_dict=False)[0]
         assert torch.equal(logits, model(prompt(9)).logits)
+
+
+def test_attention_weights_are_only_given_where_they_are_formed(model: LolaForCausalLM) -> None:
+    with pytest.raises(
+        UserError, match=r"sdpa attention does not form its weights.*set_attn_implementation\('eager'\)"
+    ):
+        model(prompt(4), output_attentions=True)
+
+
+def test_flex_attention_is_refused_on_a_cpu(make_model: Callable[..., LolaForCausalLM]) -> None:
+    with pytest.raises(UserError, match="flex attention, compiled for a CPU, answers NaN"):
+        make_model(attn_implementation="flex_attention")(prompt(4))
+
+
+FLEX = """
+import torch
+from lola_ft.model import LolaConfig, LolaForCausalLM
+
+torch.manual_seed(0)
+config = LolaConfig(vocab_size=320, n_positions=64, n_embd=64, n_head=4, n_layer=4, num_experts=4)
+model = LolaForCausalLM(config).eval()
+ids = torch.randint(6, 320, (2, 14))
+mask = torch.ones_like(ids)
+mask[0, :8] = 0
+padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+packed = {"position_ids": torch.cat([torch.arange(5), torch.arange(9)]).expand(2, -1)}
+for arguments, real in ((padded, mask.bool()), (packed, torch.ones_like(mask).bool())):
+    logits = {}
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits[attention] = model(ids, **arguments).logits[real]
+    print((logits["sdpa"] - logits["flex_attention"]).abs().max().item())
+"""
+
+
+def test_flex_attention_agrees_with_sdpa_where_it_is_not_compiled() -> None:
+    """In padded and in packed batches; compiled, it needs a GPU."""
+    off = {"TORCHDYNAMO_DISABLE": "1", "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FLEX], capture_output=True, text=True, env=os.environ | off, check=True
+    )
+    differences = [float(line) for line in done.stdout.splitlines()]
+    assert len(differences) == 2
+    assert max(differences) < ROUNDING

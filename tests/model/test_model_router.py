@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.router import RouterGate, load_balancing_loss, route
+from lola_ft.model.router import RouterGate, load_balancing_loss, route, router_z_loss
 
 
 def test_the_best_expert_and_its_own_probability() -> None:
@@ -76,8 +76,35 @@ def test_balancing_loss_of_an_even_load_is_one_a_layer_and_of_a_collapse_the_num
     assert load_balancing_loss([collapsed]).item() == pytest.approx(8.0)
 
 
-def test_balancing_loss_of_padding_alone_is_zero() -> None:
-    assert load_balancing_loss([torch.randn(6, 4)], torch.zeros(6, dtype=torch.bool)).item() == 0
+@pytest.mark.parametrize("padded", [False, True])
+def test_z_loss_against_a_loop(padded: bool) -> None:
+    logits = [3 * torch.randn(40, 8, dtype=torch.float64) for _ in range(3)]
+    mask = torch.rand(40) > 0.4 if padded else None
+    real = mask.tolist() if mask is not None else [True] * 40
+    expected = 0.0
+    for layer in logits:
+        squares = [row.exp().sum().log().item() ** 2 for row, keep in zip(layer, real, strict=True) if keep]
+        expected += sum(squares) / len(squares)
+    assert router_z_loss([layer.float() for layer in logits], mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_base_without_moe_layers_has_no_router_losses(make_model: Callable[..., LolaForCausalLM]) -> None:
+    output = make_model(n_layer=1)(torch.tensor([[7, 8, 9]]), output_router_logits=True)
+    assert output.router_logits == ()
+    assert output.aux_loss == 0 == router_z_loss(output.router_logits)
+
+
+def test_the_config_may_ask_for_router_logits(make_model: Callable[..., LolaForCausalLM]) -> None:
+    model = make_model(output_router_logits=True)
+    output = model(torch.tensor([[7, 8, 9]]))
+    assert len(output.router_logits) == 2
+    assert output.aux_loss > 0
+
+
+def test_the_losses_of_padding_alone_are_zero() -> None:
+    padding = torch.zeros(6, dtype=torch.bool)
+    assert load_balancing_loss([torch.randn(6, 4)], padding).item() == 0
+    assert router_z_loss([torch.randn(6, 4)], padding).item() == 0
 
 
 def test_padding_moves_neither_aux_loss_nor_its_gradient(make_model: Callable[..., LolaForCausalLM]) -> None:

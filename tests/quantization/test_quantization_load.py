@@ -21,6 +21,7 @@ from lola_ft.model.layout import place_of
 from lola_ft.quantization import NF4Experts, NF4Linear
 from lola_ft.quantization import experts as experts_module
 from lola_ft.quantization import load as load_module
+from lola_ft.quantization import nf4 as nf4_module
 from lola_ft.quantization.audit import require_quantized
 
 BaseWriter = Callable[..., Path]
@@ -216,6 +217,22 @@ def test_the_identity_is_the_files(base: Path, model: LolaForCausalLM) -> None:
     assert model.base_id == ""  # a local path would mean nothing to others
 
 
+def test_small_tiles_change_no_logit_or_gradient(model: LolaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of a float32 sum."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        embeds = model.transformer.wte(IDS).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds).logits
+        logits.square().mean().backward()
+        return logits.detach(), embeds.grad
+
+    model.float()
+    expected = run()
+    monkeypatch.setattr(nf4_module, "_TILE", 1024)
+    for actual, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("num_experts", [4, 16])
 def test_one_token_dequantises_only_the_experts_it_hits(
     num_experts: int, write_base: BaseWriter, monkeypatch: pytest.MonkeyPatch
@@ -224,8 +241,8 @@ def test_one_token_dequantises_only_the_experts_it_hits(
     with torch.no_grad():
         cache = loaded(IDS[:1], use_cache=True).past_key_values
     calls = []
-    real = experts_module.dequantize
-    monkeypatch.setattr(experts_module, "dequantize", lambda *args: (calls.append(1), real(*args))[1])
+    real = experts_module.dequantized_tiles
+    monkeypatch.setattr(experts_module, "dequantized_tiles", lambda *args: (calls.append(1), real(*args))[1])
     with torch.no_grad():
         loaded(IDS[:1, :1], past_key_values=cache)
     assert len(calls) == 2 * 2  # two projections in each of 2 MoE layers

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code, packed_sizes, quantize
+from lola_ft.quantization import nf4 as nf4_module
+from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, dynamic_code, packed_sizes, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALIGNED = [(64, 64), (64, 192), (128, 64), (1, 64), (512, 320)]
@@ -170,6 +171,20 @@ def test_bitsandbytes_is_only_asked_for_flat_weights() -> None:
     with OperatorShapes() as seen:
         dequantize(nf4, dynamic_code(), (64, 96), torch.float32)
     assert seen.shapes == [(64 * 96,)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
+def test_tiles_are_the_rows_of_the_whole(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf4_module, "_TILE", 1000)
+    nf4 = quantize(weight_of(shape))
+    tiles = list(dequantized_tiles(nf4, dynamic_code(), shape, dtype))
+    assert torch.equal(torch.cat([tile for _, tile in tiles]), dequantize(nf4, dynamic_code(), shape, dtype))
+    assert [start for start, _ in tiles] == [sum(len(tile) for _, tile in tiles[:i]) for i in range(len(tiles))]
+    several = dtype == torch.float32 and shape[1] % 64 == 0 and shape[0] > max(1, 1000 // shape[1])
+    assert (len(tiles) > 1) == several
 
 
 def test_the_store_is_not_changed_by_dequantising() -> None:

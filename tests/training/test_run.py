@@ -30,7 +30,7 @@ def run(
     recipe = {
         "base": {"model": "base", "dtype": "float32"},
         "adapter": {"attention": {"rank": 4}, "mlp": {"rank": 8}, "experts": {"rank": 4}, "dropout": 0.05},
-        "router": {"mode": "tuned", "aux_loss": 0.01},
+        "router": {"mode": "tuned", "aux_loss": 0.01, "z_loss": 0.001},
         "data": {
             "sources": [{"path": "rows.jsonl", "format": "alpaca", "language_column": "language"}],
             "max_length": 128,
@@ -64,7 +64,7 @@ def test_run_learns_and_logs_every_step(run: Path) -> None:
     assert len(losses) == 12
     assert losses[-1] < 0.75 * losses[0]
     step = next(line for line in lines if "loss" in line)
-    assert {"step", "loss", "learning_rate", "tokens_per_s", "grad_norm", "aux_loss", "tokens"} <= set(step)
+    assert {"step", "loss", "learning_rate", "tokens_per_s", "grad_norm", "aux_loss", "z_loss", "tokens"} <= set(step)
     assert [line["step"] for line in lines if "eval_loss" in line][:2] == [6, 12]
 
 

@@ -1,0 +1,37 @@
+"""Products with a weight that is given a few rows at a time, so that a 4-bit weight is never dense as a whole.
+
+On a CPU a tile of some megabytes stays in the cache between being dequantised and being multiplied with, and its
+memory is used again; a whole weight of LOLA's (64 MB in float32) would be fresh pages every time, five times slower.
+
+Shapes: N rows of x, I and O the weight's rows and columns.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+Tiles = Iterator[tuple[int, Tensor]]
+"""A weight (I, O) in order: first row, dense rows."""
+
+
+def times(x_NI: Tensor, tiles: Tiles, out_NO: Tensor) -> Tensor:
+    """`x @ weight`, into `out`; a sum over the tiles."""
+    for start, tile in tiles:
+        part = x_NI[:, start : start + tile.shape[0]]
+        if start:
+            out_NO.addmm_(part, tile)
+        else:
+            torch.mm(part, tile, out=out_NO)
+    return out_NO
+
+
+def times_transposed(x_NO: Tensor, tiles: Tiles, out_NI: Tensor, bias_I: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, into `out`; each tile gives its own columns."""
+    for start, tile in tiles:
+        columns = slice(start, start + tile.shape[0])
+        if bias_I is None:
+            torch.mm(x_NO, tile.t(), out=out_NI[:, columns])
+        else:
+            torch.addmm(bias_I[columns], x_NO, tile.t(), out=out_NI[:, columns])
+    return out_NI
