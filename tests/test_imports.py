@@ -20,11 +20,13 @@ LEVELS = {
     "nano": 3,
     "adapters": 4,
     "data": 4,
+    "card": 4,
     "quantization": 5,
     "model": 6,
     "kernels": 7,
     "recipe": 7,
     "files": 8,
+    "repo_id": 8,
     "errors": 9,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
+from lola_ft.repo_id import is_repo_id
 
 RECIPE_FILE, MANIFEST_FILE, METRICS_FILE, LOSS_PLOT = "recipe.yaml", "manifest.json", "metrics.jsonl", "loss.png"
 ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "adapter", "checkpoints"
@@ -53,35 +55,16 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
 
 def write_card(output: Path, manifest: dict[str, Any]) -> None:
     """Write the run's README from its manifest alone."""
-    recipe, results = manifest["recipe"], manifest["results"]
-    base = recipe["base"]["model"]
-    rows = "\n".join(
-        f"| {language} | {counts['kept']:,} | {counts['trained_tokens']:,} |"
-        for language, counts in manifest["data"]["train"]["languages"].items()
+    base = manifest["recipe"]["base"]
+    facts = CardFacts(
+        title=output.name,
+        kind="adapter",
+        location=ADAPTER_FOLDER,
+        published=False,
+        base=base["model"],
+        base_revision=base["revision"] if is_repo_id(base["model"]) else None,
+        layout="peft",
+        manifest=manifest,
+        files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
     )
-    losses = ", ".join(f"{key} {results[key]:.4f}" for key in ("mean_loss", "eval_loss") if key in results)
-    quantized = recipe["base"]["quantization"]
-    text = f"""# {output.name}
-
-A LoRA adapter for {base}, trained with lola_ft; its settings are in `{RECIPE_FILE}`.
-
-| | |
-|---|---|
-| base | {base} (fingerprint `{manifest["base"]["fingerprint"]}`) |
-| trained on | {"4-bit (NF4) base" if quantized == "nf4" else "unquantised base"}, {manifest["base"]["dtype"]} |
-| trained parameters | {sum(group["parameters"] for group in manifest["trained"].values()):,} |
-| optimiser steps | {results["steps"]} |
-| loss | {losses} |
-
-| language | rows | trained tokens |
-|---|---:|---:|
-{rows}
-
-Load it:
-
-    import lola_ft
-
-    model = lola_ft.load_base({base!r})
-    model = lola_ft.load_adapter(model, "{ADAPTER_FOLDER}")
-"""
-    write_text(output / "README.md", text)
+    write_text(output / "README.md", render_card(facts))

@@ -1,0 +1,52 @@
+"""What a model card is made from."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything a card says, as far as it is known.
+
+    Attributes:
+        location: The repository's id; in the draft of a run, the adapter's folder.
+        published: Whether `location` is a repository.
+        base: The base's Hub id; in a draft, whatever the recipe has.
+        base_revision: Branch, tag or commit of the base.
+        layout: The adapter's layout; None for merged weights.
+        manifest: The run's `manifest.json`, or as much of it as there is.
+        merge_report: `merge_report.json` of merged weights.
+        files: Names of the published files.
+    """
+
+    title: str
+    kind: Literal["adapter", "merged"]
+    location: str
+    published: bool
+    base: str
+    base_revision: str | None = None
+    layout: str | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    merge_report: dict[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The run's recipe with all defaults, {} if it is not known."""
+        return self.manifest.get("recipe") or {}
+
+    @property
+    def languages(self) -> dict[str, dict[str, Any]]:
+        """Counts of the training rows by language code."""
+        return self.manifest.get("data", {}).get("train", {}).get("languages", {})
+
+    @property
+    def quantization(self) -> str | None:
+        """How the base's weights were stored in training: "nf4" or None."""
+        stored = self.recipe.get("base", {}).get("quantization", "nf4")
+        return None if stored == "none" else stored
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Identity of the base's weights."""
+        return self.manifest.get("base", {}).get("fingerprint") or self.merge_report.get("base_fingerprint")

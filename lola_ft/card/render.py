@@ -1,0 +1,162 @@
+"""The card as Markdown, with the YAML header that the Hub reads."""
+
+import re
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from lola_ft.card.facts import CardFacts
+from lola_ft.card.snippet import snippets
+from lola_ft.repo_id import is_repo_id
+
+_LICENCE = "cc-by-4.0"  # of LOLA's weights, so of what is made from them
+_RECIPE_FILE = "recipe.yaml"
+_SECTIONS = ("routing", "energy")
+_NAMED_RESULTS = {
+    "steps": "optimiser steps",
+    "tokens": "tokens",
+    "mean_loss": "training loss",
+    "eval_loss": "validation loss",
+}
+
+
+def render_card(facts: CardFacts) -> str:
+    """The README's text; a part of which nothing is known is left out."""
+    parts = [
+        f"---\n{_metadata(facts).to_yaml()}\n---",
+        f"# {facts.title}",
+        _introduction(facts),
+        _table(["", ""], _summary(facts)),
+        _data(facts),
+        _results(facts),
+        *(_figures(facts, name) for name in _SECTIONS),
+        _loading(facts),
+        _licence(facts),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _metadata(facts: CardFacts) -> ModelCardData:
+    adapter = facts.kind == "adapter"
+    codes = sorted({code.lower().replace("_", "-").partition("-")[0] for code in facts.languages} - {"und"})
+    sources = facts.recipe.get("data", {}).get("sources", [])
+    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
+    has_base = facts.published or is_repo_id(facts.base)
+    return ModelCardData(
+        base_model=facts.base if has_base else None,
+        base_model_relation=("adapter" if adapter else "finetune") if has_base else None,
+        library_name="peft" if adapter else "transformers",
+        license=_LICENCE,
+        language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
+        datasets=datasets or None,
+        pipeline_tag="text-generation",
+        tags=["lola", "lola_ft", "mixture-of-experts", "multilingual", *(["lora"] if adapter else [])],
+    )
+
+
+def _introduction(facts: CardFacts) -> str:
+    what = f"A LoRA adapter for {_link(facts)}" if facts.kind == "adapter" else f"{_link(facts)}, fine-tuned with LoRA"
+    merged = " and merged into the weights" if facts.kind == "merged" else ""
+    trained = ", trained with lola_ft" if facts.kind == "adapter" else ", made with lola_ft"
+    recipe = f"; its settings are in `{_RECIPE_FILE}`" if facts.recipe and facts.kind == "adapter" else ""
+    return f"{what}{merged}{trained}{recipe}."
+
+
+def _link(facts: CardFacts) -> str:
+    return f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+
+
+def _summary(facts: CardFacts) -> list[list[str]]:
+    base, recipe, report = facts.manifest.get("base", {}), facts.recipe, facts.merge_report
+    revision = f", revision `{facts.base_revision}`" if facts.base_revision else ""
+    identity = f" (fingerprint `{facts.fingerprint}`)" if facts.fingerprint else ""
+    rows = [["base", f"{facts.base}{revision}{identity}"]]
+    if facts.layout:
+        rows.append(["layout", f"`{facts.layout}`"])
+    if recipe:
+        stored = "4-bit (NF4) base" if facts.quantization == "nf4" else "unquantised base"
+        rows.append(["trained on", f"{stored}, {base.get('dtype', recipe['base']['dtype'])}"])
+        rows.append(["LoRA", _lora(recipe)])
+        rows.append(["router", recipe["router"]["mode"]])
+        rows.append(["learning rate", f"{recipe['train']['learning_rate']:g}, {recipe['train']['scheduler']}"])
+    if trained := facts.manifest.get("trained"):
+        rows.append(["trained parameters", f"{sum(group['parameters'] for group in trained.values()):,}"])
+    if report:
+        rows.append(["merged", f"{report.get('applied')} of {report.get('adapter_tensors')} adapter tensors"])
+        rows.append(["merged into", "NF4-rounded weights" if report.get("rounding") == "nf4" else "original weights"])
+    return rows
+
+
+def _lora(recipe: dict[str, Any]) -> str:
+    groups = [(name, recipe["adapter"].get(name)) for name in ("attention", "mlp", "experts")]
+    ranks = ", ".join(f"{name} rank {group['rank']}" for name, group in groups if group) or "none"
+    return f"{ranks}, alpha {recipe['adapter']['alpha']:g}"
+
+
+def _data(facts: CardFacts) -> str:
+    if not facts.languages:
+        return ""
+    rows = [[code, f"{c['kept']:,}", f"{c['trained_tokens']:,}"] for code, c in facts.languages.items()]
+    sources = facts.recipe.get("data", {}).get("sources", [])
+    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
+    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+    local = sum(1 for source in sources if source.get("path"))
+    own = [f"{local} local file{'s' if local > 1 else ''}"] if local else []
+    said = f"From {' and '.join([*([links] if links else []), *own])}.\n\n" if links or own else ""
+    return f"## Data\n\n{said}{_table(['language', 'rows', 'trained tokens'], rows, numbers=True)}"
+
+
+def _results(facts: CardFacts) -> str:
+    results = facts.manifest.get("results") or {}
+    rows = [[label, _number(results[key])] for key, label in _NAMED_RESULTS.items() if key in results]
+    whole = f"## Results\n\n{_table(['', ''], rows)}" if rows else ""
+    by_language = {k: v for k, v in results.items() if isinstance(v, dict) and k not in _SECTIONS}
+    if not by_language:
+        return whole
+    codes = sorted({code for values in by_language.values() for code in values})
+    lines = [[code, *(_number(values.get(code, "")) for values in by_language.values())] for code in codes]
+    return f"{whole}\n\n{_table(['language', *by_language], lines, numbers=True)}".strip()
+
+
+def _figures(facts: CardFacts, name: str) -> str:
+    """A section of whatever figures a run kept under a name; nested ones are named `outer / inner`."""
+    figures = facts.manifest.get(name) or facts.manifest.get("results", {}).get(name)
+    rows = [[key, _number(value)] for key, value in _flat(figures)] if isinstance(figures, dict) else []
+    return f"## {name.capitalize()}\n\n{_table(['', ''], rows)}" if rows else ""
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{key} / ")
+        elif isinstance(value, int | float | str):
+            pairs.append((f"{prefix}{key}".replace("_", " "), value))
+    return pairs
+
+
+def _loading(facts: CardFacts) -> str:
+    blocks = [f"{heading}:\n\n```python\n{code}```" for heading, code in snippets(facts)]
+    if "prompt_template.jinja" in facts.files:
+        blocks.append("It was trained on prompts written with `prompt_template.jinja`.")
+    return "## How to load it\n\n" + "\n\n".join(blocks)
+
+
+def _licence(facts: CardFacts) -> str:
+    change = "adds low-rank updates to" if facts.kind == "adapter" else "changes"
+    return (
+        "## Licence\n\n[LOLA](https://arxiv.org/abs/2409.11272) is published by its authors under "
+        f"[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). This model {change} its weights and is under the "
+        "same licence."
+    )
+
+
+def _table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:
+    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,56 @@
+"""How to load what a card describes: Python that runs as it stands."""
+
+from lola_ft.card.facts import CardFacts
+
+
+def snippets(facts: CardFacts) -> list[tuple[str, str]]:
+    """Pairs of a heading and code; each runs alone, but the last, which uses the first one's model."""
+    found = [("With lola_ft", _merged(facts) if facts.kind == "merged" else _adapter(facts))]
+    if facts.kind == "adapter" and facts.layout == "peft":
+        found.append(("With stock PEFT", _stock_peft(facts)))
+    if any(name.startswith("tokenizer") for name in facts.files):
+        found.append(("Generate", _generate(facts)))
+    return found
+
+
+def _adapter(facts: CardFacts) -> str:
+    folder = f'snapshot_download("{facts.location}")' if facts.published else f'"{facts.location}"'
+    download = "from huggingface_hub import snapshot_download\n\n" if facts.published else ""
+    quantization = '"nf4"' if facts.quantization == "nf4" else "None"
+    return f"""import lola_ft
+{download}model = lola_ft.load_base({_base(facts)}, quantization={quantization})
+model = lola_ft.load_adapter(model, {folder})
+"""
+
+
+def _stock_peft(facts: CardFacts) -> str:
+    return f"""import lola_ft  # tells transformers what LOLA is
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({_base(facts)}, dtype="auto")
+model = PeftModel.from_pretrained(model, "{facts.location}")
+"""
+
+
+def _merged(facts: CardFacts) -> str:
+    return f"""import lola_ft  # tells transformers what LOLA is
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{facts.location}", dtype="auto")
+"""
+
+
+def _generate(facts: CardFacts) -> str:
+    return f"""from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{facts.location}")
+inputs = tokenizer("Jina langu ni", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+"""
+
+
+def _base(facts: CardFacts) -> str:
+    revision = facts.base_revision
+    pinned = f', revision="{revision}"' if revision and revision != "main" and facts.published else ""
+    return f'"{facts.base}"{pinned}'
