@@ -6,6 +6,7 @@ names the key to blame, so that the loader can point at its line.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -14,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.names import FORMAT_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+from lola_ft.repo_id import is_repo_id
 
 LOLA_POSITIONS = 2048
 """LOLA has one learned vector a position, so no sequence can be longer."""
@@ -210,6 +212,21 @@ class Train(Section):
             yield ("warmup_ratio",), "scheduler constant has no warm-up. Choose constant_with_warmup, or set this to 0"
 
 
+class Hub(Section):
+    """Where the adapter is published at the end of the run."""
+
+    repo: Name = Field(description="repository to publish to, such as user/name")
+    private: bool = Field(default=False, description="whether a new repository can be seen by its owner alone")
+    base_id: Name | None = Field(default=None, description="Hub id of the base, if base.model is a folder")
+    layout: Literal["peft", "per_expert"] = Field(default="peft", description="layout of the published adapter")
+
+    def _rules(self) -> Iterable[Problem]:
+        for key in ("repo", "base_id"):
+            given = getattr(self, key)
+            if given is not None and not is_repo_id(given):
+                yield (key,), f"'{given}' is not the id of a repository. Write it as owner/name"
+
+
 class Recipe(Section):
     """Everything a run needs to know."""
 
@@ -218,6 +235,7 @@ class Recipe(Section):
     router: Router = Field(default=Router(), description="what happens to the routers")
     data: Data = Field(description="what the model learns from")
     train: Train = Field(default=Train(), description="how long, how fast, in which portions")
+    hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
     output: Name = Field(description="folder of the run")
 
     def _rules(self) -> Iterable[Problem]:
@@ -226,5 +244,11 @@ class Recipe(Section):
             yield (
                 ("adapter",),
                 "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
+            )
+        base = self.base.model
+        if self.hub and self.hub.base_id is None and (Path(base).is_dir() or not is_repo_id(base)):
+            yield (
+                ("hub", "base_id"),
+                f"the base is a folder of this machine ({base}), which nobody else has. Give its Hub id, owner/name",
             )
         yield from unsupported.find(self.model_dump())
