@@ -35,10 +35,17 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     from lola_ft.training import train as run
 
+    hub = loaded.hub
+    if hub:
+        from lola_ft.hub.publish import publish_run, require_token
+
+        require_token(hub.repo)
     try:
-        run(loaded, dry_run=dry_run)
+        folder = run(loaded, dry_run=dry_run)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    if hub and not dry_run:
+        publish_run(folder, hub.repo, hub.private, hub.layout, hub.base_id)
 
 
 @app.command()
@@ -68,6 +75,25 @@ def convert(
 
     result = convert_adapter(adapter, base, layout, out)
     Console().print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
+
+
+@app.command()
+def publish(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MERGED", help="What to publish: a folder.")],
+    repo: Annotated[str, typer.Option(help="Repository on the Hub, owner/name; made if it is not there.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="A new repository can be seen by its owner alone.")
+    ] = False,
+    layout: Annotated[str | None, typer.Option(help="Convert an adapter first: peft or per_expert.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base's folder, for the check; a run knows its own.")] = None,
+    base_id: Annotated[str | None, typer.Option(help="The base's id on the Hub, if it is a folder here.")] = None,
+    skip_check: Annotated[bool, typer.Option("--skip-check", help="Send without reloading and comparing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent.")] = False,
+) -> None:
+    """Publish an adapter or a merged model on the Hugging Face Hub, with a model card; again to update it."""
+    from lola_ft.hub.publish import publish as send
+
+    send(source, repo, private, layout, base, base_id, skip_check, dry_run)
 
 
 @app.command()

@@ -26,3 +26,7 @@ class CheckpointError(UserError):
 
 class AdapterError(UserError):
     """An adapter that does not fit its base or its declared layout; names the tensors."""
+
+
+class PublishError(UserError):
+    """Something that cannot be sent to the Hub, or that the Hub did not take; nothing half-sent counts as done."""

@@ -1,0 +1,127 @@
+"""Proof, in a process of its own, that what is sent computes what was trained.
+
+    python -m lola_ft.hub.check adapter SOURCE STAGED --base FOLDER
+    python -m lola_ft.hub.check merged SOURCE STAGED
+
+loads both folders from disk, one after the other, and prints one line of JSON: the largest difference between their
+logits and the largest logit.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from lola_ft.adapters import load_adapter
+from lola_ft.errors import PublishError, UserError
+from lola_ft.model import LolaConfig
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.quantization import load_base
+
+_ROWS, _LENGTH = 6, 32
+_FLOAT32_LIMIT_BYTES = 4_000_000_000  # larger models are compared in 4 bit, so that the check fits where training did
+# As a share of the largest logit. Both sides compute the same, so only a kernel that sums in another order each time
+# makes a difference: one rounding of the number format.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found equal."""
+
+    tokens: int
+    max_logit_difference: float
+    largest_logit: float
+
+
+def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
+    """Logits of the base with the adapter as trained, and with the adapter as it is sent.
+
+    Raises:
+        PublishError: If they differ, or if the adapter changes nothing.
+        AdapterError: If one of them does not fit the base.
+    """
+    quantization, dtype = _how_to_load(base)
+    model = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
+    plain = _logits(model)
+    expected = _logits(load_adapter(model, source))
+    del model
+    model = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
+    actual = _logits(load_adapter(model, staged))
+    if torch.equal(plain, actual):
+        raise PublishError(
+            f"{source}: the adapter changes nothing: the base alone gives the same logits. Was it trained?"
+        )
+    return _compare(expected, actual, dtype)
+
+
+def compare_merged(source: Path, staged: Path) -> Comparison:
+    """Logits of the merged model as it lies here, and as it is sent, in the native class.
+
+    Raises:
+        PublishError: If they differ.
+    """
+    config = AutoConfig.from_pretrained(staged)
+    if not isinstance(config, LolaConfig):
+        raise PublishError(f"{staged}: loads as {type(config).__name__}, not as LOLA.")
+    quantization, dtype = _how_to_load(source)
+    expected = _logits(load_base(source, quantization=quantization, dtype=dtype, quiet=True))
+    actual = _logits(load_base(staged, quantization=quantization, dtype=dtype, quiet=True))
+    return _compare(expected, actual, dtype)
+
+
+def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
+    entries = HubCheckpoint.open(folder).entries.values()
+    numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
+    return (None, torch.float32) if 4 * numel <= _FLOAT32_LIMIT_BYTES else ("nf4", torch.bfloat16)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    """Logits (R, S, V) in float32 on ids spread over the vocabulary."""
+    model.eval()
+    config: Any = model.config
+    length = min(_LENGTH, config.n_positions)
+    ids_RS = torch.tensor(
+        [[(1009 * row + 7919 * i) % config.vocab_size for i in range(length)] for row in range(_ROWS)]
+    )
+    return model(ids_RS.to(next(model.parameters()).device)).logits.float().cpu()
+
+
+def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> Comparison:
+    difference, largest = (expected - actual).abs().max().item(), expected.abs().max().item()
+    if not difference <= _TOLERANCE[dtype] * largest:  # false for NaN, too
+        raise PublishError(
+            f"What would be sent computes something else than what was trained: logits differ by {difference:.3g} "
+            f"(largest {largest:.3g}). Nothing was sent."
+        )
+    return Comparison(expected.shape[0] * expected.shape[1], difference, largest)
+
+
+def main() -> None:
+    """Compare, print one line of JSON; a refusal is one message on stderr and exit code 2."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=("adapter", "merged"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("staged", type=Path)
+    parser.add_argument("--base", type=Path)
+    given = parser.parse_args()
+    try:
+        if given.kind == "adapter":
+            found = compare_adapter(given.base, given.source, given.staged)
+        else:
+            found = compare_merged(given.source, given.staged)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The `publish` verb: choose, check, send, say what was done."""
+
+import tempfile
+import time
+from pathlib import Path
+
+from huggingface_hub import get_token
+from rich.console import Console
+from rich.table import Table
+
+from lola_ft.adapters.layouts import LAYOUTS
+from lola_ft.errors import PublishError, UserError
+from lola_ft.hub.base import Base, find_base
+from lola_ft.hub.fresh import check_in_fresh_process
+from lola_ft.hub.retry import Wait
+from lola_ft.hub.scan import refuse_private
+from lola_ft.hub.source import Source, find_source
+from lola_ft.hub.stage import Staged, stage
+from lola_ft.hub.upload import upload
+from lola_ft.repo_id import is_repo_id
+
+
+def publish(
+    path: str | Path,
+    repo: str,
+    private: bool = False,
+    layout: str | None = None,
+    base: str | None = None,
+    base_id: str | None = None,
+    skip_check: bool = False,
+    dry_run: bool = False,
+    wait: Wait = time.sleep,
+) -> None:
+    """Publish a run's adapter, an adapter's folder or a merged model; a second time updates the first.
+
+    Args:
+        repo: The repository, `owner/name`; made if it is not there.
+        layout: Layout to convert an adapter to; None keeps its own.
+        base: The base's folder or Hub id, for the check, if the source does not name one that is here.
+        base_id: Hub id of the base, if the source names a local folder.
+        skip_check: Do not reload and compare.
+        dry_run: Do everything but send.
+
+    Raises:
+        PublishError: If it must not be sent, cannot be, or did not arrive whole.
+    """
+    if not is_repo_id(repo):
+        raise PublishError(f"--repo {repo}: not the id of a repository. Write it as owner/name.")
+    if layout is not None and layout not in LAYOUTS:
+        raise PublishError(f"--layout {layout}: not known; use one of {', '.join(LAYOUTS)}.")
+    if not dry_run:
+        require_token(repo)
+    console = Console()
+    source = find_source(path)
+    its_base = find_base(source, base, base_id)
+    with tempfile.TemporaryDirectory(prefix="lola_ft-publish-") as temporary:
+        staged = stage(source, its_base, repo, layout, Path(temporary) / repo.partition("/")[2])
+        own = [source.folder, *([source.run] if source.run else []), *([its_base.folder] if its_base.folder else [])]
+        refuse_private(staged.folder, staged.files, own)
+        console.print(_check(source, staged, its_base, skip_check), soft_wrap=True, highlight=False)
+        if dry_run:
+            _show(staged, repo, console)
+            return
+        done = upload(staged, repo, private, f"Publish {source.kind} with lola_ft", wait)
+    deleted = f"; deleted {', '.join(done.deleted)}, which an earlier publication had left" if done.deleted else ""
+    visible = "private" if done.private else "public"
+    console.print(f"{len(staged.files)} files sent{deleted}.", soft_wrap=True, highlight=False)
+    _say_left_out(staged, console)
+    console.print(f"Published: {done.url} ({visible}, commit {done.commit}).", soft_wrap=True, highlight=False)
+
+
+def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
+    """Publish a run that just ended; a failure leaves the run as it is and says how to publish it later.
+
+    Raises:
+        PublishError: With that advice.
+    """
+    try:
+        publish(run, repo, private, layout, base_id=base_id, wait=wait)
+    except UserError as error:
+        options = [f"--repo {repo}", *(["--private"] if private else []), f"--layout {layout}"]
+        options += [f"--base-id {base_id}"] if base_id else []
+        raise PublishError(
+            f"{error}\nThe run itself is complete, its adapter is in {run / 'adapter'}; it is not published. Publish "
+            f"it later with: lola-ft publish {run} {' '.join(options)}"
+        ) from error
+
+
+def require_token(repo: str) -> None:
+    """Refuse early, before training or a long check, if nobody is logged in.
+
+    Raises:
+        PublishError: Saying how to log in.
+    """
+    if not get_token():
+        raise PublishError(
+            f"{repo}: publishing needs a token of the Hub that may write. Log in with `hf auth login`, or set HF_TOKEN."
+        )
+
+
+def _check(source: Source, staged: Staged, base: Base, skip: bool) -> str:
+    if skip:
+        return "NOT CHECKED: the files were not reloaded and compared before sending (--skip-check)."
+    if source.kind == "adapter" and base.folder is None:
+        raise PublishError(
+            f"{source.folder}: its base {base.id} is not on this machine, so what would be sent cannot be checked. "
+            "Name its folder with --base, or pass --skip-check."
+        )
+    return check_in_fresh_process(source, staged.folder, base.folder)
+
+
+def _show(staged: Staged, repo: str, console: Console) -> None:
+    """What would be sent."""
+    table = Table(title=f"Would be sent to {repo}", title_justify="left")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for name in staged.files:
+        table.add_row(name, f"{(staged.folder / name).stat().st_size:,}")
+    console.print(table)
+    _say_left_out(staged, console)
+    console.print((staged.folder / "README.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print("Dry run: nothing was sent.")
+
+
+def _say_left_out(staged: Staged, console: Console) -> None:
+    if staged.left_out:
+        console.print(f"Left out: {', '.join(staged.left_out)}.", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,148 @@
+"""The folder that is sent: chosen files of the source, with what names this machine rewritten."""
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lola_ft.adapters.convert import convert_adapter
+from lola_ft.adapters.files import WEIGHTS_FILE
+from lola_ft.adapters.layouts import CONFIG_FILE
+from lola_ft.card import CardFacts, render_card
+from lola_ft.errors import PublishError
+from lola_ft.hub.base import Base
+from lola_ft.hub.recipe_copy import portable_recipe
+from lola_ft.hub.source import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, Source, read_json
+from lola_ft.model.hub_checkpoint import weight_files
+
+LIST_FILE = "published.json"
+"""Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
+
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "prompt_template.jinja"),
+)
+_MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", REPORT_FILE)
+_RUN = ("metrics.jsonl", "loss.png")
+# What libraries leave in these files of where they were made; nobody reads it.
+_TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+_MANIFEST_KEYS = ("versions", "hardware", "base", "trained", "data", "results", "routing", "energy")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A folder ready to be sent.
+
+    Attributes:
+        files: Names of all its files.
+        left_out: Names in the source that are not sent.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Path) -> Staged:
+    """Fill `folder`, which does not exist yet.
+
+    Args:
+        layout: Layout to convert the adapter to; None keeps its own.
+
+    Raises:
+        PublishError: If it cannot be converted as asked.
+    """
+    if source.kind == "adapter":
+        _stage_adapter(source, base, layout or source.layout, folder)
+    else:
+        if layout:
+            raise PublishError(f"{source.folder}: merged weights have no adapter layout. Leave out --layout.")
+        _stage_merged(source, folder)
+    if source.run is not None and source.kind == "adapter":
+        _stage_run(source.run, source.manifest, base, folder)
+    names = {file.name for file in folder.iterdir()} | {"README.md", LIST_FILE}
+    facts = CardFacts(
+        title=repo.partition("/")[2],
+        kind=source.kind,
+        location=repo,
+        published=True,
+        base=base.id,
+        base_revision=base.revision,
+        layout=(layout or source.layout) if source.kind == "adapter" else None,
+        manifest=source.manifest,
+        merge_report=read_json(folder / REPORT_FILE) if REPORT_FILE in names else {},
+        files=tuple(sorted(names)),
+    )
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+    _write_json(folder / LIST_FILE, {"made_with": "lola_ft", "files": sorted(names)})
+    kept_back = sorted(file.name for file in source.folder.iterdir() if file.name not in names)
+    return Staged(folder, tuple(sorted(names)), tuple(kept_back))
+
+
+def _stage_adapter(source: Source, base: Base, layout: str | None, folder: Path) -> None:
+    if layout == source.layout:
+        folder.mkdir(parents=True)
+        _link(source.folder / WEIGHTS_FILE, folder)
+        _link(source.folder / CONFIG_FILE, folder)
+    else:
+        if base.folder is None:
+            raise PublishError(
+                f"{source.folder}: to convert it to layout '{layout}', its base {base.id} must be on this machine. "
+                "Name its folder with --base."
+            )
+        convert_adapter(source.folder, base.folder, str(layout), folder)
+    config = read_json(folder / CONFIG_FILE)
+    commit = base.revision if base.revision != "main" else None
+    (folder / CONFIG_FILE).unlink()
+    _write_json(folder / CONFIG_FILE, config | {"base_model_name_or_path": base.id, "revision": commit})
+    _copy_matching(source.folder, folder, _TOKENIZER)
+
+
+def _stage_merged(source: Source, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    weights = weight_files(source.folder)
+    for file in weights:
+        _link(file, folder)
+    if weights[0].name != "model.safetensors":
+        _link(source.folder / "model.safetensors.index.json", folder)
+    _copy_matching(source.folder, folder, ("config.json", *_MERGED, *_TOKENIZER))
+
+
+def _stage_run(run: Path, manifest: dict[str, Any], base: Base, folder: Path) -> None:
+    text = (run / RECIPE_FILE).read_text(encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(portable_recipe(text, base.id, base.revision), encoding="utf-8")
+    kept = {key: manifest[key] for key in _MANIFEST_KEYS if key in manifest}
+    if "base" in kept:
+        kept["base"] = kept["base"] | {"id": base.id}
+    if hashes := kept.get("data", {}).get("sha256"):
+        kept["data"] = kept["data"] | {"sha256": {Path(path).name: digest for path, digest in hashes.items()}}
+    _write_json(folder / MANIFEST_FILE, kept)
+    _copy_matching(run, folder, _RUN)
+
+
+def _copy_matching(source: Path, folder: Path, patterns: tuple[str, ...]) -> None:
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or not any(fnmatch(file.name, pattern) for pattern in patterns):
+            continue
+        if file.suffix == ".json" and (content := _without_traces(file)) is not None:
+            _write_json(folder / file.name, content)
+        else:
+            _link(file, folder)
+
+
+def _without_traces(file: Path) -> dict[str, Any] | None:
+    """The file's content without traces; None if it has none and can go as it is."""
+    if file.name not in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        return None
+    content = read_json(file)
+    return {k: v for k, v in content.items() if k not in _TRACES} if content.keys() & set(_TRACES) else None
+
+
+def _link(file: Path, folder: Path) -> None:
+    """Put a file into the folder without a copy: weights may be many gigabytes."""
+    (folder / file.name).symlink_to(file.resolve())
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,118 @@
+"""Sending a staged folder: one commit for everything, looked up on the Hub before it counts as done."""
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+
+from lola_ft.errors import PublishError
+from lola_ft.hub.retry import Wait, with_retries
+from lola_ft.hub.stage import LIST_FILE, Staged
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the Hub holds now.
+
+    Attributes:
+        deleted: Files of an earlier publication that are no longer part of it.
+    """
+
+    url: str
+    commit: str
+    private: bool
+    deleted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    commit: str
+    private: bool
+    deleted: tuple[str, ...]
+
+
+def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = time.sleep) -> Published:
+    """Send the folder in one commit and look at what arrived.
+
+    Args:
+        private: A new repository becomes private; an existing one must be.
+        wait: Waits some seconds before another try.
+
+    Raises:
+        PublishError: If the Hub refuses, or does not hold afterwards what was sent.
+    """
+    api = HfApi(library_name="lola_ft")
+    sent = with_retries(partial(_send, api, staged, repo, private, message), repo, wait)
+    with_retries(partial(_verify, api, staged, repo, sent), repo, wait)
+    return Published(f"{api.endpoint}/{repo}", sent.commit, sent.private, sent.deleted)
+
+
+def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> _Sent:
+    """One try, from what the repository holds now; a try whose answer got lost is not repeated but found done."""
+    api.create_repo(repo, private=True if private else None, exist_ok=True)
+    head = api.model_info(repo)
+    if private and head.private is False:
+        raise PublishError(f"{repo}: is there already and public, but --private was asked. Make it private, or rename.")
+    stale = sorted(_published_before(api, repo, head) - set(staged.files))
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, staged.folder / name) for name in staged.files
+    ]
+    operations += [CommitOperationDelete(name) for name in stale]
+    commit = api.create_commit(repo, operations, commit_message=message, parent_commit=head.sha)
+    return _Sent(commit.oid, bool(head.private), tuple(stale))
+
+
+def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
+    """Files in the repository that an earlier publication put there."""
+    present = {sibling.rfilename for sibling in head.siblings or ()}
+    if LIST_FILE not in present:
+        return set()
+    with tempfile.TemporaryDirectory() as cache:
+        file = api.hf_hub_download(repo, LIST_FILE, revision=head.sha, cache_dir=cache)
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    listed = content.get("files") if isinstance(content, dict) else None
+    return present & {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+
+
+def _verify(api: HfApi, staged: Staged, repo: str, sent: _Sent) -> None:
+    """Compare size and hash of every file with what the Hub lists."""
+    info = api.model_info(repo, files_metadata=True)
+    if info.sha != sent.commit:
+        raise PublishError(
+            f"{repo}: after the upload its head is {info.sha}, not our commit {sent.commit}: somebody else changed it. "
+            "Look at the repository, then run the command again."
+        )
+    there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    wrong = [name for name in staged.files if name not in there or not _same(staged.folder / name, there[name])]
+    wrong += [name for name in sent.deleted if name in there]
+    if wrong:
+        raise PublishError(f"{repo}: the Hub does not hold what was sent: {', '.join(wrong)}. Run the command again.")
+
+
+def _same(file: Path, sibling: object) -> bool:
+    """Whether the Hub's size and hash are the file's: SHA-256 of large files, git's blob hash of small ones."""
+    size, lfs, blob = (getattr(sibling, name, None) for name in ("size", "lfs", "blob_id"))
+    if size != file.stat().st_size:
+        return False
+    if lfs is not None:
+        return lfs.sha256 == _digest("sha256", _pieces(file))
+    return blob == _digest("sha1", [b"blob %d\0" % size, *_pieces(file)])
+
+
+def _digest(name: str, pieces: Iterable[bytes]) -> str:
+    digest = hashlib.new(name)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: Path) -> Iterable[bytes]:
+    with file.open("rb") as handle:
+        while piece := handle.read(1 << 20):
+            yield piece
