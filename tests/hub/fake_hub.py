@@ -43,7 +43,10 @@ class Repo:
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
         if revision == "main":
             return self.commits[-1]
-        return next(commit for commit in self.commits if commit[0] == revision)
+        found = next((commit for commit in self.commits if commit[0] == revision), None)
+        if found is None:
+            raise Refusal(404, f"no revision {revision}", "RevisionNotFound")
+        return found
 
 
 @dataclass

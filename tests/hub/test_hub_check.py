@@ -1,0 +1,83 @@
+"""The check before sending: it passes what is equal and refuses what is not, each seen to fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lola_ft.adapters.convert import convert_adapter
+from lola_ft.errors import AdapterError, CheckpointError, PublishError
+from lola_ft.hub.check import compare_adapter, compare_merged
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def change(file: Path, ending: str, factor: float) -> None:
+    """Multiply the tensors whose name ends so."""
+    with safe_open(file, framework="pt") as handle:
+        metadata = handle.metadata()
+    weights = load_file(file)
+    save_file({k: v * factor if k.endswith(ending) else v for k, v in weights.items()}, file, metadata=metadata)
+
+
+def test_an_equal_adapter_passes_exactly(tiny_base: Path, tiny_adapter: Path, adapter: Path) -> None:
+    found = compare_adapter(tiny_base, tiny_adapter, adapter)
+    assert found.max_logit_difference == 0
+    assert found.tokens == 6 * 32
+    assert found.largest_logit > 0
+
+
+def test_a_converted_adapter_passes(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    convert_adapter(tiny_adapter, tiny_base, "per_expert", tmp_path / "converted")
+    assert compare_adapter(tiny_base, tiny_adapter, tmp_path / "converted").max_logit_difference == 0
+
+
+def test_the_authors_adapter_passes() -> None:
+    assert compare_adapter(GOLDEN / "base", GOLDEN / "adapter", GOLDEN / "adapter").max_logit_difference == 0
+
+
+def test_changed_weights_are_refused(tiny_base: Path, tiny_adapter: Path, adapter: Path) -> None:
+    change(adapter / "adapter_model.safetensors", "experts.base_layer.lora_B.weight", 1.01)
+    with pytest.raises(PublishError, match="computes something else than what was trained"):
+        compare_adapter(tiny_base, tiny_adapter, adapter)
+
+
+def test_a_changed_alpha_is_refused(tiny_base: Path, tiny_adapter: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    with pytest.raises(PublishError, match="computes something else"):
+        compare_adapter(tiny_base, tiny_adapter, adapter)
+
+
+def test_an_adapter_that_changes_nothing_is_refused(tiny_base: Path, adapter: Path) -> None:
+    change(adapter / "adapter_model.safetensors", "lora_B.weight", 0.0)
+    with pytest.raises(PublishError, match="the adapter changes nothing"):
+        compare_adapter(tiny_base, adapter, adapter)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path) -> None:
+    with pytest.raises(AdapterError):
+        compare_adapter(GOLDEN / "base", adapter, adapter)
+
+
+def test_equal_merged_weights_pass(merged: Path, tmp_path: Path) -> None:
+    assert compare_merged(merged, shutil.copytree(merged, tmp_path / "staged")).max_logit_difference == 0
+
+
+def test_changed_merged_weights_are_refused(merged: Path, tmp_path: Path) -> None:
+    staged = Path(shutil.copytree(merged, tmp_path / "staged"))
+    change(staged / "model.safetensors", "h.1.moe.experts.0.c_fc.weight", 1.1)
+    with pytest.raises(PublishError, match="computes something else"):
+        compare_merged(merged, staged)
+
+
+def test_merged_weights_that_do_not_load_are_refused(merged: Path, tmp_path: Path) -> None:
+    staged = Path(shutil.copytree(merged, tmp_path / "staged"))
+    weights = load_file(staged / "model.safetensors")
+    weights.pop("transformer.ln_f.bias")
+    save_file(weights, staged / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"ln_f\.bias"):
+        compare_merged(merged, staged)
