@@ -1,0 +1,121 @@
+"""The model card: what the Hub reads in its header, what people read below."""
+
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from lola_ft.card import CardFacts, render_card
+
+MANIFEST: dict[str, Any] = {
+    "recipe": {
+        "base": {"model": "models/lola", "quantization": "nf4", "dtype": "bfloat16"},
+        "adapter": {"attention": {"rank": 16}, "mlp": None, "experts": {"rank": 8}, "alpha": 32.0},
+        "router": {"mode": "tuned"},
+        "train": {"learning_rate": 1e-4, "scheduler": "cosine"},
+        "data": {"sources": [{"hub": "some/dataset"}, {"path": "/home/amina/sw.jsonl", "hub": None}]},
+    },
+    "base": {"fingerprint": "0123456789abcdef", "dtype": "bfloat16"},
+    "trained": {"attention": {"parameters": 1000}, "experts": {"parameters": 2345}},
+    "data": {
+        "train": {
+            "languages": {
+                code: {"kept": 1200, "trained_tokens": 34567} for code in ("sw", "zh_TW", "und", "deu", "x-klingon")
+            }
+        }
+    },
+    "results": {"steps": 7, "mean_loss": 1.5, "eval_loss": 1.25, "eval_loss_by_language": {"sw": 1.0, "deu": 1.5}},
+    "routing": {"drift": {"sw": 0.125}},
+    "energy": {"kwh": 2.5, "source": "GPU counter"},
+}
+REPORT = {"base_fingerprint": "fedcba9876543210", "applied": 40, "adapter_tensors": 40, "rounding": "base"}
+
+
+def facts(**changes: Any) -> CardFacts:
+    """A published adapter; keywords change it."""
+    settings: dict[str, Any] = {
+        "title": "lola-sw",
+        "kind": "adapter",
+        "location": "user/lola-sw",
+        "published": True,
+        "base": "dice-research/lola_v1",
+        "base_revision": "main",
+        "layout": "peft",
+        "manifest": MANIFEST,
+        "files": ("adapter_config.json", "tokenizer.json"),
+    }
+    return CardFacts(**settings | changes)
+
+
+def test_the_header_of_an_adapter() -> None:
+    assert ModelCard(render_card(facts())).data.to_dict() == {
+        "base_model": "dice-research/lola_v1",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "cc-by-4.0",
+        "language": ["deu", "sw", "zh"],  # codes that the Hub knows: no region, no `und`, nothing private
+        "datasets": ["some/dataset"],
+        "pipeline_tag": "text-generation",
+        "tags": ["lola", "lola_ft", "mixture-of-experts", "multilingual", "lora"],
+    }
+
+
+def test_the_header_of_merged_weights() -> None:
+    card = ModelCard(render_card(facts(kind="merged", layout=None, merge_report=REPORT)))
+    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["base_model_relation"] == "finetune"
+    assert "40 of 40 adapter tensors" in card.text
+
+
+def test_a_card_from_nothing_but_an_adapter() -> None:
+    card = ModelCard(render_card(facts(manifest={})))
+    assert card.data.base_model == "dice-research/lola_v1"
+    assert card.data.language is None
+    assert "## Data" not in card.text
+    assert "## Results" not in card.text
+    assert "## How to load it" in card.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| base | dice-research/lola_v1, revision `main` (fingerprint `0123456789abcdef`) |",
+        "| layout | `peft` |",
+        "| trained on | 4-bit (NF4) base, bfloat16 |",
+        "| LoRA | attention rank 16, experts rank 8, alpha 32 |",
+        "| router | tuned |",
+        "| learning rate | 0.0001, cosine |",
+        "| trained parameters | 3,345 |",
+        "| sw | 1,200 | 34,567 |",
+        "From [some/dataset](https://huggingface.co/datasets/some/dataset) and 1 local file.",
+        "| optimiser steps | 7 |",
+        "| validation loss | 1.2500 |",
+        "| language | eval_loss_by_language |",
+        "| deu | 1.5000 |",
+        "## Routing",
+        "| drift / sw | 0.1250 |",
+        "## Energy",
+        "| kwh | 2.5000 |",
+        "under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). This model adds low-rank updates to",
+    ],
+)
+def test_what_people_read(line: str) -> None:
+    assert line in render_card(facts())
+
+
+def test_a_card_names_no_local_file() -> None:
+    assert "/home" not in render_card(facts())
+
+
+def test_a_draft_claims_no_place_on_the_hub() -> None:
+    card = ModelCard(render_card(facts(published=False, base="/models/lola", base_revision=None, location="adapter")))
+    assert card.data.base_model is None
+    assert "base_model_relation" not in card.data.to_dict()
+    assert "snapshot_download" not in card.text
+    assert 'lola_ft.load_adapter(model, "adapter")' in card.text
+
+
+def test_a_pinned_base_is_loaded_as_pinned() -> None:
+    assert 'load_base("dice-research/lola_v1", revision="abc", quantization="nf4")' in render_card(
+        facts(base_revision="abc")
+    )
