@@ -61,7 +61,8 @@ def publish(
         if dry_run:
             _show(staged, repo, console)
             return
-        done = upload(staged, repo, private, f"Publish {source.kind} with lola_ft", wait)
+        what = "an adapter" if source.kind == "adapter" else "merged weights"
+        done = upload(staged, repo, private, f"Publish {what} with lola_ft", wait)
     deleted = f"; deleted {', '.join(done.deleted)}, which an earlier publication had left" if done.deleted else ""
     visible = "private" if done.private else "public"
     console.print(f"{len(staged.files)} files sent{deleted}.", soft_wrap=True, highlight=False)
@@ -118,7 +119,9 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
         table.add_row(name, f"{(staged.folder / name).stat().st_size:,}")
     console.print(table)
     _say_left_out(staged, console)
-    console.print((staged.folder / "README.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    console.print(
+        (staged.folder / "README.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
+    )
     console.print("Dry run: nothing was sent.")
 
 

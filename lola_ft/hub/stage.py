@@ -76,8 +76,14 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     )
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     _write_json(folder / LIST_FILE, {"made_with": "lola_ft", "files": sorted(names)})
-    kept_back = sorted(file.name for file in source.folder.iterdir() if file.name not in names)
-    return Staged(folder, tuple(sorted(names)), tuple(kept_back))
+    return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)))
+
+
+def _left_out(source: Source, names: set[str]) -> list[str]:
+    left = {file.name for file in source.folder.iterdir()} - names
+    if source.run is not None and source.kind == "adapter":
+        left |= {file.name for file in source.run.iterdir()} - names - {source.folder.name}
+    return sorted(left)
 
 
 def _stage_adapter(source: Source, base: Base, layout: str | None, folder: Path) -> None:

@@ -121,6 +121,7 @@ def serve() -> Iterator[FakeHub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # head and body in one packet: two of them would wait for each other
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""

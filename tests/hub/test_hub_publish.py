@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lola_ft.errors import PublishError
 from lola_ft.hub.publish import publish
@@ -39,6 +40,7 @@ def test_a_run_arrives_whole_and_as_it_is(hub: Any, run: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert f"Published: {hub.url}/{REPO} (public, commit {repo.head})" in out
     assert "NOT CHECKED" in out
+    assert "Left out: checkpoints." in out
 
 
 def test_nothing_sent_names_this_machine(hub: Any, run: Path, tmp_path: Path, tiny_base: Path) -> None:
@@ -114,6 +116,20 @@ def test_merged_weights_arrive_with_config_and_report(hub: Any, merged: Path, tm
     assert sent.keys() == own.keys()
     assert all(torch.equal(sent[name], own[name]) for name in own)
     assert {"config.json", "merge_report.json", "tokenizer.json"} <= files.keys()
+
+
+def test_shards_of_an_earlier_publication_are_replaced(hub: Any, merged: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="400KB")
+    send(tmp_path / "shards")
+    repo = hub.repos[REPO]
+    shards = {name for name in repo.files if name.startswith("model-")}
+    assert len(shards) > 1
+    index = json.loads(repo.files["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) == shards
+    send(merged)
+    assert not (shards | {"model.safetensors.index.json"}) & repo.files.keys()
+    assert repo.files["model.safetensors"] == (merged / "model.safetensors").read_bytes()
 
 
 def test_pickles_checkpoints_and_strangers_are_left_out_and_named(
