@@ -26,6 +26,7 @@ LEVELS = {
     "kernels": 7,
     "recipe": 7,
     "files": 8,
+    "memory": 8,
     "repo_id": 8,
     "errors": 9,
 }

@@ -8,6 +8,8 @@ A (E*R, in) is expert-slowest, B (out, R*E) expert-fastest: PEFT's layout.
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -15,7 +17,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import Tensor, nn
 
-from lola_ft.errors import AdapterError
+from lola_ft.adapters.targets import Selection
+from lola_ft.errors import AdapterError, UserError
 from lola_ft.kernels.experts import LowRank
 from lola_ft.model.experts import LolaExperts
 from lola_ft.quantization import NF4Experts
@@ -32,7 +35,8 @@ class ParamWrapper(StockParamWrapper):
     ):
         kwargs.pop("is_target_conv_1d_layer", None)
         self.dropout_of: dict[str, float] = {}
-        super().__init__(base_layer, adapter_name, parameter_name, _without_dropout(config), **kwargs)
+        self.experts_of: dict[str, tuple[int, ...]] = {}
+        super().__init__(base_layer, adapter_name, parameter_name, _without_extras(config), **kwargs)
         self.dropout_of[adapter_name] = config.lora_dropout
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:  # noqa: ARG002
@@ -42,7 +46,11 @@ class ParamWrapper(StockParamWrapper):
         return experts.shapes[self.parameter_name]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        super().update_layer(adapter_name, r, lora_alpha, config=_without_dropout(config), **kwargs)
+        experts = self.get_base_layer()
+        self.experts_of[adapter_name] = experts.selected or tuple(range(experts.num_experts))
+        self.num_experts = len(self.experts_of[adapter_name])  # PEFT makes so many pairs
+        super().update_layer(adapter_name, r, lora_alpha, config=_without_extras(config), **kwargs)
+        self.num_experts = experts.num_experts
         self.dropout_of[adapter_name] = config.lora_dropout
 
     def low_rank(self) -> LowRank | None:
@@ -53,11 +61,20 @@ class ParamWrapper(StockParamWrapper):
         dropouts = {self.dropout_of[name] for name in names} if self.training else {0.0}
         if len(dropouts) > 1:
             raise AdapterError(f"adapters {', '.join(names)} have different dropout; train one at a time.")
-        a = torch.cat([split_a(self.lora_A[name].weight, self.num_experts) for name in names], dim=1)
-        b = torch.cat(
-            [split_b(self.lora_B[name].weight, self.num_experts) * self.scaling[name] for name in names], dim=2
-        )
-        return LowRank(a, b, dropouts.pop())
+        experts = sorted({e for name in names for e in self.experts_of[name]})
+        a = torch.cat([self._spread(split_a, self.lora_A, name, experts) for name in names], dim=1)
+        b = torch.cat([self._spread(split_b, self.lora_B, name, experts) * self.scaling[name] for name in names], dim=2)
+        return LowRank(a, b, dropouts.pop(), None if len(experts) == self.num_experts else tuple(experts))
+
+    def _spread(self, split: Callable[[Tensor, int], Tensor], factors: Any, name: str, experts: list[int]) -> Tensor:
+        """An adapter's factors of `experts`, zeros for those that it leaves out."""
+        own = self.experts_of[name]
+        stack = split(factors[name].weight, len(own))
+        if len(own) == len(experts):
+            return stack
+        spread = stack.new_zeros(len(experts), *stack.shape[1:])
+        places = torch.tensor([experts.index(e) for e in own], device=stack.device)
+        return spread.index_copy(0, places, stack)
 
     def forward(self, x_TD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check_forward_args(x_TD, *args, **kwargs)
@@ -98,10 +115,68 @@ def join_b(b_EOR: Tensor) -> Tensor:
     return b_EOR.permute(1, 2, 0).reshape(b_EOR.shape[1], -1)
 
 
-def _without_dropout(config: LoraConfig) -> LoraConfig:
-    """A copy that stock PEFT's wrapper accepts; dropout happens in our side path."""
+@contextmanager
+def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | None) -> Iterator[None]:
+    """While an adapter is made, tell each MoE layer's experts which of them get LoRA.
+
+    Args:
+        config: Changed to name only the layers that have any.
+
+    Raises:
+        UserError: If the selection does not fit the model.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
+    if selection is None:
+        yield
+        return
+    check_selection(selection, len(layers), layers[0][1].num_experts if layers else 0)
+    chosen = [
+        (name.replace(".base_layer", ""), module, ids) for (name, module), ids in zip(layers, selection, strict=True)
+    ]
+    if config.target_parameters and not all(selection):
+        projections = [target.rpartition(".")[2] for target in config.target_parameters]
+        prefix = "base_model.model."
+        config.target_parameters = [
+            f"{name.removeprefix(prefix)}.{projection}" for name, _, ids in chosen if ids for projection in projections
+        ]
+    try:
+        for _, module, ids in chosen:
+            module.selected = tuple(sorted(ids))
+        yield
+    finally:
+        for _, module, _ in chosen:
+            module.selected = None
+
+
+def check_selection(selection: Selection, num_layers: int, num_experts: int) -> None:
+    """Refuse a selection of experts that does not fit.
+
+    Raises:
+        UserError: Saying where.
+    """
+    if len(selection) != num_layers:
+        raise UserError(
+            f"The selection of experts has {len(selection)} lists, but the base has {num_layers} MoE layers."
+        )
+    for layer, ids in enumerate(selection):
+        wrong = [e for e in ids if not 0 <= e < num_experts]
+        if wrong or len(set(ids)) != len(ids):
+            raise UserError(
+                f"The selection of experts, MoE layer {layer}: "
+                + (
+                    f"there is no expert {wrong[0]}; they are 0 to {num_experts - 1}."
+                    if wrong
+                    else "one is named twice."
+                )
+            )
+    if not any(selection):
+        raise UserError("The selection of experts is empty. Leave `experts` out to train none.")
+
+
+def _without_extras(config: LoraConfig) -> LoraConfig:
+    """A copy that stock PEFT's wrapper accepts: dropout happens in our side path, and experts have no DoRA."""
     plain = copy.copy(config)
-    plain.lora_dropout = 0.0
+    plain.lora_dropout, plain.use_dora = 0.0, False
     return plain
 
 

@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lola_ft.adapters.attach import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE, linear_targets
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, SINGLE, detect_layout, from_state, to_state
+from lola_ft.adapters.settings import linear_targets
+from lola_ft.adapters.targets import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.files import replace_folder

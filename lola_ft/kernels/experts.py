@@ -49,17 +49,26 @@ class Experts(Protocol):
 
 @dataclass(frozen=True)
 class LowRank:
-    """A LoRA side path of all experts for one projection: `x @ a.T @ b.T`, scaling already in `b`.
+    """A LoRA side path of all or some experts for one projection: `x @ a.T @ b.T`, scaling already in `b`.
 
     Attributes:
         a_ERI: (E, R, in).
         b_EOR: (E, out, R).
         dropout: Probability of dropping an input of the side path; 0 outside training.
+        expert_ids: The experts that a and b are of, in order; None for all.
     """
 
     a_ERI: Tensor
     b_EOR: Tensor
     dropout: float = 0.0
+    expert_ids: tuple[int, ...] | None = None
+
+    def place_of(self, num_experts: int) -> list[int | None]:
+        """Where in a and b each expert's factors are; None for an expert without."""
+        if self.expert_ids is None:
+            return list(range(num_experts))
+        places = {expert_id: place for place, expert_id in enumerate(self.expert_ids)}
+        return [places.get(expert_id) for expert_id in range(num_experts)]
 
 
 def run_experts(
@@ -73,10 +82,12 @@ def run_experts(
     dtype = compute_dtype(x_TD)
     factors: list[Tensor | None] = []
     dropouts: dict[str, float] = {}
+    places: dict[str, list[int | None]] = {}
     for name in ("up_proj", "down_proj"):
         path = low_rank.get(name)
         factors += [path.a_ERI.to(dtype), path.b_EOR.to(dtype)] if path else [None, None]
         dropouts[name] = path.dropout if path else 0.0
+        places[name] = path.place_of(experts.num_experts) if path else [None] * experts.num_experts
     up, down = experts.weights("up_proj"), experts.weights("down_proj")
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _Experts.apply(
@@ -91,6 +102,7 @@ def run_experts(
             down.tiles,
             group_by_expert(expert_ids_T, experts.num_experts),
             dropouts,
+            places,
         )
     return out_TD.to(x_TD.dtype)
 
@@ -115,6 +127,7 @@ class _Experts(torch.autograd.Function):
         down_of: Callable[[int, torch.dtype], Tiles],
         groups: Grouping,
         dropouts: dict[str, float],
+        places: dict[str, list[int | None]],
     ) -> Tensor:
         dtype = x_TD.dtype
         rows_ND = x_TD.new_zeros(groups.num_rows, x_TD.shape[1]).index_copy_(0, groups.row_of_token_T, x_TD)
@@ -128,20 +141,18 @@ class _Experts(torch.autograd.Function):
             x, pre, y = rows_ND[i:j], pre_NF[i:j], y_ND[i:j]
             times(x, up_of(e, dtype), pre)
             pre.add_(up_bias_EF[e])
-            if a_up is not None and b_up is not None and h_up is not None:
-                torch.mm(_dropped(x, keep_ND, i, j), a_up[e].t(), out=h_up[i:j])
-                pre.addmm_(h_up[i:j], b_up[e].t())
+            if (p := places["up_proj"][e]) is not None:
+                _add_side(pre, _dropped(x, keep_ND, i, j), a_up, b_up, h_up, p, i, j)
             act = F.gelu(pre, approximate="tanh")
             times(act, down_of(e, dtype), y)
             y.add_(down_bias_ED[e])
-            if a_down is not None and b_down is not None and h_down is not None:
-                torch.mm(_dropped(act, keep_NF, i, j), a_down[e].t(), out=h_down[i:j])
-                y.addmm_(h_down[i:j], b_down[e].t())
+            if (p := places["down_proj"][e]) is not None:
+                _add_side(y, _dropped(act, keep_NF, i, j), a_down, b_down, h_down, p, i, j)
         y_TD = y_ND[groups.row_of_token_T]
         ctx.save_for_backward(
             rows_ND, pre_NF, y_TD, probs_T, a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF
         )
-        ctx.up_of, ctx.down_of, ctx.groups = up_of, down_of, groups
+        ctx.up_of, ctx.down_of, ctx.groups, ctx.places = up_of, down_of, groups, places
         ctx.shapes = (up_weight, up_bias_EF, down_weight, down_bias_ED)
         return y_TD * probs_T[:, None]
 
@@ -149,7 +160,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD = grads[0]
         rows_ND, pre_NF, y_TD, probs_T, a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF = ctx.saved_tensors
-        groups, up_of, down_of, dtype = ctx.groups, ctx.up_of, ctx.down_of, rows_ND.dtype
+        groups, up_of, down_of, places, dtype = ctx.groups, ctx.up_of, ctx.down_of, ctx.places, rows_ND.dtype
         wants = ctx.needs_input_grad
         d_up, d_up_bias, d_down, d_down_bias = (
             torch.zeros_like(tensor) if want else None for tensor, want in zip(ctx.shapes, wants[2:6], strict=True)
@@ -171,24 +182,30 @@ class _Experts(torch.autograd.Function):
                 d_down[e] = act.t() @ d_y
             if d_down_bias is not None:
                 d_down_bias[e] = d_y.sum(0)
-            if a_down is not None:
+            if (p := places["down_proj"][e]) is not None:
                 side = _dropped(act, keep_NF, i, j)
-                d_act += _side_backward(side, h_down[i:j], d_y, a_down, b_down, d_a_down, d_b_down, keep_NF, e, i, j)
+                d_act += _side_backward(side, h_down[i:j], d_y, a_down, b_down, d_a_down, d_b_down, keep_NF, p, i, j)
             d_pre = torch.ops.aten.gelu_backward(d_act, pre, approximate="tanh")
             if d_up is not None:
                 d_up[e] = x.t() @ d_pre
             if d_up_bias is not None:
                 d_up_bias[e] = d_pre.sum(0)
             d_side = None
-            if a_up is not None:
+            if (p := places["up_proj"][e]) is not None:
                 side = _dropped(x, keep_ND, i, j)
-                d_side = _side_backward(side, h_up[i:j], d_pre, a_up, b_up, d_a_up, d_b_up, keep_ND, e, i, j)
+                d_side = _side_backward(side, h_up[i:j], d_pre, a_up, b_up, d_a_up, d_b_up, keep_ND, p, i, j)
             if d_x_ND is not None:
                 times_transposed(d_pre, up_of(e, dtype), d_x_ND[i:j])
                 if d_side is not None:
                     d_x_ND[i:j] += d_side
         d_x_TD = None if d_x_ND is None else d_x_ND[groups.row_of_token_T]
-        return d_x_TD, d_probs_T, d_up, d_up_bias, d_down, d_down_bias, *d_factors, None, None, None, None
+        return d_x_TD, d_probs_T, d_up, d_up_bias, d_down, d_down_bias, *d_factors, None, None, None, None, None
+
+
+def _add_side(out: Tensor, side: Tensor, a: Any, b: Any, hidden: Any, place: int, i: int, j: int) -> None:
+    """Add the side path at an expert's place to `out`, and keep its rank-R intermediate, rows i to j."""
+    torch.mm(side, a[place].t(), out=hidden[i:j])
+    out.addmm_(hidden[i:j], b[place].t())
 
 
 def _side_backward(
@@ -200,17 +217,17 @@ def _side_backward(
     d_a: Tensor | None,
     d_b: Tensor | None,
     keep: Tensor | None,
-    e: int,
+    place: int,
     i: int,
     j: int,
 ) -> Tensor:
-    """Fill expert e's adapter gradients and return the gradient of the side path's input, rows i to j."""
-    d_hidden = d_out @ b[e]
+    """Fill the adapter gradients at an expert's place; returns the gradient of the side path's input, rows i to j."""
+    d_hidden = d_out @ b[place]
     if d_a is not None:
-        torch.mm(d_hidden.t(), side, out=d_a[e])
+        torch.mm(d_hidden.t(), side, out=d_a[place])
     if d_b is not None:
-        torch.mm(d_out.t(), hidden, out=d_b[e])
-    return _dropped(d_hidden @ a[e], keep, i, j)
+        torch.mm(d_out.t(), hidden, out=d_b[place])
+    return _dropped(d_hidden @ a[place], keep, i, j)
 
 
 def _dropout_mask(like: Tensor, probability: float) -> Tensor | None:

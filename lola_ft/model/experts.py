@@ -19,6 +19,7 @@ class LolaExperts(nn.Module):
     Weights are (E, in, out), the orientation of the Hub's files: one expert's slice is one tensor on disk.
     """
 
+    selected: tuple[int, ...] | None = None  # the experts that an adapter in the making gives LoRA; None for all
     is_transposed = True  # PEFT reads it: expert weights are (E, in, out), not (E, out, in)
 
     def __init__(self, hidden_size: int, inner_size: int, num_experts: int) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lola_ft.errors import CheckpointError, UserError
+from lola_ft.memory import give_back_freed_memory
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.fingerprint import fingerprint
@@ -169,7 +170,9 @@ def _quantize_into(
 
     # Weights are quantised from what is stored: a cast first would round twice.
     wanted = [(entry, None if quantised_module(entry) else dtype) for entry in checkpoint]
-    for entry, read in read_ahead(wanted):
+    for number, (entry, read) in enumerate(read_ahead(wanted)):
+        if number % 16 == 0:
+            give_back_freed_memory()
         tensor = read.to(device)
         require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
         place = place_of(entry.name)

@@ -65,8 +65,8 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
     whole = numel - numel % BLOCK
     starts = range(0, whole, _CHUNK)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda start: _quantize_chunk(flat, start, min(start + _CHUNK, whole), packed, scales), starts))
+    pool = _threads(torch.get_num_threads())
+    list(pool.map(lambda start: _quantize_chunk(flat, start, min(start + _CHUNK, whole), packed, scales), starts))
     if whole < numel:
         tail, tail_scale = torch.ops.bitsandbytes.quantize_4bit.default(flat[whole:], BLOCK, "nf4", torch.uint8)
         packed[whole // 2 :], scales[whole // BLOCK :] = tail.view(-1), tail_scale
@@ -87,6 +87,12 @@ def _quantize_chunk(flat: Tensor, start: int, stop: int, packed: Tensor, scales:
     pairs = codes.view("<u2")  # the first code of a pair is its low byte, and belongs in the high four bits
     packed[start // 2 : stop // 2] = torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))
     scales[start // BLOCK : stop // BLOCK] = torch.from_numpy(absmax)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Kept: with fresh threads for every weight the allocator would spread over many arenas and give nothing back."""
+    return ThreadPoolExecutor(count)
 
 
 @cache

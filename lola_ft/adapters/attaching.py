@@ -1,0 +1,99 @@
+"""An adapter attached to a model: PEFT's wrappers around what gets LoRA, everything else frozen."""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lola_ft.adapters.dora import DenseLoraLinear, SideDora
+from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge, select_experts
+from lola_ft.adapters.settings import AdapterSettings, lora_config
+from lola_ft.adapters.targets import GROUPS, Selection
+from lola_ft.errors import UserError
+from lola_ft.model import LolaForCausalLM
+from lola_ft.model.router import RouterGate
+from lola_ft.quantization import NF4Linear
+
+
+class NF4LoraLinear(LoraLinear4bit):
+    """PEFT's LoRA on a 4-bit linear layer, but for its merge, which would quantise the merged weight anew."""
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> Any:  # noqa: ARG002
+        return SideDora() if config.use_dora else None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:  # noqa: ARG002
+        refuse_merge()
+
+
+class RouterLora(LoraLinear):
+    """PEFT's LoRA on the router, in float32 also under autocast, like the router itself."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), *args, **kwargs)
+
+
+def add_adapter(model: LolaForCausalLM, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
+    """Wrap a model (changed in place) with a fresh adapter, or give a wrapped one another; all else is frozen."""
+    dropouts = {target: settings.dropout_of(group) for group in settings.ranks() for target in GROUPS[group]}
+    return attach(model, lora_config(settings), adapter_name, settings.selection, dropouts)
+
+
+def attach(
+    model: LolaForCausalLM | PeftModel,
+    config: LoraConfig,
+    adapter_name: str = "default",
+    selection: Selection | None = None,
+    dropouts: Mapping[str, float] | None = None,
+) -> PeftModel:
+    """As `add_adapter`, from PEFT's config.
+
+    Adapter weights and what is trained as it is are float32 whatever the base: small updates vanish in 16 bits.
+
+    Args:
+        selection: Experts that get LoRA, for each MoE layer; None for all.
+        dropouts: Dropout of a target (the end of a module's name) in place of the config's.
+
+    Raises:
+        UserError: If the model has an adapter already and was not given as the PeftModel around it.
+    """
+    wrapped = isinstance(model, PeftModel)
+    if not wrapped and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError("This model already has an adapter; give the PeftModel around it, or load the base anew.")
+    if wrapped and adapter_name in model.peft_config:
+        raise UserError(f"This model already has an adapter '{adapter_name}'; give the new one another name.")
+    classes: dict[type, type] = dict.fromkeys(EXPERT_CLASSES, ParamWrapper)
+    classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora}
+    config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
+    config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
+    with select_experts(model, config, selection):
+        if wrapped:
+            model.add_adapter(adapter_name, config)
+            peft_model = model
+        else:
+            peft_model = get_peft_model(model, config, adapter_name=adapter_name)
+    _set_dropouts(peft_model, adapter_name, dropouts or {})
+    for name, parameter in peft_model.named_parameters():
+        of_adapter = "lora_" in name or "modules_to_save" in name
+        if of_adapter and parameter.dtype != torch.float32:  # also where it is only loaded, not trained
+            parameter.data = parameter.data.float()
+        assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
+    return peft_model
+
+
+def _set_dropouts(model: PeftModel, adapter_name: str, dropouts: Mapping[str, float]) -> None:
+    """Give each group its own dropout; PEFT's config has one for all."""
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        full = f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name
+        own = [p for target, p in dropouts.items() if full.replace(".base_layer", "").endswith(target)]
+        if own and isinstance(module, ParamWrapper):
+            module.dropout_of[adapter_name] = own[0]
+        elif own and adapter_name in module.lora_dropout:
+            module.lora_dropout[adapter_name] = nn.Dropout(own[0]) if own[0] else nn.Identity()

@@ -1,0 +1,83 @@
+"""DoRA on a linear layer, 4-bit or dense, without a dense weight in the graph (Liu et al. 2024, arXiv 2402.09353).
+
+The weight is cut into its rows' lengths, which are learned, and their directions, which LoRA changes:
+`y = m / |W + sBA| * (W + sBA) x + bias`. PEFT's own (0.21) builds `W + sBA` in every forward and, with dropout, keeps W
+for backward. Here the base's output is scaled, and the rows' lengths come from
+`|W_i + sB_i A|^2 = |W_i|^2 + 2s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T`, where W A^T is one more pass of R rows.
+As in PEFT the lengths are a constant to the gradient. Dropout touches the LoRA path alone.
+
+Shapes: I input, O output, R rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+
+from lola_ft.kernels.tiles import times_transposed
+from lola_ft.quantization import NF4Linear
+
+
+class Magnitude(nn.Module):
+    """The learned lengths (O,) of a weight's rows; knows the lengths of the frozen weight."""
+
+    base_squares: Tensor
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        squares_O = _square_lengths(base_layer)
+        self.weight = nn.Parameter(squares_O.sqrt())
+        self.register_buffer("base_squares", squares_O, persistent=False)
+
+    @torch.no_grad()
+    def lengths(self, base_layer: nn.Linear, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
+        """Lengths (O,) of the rows of `W + scaling * B A`, float32."""
+        with torch.autocast(a_RI.device.type, enabled=False):
+            a_RI, b_OR = a_RI.float(), b_OR.float()
+            cross_O = (_through_weight(a_RI, base_layer).t() * b_OR).sum(1)
+            own_O = (b_OR @ (a_RI @ a_RI.t()) * b_OR).sum(1)
+            return (self.base_squares + 2 * scaling * cross_O + scaling**2 * own_O).clamp(min=1e-20).sqrt()
+
+
+class SideDora(DoraLinearVariant):
+    """PEFT's extension point for LoRA's variants; names and files stay PEFT's."""
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:  # noqa: ARG004
+        if not module.lora_magnitude_vector:
+            module.adapter_layer_names = (*module.adapter_layer_names, "lora_magnitude_vector")
+        module.lora_magnitude_vector[adapter_name] = Magnitude(module.get_base_layer())
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:  # noqa: ARG004
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling, base_layer = module.scaling[active_adapter], module.get_base_layer()
+        magnitude = module.lora_magnitude_vector[active_adapter]
+        factor_O = magnitude.weight / magnitude.lengths(base_layer, a.weight, b.weight, scaling)
+        update = b(a(module.lora_dropout[active_adapter](x))) * scaling
+        scaled = (factor_O - 1) * (result - base_layer.bias) + factor_O * update
+        return result + scaled.to(result.dtype)
+
+
+class DenseLoraLinear(LoraLinear):
+    """PEFT's LoRA on a dense linear layer, with this DoRA."""
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        return SideDora() if config.use_dora else None
+
+
+def _square_lengths(base_layer: nn.Linear) -> Tensor:
+    if isinstance(base_layer, NF4Linear):
+        return torch.cat([tile.square().sum(1) for _, tile in base_layer.tiles(torch.float32)])
+    return base_layer.weight.detach().float().square().sum(1)
+
+
+def _through_weight(x_RI: Tensor, base_layer: nn.Linear) -> Tensor:
+    """`x W^T` (R, O) in float32."""
+    if isinstance(base_layer, NF4Linear):
+        out_RO = x_RI.new_empty(x_RI.shape[0], base_layer.out_features)
+        return times_transposed(x_RI, base_layer.tiles(torch.float32), out_RO)
+    return F.linear(x_RI, base_layer.weight.float())
