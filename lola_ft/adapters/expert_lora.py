@@ -17,8 +17,9 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import Tensor, nn
 
+from lola_ft.adapters.selection import check_selection
 from lola_ft.adapters.targets import Selection
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError
 from lola_ft.kernels.experts import LowRank
 from lola_ft.model.experts import LolaExperts
 from lola_ft.quantization import NF4Experts
@@ -146,31 +147,6 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
     finally:
         for _, module, _ in chosen:
             module.selected = None
-
-
-def check_selection(selection: Selection, num_layers: int, num_experts: int) -> None:
-    """Refuse a selection of experts that does not fit.
-
-    Raises:
-        UserError: Saying where.
-    """
-    if len(selection) != num_layers:
-        raise UserError(
-            f"The selection of experts has {len(selection)} lists, but the base has {num_layers} MoE layers."
-        )
-    for layer, ids in enumerate(selection):
-        wrong = [e for e in ids if not 0 <= e < num_experts]
-        if wrong or len(set(ids)) != len(ids):
-            raise UserError(
-                f"The selection of experts, MoE layer {layer}: "
-                + (
-                    f"there is no expert {wrong[0]}; they are 0 to {num_experts - 1}."
-                    if wrong
-                    else "one is named twice."
-                )
-            )
-    if not any(selection):
-        raise UserError("The selection of experts is empty. Leave `experts` out to train none.")
 
 
 def _without_extras(config: LoraConfig) -> LoraConfig:

@@ -63,12 +63,13 @@ class GroupLora(Section):
     """LoRA on one group of weights."""
 
     rank: Rank = Field(description="rank of the two LoRA matrices")
+    alpha: float | None = Field(default=None, gt=0, description="this group's alpha, in place of adapter.alpha")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="this group's, in place of adapter.dropout")
 
 
-class ExpertLora(Section):
+class ExpertLora(GroupLora):
     """LoRA on the experts, one pair of matrices for each."""
 
-    rank: Rank = Field(description="rank of the two LoRA matrices of each expert")
     select: Annotated[
         Annotated[Name, Tag("<name>")] | Annotated[list[list[int]], Tag("<layers>")],
         Discriminator(
@@ -90,8 +91,27 @@ class Adapter(Section):
     alpha: float = Field(default=32.0, gt=0, description="LoRA's numerator: updates are scaled by alpha / rank")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="share of LoRA's inputs dropped in training")
     variant: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="how updates are scaled and composed"
+        default="lora", description="how updates are scaled and composed; dora acts on attention and mlp"
     )
+    init: Literal["default", "gaussian", "loftq", "pissa"] = Field(
+        default="default", description="where LoRA starts; loftq: at the error of the 4-bit base"
+    )
+    norms: bool = Field(default=False, description="train the LayerNorms as well, as they are")
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.init == "pissa":
+            yield (
+                ("init",),
+                "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
+                "nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default",
+            )
+        if self.variant == "dora" and not (self.attention or self.mlp):
+            yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
+        if self.variant == "dora" and self.init == "loftq":
+            yield (
+                ("init",),
+                "loftq starts LoRA away from zero, which dora's lengths do not allow for. Choose one of them",
+            )
 
 
 class Router(Section):
@@ -100,8 +120,20 @@ class Router(Section):
     mode: Literal["frozen", "tuned", "lora"] = Field(
         default="frozen", description="whether and how the router is trained"
     )
+    rank: Rank | None = Field(default=None, description="rank of LoRA on the routers, with mode lora (8)")
     aux_loss: float = Field(default=0.0, ge=0, description="weight of the loss that evens out the experts' load")
     z_loss: float = Field(default=0.0, ge=0, description="weight of the loss that keeps the routers' scores small")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_rank(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("mode") == "lora" and given.get("rank") is None:
+            return given | {"rank": 8}
+        return given
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.rank is not None and self.mode != "lora":
+            yield ("rank",), f"a rank belongs to mode lora, and mode is {self.mode}. Remove it, or write `mode: lora`"
 
 
 class Source(Section):
@@ -186,6 +218,9 @@ class Train(Section):
     micro_batch_size: int = Field(default=4, ge=1, description="sequences in one forward pass")
     grad_accum_steps: int = Field(default=4, ge=1, description="forward passes in one optimiser step")
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest learning rate")
+    lora_plus_ratio: float = Field(
+        default=1.0, ge=1, description="LoRA+: the learning rate of LoRA's B over that of A; 1 for plain LoRA"
+    )
     scheduler: Literal[SCHEDULERS] = Field(default="cosine", description="how the learning rate changes")  # type: ignore[valid-type]
     warmup_ratio: Share = Field(default=0.03, description="share of the steps in which the learning rate rises")
     optimizer: Literal[OPTIMIZERS] = Field(default="adamw_8bit", description="optimiser")  # type: ignore[valid-type]
@@ -240,11 +275,15 @@ class Recipe(Section):
 
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
-        if self.router.mode == "frozen" and not any(groups):
+        if self.router.mode == "frozen" and not any(groups) and not self.adapter.norms:
             yield (
                 ("adapter",),
                 "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
             )
+        if self.adapter.variant == "dora" and self.router.mode == "lora":
+            yield ("router", "mode"), "dora acts on attention and mlp alone. Choose tuned or frozen, or another variant"
+        if self.adapter.init == "loftq" and self.base.quantization == "none":
+            yield ("adapter", "init"), "loftq starts at the error of a 4-bit base, and this base is not quantised"
         base = self.base.model
         if self.hub and self.hub.base_id is None and (Path(base).is_dir() or not is_repo_id(base)):
             yield (

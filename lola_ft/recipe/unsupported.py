@@ -12,13 +12,6 @@ from lola_ft.recipe.document import KeyPath
 _NEXT = "is not supported yet"
 
 UNSUPPORTED: list[tuple[str, Callable[[Any], bool], str]] = [
-    ("adapter.variant", lambda value: value == "dora", f"dora {_NEXT}. Choose lora or rslora"),
-    (
-        "adapter.experts.select",
-        lambda value: isinstance(value, list) or (isinstance(value, str) and value != "all"),
-        f"choosing experts {_NEXT}. Write `select: all`",
-    ),
-    ("router.mode", lambda value: value == "lora", f"lora on the router {_NEXT}. Choose frozen or tuned"),
     (
         "data.language_temperature",
         lambda value: isinstance(value, int | float) and value > 1,

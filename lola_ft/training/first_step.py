@@ -74,9 +74,10 @@ def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
             continue
         moe = name.split(".experts")[0]
         for adapter in module.active_adapters:
-            grad_EOR = split_b(module.lora_B[adapter].weight.grad, module.num_experts)
-            got = grad_EOR.flatten(1).ne(0).any(dim=1).tolist()
-            idle += [f"{moe} expert {e} {module.parameter_name}" for e in used.get(moe, ()) if not got[e]]
+            experts_of = module.experts_of[adapter]
+            grad_EOR = split_b(module.lora_B[adapter].weight.grad, len(experts_of))
+            got = dict(zip(experts_of, grad_EOR.flatten(1).ne(0).any(dim=1).tolist(), strict=True))
+            idle += [f"{moe} expert {e} {module.parameter_name}" for e in used.get(moe, ()) if not got.get(e, True)]
         experts += len(used.get(moe, ())) if module.parameter_name == "down_proj" else 0
     assert not idle, f"{len(idle)} expert adapters saw tokens and got no gradient, such as {idle[:3]}"
     trainable = sum(parameter.requires_grad for parameter in model.parameters())

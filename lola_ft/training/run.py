@@ -12,7 +12,8 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
+from lola_ft.adapters import add_adapter, save_adapter
+from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.files import write_text
 from lola_ft.model.config import LolaConfig
@@ -21,6 +22,7 @@ from lola_ft.quantization import audit, load_base
 from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
+from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import sft_config
 from lola_ft.training.dataset import RunData, data_table, prepare
 from lola_ft.training.first_step import FirstStepCheck
@@ -90,24 +92,12 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
     base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
     sizes = audit(base).as_dict()
-    adapter = recipe.adapter
-    settings = AdapterSettings(
-        attention_rank=adapter.attention.rank if adapter.attention else None,
-        mlp_rank=adapter.mlp.rank if adapter.mlp else None,
-        expert_rank=adapter.experts.rank if adapter.experts else None,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        rslora=adapter.variant == "rslora",
-        tune_router=recipe.router.mode == "tuned",
-    )
-    model = attach(base, lora_config(settings))
+    settings = adapter_settings(recipe)
+    model = add_adapter(base, settings)
+    if settings.init == "loftq":
+        console.print(start_at_rounding_error(model, checkpoint))
     trained = count_trainable(model)
-    ranks = {
-        "attention": settings.attention_rank,
-        "dense mlp": settings.mlp_rank,
-        "experts": settings.expert_rank,
-    }
-    console.print(trainable_table(trained, ranks, recipe.router.mode))
+    console.print(trainable_table(trained, settings.ranks()))
     return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
 
 
@@ -165,6 +155,7 @@ def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTraine
         callbacks=[metrics, check],
         aux_loss_coef=recipe.router.aux_loss,
         z_loss_coef=recipe.router.z_loss,
+        lora_plus_ratio=recipe.train.lora_plus_ratio,
         keep_checkpoints=recipe.train.keep,
     )
     metrics.trainer = trainer

@@ -5,7 +5,13 @@ from collections import defaultdict
 from rich.table import Table
 from torch import nn
 
-GROUPS = (("attention", ".attn."), ("dense mlp", ".mlp."), ("experts", ".experts."), ("router", ".gate."))
+GROUPS = (
+    ("attention", ".attn."),
+    ("mlp", ".mlp."),
+    ("experts", ".experts."),
+    ("router", ".gate."),
+    ("norms", ".ln_"),
+)
 
 
 def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -19,7 +25,7 @@ def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
     return dict(counts)
 
 
-def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int | None], router: str) -> Table:
+def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int]) -> Table:
     """The table printed at the start; groups without an adapter are shown as frozen."""
     table = Table(title="What is trained", title_justify="left")
     table.add_column("group")
@@ -29,7 +35,7 @@ def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int | N
     for group, _ in GROUPS:
         tensors, parameters = counts.get(group, (0, 0))
         rank = ranks.get(group)
-        how = router if group == "router" else f"LoRA rank {rank}" if rank else "frozen"
+        how = f"LoRA rank {rank}" if rank else "tuned" if tensors else "frozen"
         table.add_row(group, how, f"{tensors:,}", f"{parameters:,}")
     table.add_section()
     table.add_row("all", "", *(f"{sum(column):,}" for column in zip(*counts.values(), strict=True)))

@@ -29,6 +29,7 @@ class LolaTrainer(SFTTrainer):
         *args: Any,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        lora_plus_ratio: float = 1.0,
         keep_checkpoints: int = 2,
         **kwargs: Any,
     ) -> None:
@@ -39,8 +40,17 @@ class LolaTrainer(SFTTrainer):
         model.config.router_aux_loss_coef, model.config.output_router_logits = own_coef, False
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
+        self.lora_plus_ratio = lora_plus_ratio
         self.keep_checkpoints = keep_checkpoints
         self.tokens_seen = 0
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """LoRA+ (arXiv 2402.12354): B's factors in groups of their own, with a higher learning rate."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.lora_plus_ratio != 1:
+            raise_rate_of_b(optimizer, self.model, self.lora_plus_ratio)
+        return optimizer
 
     def compute_loss(
         self,
@@ -108,3 +118,13 @@ def checkpoints(folder: Path) -> list[Path]:
     """The `step-N` folders, oldest first."""
     found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}-*") if path.name.split("-")[1].isdigit()]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move every LoRA B to a group with `ratio` times the learning rate of the one that it was in."""
+    factors = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in factors]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
+            optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * ratio})

@@ -1,0 +1,96 @@
+"""Starting LoRA at the error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
+
+The base stays as it is: A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts nearer to
+the original model. Such an adapter belongs to the 4-bit base: on the original weights it would correct an error that is
+not there, so it is merged with `--rounding nf4`.
+"""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lola_ft.adapters.expert_lora import ParamWrapper, join_a, join_b, split_a, split_b
+from lola_ft.errors import UserError
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.layout import place_of
+from lola_ft.quantization import NF4Experts, NF4Linear
+
+_OVERSAMPLING, _ITERATIONS, _SEED = 8, 2, 0
+
+
+@torch.no_grad()
+def start_at_rounding_error(model: PeftModel, checkpoint: HubCheckpoint, adapter_name: str = "default") -> str:
+    """Fill a fresh adapter's factors; returns a sentence with how much of the error they take away.
+
+    Args:
+        checkpoint: The base's original weights.
+
+    Raises:
+        UserError: If nothing with LoRA is in 4 bit.
+    """
+    modules = {name.replace(".base_layer", ""): module for name, module in model.base_model.model.named_modules()}
+    wrappers = _wrappers(model)
+    before = after = 0.0
+    for entry in checkpoint:
+        place = place_of(entry.name)
+        owner, _, kind = place.parameter.rpartition(".")
+        module = modules.get(owner)
+        wrapper = wrappers.get(place.parameter if place.expert_id is not None else owner)
+        if wrapper is None or kind.endswith("bias") or adapter_name not in wrapper.lora_A:
+            continue
+        if isinstance(module, NF4Experts) and place.expert_id is not None:
+            if place.expert_id not in wrapper.experts_of[adapter_name]:
+                continue
+            rounded_OI = module.expert_weight(kind, place.expert_id, torch.float32).t()
+        elif isinstance(wrapper.get_base_layer(), NF4Linear):
+            rounded_OI = wrapper.get_base_layer().dense_weight(torch.float32)
+        else:
+            continue
+        error_OI = entry.read(torch.float32).to(rounded_OI.device).t() - rounded_OI
+        b_OR, a_RI = _best_factors(error_OI, wrapper.r[adapter_name], wrapper.scaling[adapter_name])
+        _set_factors(wrapper, adapter_name, place.expert_id, a_RI, b_OR)
+        before += error_OI.square().sum().item()
+        after += (error_OI - wrapper.scaling[adapter_name] * b_OR @ a_RI).square().sum().item()
+    if not before:
+        raise UserError("init loftq: no weight with LoRA is in 4 bit, so there is no rounding error to start at.")
+    model.peft_config[adapter_name].starts_at_rounding_error = True
+    return f"LoRA starts at the 4-bit base's rounding error and takes away {1 - (after / before) ** 0.5:.1%} of it."
+
+
+def _wrappers(model: PeftModel) -> dict[str, Any]:
+    """PEFT's layers by the native name of the module or expert parameter that they wrap."""
+    found: dict[str, Any] = {}
+    for name, module in model.base_model.model.named_modules():
+        plain = name.replace(".base_layer", "")
+        if isinstance(module, ParamWrapper):
+            found[f"{plain}.{module.parameter_name}"] = module
+        elif hasattr(module, "lora_A"):
+            found[plain] = module
+    return found
+
+
+def _best_factors(error_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """B (O, R) and A (R, I) with `scaling * B A` the best approximation, evenly shared between them."""
+    devices = [error_OI.device] if error_OI.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(_SEED)  # the approximation draws random directions
+        q = min(rank + _OVERSAMPLING, *error_OI.shape)
+        u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)
+    rank = min(rank, q)
+    root = (s[:rank] / scaling).sqrt()
+    return u[:, :rank] * root, (v[:, :rank] * root).t()
+
+
+def _set_factors(wrapper: Any, adapter_name: str, expert_id: int | None, a_RI: Tensor, b_OR: Tensor) -> None:
+    a, b = wrapper.lora_A[adapter_name].weight, wrapper.lora_B[adapter_name].weight
+    if expert_id is None:
+        a[: len(a_RI)], b[:, : b_OR.shape[1]] = a_RI, b_OR
+        return
+    experts = wrapper.experts_of[adapter_name]
+    place = experts.index(expert_id)
+    a_ERI, b_EOR = split_a(a, len(experts)).clone(), split_b(b, len(experts)).clone()
+    a_ERI[place, : len(a_RI)], b_EOR[place, :, : b_OR.shape[1]] = a_RI, b_OR
+    a.copy_(join_a(a_ERI))
+    b.copy_(join_b(b_EOR))
