@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lola_ft.adapters.attach import attach
+from lola_ft.adapters.attaching import attach
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
 from lola_ft.adapters.weights import AdapterWeights

@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,21 @@ class TensorEntry:
             flat[start : start + piece.numel()] = piece
         return tensor
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces, each with the place of its first value."""
+    def pieces(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces of whole units (rows, say), each with the place of its first value."""
         with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.start)
-            numel = prod(self.shape)
-            for start in range(0, numel, _PIECE):
-                piece = torch.empty(min(_PIECE, numel - start), dtype=self.dtype)
+            numel, step = prod(self.shape), max(1, _PIECE // unit) * unit
+            for start in range(0, numel, step):
+                piece = torch.empty(min(step, numel - start), dtype=self.dtype)
                 read_fully(handle.fileno(), bytes_of(piece), self.file)
                 yield start, piece
+
+    def rows(self, start: int, stop: int) -> "TensorEntry":
+        """The entry of a stretch of this tensor: its rows from `start` to before `stop`."""
+        size = self.num_bytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + start * size, num_bytes=(stop - start) * size)
 
 
 def read_ahead(wanted: Iterable[tuple[TensorEntry, torch.dtype | None]]) -> Iterator[tuple[TensorEntry, Tensor]]:

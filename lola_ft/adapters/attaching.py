@@ -10,14 +10,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge
+from lola_ft.adapters.targets import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.quantization import NF4Linear
-
-ATTENTION_TARGETS = ("attn.c_attn", "attn.c_proj")
-MLP_TARGETS = ("mlp.c_fc", "mlp.c_proj")
-EXPERT_TARGETS = ("experts.up_proj", "experts.down_proj")
-ROUTER_MODULE = "gate"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""The adapter's updates, read from its file when they are wanted: a whole adapter may be larger than the memory."""
+
+import torch
+from torch import Tensor
+
+from lola_ft.adapters.files import StoredAdapter
+from lola_ft.adapters.stacks import split_b
+
+_STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
+
+
+class Deltas:
+    """What an adapter does to each weight of a checkpoint (Hub names, in×out).
+
+    Attributes:
+        outline: The adapter's pairs and trained weights, shapes alone.
+    """
+
+    def __init__(self, stored: StoredAdapter, num_experts: int) -> None:
+        self.outline = stored.outline(num_experts)
+        self._entries = stored.entries
+        self._num_experts = num_experts
+        self._stacks: dict[str, Tensor] = {}
+        self._name = ""  # the tensor whose numbers are at hand
+        self._pair: tuple[Tensor, Tensor] | None = None
+        self._trained: Tensor | None = None
+
+    def tensors_for(self, name: str) -> list[str]:
+        """The adapter's tensors that change this weight, by module and factor; none if it leaves it alone."""
+        if name in self.outline.trained:
+            return [name]
+        module = name.removesuffix(".weight")
+        return [f"{module}.lora_A", f"{module}.lora_B"] if module in self.outline.pairs and module != name else []
+
+    def apply(self, name: str, start: int, values: Tensor) -> Tensor:
+        """The changed values in float32: `values + scaling * (b @ a)^T` there (LoRA, arXiv 2106.09685).
+
+        Args:
+            start: Place of the first value in the flat weight; a row's first.
+            values: Flat; whole rows.
+        """
+        self._fetch(name)
+        if self._trained is not None:
+            return self._trained.view(-1)[start : start + values.numel()]
+        assert self._pair is not None, f"{name}: the adapter does not change it"
+        a_RI, b_OR = self._pair
+        columns = len(b_OR)
+        sums = torch.empty(values.numel() // columns, columns).copy_(values.view(-1, columns))
+        row = start // columns
+        part_IR = a_RI[:, row : row + len(sums)].t()
+        return sums.addmm_(part_IR, b_OR.t(), alpha=self.outline.scaling(name.removesuffix(".weight"))).view(-1)
+
+    def _fetch(self, name: str) -> None:
+        """Read what changes this weight, float32."""
+        if name == self._name:
+            return
+        self._pair = self._trained = None
+        if name in self.outline.trained:
+            (key,) = self.outline.keys[name]
+            self._trained = self._entries[key].read(torch.float32)
+        else:
+            self._pair = self._read_pair(name.removesuffix(".weight"))
+        self._name = name
+
+    def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R) of one module, cut from its layer's stack if it is an expert in one."""
+        key_a, key_b = self.outline.keys[module]
+        entry_a, entry_b = self._entries[key_a], self._entries[key_b]
+        rank = self.outline.pairs[module].rank
+        if entry_a.shape[0] == rank:
+            return entry_a.read(torch.float32), entry_b.read(torch.float32)
+        expert = int(module.split(".")[-2])
+        a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
+        return a_RI, split_b(self._stack(key_b), self._num_experts)[expert].contiguous()
+
+    def _stack(self, key: str) -> Tensor:
+        """A layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""
+        if key not in self._stacks:
+            while len(self._stacks) >= _STACKS_KEPT:
+                self._stacks.pop(next(iter(self._stacks)))
+            self._stacks[key] = self._entries[key].read(torch.float32)
+        return self._stacks[key]

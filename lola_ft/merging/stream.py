@@ -1,0 +1,116 @@
+"""Writing merged weights: read, add and write a piece at a time, whatever the model's size."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lola_ft.errors import CheckpointError
+from lola_ft.merging.base import MergeBase
+from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.pipeline import run_pipeline
+from lola_ft.model.safetensors_file import TensorEntry
+from lola_ft.model.safetensors_writer import SafetensorsWriter
+
+
+@dataclass
+class Written:
+    """What was written.
+
+    Attributes:
+        applied: How often each tensor of the adapter was merged, by module and factor.
+        changes: Largest absolute change of each weight that the adapter touches, as written.
+        weight_map: File of each tensor.
+        num_bytes: Of all tensors.
+    """
+
+    applied: Counter[str] = field(default_factory=Counter)
+    changes: dict[str, float] = field(default_factory=dict)
+    weight_map: dict[str, str] = field(default_factory=dict)
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a tensor on its way to `file`: flat values from place `start` on."""
+
+    file: str
+    entry: TensorEntry
+    start: int
+    values: Tensor
+
+
+def write_weights(base: MergeBase, deltas: Deltas, folder: Path, dtype: torch.dtype | None) -> Written:
+    """Write every tensor of the base, with the adapter's update where it has one.
+
+    Sums are float32 and rounded once.
+
+    Args:
+        dtype: Of the merged tensors; None keeps each one's own.
+    """
+    written = Written()
+
+    def add_update(piece: _Piece) -> _Piece:
+        name, own = piece.entry.name, piece.values.to(dtype or piece.entry.dtype)
+        used = deltas.tensors_for(name)
+        if not used:
+            return _Piece(piece.file, piece.entry, piece.start, own)
+        sums = deltas.apply(name, piece.start, piece.values)
+        merged = sums.to(own.dtype)
+        change = (merged.float() - own).abs().max().item()
+        if not math.isfinite(change):
+            raise CheckpointError(
+                f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, or "
+                f"{own.dtype} is too narrow for the sum (--dtype float32 is not)."
+            )
+        written.changes[name] = max(change, written.changes.get(name, 0.0))
+        if piece.start + piece.values.numel() == torch.Size(piece.entry.shape).numel():
+            written.applied.update(used)
+        return _Piece(piece.file, piece.entry, piece.start, merged)
+
+    with _Sink(base, folder, dtype, written) as sink:
+        run_pipeline(_read(base), add_update, sink.write)
+    return written
+
+
+def _read(base: MergeBase) -> Iterator[_Piece]:
+    for file, entries in base.shards:
+        for entry in entries:
+            for start, values in base.pieces(entry, unit=entry.shape[-1]):
+                yield _Piece(file, entry, start, values)
+
+
+class _Sink:
+    """Writes pieces to their files, which come one after another; a file is synced when the next one starts."""
+
+    def __init__(self, base: MergeBase, folder: Path, dtype: torch.dtype | None, written: Written) -> None:
+        self._entries = dict(base.shards)
+        self._folder, self._dtype, self._written = folder, dtype, written
+        self._file = ""
+        self._writer: SafetensorsWriter | None = None
+
+    def write(self, piece: _Piece) -> None:
+        if piece.file != self._file:
+            self._finish()
+            self._file = piece.file
+            self._writer = SafetensorsWriter(self._folder / piece.file, self._entries[piece.file], self._dtype)
+            self._written.num_bytes += self._writer.num_bytes
+        assert self._writer is not None
+        self._writer.write_piece(piece.values)
+        self._written.weight_map[piece.entry.name] = piece.file
+
+    def _finish(self, *error: Any) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*(error or (None, None, None)))
+            self._writer = None
+
+    def __enter__(self) -> "_Sink":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._finish(*error)
