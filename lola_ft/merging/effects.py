@@ -68,8 +68,8 @@ def effects_table(effects: Effects, rounding: str) -> Table:
     if effects.adapter_on_4_bit is not None:
         table.add_row("(1) adapter on 4-bit base", _number(effects.adapter_on_4_bit), "", "", "", "")
     if effects.adapter_on_original is not None:
-        cells = _cells(effects.original_from_4_bit)
-        table.add_row("(2) adapter on original", _number(effects.adapter_on_original), *cells, "", "")
+        loss = _number(effects.adapter_on_original)
+        table.add_row("(2) adapter on original", loss, *_cells(effects.original_from_4_bit), "", "")
     cells = (*_cells(effects.merged_from_4_bit), *_cells(effects.merged_from_original))
     table.add_row(f"merged, rounding {rounding}", _number(effects.merged), *cells)
     return table
