@@ -110,11 +110,16 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: tensor '{odd[0]}' is {entries[odd[0]].kind}; must be F32, F16 or BF16."
         )
-    if broken := [key for key, entry in entries.items() if not all(p.isfinite().all() for _, p in entry.pieces())]:
+    if broken := [key for key, entry in entries.items() if not _is_finite(entry)]:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: {len(broken)} tensors hold NaN or infinite values: {', '.join(broken[:3])}."
         )
     return StoredAdapter(folder, config, entries, metadata)
+
+
+def _is_finite(entry: TensorEntry) -> bool:
+    """Whether every value is a number; a piece's extremes tell, and NaN is among them if there is one."""
+    return all(torch.stack(torch.aminmax(piece)).isfinite().all() for _, piece in entry.pieces())
 
 
 def write_adapter(

@@ -14,7 +14,7 @@ from lola_ft.model.config import LolaConfig
 from lola_ft.model.fingerprint import fingerprint
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layout import EXPERT_PROJECTIONS, LINEAR_MODULES
-from lola_ft.model.safetensors_file import TensorEntry
+from lola_ft.model.safetensors_file import Empty, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class MergeBase(ABC):
         return self.rounded and is_quantized(name)
 
     @abstractmethod
-    def pieces(self, entry: TensorEntry, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces of whole units, each with the place of its first value."""
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces of whole units, as `TensorEntry.pieces` gives them."""
 
     @abstractmethod
     def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
@@ -77,11 +77,11 @@ class CheckpointBase(MergeBase):
             kind="checkpoint",
         )
 
-    def pieces(self, entry: TensorEntry, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
         if self.is_rounded(entry.name):
             yield 0, self._rounded(entry).view(-1)
         else:
-            yield from entry.pieces(unit)
+            yield from entry.pieces(unit, empty)
 
     def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
         if self.is_rounded(entry.name):

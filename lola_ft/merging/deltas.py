@@ -24,6 +24,7 @@ class Deltas:
         self._name = ""  # the tensor whose numbers are at hand
         self._pair: tuple[Tensor, Tensor] | None = None
         self._trained: Tensor | None = None
+        self._sums = torch.empty(0)
 
     def tensors_for(self, name: str) -> list[str]:
         """The adapter's tensors that change this weight, by module and factor; none if it leaves it alone."""
@@ -38,17 +39,23 @@ class Deltas:
         Args:
             start: Place of the first value in the flat weight; a row's first.
             values: Flat; whole rows.
+
+        Returns:
+            Flat, in memory that the next call uses again.
         """
         self._fetch(name)
+        if len(self._sums) < values.numel():
+            self._sums = torch.empty(values.numel())
+        sums = self._sums[: values.numel()]
         if self._trained is not None:
-            return self._trained.view(-1)[start : start + values.numel()]
+            return sums.copy_(self._trained.view(-1)[start : start + values.numel()])
         assert self._pair is not None, f"{name}: the adapter does not change it"
-        a_RI, b_OR = self._pair
-        columns = len(b_OR)
-        sums = torch.empty(values.numel() // columns, columns).copy_(values.view(-1, columns))
-        row = start // columns
-        part_IR = a_RI[:, row : row + len(sums)].t()
-        return sums.addmm_(part_IR, b_OR.t(), alpha=self.outline.scaling(name.removesuffix(".weight"))).view(-1)
+        a_RI, b_RO = self._pair
+        sums_IO = sums.copy_(values).view(-1, b_RO.shape[1])
+        row = start // b_RO.shape[1]
+        part_IR = a_RI[:, row : row + len(sums_IO)].t()
+        sums_IO.addmm_(part_IR, b_RO, alpha=self.outline.scaling(name.removesuffix(".weight")))
+        return sums
 
     def _fetch(self, name: str) -> None:
         """Read what changes this weight, float32."""
@@ -63,15 +70,15 @@ class Deltas:
         self._name = name
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R) of one module, cut from its layer's stack if it is an expert in one."""
+        """A (R, in) and B^T (R, out) of one module, cut from its layer's stack if it is an expert in one."""
         key_a, key_b = self.outline.keys[module]
         entry_a, entry_b = self._entries[key_a], self._entries[key_b]
         rank = self.outline.pairs[module].rank
         if entry_a.shape[0] == rank:
-            return entry_a.read(torch.float32), entry_b.read(torch.float32)
+            return entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
         expert = int(module.split(".")[-2])
         a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
-        return a_RI, split_b(self._stack(key_b), self._num_experts)[expert].contiguous()
+        return a_RI, split_b(self._stack(key_b), self._num_experts)[expert].t().contiguous()
 
     def _stack(self, key: str) -> Tensor:
         """A layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""

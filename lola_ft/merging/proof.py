@@ -23,7 +23,7 @@ from lola_ft.model.safetensors_file import TensorEntry
 
 _ROWS = 4  # of every changed weight
 _SAMPLE = 12  # changed weights recomputed in whole, at least
-_BLOCK = 1 << 18  # values recomputed at a time, in float64
+_BLOCK = 1 << 15  # values recomputed at a time, in float64: what stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,20 @@ class _Found:
     restored: int
 
 
+@dataclass(frozen=True)
+class _Factors:
+    """A (R, in), B (out, R) and their absolute values in float64, scaled: the update is (b @ a)^T."""
+
+    a: Tensor
+    b: Tensor
+    abs_a: Tensor
+    abs_b: Tensor
+
+    def update(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Some rows of the update, and the sum of the sizes of what is added in it."""
+        return (self.b @ self.a[:, rows]).T, (self.abs_b @ self.abs_a[:, rows]).T
+
+
 class _AdapterFile:
     """The adapter's file by its own keys: `update` is float64, from one expert's slices."""
 
@@ -122,26 +136,27 @@ class _AdapterFile:
         self.stored = stored
         self._num_experts = num_experts
         self._scaling = stored.outline(num_experts).scaling
-        self._latest: tuple[str, tuple[Tensor, Tensor, float]] | None = None
+        self._latest: tuple[str, _Factors] | None = None
 
     def keys_of(self, name: str) -> list[str]:
         """The file's tensors that change this weight."""
         return factor_keys(name, self.stored.entries, self.stored.config)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
-        """A (R, in), B (out, R) in float64, and the scaling; the latest weight's are kept."""
+    def factors(self, name: str) -> _Factors:
+        """Of a weight; the latest one's are kept."""
         if self._latest is None or self._latest[0] != name:
             self._latest = (name, self._read_factors(name))
         return self._latest[1]
 
-    def _read_factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+    def _read_factors(self, name: str) -> _Factors:
         key_a, key_b = self.keys_of(name)
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
             a, b = file.get_tensor(key_a), file.get_tensor(key_b)
         if ".experts." in name and not re.search(r"\.experts\.\d+\.", key_a):
             expert, rank = int(name.split(".experts.")[1].split(".")[0]), a.shape[0] // self._num_experts
             a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: self._num_experts]
-        return a.double(), b.double(), self._scaling(name.removesuffix(".weight"))
+        scaled = self._scaling(name.removesuffix(".weight")) * b.double()
+        return _Factors(a.double(), scaled, a.double().abs(), scaled.abs())
 
     def trained(self, name: str) -> Tensor:
         """The trained weight itself."""
@@ -201,12 +216,12 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
     """Hold written rows against `start + scaling * (B @ A)^T` in float64, and take the update off again."""
     if len(adapter.keys_of(merged.name)) == 1:
         return _compare_trained(adapter, merged, start, written, rows)
-    a_RI, b_OR, scaling = adapter.factors(merged.name)
-    update = scaling * (b_OR @ a_RI[:, rows]).T
+    factors = adapter.factors(merged.name)
+    update, sizes = factors.update(rows)
     exact = start.double() + update
     # What float32 sums of R products and one addition may lose, by the sizes of what is added.
-    terms = start.double().abs() + abs(scaling) * (b_OR.abs() @ a_RI[:, rows].abs()).T
-    allowed = _half_step(exact, written.dtype) + (len(a_RI) + 4) * 2.0**-24 * terms
+    lost = (len(factors.a) + 4) * 2.0**-24 * (start.double().abs() + sizes)
+    allowed = _half_step(exact, written.dtype) + lost
     error = ((written.double() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
     if error > 1:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.base import MergeBase
+from lola_ft.merging.buffers import Buffers
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.pipeline import run_pipeline
 from lola_ft.model.safetensors_file import TensorEntry
@@ -55,42 +56,69 @@ def write_weights(base: MergeBase, deltas: Deltas, folder: Path, dtype: torch.dt
     """
     written = Written()
 
-    def add_update(piece: _Piece) -> _Piece:
-        name, own = piece.entry.name, piece.values.to(dtype or piece.entry.dtype)
-        used = deltas.tensors_for(name)
-        if not used:
-            return _Piece(piece.file, piece.entry, piece.start, own)
-        sums = deltas.apply(name, piece.start, piece.values)
-        merged = sums.to(own.dtype)
-        change = (merged.float() - own).abs().max().item()
-        if not math.isfinite(change):
-            raise CheckpointError(
-                f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, or "
-                f"{own.dtype} is too narrow for the sum (--dtype float32 is not)."
-            )
-        written.changes[name] = max(change, written.changes.get(name, 0.0))
-        if piece.start + piece.values.numel() == torch.Size(piece.entry.shape).numel():
-            written.applied.update(used)
-        return _Piece(piece.file, piece.entry, piece.start, merged)
-
-    with _Sink(base, folder, dtype, written) as sink:
-        run_pipeline(_read(base), add_update, sink.write)
+    update = _Update(deltas, written, dtype, buffers := Buffers())
+    with _Sink(base, folder, dtype, written, buffers) as sink:
+        run_pipeline(_read(base, buffers), update, sink.write)
     return written
 
 
-def _read(base: MergeBase) -> Iterator[_Piece]:
+def _read(base: MergeBase, buffers: Buffers) -> Iterator[_Piece]:
     for file, entries in base.shards:
         for entry in entries:
-            for start, values in base.pieces(entry, unit=entry.shape[-1]):
+            for start, values in base.pieces(entry, entry.shape[-1], buffers.take):
                 yield _Piece(file, entry, start, values)
+
+
+class _Update:
+    """Puts the adapter's update on a piece and casts it; what is at hand of the adapter is kept between calls."""
+
+    def __init__(self, deltas: Deltas, written: Written, dtype: torch.dtype | None, buffers: Buffers) -> None:
+        self._deltas, self._written, self._dtype, self._buffers = deltas, written, dtype, buffers
+        self._difference = torch.empty(0)
+
+    def __call__(self, piece: _Piece) -> _Piece:
+        name, values = piece.entry.name, piece.values
+        used = self._deltas.tensors_for(name)
+        cast = self._cast(values, self._dtype or piece.entry.dtype)
+        if used:
+            # `cast` may be `values`' own memory: the sums come first, and then what they differ in.
+            sums = self._deltas.apply(name, piece.start, values)
+            change = self._replace(cast, sums)
+            if not math.isfinite(change):
+                raise CheckpointError(
+                    f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, "
+                    f"or {cast.dtype} is too narrow for the sum (--dtype float32 is not)."
+                )
+            self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))
+            if piece.start + values.numel() == torch.Size(piece.entry.shape).numel():
+                self._written.applied.update(used)
+        if cast is not values:
+            self._buffers.give_back(values)
+        return replace(piece, values=cast)
+
+    def _cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        if values.dtype == dtype:
+            return values
+        return self._buffers.take(values.numel(), dtype).copy_(values)
+
+    def _replace(self, old: Tensor, new: Tensor) -> float:
+        """Put the new values in the old ones' place, rounded to their dtype; returns the largest change."""
+        if len(self._difference) < old.numel():
+            self._difference = torch.empty(old.numel())
+        difference = self._difference[: old.numel()].copy_(old)
+        old.copy_(new)
+        low, high = torch.aminmax(difference.sub_(old))
+        return max(-low.item(), high.item())
 
 
 class _Sink:
     """Writes pieces to their files, which come one after another; a file is synced when the next one starts."""
 
-    def __init__(self, base: MergeBase, folder: Path, dtype: torch.dtype | None, written: Written) -> None:
+    def __init__(
+        self, base: MergeBase, folder: Path, dtype: torch.dtype | None, written: Written, buffers: Buffers
+    ) -> None:
         self._entries = dict(base.shards)
-        self._folder, self._dtype, self._written = folder, dtype, written
+        self._folder, self._dtype, self._written, self._buffers = folder, dtype, written, buffers
         self._file = ""
         self._writer: SafetensorsWriter | None = None
 
@@ -102,6 +130,7 @@ class _Sink:
             self._written.num_bytes += self._writer.num_bytes
         assert self._writer is not None
         self._writer.write_piece(piece.values)
+        self._buffers.give_back(piece.values)
         self._written.weight_map[piece.entry.name] = piece.file
 
     def _finish(self, *error: Any) -> None:

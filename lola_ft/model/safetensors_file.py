@@ -7,7 +7,7 @@ mapping lives, and a file that shrinks under a mapping kills the process.
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,6 +23,10 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 _PIECE = 1 << 20  # values read at a time where a tensor is cast: an embedding would else double the peak of loading
+
+
+# Gives the memory for so many values of a dtype.
+Empty = Callable[[int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,18 @@ class TensorEntry:
             flat[start : start + piece.numel()] = piece
         return tensor
 
-    def pieces(self, unit: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces of whole units (rows, say), each with the place of its first value."""
+    def pieces(self, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces of whole units (rows, say), each with the place of its first value.
+
+        Args:
+            empty: Gives the memory of a piece; fresh memory if left out.
+        """
+        empty = empty or _fresh
         with self.file.open("rb", buffering=0) as handle:
             handle.seek(self.start)
             numel, step = prod(self.shape), max(1, _PIECE // unit) * unit
             for start in range(0, numel, step):
-                piece = torch.empty(min(step, numel - start), dtype=self.dtype)
+                piece = empty(min(step, numel - start), self.dtype)
                 read_fully(handle.fileno(), bytes_of(piece), self.file)
                 yield start, piece
 
@@ -72,6 +81,10 @@ class TensorEntry:
         size = self.num_bytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])
         return replace(self, shape=shape, start=self.start + start * size, num_bytes=(stop - start) * size)
+
+
+def _fresh(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype)
 
 
 def read_ahead(wanted: Iterable[tuple[TensorEntry, torch.dtype | None]]) -> Iterator[tuple[TensorEntry, Tensor]]:

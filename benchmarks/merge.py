@@ -1,0 +1,126 @@
+"""Merging at LOLA's exact shapes: time against a copy of the same bytes, and peak memory.
+
+    python benchmarks/merge.py [--layers 24] [--folder DIR]
+
+A random bfloat16 checkpoint, and a LoRA adapter of rank 16 on attention, dense MLP and every expert. Every stage runs
+in a process of its own: copy with sync, merge, copy with sync, then the proof from the written files. Needs 31 GB of
+disk. Prints one JSON line last and removes what it wrote.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import Peak, read_memory
+from random_checkpoint import write_checkpoint, write_random_adapter
+
+import lola_ft
+
+
+def main() -> None:
+    args = parse()
+    folder = Path(tempfile.mkdtemp(prefix="lola-merge-", dir=args.folder))
+    try:
+        print(json.dumps(measure(folder, args)))
+    finally:
+        shutil.rmtree(folder)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Write base and adapter, then copy, merge, copy and prove."""
+    base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
+    base.mkdir()
+    sizes = {key: getattr(args, key) for key in SIZES if getattr(args, key)}
+    alone(write_checkpoint, base, torch.bfloat16, args.layers, **sizes)
+    alone(write_random_adapter, adapter, base, args.rank)
+    copies = [alone(timed_copy, base, folder / "copy")]
+    result = alone(timed_merge, base, adapter, merged)
+    proof = alone(timed_proof, base, adapter, merged)
+    shutil.rmtree(merged)
+    copies.append(alone(timed_copy, base, folder / "copy"))
+    copy = sum(copies) / len(copies)
+    return {
+        "merge_s": result["seconds"],
+        "copy_s": copies,
+        "ratio": round(result["seconds"] / copy, 3),
+        "proof_s": proof["seconds"],
+        "memory_mb": {"after_imports": result["imports"], "merge": result["peak"], "proof": proof["peak"]},
+        "base_bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")),
+        "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        "adapter_tensors": result["applied"],
+        "proof": proof["found"],
+        "layers": args.layers,
+        "rank": args.rank,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def alone(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function in a fresh process, so that nothing before it counts."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **options).result()
+
+
+def timed_copy(source: Path, target: Path) -> float:
+    """Seconds to copy a folder's weights and sync them; the copy is removed."""
+    target.mkdir()
+    began = time.perf_counter()
+    for file in sorted(source.glob("*.safetensors")):
+        shutil.copyfile(file, target / file.name)
+        with (target / file.name).open("rb+") as handle:
+            os.fsync(handle.fileno())
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return round(seconds, 2)
+
+
+def timed_merge(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
+    """Merge without checks: seconds and memory."""
+    merge = lola_ft.merge  # imports what it needs
+    imports = read_memory()
+    with Peak() as peak:
+        began = time.perf_counter()
+        report = merge(base, adapter, merged, check="none")
+        seconds = time.perf_counter() - began
+    return {"seconds": round(seconds, 2), "imports": imports, "peak": peak.result(), "applied": report.applied}
+
+
+def timed_proof(base: Path, adapter: Path, merged: Path) -> dict[str, Any]:
+    """The check of the written weights, by itself: seconds, memory, what it found."""
+    from lola_ft.adapters.files import read_adapter
+    from lola_ft.merging.base import CheckpointBase
+    from lola_ft.merging.proof import prove
+    from lola_ft.model.hub_checkpoint import HubCheckpoint
+
+    with Peak() as peak:
+        began = time.perf_counter()
+        proof = prove(CheckpointBase.open(HubCheckpoint.open(base), "base"), read_adapter(adapter), merged, None)
+        seconds = time.perf_counter() - began
+    found = {"applied_once": proof.applied_once, "untouched": proof.untouched, "largest_error": proof.largest_error}
+    return {"seconds": round(seconds, 2), "peak": peak.result(), "found": found}
+
+
+SIZES = ("n_embd", "n_inner", "num_experts", "vocab_size")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="where to write; the system's temporary folder if left out")
+    parser.add_argument("--layers", type=int, default=24, help="fewer for a quick look")
+    parser.add_argument("--rank", type=int, default=16)
+    for option, key in zip(("--hidden", "--inner", "--experts", "--vocab"), SIZES, strict=True):
+        parser.add_argument(option, dest=key, type=int, help=f"{key}; LOLA's own if left out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
