@@ -72,7 +72,8 @@ def _say(report: MergeReport, target: Path) -> None:
         _say_logits(report.verification, console)
     if report.effects:
         console.print(effects_table(report.effects, report.rounding))
-        console.print(advice(report.effects))
+        if hint := advice(report.effects):
+            console.print(hint)
     console.print(f"The merged model is in {target}; the proof in {target / REPORT_FILE}.")
 
 

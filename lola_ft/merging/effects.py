@@ -61,15 +61,15 @@ def measure_effects(
 
 
 def effects_table(effects: Effects, rounding: str) -> Table:
-    """The effects as a table to print: one line a model."""
+    """The effects as a table to print: one line a model; divergence and agreement are from line (1) and line (2)."""
     table = Table(title="What rounding does, on a few sentences", title_justify="left")
-    for heading in ("", "loss", "KL from (1)", "top-1 as (1)", "KL from (2)", "top-1 as (2)"):
-        table.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "loss", "KL (1)", "top-1 (1)", "KL (2)", "top-1 (2)"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     if effects.adapter_on_4_bit is not None:
-        table.add_row("(1) adapter on 4-bit base", _number(effects.adapter_on_4_bit), "", "", "", "")
+        table.add_row("(1) adapter, 4-bit base", _number(effects.adapter_on_4_bit), "", "", "", "")
     if effects.adapter_on_original is not None:
         loss = _number(effects.adapter_on_original)
-        table.add_row("(2) adapter on original", loss, *_cells(effects.original_from_4_bit), "", "")
+        table.add_row("(2) adapter, original", loss, *_cells(effects.original_from_4_bit), "", "")
     cells = (*_cells(effects.merged_from_4_bit), *_cells(effects.merged_from_original))
     table.add_row(f"merged, rounding {rounding}", _number(effects.merged), *cells)
     return table

@@ -1,13 +1,12 @@
 """What a merged folder holds beside its weights: config, generation config, tokenizer."""
 
 import json
-import shutil
 from pathlib import Path
 
-from lola_ft.files import write_text
+from lola_ft.files import copy_files, write_text
 from lola_ft.merging.base import MergeBase
+from lola_ft.model.hub_checkpoint import TOKENIZER_FILES
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 _OTHER_FILES = ("generation_config.json", "*.py")
 _ARCHITECTURE = "LOLALMHeadModel"  # the class's name in the authors' code
 
@@ -42,9 +41,3 @@ def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> No
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
         }
         write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
-
-
-def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files that match, their content alone."""
-    for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
-        shutil.copyfile(file, target / file.name)

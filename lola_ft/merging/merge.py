@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder, write_text
 from lola_ft.merging.base import CheckpointBase, MergeBase
+from lola_ft.merging.card import write_card
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.folder import copy_companions, write_config
 from lola_ft.merging.proof import prove
+from lola_ft.merging.record import run_record
 from lola_ft.merging.report import REPORT_FILE, MergeReport
 from lola_ft.merging.stream import Written, write_weights
-from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
@@ -52,7 +54,7 @@ def merge(
     checks = check if isinstance(check, str) else ("full" if check else "none")
     _check_options(dtype, rounding, checks, out)
     stored = read_adapter(adapter)
-    source = _open_base(base, revision, rounding)
+    source = _open_base(base, revision, rounding, stored)
     deltas = Deltas(stored, source.config.num_experts)
     deltas.outline.check_against({name: entry.shape for name, entry in source.entries.items()})
     own = source.fingerprint
@@ -62,15 +64,17 @@ def merge(
             "base, or pass --allow-other-base."
         )
     with replace_folder(out) as folder:
-        written = write_weights(source, deltas, folder, DTYPES.get(dtype))
+        written = write_weights(source, deltas, folder, DTYPES.get(dtype), checksums=checks != "none")
         report = _report(source, stored, deltas, written, dtype)
         _write_index(source, written, folder)
         write_config(source, folder, "" if Path(base).exists() else str(base), _written_dtype(source, dtype))
         copy_companions(source.folder, stored.folder, folder)
         if checks != "none":
-            report = replace(report, weights=prove(source, stored, folder, DTYPES.get(dtype)))
+            report = replace(report, weights=prove(source, stored, folder, DTYPES.get(dtype), written.checksums))
         if checks == "full":
             report = _compare_models(report, source, stored, folder)
+        origin = "" if Path(base).exists() else str(base)
+        write_card(report, origin or _base_id(stored), run_record(stored.folder), folder)
         write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -86,8 +90,34 @@ def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path
         raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
 
 
-def _open_base(base: str | Path, revision: str | None, rounding: str | None) -> MergeBase:
-    return CheckpointBase.open(HubCheckpoint.open(base, revision), rounding or "base")
+def _open_base(base: str | Path, revision: str | None, rounding: str | None, stored: StoredAdapter) -> MergeBase:
+    """The base's checkpoint; or its 4-bit form, if that is what was given or all that there is.
+
+    Raises:
+        UserError: If `rounding` asks for original weights that are not there.
+    """
+    four_bit = Path(base)
+    if not (four_bit / "nf4.safetensors").is_file():
+        try:
+            resolve_folder(base, revision)
+        except CheckpointError:
+            # Here, because it brings bitsandbytes.
+            from lola_ft.quantization.cache import caches_of
+
+            caches = caches_of(stored.metadata.get("base_fingerprint") or "none")
+            if not caches:
+                raise
+            four_bit = caches[0]
+        else:
+            return CheckpointBase.open(HubCheckpoint.open(base, revision), rounding or "base")
+    if rounding == "base":
+        raise UserError(
+            f"{base}: the original weights are not here, only their 4-bit form ({four_bit}), so --rounding base has "
+            "nothing to add to. Give the original base with --base, or leave --rounding out."
+        )
+    from lola_ft.merging.quantized_base import QuantizedBase
+
+    return QuantizedBase.open(four_bit)
 
 
 def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Written, dtype: str) -> MergeReport:
@@ -135,6 +165,12 @@ def _compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter,
 def _written_dtype(base: MergeBase, dtype: str) -> str:
     own = base.entries["transformer.wte.weight"].dtype
     return dtype if dtype != "auto" else str(own).removeprefix("torch.")
+
+
+def _base_id(stored: StoredAdapter) -> str:
+    """The Hub id that the adapter names as its base; "" for a path, which means nothing to others."""
+    name = str(stored.config.get("base_model_name_or_path") or "")
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else ""
 
 
 def _write_index(base: MergeBase, written: Written, folder: Path) -> None:

@@ -6,6 +6,7 @@ sums are float64. Memory does not grow with the model.
 
 import random
 import re
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from lola_ft.errors import CheckpointError
 from lola_ft.merging.adapter_keys import factor_keys
 from lola_ft.merging.base import MergeBase
 from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.safetensors_file import TensorEntry
+from lola_ft.model.safetensors_file import TensorEntry, bytes_of
 
 _ROWS = 4  # of every changed weight
 _SAMPLE = 12  # changed weights recomputed in whole, at least
@@ -31,7 +32,8 @@ class WeightProof:
     """What was found in the written files; anything else would have been an error.
 
     Attributes:
-        tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for).
+        tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for), and read back
+            they have the checksums of what was written.
         untouched: Of these, tensors that the adapter leaves alone: every value is the base's, its cast or its NF4
             rounding, bit by bit.
         touched: Tensors that it changes: a few rows of each were recomputed.
@@ -64,12 +66,18 @@ class WeightProof:
 
 
 def prove(
-    base: MergeBase, stored: StoredAdapter, folder: Path, dtype: torch.dtype | None, seed: int = 0
+    base: MergeBase,
+    stored: StoredAdapter,
+    folder: Path,
+    dtype: torch.dtype | None,
+    checksums: dict[str, int],
+    seed: int = 0,
 ) -> WeightProof:
     """Check every tensor of a merged folder.
 
     Args:
         dtype: That was asked for; None for each tensor's own.
+        checksums: CRC-32 of every tensor as it was written.
 
     Raises:
         CheckpointError: Naming file and tensor.
@@ -84,6 +92,8 @@ def prove(
     untouched = [name for name in base.entries if name not in set(touched)]
     for name in untouched:
         _check_untouched(base, base.entries[name], merged[name])
+    for name, entry in merged.items():
+        _check_stored(entry, checksums[name])
     choice = random.Random(seed)
     checks = {name: _check_rows(base, adapter, merged[name], choice) for name in touched}
     sample = _choose_sample(touched, choice)
@@ -173,6 +183,18 @@ def _check_all_used(adapter: _AdapterFile, touched: list[str]) -> None:
     lost = sorted(set(adapter.stored.entries) - set(uses))
     if lost:
         raise CheckpointError(f"{adapter.stored.folder / WEIGHTS_FILE}: tensor '{lost[0]}' has no place in the base.")
+
+
+def _check_stored(entry: TensorEntry, checksum: int) -> None:
+    """The file holds what was written."""
+    found = 0
+    for _, piece in entry.pieces():
+        found = zlib.crc32(bytes_of(piece), found)
+    if found != checksum:
+        raise CheckpointError(
+            f"{entry.file}: tensor '{entry.name}' is not what was written. The disk may be at fault; nothing was kept. "
+            "Merge again, elsewhere."
+        )
 
 
 def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -> None:

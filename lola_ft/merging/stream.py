@@ -1,6 +1,7 @@
 """Writing merged weights: read, add and write a piece at a time, whatever the model's size."""
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from lola_ft.merging.base import MergeBase
 from lola_ft.merging.buffers import Buffers
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.pipeline import run_pipeline
-from lola_ft.model.safetensors_file import TensorEntry
+from lola_ft.model.safetensors_file import TensorEntry, bytes_of
 from lola_ft.model.safetensors_writer import SafetensorsWriter
 
 
@@ -28,12 +29,14 @@ class Written:
         changes: Largest absolute change of each weight that the adapter touches, as written.
         weight_map: File of each tensor.
         num_bytes: Of all tensors.
+        checksums: CRC-32 of each tensor's bytes, if they were asked for.
     """
 
     applied: Counter[str] = field(default_factory=Counter)
     changes: dict[str, float] = field(default_factory=dict)
     weight_map: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
+    checksums: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,21 @@ class _Piece:
     values: Tensor
 
 
-def write_weights(base: MergeBase, deltas: Deltas, folder: Path, dtype: torch.dtype | None) -> Written:
+def write_weights(
+    base: MergeBase, deltas: Deltas, folder: Path, dtype: torch.dtype | None, checksums: bool = False
+) -> Written:
     """Write every tensor of the base, with the adapter's update where it has one.
 
     Sums are float32 and rounded once.
 
     Args:
         dtype: Of the merged tensors; None keeps each one's own.
+        checksums: Sum up what is written, for a check of what the files hold.
     """
     written = Written()
 
     update = _Update(deltas, written, dtype, buffers := Buffers())
-    with _Sink(base, folder, dtype, written, buffers) as sink:
+    with _Sink(base, folder, dtype, written, buffers, checksums) as sink:
         run_pipeline(_read(base, buffers), update, sink.write)
     return written
 
@@ -130,6 +136,9 @@ class _Sink:
             self._written.num_bytes += self._writer.num_bytes
         assert self._writer is not None
         self._writer.write_piece(piece.values)
+        if self._checksums:
+            sums, name = self._written.checksums, piece.entry.name
+            sums[name] = zlib.crc32(bytes_of(piece.values), sums.get(name, 0))
         self._buffers.give_back(piece.values)
         self._written.weight_map[piece.entry.name] = piece.file
 
