@@ -62,10 +62,16 @@ def write_weights(
     """
     written = Written()
 
-    update = _Update(deltas, written, dtype, buffers := Buffers())
-    with _Sink(base, folder, dtype, written, buffers, checksums) as sink:
-        run_pipeline(_read(base, buffers), update, sink.write)
-    return written
+    buffers = Buffers()
+    update = _Update(deltas, written, dtype, buffers)
+    with _Sink(base, folder, dtype, checksums) as sink:
+
+        def store(piece: _Piece) -> None:
+            sink.write(piece)
+            buffers.give_back(piece.values)
+
+        run_pipeline(_read(base, buffers), update, store)
+    return replace(written, weight_map=sink.weight_map, num_bytes=sink.num_bytes, checksums=sink.sums)
 
 
 def _read(base: MergeBase, buffers: Buffers) -> Iterator[_Piece]:
@@ -120,27 +126,27 @@ class _Update:
 class _Sink:
     """Writes pieces to their files, which come one after another; a file is synced when the next one starts."""
 
-    def __init__(
-        self, base: MergeBase, folder: Path, dtype: torch.dtype | None, written: Written, buffers: Buffers
-    ) -> None:
+    def __init__(self, base: MergeBase, folder: Path, dtype: torch.dtype | None, checksums: bool) -> None:
         self._entries = dict(base.shards)
-        self._folder, self._dtype, self._written, self._buffers = folder, dtype, written, buffers
+        self._folder, self._dtype, self._checksums = folder, dtype, checksums
         self._file = ""
         self._writer: SafetensorsWriter | None = None
+        self.sums: dict[str, int] = {}
+        self.weight_map: dict[str, str] = {}
+        self.num_bytes = 0
 
     def write(self, piece: _Piece) -> None:
         if piece.file != self._file:
             self._finish()
             self._file = piece.file
             self._writer = SafetensorsWriter(self._folder / piece.file, self._entries[piece.file], self._dtype)
-            self._written.num_bytes += self._writer.num_bytes
+            self.num_bytes += self._writer.num_bytes
         assert self._writer is not None
+        name = piece.entry.name
         self._writer.write_piece(piece.values)
+        self.weight_map[name] = piece.file
         if self._checksums:
-            sums, name = self._written.checksums, piece.entry.name
-            sums[name] = zlib.crc32(bytes_of(piece.values), sums.get(name, 0))
-        self._buffers.give_back(piece.values)
-        self._written.weight_map[piece.entry.name] = piece.file
+            self.sums[name] = zlib.crc32(bytes_of(piece.values), self.sums.get(name, 0))
 
     def _finish(self, *error: Any) -> None:
         if self._writer is not None:
