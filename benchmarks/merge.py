@@ -45,10 +45,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     proved = alone(timed_merge, base, adapter, merged, "weights")
     copy = sum(copies) / len(copies)
     return {
-        "merge_s": result["seconds"],
-        "copy_s": copies,
+        "merge_s": round(result["seconds"], 2),
+        "copy_s": [round(seconds, 2) for seconds in copies],
         "ratio": round(result["seconds"] / copy, 3),
-        "merge_and_proof_s": proved["seconds"],
+        "merge_and_proof_s": round(proved["seconds"], 2),
         "memory_mb": {"merge": result["memory"], "merge_and_proof": proved["memory"]},
         "base_bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")),
         "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
@@ -76,7 +76,7 @@ def timed_copy(source: Path, target: Path) -> float:
             os.fsync(handle.fileno())
     seconds = time.perf_counter() - began
     shutil.rmtree(target)
-    return round(seconds, 2)
+    return seconds
 
 
 def timed_merge(base: Path, adapter: Path, merged: Path, check: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def timed_merge(base: Path, adapter: Path, merged: Path, check: str) -> dict[str
     if report.weights:
         found = {key: getattr(report.weights, key) for key in ("tensors", "untouched", "applied_once", "largest_error")}
     return {
-        "seconds": round(seconds, 2),
+        "seconds": seconds,
         "memory": {"after_imports": imports, "peak": peak.result()},
         "applied": report.applied,
         "found": found,

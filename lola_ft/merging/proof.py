@@ -32,11 +32,11 @@ class WeightProof:
     """What was found in the written files; anything else would have been an error.
 
     Attributes:
-        tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for), and read back
-            they have the checksums of what was written.
+        tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for).
         untouched: Of these, tensors that the adapter leaves alone: every value is the base's, its cast or its NF4
             rounding, bit by bit.
-        touched: Tensors that it changes: a few rows of each were recomputed.
+        touched: Tensors that it changes: read back, each has the checksum of what was written, and a few rows of each
+            were recomputed.
         rows: How many rows that were.
         applied_once: Adapter tensors whose update is there once, not twice and not missing, as these rows show.
         below_rounding: Weights whose update is smaller than the output dtype's rounding at all these rows, where
@@ -77,7 +77,7 @@ def prove(
 
     Args:
         dtype: That was asked for; None for each tensor's own.
-        checksums: CRC-32 of every tensor as it was written.
+        checksums: CRC-32 of the tensors as they were written.
 
     Raises:
         CheckpointError: Naming file and tensor.
@@ -92,8 +92,8 @@ def prove(
     untouched = [name for name in base.entries if name not in set(touched)]
     for name in untouched:
         _check_untouched(base, base.entries[name], merged[name])
-    for name, entry in merged.items():
-        _check_stored(entry, checksums[name])
+    for name in touched:
+        _check_stored(merged[name], checksums[name])
     choice = random.Random(seed)
     checks = {name: _check_rows(base, adapter, merged[name], choice) for name in touched}
     sample = _choose_sample(touched, choice)
