@@ -24,7 +24,7 @@ class Deltas:
         self._name = ""  # the tensor whose numbers are at hand
         self._pair: tuple[Tensor, Tensor] | None = None
         self._trained: Tensor | None = None
-        self._sums = torch.empty(0)
+        self._update = torch.empty(0)
 
     def tensors_for(self, name: str) -> list[str]:
         """The adapter's tensors that change this weight, by module and factor; none if it leaves it alone."""
@@ -33,8 +33,8 @@ class Deltas:
         module = name.removesuffix(".weight")
         return [f"{module}.lora_A", f"{module}.lora_B"] if module in self.outline.pairs and module != name else []
 
-    def apply(self, name: str, start: int, values: Tensor) -> Tensor:
-        """The changed values in float32: `values + scaling * (b @ a)^T` there (LoRA, arXiv 2106.09685).
+    def update(self, name: str, start: int, values: Tensor) -> Tensor:
+        """What to add to the values there, float32: `scaling * (b @ a)^T` (LoRA, arXiv 2106.09685).
 
         Args:
             start: Place of the first value in the flat weight; a row's first.
@@ -44,18 +44,24 @@ class Deltas:
             Flat, in memory that the next call uses again.
         """
         self._fetch(name)
-        if len(self._sums) < values.numel():
-            self._sums = torch.empty(values.numel())
-        sums = self._sums[: values.numel()]
+        if len(self._update) < values.numel():
+            self._update = torch.empty(values.numel())
+        update = self._update[: values.numel()]
         if self._trained is not None:
-            return sums.copy_(self._trained.view(-1)[start : start + values.numel()])
+            return torch.sub(self._trained.view(-1)[start : start + values.numel()], values, out=update)
         assert self._pair is not None, f"{name}: the adapter does not change it"
         a_RI, b_RO = self._pair
-        sums_IO = sums.copy_(values).view(-1, b_RO.shape[1])
+        update_IO = update.view(-1, b_RO.shape[1])
         row = start // b_RO.shape[1]
-        part_IR = a_RI[:, row : row + len(sums_IO)].t()
-        sums_IO.addmm_(part_IR, b_RO, alpha=self.outline.scaling(name.removesuffix(".weight")))
-        return sums
+        part_IR = a_RI[:, row : row + len(update_IO)].t()
+        scaling = self.outline.scaling(name.removesuffix(".weight"))
+        torch.addmm(update_IO, part_IR, b_RO, beta=0, alpha=scaling, out=update_IO)
+        return update
+
+    def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
+        """The values that stand in these ones' place, float32, if the weight was trained as it is."""
+        self._fetch(name)
+        return None if self._trained is None else self._trained.view(-1)[start : start + values.numel()]
 
     def _fetch(self, name: str) -> None:
         """Read what changes this weight, float32."""

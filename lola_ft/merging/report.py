@@ -25,7 +25,7 @@ class MergeReport:
         rounded: Base tensors that it did not, but 4-bit rounding did.
         copied: Base tensors written as they were (but for a cast).
         dropped: Legacy buffers and copies of tied weights that were left out, by name.
-        largest_change: Largest absolute change that the adapter made to any weight, as written.
+        largest_change: Largest absolute update of any weight, in float32.
         weights: Proof from the written files (`WeightProof`); None if it was not asked for.
         verification: Comparison of logits (`Verification`); None if it was skipped.
         effects: What rounding does to loss and logits (`Effects`); None if it was skipped.

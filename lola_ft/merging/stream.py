@@ -1,6 +1,5 @@
 """Writing merged weights: read, add and write a piece at a time, whatever the model's size."""
 
-import math
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,8 @@ class Written:
 
     Attributes:
         applied: How often each tensor of the adapter was merged, by module and factor.
-        changes: Largest absolute change of each weight that the adapter touches, as written.
+        changes: Largest absolute update of each weight that the adapter touches; 0 where nothing of it was written,
+            for it is smaller than the output dtype's rounding.
         weight_map: File of each tensor.
         num_bytes: Of all tensors.
         checksums: CRC-32 of each tensor's bytes, if they were asked for.
@@ -86,41 +86,42 @@ class _Update:
 
     def __init__(self, deltas: Deltas, written: Written, dtype: torch.dtype | None, buffers: Buffers) -> None:
         self._deltas, self._written, self._dtype, self._buffers = deltas, written, dtype, buffers
-        self._difference = torch.empty(0)
 
     def __call__(self, piece: _Piece) -> _Piece:
         name, values = piece.entry.name, piece.values
         used = self._deltas.tensors_for(name)
-        cast = self._cast(values, self._dtype or piece.entry.dtype)
-        if used:
-            # `cast` may be `values`' own memory: the sums come first, and then what they differ in.
-            sums = self._deltas.apply(name, piece.start, values)
-            change = self._replace(cast, sums)
-            if not math.isfinite(change):
-                raise CheckpointError(
-                    f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, "
-                    f"or {cast.dtype} is too narrow for the sum (--dtype float32 is not)."
-                )
-            self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))
-            if piece.start + values.numel() == torch.Size(piece.entry.shape).numel():
-                self._written.applied.update(used)
-        if cast is not values:
-            self._buffers.give_back(values)
-        return replace(piece, values=cast)
+        own = self._cast(values, self._dtype or piece.entry.dtype)
+        result = self._merged(piece, own) if used else own
+        if used and piece.start + values.numel() == torch.Size(piece.entry.shape).numel():
+            self._written.applied.update(used)
+        for tensor in (values, own):
+            if tensor is not result:
+                self._buffers.give_back(tensor)
+        return replace(piece, values=result)
+
+    def _merged(self, piece: _Piece, own: Tensor) -> Tensor:
+        """The piece with the update; notes whether and how much that changes it.
+
+        Args:
+            own: The piece without, in the output dtype.
+        """
+        name = piece.entry.name
+        update = self._deltas.update(name, piece.start, piece.values)
+        low, high = torch.aminmax(update)
+        trained = self._deltas.trained(name, piece.start, piece.values)
+        merged = self._buffers.take(own.numel(), own.dtype)
+        merged.copy_(update.add_(piece.values) if trained is None else trained)
+        if not torch.stack(torch.aminmax(merged)).isfinite().all():
+            raise CheckpointError(
+                f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, or "
+                f"{own.dtype} is too narrow for the sum (--dtype float32 is not)."
+            )
+        change = 0.0 if torch.equal(merged, own) else max(-low.item(), high.item())
+        self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))
+        return merged
 
     def _cast(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        if values.dtype == dtype:
-            return values
-        return self._buffers.take(values.numel(), dtype).copy_(values)
-
-    def _replace(self, old: Tensor, new: Tensor) -> float:
-        """Put the new values in the old ones' place, rounded to their dtype; returns the largest change."""
-        if len(self._difference) < old.numel():
-            self._difference = torch.empty(old.numel())
-        difference = self._difference[: old.numel()].copy_(old)
-        old.copy_(new)
-        low, high = torch.aminmax(difference.sub_(old))
-        return max(-low.item(), high.item())
+        return values if values.dtype == dtype else self._buffers.take(values.numel(), dtype).copy_(values)
 
 
 class _Sink:
