@@ -69,6 +69,8 @@ class TensorEntry:
         """
         empty = empty or _fresh
         with self.file.open("rb", buffering=0) as handle:
+            if hasattr(os, "posix_fadvise"):  # not on every system
+                os.posix_fadvise(handle.fileno(), self.start, self.num_bytes, os.POSIX_FADV_SEQUENTIAL)
             handle.seek(self.start)
             numel, step = prod(self.shape), max(1, _PIECE // unit) * unit
             for start in range(0, numel, step):
