@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_skipped_and_said(
 
 @pytest.mark.parametrize(
     ("check", "proof", "logits"),
-    [(True, True, True), ("full", True, True), ("weights", True, False), ("none", False, False), (False, False, False)],
+    [(True, True, True), ("weights", True, False), ("none", False, False), (False, False, False)],
 )
 def test_check_options(
     check: bool | str, proof: bool, logits: bool, tiny_base: Path, adapter: Path, tmp_path: Path

@@ -100,7 +100,7 @@ def test_a_sharded_base_stays_sharded(
     shard: Callable[[str], Path], adapter: Path, tmp_path: Path, read_state: Callable[[Path], dict[str, Tensor]]
 ) -> None:
     base = shard("150KB")
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     shards = [name for name in names(base) if name.endswith(".safetensors")]
     assert len(shards) > 3
     assert [name for name in names(tmp_path / "merged") if name.endswith(".safetensors")] == shards
@@ -119,7 +119,7 @@ def test_one_shard_with_an_index(copy_base: Callable[..., Path], adapter: Path, 
     keys = load_file(base / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
@@ -134,7 +134,7 @@ def test_legacy_tensors_are_left_out_and_listed(
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
     }
     save_file(state | legacy, base / "model.safetensors", metadata={"format": "pt"})
-    report = merge(base, adapter, tmp_path / "merged")
+    report = merge(base, adapter, tmp_path / "merged", check="weights")
     assert report.dropped == sorted(legacy)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == state.keys()
     assert report.base_fingerprint == merge(tiny_base, adapter, tmp_path / "again", check=False).base_fingerprint
@@ -190,7 +190,7 @@ def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapte
         for file in folder.iterdir():
             file.chmod(0o444)
         folder.chmod(0o555)
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     assert (snapshot(base), snapshot(adapter)) == before
     # Read-only as the sources are, the result is not.
     assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "merged").iterdir())
@@ -353,7 +353,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
 
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:
     """Merged, it has its own identity, loads in 4 bit, and takes the next adapter."""
-    merge(tiny_base, adapter, tmp_path / "merged")
+    merge(tiny_base, adapter, tmp_path / "merged", check="weights")
     assert HubCheckpoint.open(tmp_path / "merged").ignored == []
     model = load_base(tmp_path / "merged", "nf4", "float32", quiet=True)
     assert model.base_fingerprint != load_base(tiny_base, None, "float32", quiet=True).base_fingerprint

@@ -61,6 +61,7 @@ def make_model(folder: Path, make_config: Callable[..., LolaConfig], layers: int
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors")) // 2**20
 
 
+@pytest.mark.slow
 def test_the_peak_does_not_grow_with_the_model(make_config: Callable[..., LolaConfig], tmp_path: Path) -> None:
     sizes = [make_model(tmp_path / name, make_config, layers) for name, layers in (("small", 2), ("large", 10))]
     assert sizes[1] - sizes[0] > 150
