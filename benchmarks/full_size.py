@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -24,19 +23,16 @@ from typing import Any
 
 import bitsandbytes
 import torch
+from memory import Peak, read_memory
+from random_checkpoint import write_checkpoint
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, attach, lora_config
-from lola_ft.model import LolaConfig
-from lola_ft.model.hub_checkpoint import HubCheckpoint, expected_shapes
+from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layout import place_of
-from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry
-from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization import audit
 from lola_ft.quantization.cache import source_identity, write_cache
 from lola_ft.quantization.nf4 import quantize
-
-SHARD_BYTES = 5_000_000_000
 
 
 def main() -> None:
@@ -167,67 +163,6 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(function, *arguments).result()
     return time.perf_counter() - began, result
-
-
-def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int) -> None:
-    """Write random weights in the Hub's layout, shard by shard."""
-    config = LolaConfig(n_layer=layers)
-    config.save_pretrained(folder)
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    size = 0
-    for name, shape in expected_shapes(config).items():
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        if size + num_bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, shape))
-        size += num_bytes
-    weight_map = {}
-    pool = torch.randn(1 << 24).mul_(0.02)  # every tensor is a stretch of these, from a place of its own
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        entries = [TensorEntry(name, folder / file, DTYPE_NAMES[dtype], shape, 0, 0) for name, shape in shard]
-        with SafetensorsWriter(folder / file, entries, dtype) as writer:
-            for j, (name, shape) in enumerate(shard):
-                numel = torch.Size(shape).numel()
-                values = pool.roll(7919 * (j + 1000 * i)).repeat(-(-numel // pool.numel()))[:numel]
-                writer.write(values.view(shape))
-                weight_map[name] = file
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-class Peak:
-    """Samples this process's memory while its block runs."""
-
-    def __enter__(self) -> "Peak":
-        self._stop = threading.Event()
-        self._most = read_memory()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def result(self) -> dict[str, float]:
-        """Largest anonymous and resident memory seen, MB."""
-        return self._most
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.1):
-            now = read_memory()
-            self._most = {key: max(value, self._most[key]) for key, value in now.items()}
-
-
-def read_memory() -> dict[str, float]:
-    """Anonymous and resident memory of this process, MB (Linux)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        name: round(int(fields[key].split()[0]) * 1024 / 1e6, 1)
-        for name, key in (("anonymous", "RssAnon"), ("resident", "VmRSS"))
-    }
 
 
 def parse() -> argparse.Namespace:

@@ -54,13 +54,18 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
     out: Annotated[str | None, typer.Option(help="Where to write; RUN/merged for a run.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
-    rounding: Annotated[str, typer.Option(help="Add to the original weights (base) or to NF4-rounded ones.")] = "base",
+    rounding: Annotated[
+        str | None, typer.Option(help="Add to the original weights (base, the default) or to NF4-rounded ones (nf4).")
+    ] = None,
+    check: Annotated[
+        str, typer.Option(help="full: weights, and logits where the models fit in memory; weights; none.")
+    ] = "full",
     allow_other_base: Annotated[bool, typer.Option("--allow-other-base", help="Accept another base.")] = False,
 ) -> None:
     """Merge an adapter into the weights, in the Hub's layout, and check the result."""
     from lola_ft.merging.command import merge_command
 
-    merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base)
+    merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
 
 
 @app.command()

@@ -40,3 +40,9 @@ def write_text(path: str | Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy the files of a folder whose names match, their content alone."""
+    for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
+        shutil.copyfile(file, target / file.name)

@@ -22,3 +22,17 @@ def test_train_step_prints_one_json_line_last(quantization: str) -> None:
     assert result["trainable"] == linear + 4 * 4 * (64 + 128 + 128 + 64)
     assert result["tokens_per_s"] > 0
     assert 5.5 < result["loss"] < 7.5  # ln(512) = 6.2
+
+
+@pytest.mark.slow
+def test_merge_prints_one_json_line_last(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "merge.py"
+    small = ["--layers", "2", "--hidden", "64", "--inner", "128", "--experts", "4", "--vocab", "512", "--rank", "4"]
+    command = [sys.executable, str(script), *small, "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    # Attention of two layers, one dense MLP, four experts; two projections each, A and B.
+    assert result["adapter_tensors"] == result["proof"]["applied_once"] == 2 * (4 + 2 + 8)
+    assert result["ratio"] == pytest.approx(result["merge_s"] / (sum(result["copy_s"]) / 2), rel=0.5)
+    assert result["memory_mb"]["merge"]["peak"]["anonymous"] < 300
+    assert list(tmp_path.iterdir()) == []

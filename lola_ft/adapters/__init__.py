@@ -1,7 +1,29 @@
-"""Adapters: which weights get LoRA, and their layouts on disk."""
+"""Adapters: which weights get LoRA, and their layouts on disk.
 
-from lola_ft.adapters.attaching import add_adapter, attach
-from lola_ft.adapters.load import load_adapter, save_adapter
-from lola_ft.adapters.settings import AdapterSettings, lora_config
+What needs PEFT is imported when it is first used: reading an adapter's files does not, and a merge has little memory.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lola_ft.adapters.attaching import add_adapter, attach
+    from lola_ft.adapters.load import load_adapter, save_adapter
+    from lola_ft.adapters.settings import AdapterSettings, lora_config
 
 __all__ = ["AdapterSettings", "add_adapter", "attach", "load_adapter", "lora_config", "save_adapter"]
+
+_HOMES = {
+    "AdapterSettings": "settings",
+    "add_adapter": "attaching",
+    "attach": "attaching",
+    "load_adapter": "load",
+    "lora_config": "settings",
+    "save_adapter": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lola_ft.adapters' has no attribute '{name}'")
+    return getattr(import_module(f"lola_ft.adapters.{_HOMES[name]}"), name)

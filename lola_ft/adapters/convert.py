@@ -32,4 +32,4 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     weights = stored.weights(checkpoint.config.num_experts)
     weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
     write_adapter(weights, out, layout, checkpoint.config.num_experts)
-    return Conversion(stored.layout, len(stored.state))
+    return Conversion(stored.layout, len(stored.entries))

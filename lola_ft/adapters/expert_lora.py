@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import Tensor, nn
 
 from lola_ft.adapters.selection import check_selection
+from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.targets import Selection
 from lola_ft.errors import AdapterError
 from lola_ft.kernels.experts import LowRank
@@ -94,26 +95,6 @@ class ParamWrapper(StockParamWrapper):
         if isinstance(self.get_base_layer(), NF4Experts):
             refuse_merge()
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-
-def split_a(weight: Tensor, num_experts: int) -> Tensor:
-    """PEFT's A (E*R, in) as (E, R, in)."""
-    return weight.reshape(num_experts, -1, weight.shape[-1])
-
-
-def split_b(weight: Tensor, num_experts: int) -> Tensor:
-    """PEFT's B (out, R*E), expert-fastest, as (E, out, R)."""
-    return weight.reshape(weight.shape[0], -1, num_experts).permute(2, 0, 1)
-
-
-def join_a(a_ERI: Tensor) -> Tensor:
-    """(E, R, in) as PEFT's A (E*R, in)."""
-    return a_ERI.reshape(-1, a_ERI.shape[-1])
-
-
-def join_b(b_EOR: Tensor) -> Tensor:
-    """(E, out, R) as PEFT's B (out, R*E), expert-fastest."""
-    return b_EOR.permute(1, 2, 0).reshape(b_EOR.shape[1], -1)
 
 
 @contextmanager

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, SINGLE, detect_layout, from_state, to_state
-from lola_ft.adapters.settings import linear_targets
 from lola_ft.adapters.targets import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder
+from lola_ft.model.hub_checkpoint import WEIGHT_KINDS
+from lola_ft.model.safetensors_file import TensorEntry, read_header
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
@@ -45,21 +45,31 @@ _AUTHORS_CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter folder as it is, not yet brought to one form."""
+    """An adapter folder as it is: its config, and where each tensor of its file lies."""
 
     folder: Path
     config: dict[str, Any]
-    state: dict[str, Tensor]
+    entries: dict[str, TensorEntry]
     metadata: dict[str, str]
 
     @property
     def layout(self) -> str:
-        return detect_layout(self.state)
+        return detect_layout(self.entries)
 
     def weights(self, num_experts: int) -> AdapterWeights:
         """The adapter's numbers under the Hub's names."""
+        return self._arranged({key: entry.read() for key, entry in self.entries.items()}, num_experts)
+
+    def outline(self, num_experts: int) -> AdapterWeights:
+        """As `weights`, but shapes alone (meta tensors); `keys` says where the numbers are."""
+        shapes = {
+            key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in self.entries.items()
+        }
+        return self._arranged(shapes, num_experts)
+
+    def _arranged(self, state: dict[str, torch.Tensor], num_experts: int) -> AdapterWeights:
         try:
-            weights = from_state(self.state, self.config, num_experts)
+            weights = from_state(state, self.config, num_experts)
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from error
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
@@ -77,10 +87,10 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         raise AdapterError(f"{folder}: no adapter here; an adapter's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        entries = {entry.name: entry for entry in read_header(folder / WEIGHTS_FILE)}
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, CheckpointError) as error:
         raise AdapterError(f"{folder}: the adapter is damaged or incomplete ({error}).") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG_FILE}: holds {type(config).__name__}, not an object.")
@@ -96,11 +106,20 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         )
     if (version := metadata.get("lola_ft_layout", LAYOUT_VERSION).rpartition("/")[2]) != LAYOUT_VERSION:
         raise AdapterError(f"{folder}: its layout has version {version}; this lola_ft reads {LAYOUT_VERSION}.")
-    if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+    if odd := [key for key, entry in entries.items() if entry.kind not in WEIGHT_KINDS]:
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE}: tensor '{odd[0]}' is {entries[odd[0]].kind}; must be F32, F16 or BF16."
+        )
+    if broken := [key for key, entry in entries.items() if not _is_finite(entry)]:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: {len(broken)} tensors hold NaN or infinite values: {', '.join(broken[:3])}."
         )
-    return StoredAdapter(folder, config, state, metadata)
+    return StoredAdapter(folder, config, entries, metadata)
+
+
+def _is_finite(entry: TensorEntry) -> bool:
+    """Whether every value is a number; a piece's extremes tell, and NaN is among them if there is one."""
+    return all(torch.stack(torch.aminmax(piece)).isfinite().all() for _, piece in entry.pieces())
 
 
 def write_adapter(
@@ -145,6 +164,11 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
 
     Dropout is written as 0: it plays no part once trained, and PEFT refuses it on expert parameters.
     """
+    # Here, so that reading an adapter does without PEFT.
+    from peft import LoraConfig
+
+    from lola_ft.adapters.settings import linear_targets
+
     ranks, alphas = _by_target(weights, layout)
     common_rank = _preferred(ranks)
     common_alpha = _preferred(alphas)

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from lola_ft.adapters.expert_lora import join_a, join_b, split_a, split_b
+from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
 from lola_ft.model.layout import EXPERT_PROJECTIONS
@@ -37,6 +36,7 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
         num_experts: Of the base, to cut fused factors apart.
     """
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[tuple[str, str], str] = {}
     weights = AdapterWeights(
         {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
     )
@@ -46,8 +46,10 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
         match = _LORA_KEY.match(name)
         if match and tensor.ndim == 2 and match["factor"] not in factors[match["module"]]:
             factors[match["module"]][match["factor"]] = tensor
+            keys[match["module"], match["factor"]] = key
         elif name.endswith(".moe.gate.weight"):
             weights.trained[name] = tensor
+            weights.keys[name] = (key,)
         else:
             unknown.append(key)
     unknown += [f"{PREFIX}{module}" for module, pair in factors.items() if set(pair) != {"A", "B"}]
@@ -58,8 +60,10 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
         )
     for module, pair in factors.items():
         fused = FUSED.match(module)
+        pair_keys = (keys[module, "A"], keys[module, "B"])
         if fused is None:
             _check_rank(module, pair, config, 1)
+            weights.keys[module] = pair_keys
             weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config))
             continue
         projection = _fused_projection(fused, factors, config)
@@ -70,6 +74,7 @@ def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: in
             single = f"{fused['experts']}.{e}.{_DISK_NAME[projection]}"
             if single in factors:
                 raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
+            weights.keys[single] = pair_keys
             weights.pairs[single] = LoraPair(a_ERI[e].contiguous(), b_EOR[e].contiguous(), _alpha(named, config))
     return weights
 
@@ -151,7 +156,8 @@ def _alpha(name: str, config: dict[str, Any]) -> float:
 def _setting(pattern_key: str, common_key: str, name: str, config: dict[str, Any]) -> Any:
     """A module's own value, or the common one; the first pattern that matches counts, as in PEFT."""
     pattern = config.get(pattern_key) or {}
-    value = pattern.get(get_pattern_key(pattern.keys(), name), config.get(common_key))
+    first = next((end for end in pattern if re.match(rf"(?:.*\.)?(?:{end})$", name)), name)
+    value = pattern.get(first, config.get(common_key))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise AdapterError(f"{CONFIG_FILE} gives no {common_key} for {name}.")
     return value

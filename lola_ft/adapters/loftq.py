@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lola_ft.adapters.expert_lora import ParamWrapper, join_a, join_b, split_a, split_b
+from lola_ft.adapters.expert_lora import ParamWrapper
+from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
 from lola_ft.errors import UserError
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layout import place_of

@@ -41,6 +41,7 @@ class AdapterWeights:
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
         base_fingerprint: Identity of the base's weights, if it is known.
+        keys: Names in the file that it was read from, by module (A's and B's) or trained weight.
     """
 
     pairs: dict[str, LoraPair]
@@ -48,6 +49,7 @@ class AdapterWeights:
     rslora: bool = False
     base: str = ""
     base_fingerprint: str | None = None
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
         pair = self.pairs[module]

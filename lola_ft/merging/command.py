@@ -6,12 +6,22 @@ from rich.console import Console
 
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.errors import UserError
-from lola_ft.merging.merge import MergeReport, merge
+from lola_ft.merging.effects import advice, effects_table
+from lola_ft.merging.merge import merge
+from lola_ft.merging.proof import WeightProof
+from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.verify import Verification
 from lola_ft.recipe import load_recipe
 
 
 def merge_command(
-    run_or_adapter: str, base: str | None, out: str | None, dtype: str, rounding: str, allow_other_base: bool
+    run_or_adapter: str,
+    base: str | None,
+    out: str | None,
+    dtype: str,
+    rounding: str | None,
+    allow_other_base: bool,
+    check: str,
 ) -> None:
     """Merge a run's or a folder's adapter; see `lola_ft.merge` for the options."""
     folder = Path(run_or_adapter)
@@ -24,7 +34,7 @@ def merge_command(
     if not out and adapter == folder:
         raise UserError("Give the folder to write with --out. (Only a run has a default, RUN/merged.)")
     target = Path(out) if out else folder / "merged"
-    report = merge(base, adapter, target, dtype, rounding, revision=revision, allow_other_base=allow_other_base)
+    report = merge(base, adapter, target, dtype, rounding, revision, allow_other_base, check)
     _say(report, target)
 
 
@@ -41,6 +51,11 @@ def _locate(folder: Path) -> tuple[Path, str, str | None]:
 
 def _say(report: MergeReport, target: Path) -> None:
     console = Console()
+    if report.base_kind == "nf4":
+        console.print(
+            "Merged into a 4-bit base: the original weights were not there and were not used. To merge into them, give "
+            "their folder or Hub id with --base."
+        )
     console.print(
         f"{report.applied} of {report.adapter_tensors} adapter tensors applied; {report.changed} weights changed, "
         f"{report.copied} copied as they were."
@@ -49,12 +64,39 @@ def _say(report: MergeReport, target: Path) -> None:
         console.print(f"{report.rounded} more were written as 4-bit rounding leaves them.")
     if report.dropped:
         console.print(f"Left out {len(report.dropped)} legacy tensors: {', '.join(report.dropped[:3])}.")
-    if proof := report.verification:
+    if report.weights:
+        _say_weights(report.weights, report.adapter_tensors, console)
+    if report.skipped:
+        console.print(f"Logits were not compared: {report.skipped}.")
+    if report.verification:
+        _say_logits(report.verification, console)
+    if report.effects:
+        console.print(effects_table(report.effects, report.rounding))
+        if hint := advice(report.effects):
+            console.print(hint)
+    console.print(f"The merged model is in {target}; the proof in {target / REPORT_FILE}.")
+
+
+def _say_weights(proof: WeightProof, adapter_tensors: int, console: Console) -> None:
+    console.print(
+        f"Checked in the written files: {proof.untouched} tensors are the base's bit by bit; {proof.applied_once} of "
+        f"{adapter_tensors} adapter tensors are there exactly once ({proof.rows} rows of {proof.touched} weights "
+        f"recomputed); {len(proof.sample)} weights recomputed in whole differ by at most {proof.largest_error:.0%} of "
+        f"what rounding allows, and with the update taken off {proof.unmerged_exactly:.1%} of their values are the "
+        "base's again, the rest within rounding."
+    )
+    if proof.below_rounding:
         console.print(
-            f"Reloaded and compared on {proof.compared} of {proof.tokens} tokens in {proof.dtype}: largest logit "
-            f"difference between merged and base plus adapter {proof.max_logit_difference:.3g} (largest logit "
-            f"{proof.largest_logit:.3g}), same next token at {proof.top1_agreement:.1%} of positions."
+            f"In {len(proof.below_rounding)} weights the update is smaller than the output's rounding at the rows "
+            "looked at; --dtype float32 would keep it."
         )
-        if proof.compared < proof.tokens:
-            console.print("The other tokens come with or after one that rounding sent to another expert.")
-    console.print(f"The merged model is in {target}; the proof in {target / 'merge_report.json'}.")
+
+
+def _say_logits(proof: Verification, console: Console) -> None:
+    console.print(
+        f"Reloaded and compared on {proof.compared} of {proof.tokens} tokens in {proof.dtype}: largest logit "
+        f"difference between merged and base plus adapter {proof.max_logit_difference:.3g} (largest logit "
+        f"{proof.largest_logit:.3g}), same next token at {proof.top1_agreement:.1%} of positions."
+    )
+    if proof.compared < proof.tokens:
+        console.print("The other tokens come with or after one that rounding sent to another expert.")

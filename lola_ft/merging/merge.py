@@ -1,54 +1,27 @@
 """Merging an adapter into the weights on disk: tensor by tensor, in the Hub's layout, whole or not at all."""
 
 import json
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
-from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder, write_text
-from lola_ft.merging.rounding import nf4_rounded
-from lola_ft.merging.verify import Verification, verify
-from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.safetensors_writer import SafetensorsWriter
-from lola_ft.quantization.load import DTYPES
+from lola_ft.merging.base import CheckpointBase, MergeBase
+from lola_ft.merging.card import write_card
+from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.folder import copy_companions, write_config
+from lola_ft.merging.proof import prove
+from lola_ft.merging.record import run_record
+from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.stream import Written, write_weights
+from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 ROUNDINGS = ("base", "nf4")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
-_OTHER_FILES = ("generation_config.json", "*.py")
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
-
-    Attributes:
-        applied: Adapter tensors merged (A, B and trained weights each count one), out of `adapter_tensors`.
-        changed: Base tensors that the adapter changed.
-        rounded: Base tensors that it did not, but 4-bit rounding did (`rounding="nf4"`).
-        copied: Base tensors written as they were (but for a cast).
-        dropped: Legacy buffers and copies of tied weights that were left out, by name.
-        largest_change: Largest absolute change that the adapter made to any weight, as written.
-    """
-
-    base_fingerprint: str
-    adapter_layout: str
-    dtype: str
-    rounding: str
-    adapter_tensors: int
-    applied: int
-    changed: int
-    rounded: int
-    copied: int
-    dropped: list[str]
-    largest_change: float
-    verification: Verification | None = None
+CHECKS = ("full", "weights", "none")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def merge(
@@ -56,124 +29,151 @@ def merge(
     adapter: str | Path,
     out: str | Path,
     dtype: str = "auto",
-    rounding: str = "base",
+    rounding: str | None = None,
     revision: str | None = None,
     allow_other_base: bool = False,
-    check: bool = True,
+    check: bool | str = True,
 ) -> MergeReport:
-    """Write base plus adapter as a checkpoint in the Hub's layout, with the tokenizer; reload and compare it.
+    """Write base plus adapter as a checkpoint in the Hub's layout, with the tokenizer, and prove it from the files.
 
     Args:
-        base: The base's folder or Hub id.
+        base: The base's folder or Hub id; or the folder of a quantised base that `lola-ft quantize` wrote.
         adapter: An adapter's folder, either layout.
         out: Folder to write; must not hold anything yet.
         dtype: Of the merged weights: `auto` (the base's own), float32, bfloat16 or float16.
         rounding: `base` adds the update to the original weights; `nf4` to what they are after 4-bit rounding, which
-            is what training saw.
-        check: Reload the result and compare its logits with base plus adapter before it is put in place.
+            is what training saw. None is `base` where the original weights are there.
+        check: `full` (or True) compares the written weights with base and adapter, then loads both and compares their
+            logits, if they fit in memory; `weights` leaves the logits out; `none` (or False) checks nothing.
 
     Raises:
         AdapterError: If the adapter does not fit, or would change nothing.
+        CheckpointError: If the base is damaged, or what was written is not what it should be.
         UserError: If `out` is taken or an option unknown.
     """
-    if rounding not in ROUNDINGS:
-        raise UserError(f"rounding '{rounding}' is not known; use one of {', '.join(ROUNDINGS)}.")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is not known; use auto or one of {', '.join(DTYPES)}.")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
-    checkpoint = HubCheckpoint.open(base, revision)
+    checks = check if isinstance(check, str) else ("full" if check else "none")
+    _check_options(dtype, rounding, checks, out)
     stored = read_adapter(adapter)
-    weights = stored.weights(checkpoint.config.num_experts)
-    weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
-    own = fingerprint(checkpoint)
-    if weights.base_fingerprint not in (None, own) and not allow_other_base:
+    source = _open_base(base, revision, rounding, stored)
+    deltas = Deltas(stored, source.config.num_experts)
+    deltas.outline.check_against({name: entry.shape for name, entry in source.entries.items()})
+    own = source.fingerprint
+    if deltas.outline.base_fingerprint not in (None, own) and not allow_other_base:
         raise AdapterError(
-            f"{adapter} was trained on base {weights.base_fingerprint}; {base} is {own}. Merge it with its own base, "
-            "or pass --allow-other-base."
+            f"{adapter} was trained on base {deltas.outline.base_fingerprint}; {base} is {own}. Merge it with its own "
+            "base, or pass --allow-other-base."
         )
     with replace_folder(out) as folder:
-        report = _write_weights(checkpoint, weights, folder, DTYPES.get(dtype), rounding)
-        report = replace(report, base_fingerprint=own, adapter_layout=stored.layout, dtype=dtype)
-        _write_config(checkpoint, folder, base, dtype)
-        _copy_files(checkpoint, stored, folder)
-        if check:
-            report = replace(report, verification=verify(checkpoint.folder, stored.folder, folder, rounding))
-        write_text(folder / "merge_report.json", json.dumps(asdict(report), indent=2) + "\n")
+        written = write_weights(source, deltas, folder, DTYPES.get(dtype), checksums=checks != "none")
+        report = _report(source, stored, deltas, written, dtype)
+        _write_index(source, written, folder)
+        write_config(source, folder, "" if Path(base).exists() else str(base), _written_dtype(source, dtype))
+        copy_companions(source.folder, stored.folder, folder)
+        if checks != "none":
+            report = replace(report, weights=prove(source, stored, folder, DTYPES.get(dtype), written.checksums))
+        if checks == "full":
+            report = _compare_models(report, source, stored, folder)
+        origin = "" if Path(base).exists() else str(base)
+        write_card(report, origin or _base_id(stored), run_record(stored.folder), folder)
+        write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
-def _write_weights(
-    checkpoint: HubCheckpoint, weights: AdapterWeights, folder: Path, dtype: torch.dtype | None, rounding: str
-) -> MergeReport:
-    applied = changed = rounded = total_bytes = 0
-    largest = 0.0
-    weight_map: dict[str, str] = {}
-    for file in checkpoint.files:
-        entries = [entry for entry in checkpoint if entry.file == file]
-        with SafetensorsWriter(folder / file.name, entries, dtype) as writer:
-            for entry in entries:
-                stored = entry.read()
-                start = nf4_rounded(entry.name, stored) if rounding == "nf4" else stored
-                tensor, used = _merged(entry.name, start, weights)
-                tensor = tensor.to(dtype or entry.dtype)
-                change = (tensor.float() - start.to(tensor.dtype).float()).abs().max().item() if used else 0.0
-                writer.write(tensor)
-                applied, largest = applied + used, max(largest, change)
-                changed, rounded = changed + (change > 0), rounded + (change == 0 and start is not stored)
-                weight_map[entry.name] = file.name
-            total_bytes += writer.num_bytes
-    if applied != weights.tensor_count():
-        raise AdapterError(f"{applied} of {weights.tensor_count()} adapter tensors were merged; the rest has no place.")
+def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path) -> None:
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise UserError(f"rounding '{rounding}' is not known; use one of {', '.join(ROUNDINGS)}.")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is not known; use auto or one of {', '.join(DTYPES)}.")
+    if check not in CHECKS:
+        raise UserError(f"check '{check}' is not known; use one of {', '.join(CHECKS)}.")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
+
+
+def _open_base(base: str | Path, revision: str | None, rounding: str | None, stored: StoredAdapter) -> MergeBase:
+    """The base's checkpoint; or its 4-bit form, if that is what was given or all that there is.
+
+    Raises:
+        UserError: If `rounding` asks for original weights that are not there.
+    """
+    four_bit = Path(base)
+    if not (four_bit / "nf4.safetensors").is_file():
+        try:
+            resolve_folder(base, revision)
+        except CheckpointError:
+            # Here, because it brings bitsandbytes.
+            from lola_ft.quantization.cache import caches_of
+
+            caches = caches_of(stored.metadata.get("base_fingerprint") or "none")
+            if not caches:
+                raise
+            four_bit = caches[0]
+        else:
+            return CheckpointBase.open(HubCheckpoint.open(base, revision), rounding or "base")
+    if rounding == "base":
+        raise UserError(
+            f"{base}: the original weights are not here, only their 4-bit form ({four_bit}), so --rounding base has "
+            "nothing to add to. Give the original base with --base, or leave --rounding out."
+        )
+    from lola_ft.merging.quantized_base import QuantizedBase
+
+    return QuantizedBase.open(four_bit)
+
+
+def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Written, dtype: str) -> MergeReport:
+    """Count what was written.
+
+    Raises:
+        AdapterError: If a tensor of the adapter was not merged, or not once, or if nothing changed.
+    """
+    expected = deltas.outline.tensor_count()
+    once = sum(count == 1 for count in written.applied.values())
+    if once != expected or len(written.applied) != expected:
+        raise AdapterError(f"{once} of {expected} adapter tensors were merged once; the rest has no place.")
+    largest = max(written.changes.values(), default=0.0)
     if largest == 0:
         raise AdapterError(
             "The adapter changes nothing: its update is all zeros, or too small for the output dtype. Was it trained? "
             "Nothing was written."
         )
-    if checkpoint.files[0].name != "model.safetensors":
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    changed = {name for name, change in written.changes.items() if change > 0}
+    rounded = sum(base.is_rounded(name) and name not in changed for name in base.entries)
     return MergeReport(
-        base_fingerprint="",
-        adapter_layout="",
-        dtype="",
-        rounding=rounding,
-        adapter_tensors=weights.tensor_count(),
-        applied=applied,
-        changed=changed,
+        base_fingerprint=base.fingerprint,
+        base_kind=base.kind,
+        adapter_layout=stored.layout,
+        dtype=dtype,
+        rounding="nf4" if base.rounded else "base",
+        adapter_tensors=expected,
+        applied=once,
+        changed=len(changed),
         rounded=rounded,
-        copied=len(checkpoint.entries) - changed - rounded,
-        dropped=checkpoint.ignored,
+        copied=len(base.entries) - len(changed) - rounded,
+        dropped=base.ignored,
         largest_change=largest,
     )
 
 
-def _merged(name: str, tensor: Tensor, weights: AdapterWeights) -> tuple[Tensor, int]:
-    """The weight with the adapter, float32 where it changes, and how many adapter tensors went into it."""
-    if name in weights.trained:
-        return weights.trained[name].float(), 1
-    module = name.removesuffix(".weight")
-    if module not in weights.pairs or module == name:
-        return tensor, 0
-    return weights.delta(module).add_(tensor), 2
+def _compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
+    """Load base plus adapter and the merged model, one after another, and compare; or say why not."""
+    # Here, so that a merge without it does without whole models and what loads them.
+    from lola_ft.merging.models import compare_models
+
+    return compare_models(report, base, stored, folder)
 
 
-def _write_config(checkpoint: HubCheckpoint, folder: Path, base: str | Path, dtype: str) -> None:
-    """The base's config as it is, but for the dtype and remote code that a Hub base keeps beside itself."""
-    config = dict(checkpoint.config_json)
-    if dtype != "auto":
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    if "auto_map" in config and not Path(base).exists():
-        config["auto_map"] = {
-            name: code if "--" in code else f"{base}--{code}" for name, code in config["auto_map"].items()
-        }
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+def _written_dtype(base: MergeBase, dtype: str) -> str:
+    own = base.entries["transformer.wte.weight"].dtype
+    return dtype if dtype != "auto" else str(own).removeprefix("torch.")
 
 
-def _copy_files(checkpoint: HubCheckpoint, stored: StoredAdapter, folder: Path) -> None:
-    """The tokenizer that training used if it lies beside the adapter, else the base's, never a mix; the small rest."""
-    tokenizer = stored.folder if any(stored.folder.glob("tokenizer*")) else checkpoint.folder
-    sources = [(checkpoint.folder, _OTHER_FILES), (tokenizer, _TOKENIZER_FILES)]
-    for source, patterns in sources:
-        for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
-            shutil.copyfile(file, folder / file.name)
+def _base_id(stored: StoredAdapter) -> str:
+    """The Hub id that the adapter names as its base; "" for a path, which means nothing to others."""
+    name = str(stored.config.get("base_model_name_or_path") or "")
+    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else ""
+
+
+def _write_index(base: MergeBase, written: Written, folder: Path) -> None:
+    if [file for file, _ in base.shards] != ["model.safetensors"]:
+        index = {"metadata": {"total_size": written.num_bytes}, "weight_map": written.weight_map}
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

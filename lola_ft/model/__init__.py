@@ -1,26 +1,24 @@
-"""The LOLA model, native to today's transformers."""
+"""The LOLA model, native to today's transformers.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+Its classes are imported when they are first used: they bring most of transformers, seconds and a hundred megabytes,
+which reading checkpoints and merging do without.
+"""
 
-from lola_ft.model.config import LolaConfig
-from lola_ft.model.heads import LolaForSequenceClassification, LolaForTokenClassification
-from lola_ft.model.layout import register_conversion
-from lola_ft.model.modeling import LolaForCausalLM, LolaModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lola_ft.model.registration import register
+
+if TYPE_CHECKING:
+    from lola_ft.model.config import LolaConfig
+    from lola_ft.model.modeling import LolaForCausalLM, LolaModel
 
 __all__ = ["LolaConfig", "LolaForCausalLM", "LolaModel", "register"]
 
+_HOMES = {"LolaConfig": "config", "LolaForCausalLM": "modeling", "LolaModel": "modeling"}
 
-def register() -> None:
-    """Make transformers' Auto classes give the native model for `lola_v1` (called by `import lola_ft`)."""
-    AutoConfig.register(LolaConfig.model_type, LolaConfig, exist_ok=True)
-    AutoModel.register(LolaConfig, LolaModel, exist_ok=True)
-    AutoModelForCausalLM.register(LolaConfig, LolaForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(LolaConfig, LolaForSequenceClassification, exist_ok=True)
-    AutoModelForTokenClassification.register(LolaConfig, LolaForTokenClassification, exist_ok=True)
-    register_conversion()
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lola_ft.model' has no attribute '{name}'")
+    return getattr(import_module(f"lola_ft.model.{_HOMES[name]}"), name)

@@ -7,9 +7,6 @@ uses `nn.Linear` (out×in) for attention and dense MLP, so that every tool knows
 import re
 from dataclasses import dataclass
 
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
-
 # Modules whose weight is transposed between disk (in×out) and memory (out×in).
 LINEAR_MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 # The two projections of an expert: name on disk -> name of the fused parameter.
@@ -47,6 +44,10 @@ def is_ignored(hub_key: str) -> bool:
 
 def register_conversion() -> None:
     """Teach transformers the Hub layout, for `from_pretrained` and, reversed, `save_pretrained`."""
+    # Here, because they bring most of transformers.
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
+
     converters = [
         WeightConverter(f"{module}.weight", f"{module}.weight", operations=[Transpose(0, 1)])
         for module in LINEAR_MODULES

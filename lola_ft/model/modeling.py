@@ -17,7 +17,7 @@ from lola_ft.errors import UserError
 from lola_ft.kernels.loss import labelled_cross_entropy
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.layers import LolaBlock, init_weights
-from lola_ft.model.layout import IGNORED_KEYS
+from lola_ft.model.layout import IGNORED_KEYS, register_conversion
 from lola_ft.model.router import load_balancing_loss
 
 
@@ -265,3 +265,6 @@ def real_tokens(attention_mask: Tensor | None, seq: int) -> Tensor | None:
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -seq:].reshape(-1).bool()
+
+
+register_conversion()  # whoever has these classes can load the Hub's layout

@@ -7,9 +7,9 @@ mapping lives, and a file that shrinks under a mapping kills the process.
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 _PIECE = 1 << 20  # values read at a time where a tensor is cast: an embedding would else double the peak of loading
+
+
+# Gives the memory for so many values of a dtype.
+Empty = Callable[[int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,32 @@ class TensorEntry:
             flat[start : start + piece.numel()] = piece
         return tensor
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces, each with the place of its first value."""
+    def pieces(self, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces of whole units (rows, say), each with the place of its first value.
+
+        Args:
+            empty: Gives the memory of a piece; fresh memory if left out.
+        """
+        empty = empty or _fresh
         with self.file.open("rb", buffering=0) as handle:
+            if hasattr(os, "posix_fadvise"):  # not on every system
+                os.posix_fadvise(handle.fileno(), self.start, self.num_bytes, os.POSIX_FADV_SEQUENTIAL)
             handle.seek(self.start)
-            numel = prod(self.shape)
-            for start in range(0, numel, _PIECE):
-                piece = torch.empty(min(_PIECE, numel - start), dtype=self.dtype)
+            numel, step = prod(self.shape), max(1, _PIECE // unit) * unit
+            for start in range(0, numel, step):
+                piece = empty(min(step, numel - start), self.dtype)
                 read_fully(handle.fileno(), bytes_of(piece), self.file)
                 yield start, piece
+
+    def rows(self, start: int, stop: int) -> "TensorEntry":
+        """The entry of a stretch of this tensor: its rows from `start` to before `stop`."""
+        size = self.num_bytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, start=self.start + start * size, num_bytes=(stop - start) * size)
+
+
+def _fresh(numel: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(numel, dtype=dtype)
 
 
 def read_ahead(wanted: Iterable[tuple[TensorEntry, torch.dtype | None]]) -> Iterator[tuple[TensorEntry, Tensor]]:

@@ -34,6 +34,7 @@ class SafetensorsWriter:
             }
             offset += size
         self.num_bytes = offset
+        self._written = 0  # values of the tensor that is being written
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._handle = path.open("wb", buffering=0)
@@ -41,9 +42,20 @@ class SafetensorsWriter:
 
     def write(self, tensor: Tensor) -> None:
         """Write the next tensor, cast to its dtype."""
-        name, shape, dtype = self._pending.pop()
+        name, shape, _ = self._pending[-1]
         assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)} given, {tuple(shape)} announced"
-        view = bytes_of(tensor.to(dtype).contiguous())
+        self.write_piece(tensor)
+
+    def write_piece(self, values: Tensor) -> None:
+        """Write the next values of the tensor that is being written, cast to its dtype."""
+        name, shape, dtype = self._pending[-1]
+        self._written += values.numel()
+        numel = torch.Size(shape).numel()
+        assert self._written <= numel, f"{name}: {self._written} values given, {numel} announced"
+        if self._written == numel:
+            self._pending.pop()
+            self._written = 0
+        view = bytes_of(values.to(dtype).contiguous())
         while len(view):
             view = view[self._handle.write(view) :]
 

@@ -1,8 +1,9 @@
 """A quantised base on disk, so that quantising happens once.
 
 `lola-ft quantize BASE` writes one; `load_base` uses it when it agrees with its source, else quantises anew. A cache is
-a folder of `nf4.safetensors` (packed codes, scales, and what stayed dense, each under its native name) and
-`source.json` (format, the source's fingerprint and files).
+a folder of `nf4.safetensors` (packed codes, scales, and what stayed dense, each under its native name), `source.json`
+(format, the source's fingerprint and files), and copies of the source's config and tokenizer, so that it can be loaded
+and merged into without its source.
 """
 
 import json
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
-from lola_ft.files import replace_folder
-from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.files import copy_files, replace_folder
+from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 from lola_ft.model.modeling import LolaPreTrainedModel
 from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
 from lola_ft.model.safetensors_writer import SafetensorsWriter
@@ -25,9 +26,10 @@ from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
 from lola_ft.quantization.nf4 import NF4
 
-FORMAT = 1
+FORMAT = 2
 NF4_PARTS = ("packed", "absmax", "absmax2", "offset")
 WEIGHTS_FILE, SOURCE_FILE = "nf4.safetensors", "source.json"
+_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def cache_root() -> Path:
@@ -55,8 +57,11 @@ def source_identity(checkpoint: HubCheckpoint, base_fingerprint: str, dtype: tor
     }
 
 
-def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any]) -> Path:
+def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any], source: Path) -> Path:
     """Save a model that was quantised from the source of this identity, whole or not at all; returns the folder.
+
+    Args:
+        source: Folder of the source; its config and tokenizer are copied.
 
     Raises:
         CheckpointError: If it cannot be written, for want of space or permission.
@@ -73,6 +78,7 @@ def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any]) -> Path:
                 for _, tensor in parts:
                     writer.write(tensor.detach().cpu())
             (partial / SOURCE_FILE).write_text(json.dumps(identity, indent=2) + "\n")
+            copy_files(source, partial, _COMPANIONS)
     except OSError as error:
         raise CheckpointError(f"{folder}: the quantised base cannot be saved ({error.strerror or error}).") from error
     return folder
@@ -86,6 +92,16 @@ def matching_cache(identity: dict[str, Any]) -> Path | None:
     except (OSError, ValueError):
         return None
     return folder if saved == identity else None
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Whether a folder is a quantised base that `write_cache` wrote."""
+    return all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, SOURCE_FILE))
+
+
+def caches_of(base_fingerprint: str) -> list[Path]:
+    """The quantised forms of a base that this machine has, whether or not the base itself is still there."""
+    return [folder for folder in sorted((cache_root() / "nf4").glob(f"{base_fingerprint}-*")) if is_cache(folder)]
 
 
 def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -> None:

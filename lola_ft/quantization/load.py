@@ -1,5 +1,6 @@
 """Loading a base model, dense or in 4 bit, from a folder or the Hub."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.model import LolaForCausalLM
+from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.fingerprint import fingerprint
 from lola_ft.model.heads import LolaForSequenceClassification, LolaForTokenClassification
@@ -19,7 +20,7 @@ from lola_ft.model.layout import place_of
 from lola_ft.model.modeling import LolaPreTrainedModel
 from lola_ft.model.safetensors_file import TensorEntry, read_ahead
 from lola_ft.quantization.audit import audit, require_quantized
-from lola_ft.quantization.cache import matching_cache, read_cache, source_identity, write_cache
+from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear, is_quantizable
 
@@ -48,7 +49,7 @@ def load_base(
     a time; embeddings, norms, biases and router stay in `dtype`.
 
     Args:
-        path: A checkpoint's folder or a Hub id.
+        path: A checkpoint's folder or a Hub id; or the folder of a quantised base that `quantize_base` wrote.
         quantization: "nf4" or None.
         dtype: What stays dense is held, and everything is computed, in this dtype.
         device: Where to; the GPU if there is one.
@@ -69,6 +70,10 @@ def load_base(
     if head not in HEADS:
         raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
     target = torch.device(device) if device else default_device()
+    if is_cache(path):
+        if head != "causal_lm":
+            raise UserError(f"{path}: a base of which only the 4-bit form is there takes no head; give the original.")
+        return _load_quantized(Path(path), quantization, torch_dtype, target)
     checkpoint = HubCheckpoint.open(path, revision)
     checkpoint.check_tied_head()
     base_fingerprint = fingerprint(checkpoint)
@@ -108,7 +113,7 @@ def quantize_base(
     checkpoint = HubCheckpoint.open(path, revision)
     model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
     identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
-    return matching_cache(identity) or write_cache(model, identity)
+    return matching_cache(identity) or write_cache(model, identity, checkpoint.folder)
 
 
 def _known_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -156,6 +161,27 @@ def _load_nf4(
     left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     assert not left, f"parameters were left without weights: {left[:3]}"
     return model
+
+
+def _load_quantized(
+    folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device
+) -> LolaPreTrainedModel:
+    """Load a base of which only the 4-bit form is there."""
+    if quantization is None:
+        raise UserError(f"{folder}: holds a base in 4 bit; load it with quantization='nf4'.")
+    with torch.device("meta"):
+        model = LolaForCausalLM(LolaConfig.from_pretrained(folder))
+    _make_nf4_modules(model, device)
+    read_cache(model, folder, device)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.tie_weights()
+    model.config.dtype = dtype
+    model.quantization = "nf4"
+    model.base_id = ""
+    model.base_fingerprint = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))["fingerprint"]
+    return model.eval()
 
 
 def _quantize_into(

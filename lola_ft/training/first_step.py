@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lola_ft.adapters.expert_lora import ParamWrapper, split_b
+from lola_ft.adapters.expert_lora import ParamWrapper
+from lola_ft.adapters.stacks import split_b
 from lola_ft.model.layers import LolaMoe
 
 

@@ -16,10 +16,11 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config, save_adapter
-from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.merging import merge
-from lola_ft.merging.verify import verify
+from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.outputs import Models
+from lola_ft.merging.verify import compare
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.safetensors_writer import SafetensorsWriter
@@ -49,7 +50,7 @@ def test_it_loads_as_any_checkpoint_does(tiny_base: Path, adapter: Path, ids: Te
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = "Jina langu ni Amina"
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(tiny_base)(text)["input_ids"]
-    assert names(tmp_path / "merged") == sorted({*names(tiny_base), "merge_report.json"})
+    assert names(tmp_path / "merged") == sorted({*names(tiny_base), "merge_report.json", "README.md"})
 
 
 def test_the_report_is_what_the_call_returns(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -76,7 +77,8 @@ def test_the_config_keeps_every_key(
     (base / "modeling_lola_gpt2.py").write_text("# remote code\n")
     merge(base, adapter, tmp_path / "merged", check=False)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged"))
-    assert after == before
+    # Beside the names that the authors' code knows: its class, and the dtype's older key.
+    assert after == before | {"architectures": ["LOLALMHeadModel"], "torch_dtype": "float32"}
     assert after["auto_map"] == auto_map
     assert (tmp_path / "merged" / "modeling_lola_gpt2.py").read_text() == "# remote code\n"
 
@@ -90,14 +92,15 @@ def test_the_config_says_the_dtype_that_was_written(
     config.pop("dtype", None)
     (base / "config.json").write_text(json.dumps(config | {key: "float32"}))
     merge(base, adapter, tmp_path / "merged", dtype="bfloat16", check=False)
-    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config | {key: "bfloat16"}
+    written = {"architectures": ["LOLALMHeadModel"], "torch_dtype": "bfloat16", key: "bfloat16"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config | written
 
 
 def test_a_sharded_base_stays_sharded(
     shard: Callable[[str], Path], adapter: Path, tmp_path: Path, read_state: Callable[[Path], dict[str, Tensor]]
 ) -> None:
     base = shard("150KB")
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     shards = [name for name in names(base) if name.endswith(".safetensors")]
     assert len(shards) > 3
     assert [name for name in names(tmp_path / "merged") if name.endswith(".safetensors")] == shards
@@ -116,7 +119,7 @@ def test_one_shard_with_an_index(copy_base: Callable[..., Path], adapter: Path, 
     keys = load_file(base / "model-00001-of-00001.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(keys, "model-00001-of-00001.safetensors")}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
@@ -131,7 +134,7 @@ def test_legacy_tensors_are_left_out_and_listed(
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
     }
     save_file(state | legacy, base / "model.safetensors", metadata={"format": "pt"})
-    report = merge(base, adapter, tmp_path / "merged")
+    report = merge(base, adapter, tmp_path / "merged", check="weights")
     assert report.dropped == sorted(legacy)
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == state.keys()
     assert report.base_fingerprint == merge(tiny_base, adapter, tmp_path / "again", check=False).base_fingerprint
@@ -168,7 +171,7 @@ def test_without_its_own_the_base_s_tokenizer_comes_whole(
     merge(base, adapter, tmp_path / "merged", check=False)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
-    assert "README.md" not in names(tmp_path / "merged")
+    assert "a card" not in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_base_without_a_tokenizer_is_compared_on_plain_ids(golden_folder: Path, tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapte
         for file in folder.iterdir():
             file.chmod(0o444)
         folder.chmod(0o555)
-    merge(base, adapter, tmp_path / "merged")
+    merge(base, adapter, tmp_path / "merged", check="weights")
     assert (snapshot(base), snapshot(adapter)) == before
     # Read-only as the sources are, the result is not.
     assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "merged").iterdir())
@@ -235,7 +238,7 @@ def test_an_unknown_option_is_refused(
 def test_a_failure_while_writing_leaves_nothing(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = SafetensorsWriter.write, []
+    write, written = SafetensorsWriter.write_piece, []
 
     def fill_the_disk(writer: SafetensorsWriter, tensor: Tensor) -> None:
         if len(written) == 20:
@@ -243,7 +246,7 @@ def test_a_failure_while_writing_leaves_nothing(
         written.append(tensor)
         write(writer, tensor)
 
-    monkeypatch.setattr(SafetensorsWriter, "write", fill_the_disk)
+    monkeypatch.setattr(SafetensorsWriter, "write_piece", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         merge(tiny_base, adapter, tmp_path / "merged")
     assert len(written) == 20
@@ -259,7 +262,7 @@ def test_a_failed_or_interrupted_comparison_leaves_nothing(
         assert (partial / "model.safetensors").is_file()
         raise error
 
-    monkeypatch.setattr(import_module("lola_ft.merging.merge"), "verify", fail)
+    monkeypatch.setattr(import_module("lola_ft.merging.models"), "compare", fail)
     with pytest.raises(type(error)):
         merge(tiny_base, adapter, tmp_path / "merged")
     assert names(tmp_path) == ["adapter"]
@@ -268,13 +271,12 @@ def test_a_failed_or_interrupted_comparison_leaves_nothing(
 def test_an_adapter_tensor_left_out_is_found_by_counting(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("lola_ft.merging.merge")
-    right = module._merged
+    right = Deltas.tensors_for
 
-    def forgetful(name: str, tensor: Tensor, weights: AdapterWeights) -> tuple[Tensor, int]:
-        return (tensor, 0) if name.endswith("h.3.moe.experts.2.c_proj.weight") else right(name, tensor, weights)
+    def forgetful(self: Deltas, name: str) -> list[str]:
+        return [] if name.endswith("h.3.moe.experts.2.c_proj.weight") else right(self, name)
 
-    monkeypatch.setattr(module, "_merged", forgetful)
+    monkeypatch.setattr(Deltas, "tensors_for", forgetful)
     with pytest.raises(AdapterError, match="56 of 58 adapter tensors were merged"):
         merge(tiny_base, adapter, tmp_path / "merged", check=False)
     assert names(tmp_path) == ["adapter"]
@@ -284,12 +286,13 @@ def test_a_wrong_merge_is_found_by_its_logits(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each expert given its neighbour's update has every shape and count right."""
-    right = AdapterWeights.delta
+    right = Deltas._read_pair
 
-    def wrong(self: AdapterWeights, module: str) -> Tensor:
+    def wrong(self: Deltas, module: str) -> Any:
         return right(self, module.replace(".experts.0.", ".experts.1."))
 
-    monkeypatch.setattr(AdapterWeights, "delta", wrong)
+    monkeypatch.setattr(Deltas, "_read_pair", wrong)
+    monkeypatch.setattr(import_module("lola_ft.merging.merge"), "prove", lambda *_: None)
     with pytest.raises(AdapterError, match=r"differ from base plus adapter by .*float32 rounding explains"):
         merge(tiny_base, adapter, tmp_path / "merged")
     assert names(tmp_path) == ["adapter"]
@@ -324,8 +327,10 @@ def test_the_comparison_refuses(
             state[one], state[other] = state[other], state[one]
         save_file(state, merged / "model.safetensors", metadata={"format": "pt"})
     what = "router scores" if "router" in damage else ""
+    models = Models(base, adapter, merged, torch.float32)
+    reference, result = models.adapted(None), models.merged_alone()
     with pytest.raises(AdapterError, match=rf"{what} differ .* more than torch\.{dtype} rounding explains"):
-        verify(base, adapter, merged, "base")
+        compare(reference, result, getattr(torch, dtype))
 
 
 def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Path) -> None:
@@ -348,7 +353,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
 
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:
     """Merged, it has its own identity, loads in 4 bit, and takes the next adapter."""
-    merge(tiny_base, adapter, tmp_path / "merged")
+    merge(tiny_base, adapter, tmp_path / "merged", check="weights")
     assert HubCheckpoint.open(tmp_path / "merged").ignored == []
     model = load_base(tmp_path / "merged", "nf4", "float32", quiet=True)
     assert model.base_fingerprint != load_base(tiny_base, None, "float32", quiet=True).base_fingerprint

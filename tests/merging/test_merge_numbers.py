@@ -83,7 +83,7 @@ def test_every_weight(
     assert report.changed == len(touched) == 30
     assert report.copied == len(base) - len(touched)
     assert report.rounded == 0
-    assert report.largest_change == largest
+    assert report.largest_change == pytest.approx(largest, abs=1e-6)
     assert report.adapter_layout == layout
     assert report.verification is None
 
@@ -186,7 +186,7 @@ def test_rounding_nf4_says_what_it_rounded_beside_the_adapter(
 ) -> None:
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if ".attn." in module}
     weights.trained = {}
-    report = merge(tiny_base, store(weights), tmp_path / "merged", rounding="nf4")
+    report = merge(tiny_base, store(weights), tmp_path / "merged", rounding="nf4", check="weights")
     assert (report.changed, report.rounded) == (8, 4 + 16)
     base = load_file(tiny_base / "model.safetensors")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
@@ -242,7 +242,7 @@ def test_a_router_trained_back_to_the_base_changes_nothing(
 
 def test_a_router_alone(weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
     weights.pairs = {}
-    report = merge(tiny_base, store(weights), tmp_path / "merged")
+    report = merge(tiny_base, store(weights), tmp_path / "merged", check="weights")
     assert (report.applied, report.changed) == (2, 2)
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(merged[name], tensor) for name, tensor in weights.trained.items())
@@ -264,7 +264,7 @@ def test_another_base_is_refused_unless_allowed(
     with pytest.raises(AdapterError, match=r"trained on base feedfacefeedface; .* is [0-9a-f]{16}.*--allow-other-base"):
         merge(tiny_base, store(weights), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
-    report = merge(tiny_base, store(weights), tmp_path / "merged", allow_other_base=True)
+    report = merge(tiny_base, store(weights), tmp_path / "merged", allow_other_base=True, check="weights")
     assert report.base_fingerprint != "feedfacefeedface"
 
 

@@ -51,7 +51,8 @@ def test_it_loads_again_bit_equal(dtype: str, base: Path, quantised: list[str]) 
     assert quantised == ["quantised"] * 2
     again = lola_ft.load_base(base, "nf4", dtype, quiet=True)
     assert quantised == ["quantised"] * 2  # not a third time
-    assert {path.name for path in folder.iterdir()} == {"nf4.safetensors", "source.json"}
+    companions = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == {"nf4.safetensors", "source.json"} | companions
     assert_same(fresh, again)
     assert audit(fresh).as_dict() == audit(again).as_dict()
     assert again.base_fingerprint == fresh.base_fingerprint

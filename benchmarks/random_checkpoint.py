@@ -1,0 +1,56 @@
+"""A checkpoint of LOLA's shapes with random weights, and an adapter for it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from lola_ft.model import LolaConfig
+from lola_ft.model.hub_checkpoint import HubCheckpoint, expected_shapes
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry
+from lola_ft.model.safetensors_writer import SafetensorsWriter
+
+SHARD_BYTES = 5_000_000_000
+
+
+def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, **sizes: int) -> None:
+    """Write random weights in the Hub's layout, shard by shard; sizes of the config may be others than LOLA's."""
+    config = LolaConfig(n_layer=layers, **sizes)
+    config.save_pretrained(folder)
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    size = 0
+    for name, shape in expected_shapes(config).items():
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, shape))
+        size += num_bytes
+    weight_map = {}
+    pool = torch.randn(1 << 24).mul_(0.02)  # every tensor is a stretch of these, from a place of its own
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        entries = [TensorEntry(name, folder / file, DTYPE_NAMES[dtype], shape, 0, 0) for name, shape in shard]
+        with SafetensorsWriter(folder / file, entries, dtype) as writer:
+            for j, (name, shape) in enumerate(shard):
+                numel = torch.Size(shape).numel()
+                values = pool.roll(7919 * (j + 1000 * i)).repeat(-(-numel // pool.numel()))[:numel]
+                writer.write(values.view(shape))
+                weight_map[name] = file
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_random_adapter(folder: Path, base: Path, rank: int) -> None:
+    """Write LoRA on attention, dense MLP and every expert with random values, in PEFT's layout."""
+    from lola_ft.adapters.files import write_adapter
+    from lola_ft.adapters.weights import AdapterWeights, LoraPair
+
+    torch.manual_seed(1)
+    config = HubCheckpoint.open(base).config
+    weights = AdapterWeights({})
+    for name, shape in expected_shapes(config).items():
+        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
+            a, b = torch.randn(rank, shape[0]).mul_(0.02), torch.randn(shape[1], rank).mul_(0.02)
+            weights.pairs[name.removesuffix(".weight")] = LoraPair(a, b, alpha=2.0 * rank)
+    write_adapter(weights, folder, "peft", config.num_experts)

@@ -1,0 +1,101 @@
+"""What an adapter is merged into: a checkpoint's weights, or what 4-bit rounding left of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.fingerprint import fingerprint
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.layout import EXPERT_PROJECTIONS, LINEAR_MODULES
+from lola_ft.model.safetensors_file import Empty, TensorEntry
+
+
+@dataclass(frozen=True)
+class MergeBase(ABC):
+    """A base's tensors under the Hub's names, read a piece at a time.
+
+    Attributes:
+        folder: Where the config, the tokenizer and other small files lie.
+        config_json: The config as the file has it.
+        shards: The files to write, each with its tensors in order.
+        ignored: Names of legacy tensors that are left out.
+        fingerprint: Identity of the original weights.
+        rounded: Whether the tensors are as 4-bit rounding leaves them.
+        kind: `checkpoint`, or `nf4` where the original weights are not there.
+    """
+
+    folder: Path
+    config: LolaConfig
+    config_json: dict[str, Any]
+    shards: list[tuple[str, list[TensorEntry]]]
+    ignored: list[str]
+    fingerprint: str
+    rounded: bool
+    kind: str
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """Every tensor to write, by name."""
+        return {entry.name: entry for _, entries in self.shards for entry in entries}
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether 4-bit rounding has changed this tensor."""
+        return self.rounded and is_quantized(name)
+
+    @abstractmethod
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The flat tensor in pieces of whole units, as `TensorEntry.pieces` gives them."""
+
+    @abstractmethod
+    def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
+        """Some rows of a 2-D tensor (len(wanted), columns)."""
+
+
+@dataclass(frozen=True)
+class CheckpointBase(MergeBase):
+    """A checkpoint in the Hub's layout, as it is or as NF4 rounding would leave it."""
+
+    @staticmethod
+    def open(checkpoint: HubCheckpoint, rounding: str) -> "CheckpointBase":
+        """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`)."""
+        entries = list(checkpoint)
+        return CheckpointBase(
+            folder=checkpoint.folder,
+            config=checkpoint.config,
+            config_json=checkpoint.config_json,
+            shards=[(file.name, [entry for entry in entries if entry.file == file]) for file in checkpoint.files],
+            ignored=checkpoint.ignored,
+            fingerprint=fingerprint(checkpoint),
+            rounded=rounding == "nf4",
+            kind="checkpoint",
+        )
+
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        if self.is_rounded(entry.name):
+            yield 0, self._rounded(entry).view(-1)
+        else:
+            yield from entry.pieces(unit, empty)
+
+    def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
+        if self.is_rounded(entry.name):
+            return self._rounded(entry)[wanted]
+        return torch.cat([entry.rows(row, row + 1).read() for row in wanted])
+
+    def _rounded(self, entry: TensorEntry) -> Tensor:
+        # Here, so that a merge into the original weights does without bitsandbytes.
+        from lola_ft.merging.rounding import nf4_rounded
+
+        return nf4_rounded(entry.name, entry.read())
+
+
+def is_quantized(hub_key: str) -> bool:
+    """Whether 4-bit loading quantises this tensor."""
+    names = (*LINEAR_MODULES, *EXPERT_PROJECTIONS)
+    return any(hub_key.endswith(f"{name}.weight") for name in names)

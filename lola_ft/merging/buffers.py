@@ -1,0 +1,32 @@
+"""Memory that is used again: fresh memory for every piece would cost more time than adding the update to it."""
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """Hands out tensors over a few stretches of memory; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._free: deque[Tensor] = deque()
+        self._taken: dict[int, Tensor] = {}
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A flat tensor of any content."""
+        num_bytes = numel * dtype.itemsize
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+        if len(memory) < num_bytes:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+        self._taken[memory.data_ptr()] = memory
+        return memory[:num_bytes].view(dtype)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """Its memory may be handed out again; a tensor that is not from here is left alone."""
+        memory = self._taken.pop(tensor.data_ptr(), None)
+        if memory is not None:
+            self._free.append(memory)

@@ -1,0 +1,115 @@
+"""What rounding does to a merge: loss and logits of the adapter on the 4-bit base, on the original one, and merged."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+
+from lola_ft.merging.outputs import Outputs
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far one model's predictions are from another's.
+
+    Attributes:
+        kl: Mean Kullback-Leibler divergence of next-token distributions, in nats a token, of the second from the first.
+        top1_agreement: Share of positions with the same most likely next token.
+        loss_difference: First's mean loss minus second's, in nats a token.
+    """
+
+    kl: float
+    top1_agreement: float
+    loss_difference: float
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Losses (nats a token) and distances on the prompts; None in the 4-bit ones if training saw no 4-bit base.
+
+    Attributes:
+        adapter_on_4_bit: Loss of the adapter on the base in 4 bit, which training saw.
+        adapter_on_original: Loss of the adapter on the original weights.
+        merged: Loss of the merged model, with the rounding that was chosen.
+        original_from_4_bit: Adapter on the original weights against adapter on the 4-bit base; but for rounding to
+            the output dtype also what `--rounding base` gives against `--rounding nf4`.
+        merged_from_4_bit: Merged against adapter on the 4-bit base.
+        merged_from_original: Merged against adapter on the original weights.
+    """
+
+    merged: float
+    adapter_on_4_bit: float | None = None
+    adapter_on_original: float | None = None
+    original_from_4_bit: Distance | None = None
+    merged_from_4_bit: Distance | None = None
+    merged_from_original: Distance | None = None
+
+
+def measure_effects(
+    merged: list[Outputs], on_4_bit: list[Outputs] | None, on_original: list[Outputs] | None
+) -> Effects:
+    """Compare the three models' outputs on the same prompts; one that was not run is left out."""
+    return Effects(
+        merged=_loss(merged),
+        adapter_on_4_bit=_loss(on_4_bit) if on_4_bit else None,
+        adapter_on_original=_loss(on_original) if on_original else None,
+        original_from_4_bit=_distance(on_original, on_4_bit) if on_original and on_4_bit else None,
+        merged_from_4_bit=_distance(merged, on_4_bit) if on_4_bit else None,
+        merged_from_original=_distance(merged, on_original) if on_original else None,
+    )
+
+
+def effects_table(effects: Effects, rounding: str) -> Table:
+    """The effects as a table to print: one line a model; divergence and agreement are from line (1) and line (2)."""
+    table = Table(title="What rounding does, on a few sentences", title_justify="left")
+    for heading in ("", "loss", "KL (1)", "top-1 (1)", "KL (2)", "top-1 (2)"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    if effects.adapter_on_4_bit is not None:
+        table.add_row("(1) adapter, 4-bit base", _number(effects.adapter_on_4_bit), "", "", "", "")
+    if effects.adapter_on_original is not None:
+        loss = _number(effects.adapter_on_original)
+        table.add_row("(2) adapter, original", loss, *_cells(effects.original_from_4_bit), "", "")
+    cells = (*_cells(effects.merged_from_4_bit), *_cells(effects.merged_from_original))
+    table.add_row(f"merged, rounding {rounding}", _number(effects.merged), *cells)
+    return table
+
+
+def advice(effects: Effects) -> str:
+    """Which rounding to choose, in one sentence; "" where there is no choice."""
+    if effects.original_from_4_bit is None:
+        return ""
+    return (
+        "But for the output's own rounding, --rounding base computes what the adapter does on the original base and "
+        "--rounding nf4 what it does on the 4-bit base that training saw: choose nf4 to keep what you trained and "
+        f"evaluated in 4 bit, base for the original weights ({original_minus_4_bit(effects):+.4f} nats a token here)."
+    )
+
+
+def original_minus_4_bit(effects: Effects) -> float:
+    """Loss on the original weights minus loss on the 4-bit ones."""
+    assert effects.original_from_4_bit is not None
+    return effects.original_from_4_bit.loss_difference
+
+
+def _loss(outputs: list[Outputs]) -> float:
+    """Mean cross-entropy of each next token, nats."""
+    logits = torch.cat([out.logits_SV[:-1] for out in outputs])
+    return F.cross_entropy(logits, torch.cat([out.ids_S[1:] for out in outputs])).item()
+
+
+def _distance(first: list[Outputs], second: list[Outputs]) -> Distance:
+    a = torch.cat([out.logits_SV for out in first])
+    b = torch.cat([out.logits_SV for out in second])
+    # KL(second || first): `first` approximates `second`.
+    kl = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="batchmean", log_target=True).item()
+    agreement = (a.argmax(-1) == b.argmax(-1)).float().mean().item()
+    return Distance(max(kl, 0.0), agreement, _loss(first) - _loss(second))
+
+
+def _cells(distance: Distance | None) -> tuple[str, str]:
+    return (f"{distance.kl:.2g}", f"{distance.top1_agreement:.1%}") if distance else ("", "")
+
+
+def _number(loss: float) -> str:
+    return f"{loss:.4f}"

@@ -1,0 +1,43 @@
+"""What a merged folder holds beside its weights: config, generation config, tokenizer."""
+
+import json
+from pathlib import Path
+
+from lola_ft.files import copy_files, write_text
+from lola_ft.merging.base import MergeBase
+from lola_ft.model.hub_checkpoint import TOKENIZER_FILES
+
+_OTHER_FILES = ("generation_config.json", "*.py")
+_ARCHITECTURE = "LOLALMHeadModel"  # the class's name in the authors' code
+
+
+def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None:
+    """The base's config with the dtype that was written, fit for the native class and for the authors' code.
+
+    Args:
+        origin: The Hub id, "" for a folder; remote code that the base names without one is looked for there.
+        dtype: Of the merged weights.
+    """
+    config = dict(base.config_json)
+    config["torch_dtype"] = dtype  # the name that transformers 4 and 5 read
+    if "dtype" in config:  # transformers 5 prefers this one
+        config["dtype"] = dtype
+    config["architectures"] = [_ARCHITECTURE]
+    if "auto_map" in config and origin:
+        config["auto_map"] = {
+            name: code if "--" in code else f"{origin}--{code}" for name, code in config["auto_map"].items()
+        }
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
+    """The tokenizer that training used if it lies beside the adapter, else the base's, never a mix; the small rest."""
+    tokenizer = adapter_folder if any(adapter_folder.glob("tokenizer*")) else base_folder
+    copy_files(base_folder, folder, _OTHER_FILES)
+    copy_files(tokenizer, folder, TOKENIZER_FILES)
+    if not (folder / "generation_config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ids = {
+            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
+        }
+        write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")

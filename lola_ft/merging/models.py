@@ -1,0 +1,38 @@
+"""The part of a merge's check that needs whole models: logits, and what rounding does to them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lola_ft.adapters.files import StoredAdapter
+from lola_ft.merging.base import MergeBase
+from lola_ft.merging.effects import measure_effects
+from lola_ft.merging.outputs import Models, compute_dtype, too_large
+from lola_ft.merging.record import trained_in_4_bit
+from lola_ft.merging.report import MergeReport
+from lola_ft.merging.verify import compare
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+
+
+def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
+    """The report with the comparison of logits and the effects of rounding, or with the reason why there is none.
+
+    Raises:
+        AdapterError: If merged and base plus adapter differ by more than rounding explains.
+    """
+    merged = HubCheckpoint.open(folder)
+    weights_dtype = merged.entries["transformer.h.0.attn.c_attn.weight"].dtype
+    parameters = sum(torch.Size(entry.shape).numel() for entry in merged.entries.values())
+    compute = compute_dtype(parameters, weights_dtype)
+    if reason := too_large(parameters, compute):
+        return replace(report, skipped=reason)
+    models = Models(base.folder, stored.folder, folder, compute)
+    original = base.kind == "checkpoint"
+    on_4_bit = models.adapted("nf4") if report.rounding == "nf4" or trained_in_4_bit(stored.folder) else None
+    on_original = models.adapted(None) if original else None
+    result = models.merged_alone()
+    reference = on_4_bit if report.rounding == "nf4" else on_original
+    assert reference is not None, "what the merged model is compared with was not run"
+    verification = compare(reference, result, weights_dtype)
+    return replace(report, verification=verification, effects=measure_effects(result, on_4_bit, on_original))

@@ -1,0 +1,114 @@
+"""What models put out on a few real sentences; whole models are loaded for it, one after another."""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+
+# Ordinary sentences of several scripts, so that many experts are visited.
+PROMPTS = (
+    "The river was high after three days of rain, and the bridge was closed.",
+    "Jina langu ni Amina na ninaishi Mombasa karibu na bahari.",
+    "Die Katze schläft auf dem warmen Stein vor dem Haus.",
+    "मेरे गाँव में एक पुराना बरगद का पेड़ है।",
+    "يشرب جدي الشاي كل صباح في الحديقة.",
+    "今日は駅前の店で新しい本を買いました。",
+)
+_FLOAT32_LIMIT_BYTES = 4_000_000_000
+_SPARE = 1.15  # beside a model's weights: the largest tensor on its way, activations, logits
+_SPARE_BYTES = 500_000_000  # PEFT, bitsandbytes and what they bring
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of one prompt: its token ids (S,), logits (S, V), and scores (S*L, E) of L routers, token by token.
+
+    Attributes:
+        dtype: What was computed in.
+    """
+
+    ids_S: Tensor
+    logits_SV: Tensor
+    scores_NE: Tensor
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """The three models that a merge is about, to be run one after another.
+
+    Attributes:
+        base: Folder of the base; `adapter`, `merged`: of the adapter and of the result.
+        compute: What all are held and computed in.
+    """
+
+    base: Path
+    adapter: Path
+    merged: Path
+    compute: torch.dtype
+
+    def adapted(self, quantization: str | None) -> list[Outputs]:
+        """Base plus adapter; the base in 4 bit or not."""
+        from lola_ft.adapters import load_adapter
+        from lola_ft.quantization import load_base
+
+        model = load_base(self.base, quantization, self.compute, quiet=True)
+        return _run(load_adapter(model, self.adapter, allow_other_base=True), self._prompt_ids())
+
+    def merged_alone(self) -> list[Outputs]:
+        """The result, as transformers loads it."""
+        from transformers import AutoModelForCausalLM
+
+        from lola_ft.quantization.load import default_device
+
+        model = AutoModelForCausalLM.from_pretrained(self.merged, dtype=self.compute)
+        return _run(model.to(default_device()), self._prompt_ids())
+
+    def _prompt_ids(self) -> list[Tensor]:
+        """The prompts' token ids; without a tokenizer, ids spread over the vocabulary."""
+        from transformers import AutoTokenizer
+
+        if any(self.merged.glob("tokenizer*")):
+            tokenizer = AutoTokenizer.from_pretrained(self.merged)
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
+        else:
+            vocab_size = HubCheckpoint.open(self.merged).config.vocab_size
+            ids = [[(17 * row + 7919 * i) % vocab_size for i in range(16)] for row in range(len(PROMPTS))]
+        return [torch.tensor([row[:64]]) for row in ids]
+
+
+def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
+    """Float32 where the model is small, else what its weights are in."""
+    return torch.float32 if 4 * parameters <= _FLOAT32_LIMIT_BYTES else weights_dtype
+
+
+def too_large(parameters: int, compute: torch.dtype) -> str:
+    """Why a model of so many parameters cannot be loaded here; "" if it can."""
+    needed = parameters * compute.itemsize * _SPARE + _SPARE_BYTES
+    free = {"memory": psutil.virtual_memory().available}
+    if torch.cuda.is_available():
+        free["GPU memory"] = torch.cuda.mem_get_info()[0]
+    for kind, size in free.items():
+        if needed > size:
+            return f"the model needs about {needed / 1e9:.1f} GB of {kind} to run and {size / 1e9:.1f} GB are free"
+    return ""
+
+
+@torch.no_grad()
+def _run(model: nn.Module, prompts: list[Tensor]) -> list[Outputs]:
+    model.eval()
+    parameter = next(model.parameters())
+    name = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    results = []
+    for ids in prompts:
+        out = model(ids.to(parameter.device), output_router_logits=True)
+        scores = torch.stack(out.router_logits, dim=1).flatten(0, 1).float().cpu()
+        results.append(Outputs(ids[0], out.logits[0].float().cpu(), scores, name))
+    del model
+    gc.collect()
+    return results

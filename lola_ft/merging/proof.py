@@ -1,0 +1,295 @@
+"""Proof from the files: what a merge wrote, held against base and adapter by another road than it was written by.
+
+The adapter's file is read here by its own keys with safetensors' reader, one expert cut out of a stack by slicing, and
+sums are float64. Memory does not grow with the model.
+"""
+
+import random
+import re
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
+from lola_ft.errors import CheckpointError
+from lola_ft.merging.adapter_keys import factor_keys
+from lola_ft.merging.base import MergeBase
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.safetensors_file import TensorEntry, bytes_of
+
+_ROWS = 4  # of every changed weight
+_SAMPLE = 12  # changed weights recomputed in whole, at least
+_BLOCK = 1 << 15  # values recomputed at a time, in float64: what stays in a core's cache
+
+
+@dataclass(frozen=True)
+class WeightProof:
+    """What was found in the written files; anything else would have been an error.
+
+    Attributes:
+        tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for).
+        untouched: Of these, tensors that the adapter leaves alone: every value is the base's, its cast or its NF4
+            rounding, bit by bit.
+        touched: Tensors that it changes: read back, each has the checksum of what was written, and a few rows of each
+            were recomputed.
+        rows: How many rows that were.
+        applied_once: Adapter tensors whose update is there once, not twice and not missing, as these rows show.
+        below_rounding: Weights whose update is smaller than the output dtype's rounding at all these rows, where
+            nothing can show it.
+        sample: Weights recomputed in whole: at least one of each kind.
+        values: How many values the sample has.
+        largest_error: Largest difference from the recomputed value in rows and sample, as a share of what one
+            rounding to the output dtype and float32 sums allow.
+        unmerged_exactly: Share of the sample's values that `merged - update`, rounded to the output dtype, gives back
+            bit-equal.
+        largest_unmerge_error: Largest difference from the base after that, as a share of what two roundings allow.
+        seed: Of the choice of rows and sample.
+    """
+
+    tensors: int
+    untouched: int
+    touched: int
+    rows: int
+    applied_once: int
+    below_rounding: list[str]
+    sample: list[str]
+    values: int
+    largest_error: float
+    unmerged_exactly: float
+    largest_unmerge_error: float
+    seed: int
+
+
+def prove(
+    base: MergeBase,
+    stored: StoredAdapter,
+    folder: Path,
+    dtype: torch.dtype | None,
+    checksums: dict[str, int],
+    seed: int = 0,
+) -> WeightProof:
+    """Check every tensor of a merged folder.
+
+    Args:
+        dtype: That was asked for; None for each tensor's own.
+        checksums: CRC-32 of the tensors as they were written.
+
+    Raises:
+        CheckpointError: Naming file and tensor.
+    """
+    merged = HubCheckpoint.open(folder).entries  # checks names and shapes
+    wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
+    if wrong:
+        raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")
+    adapter = _AdapterFile(stored, base.config.num_experts)
+    touched = [name for name in base.entries if adapter.keys_of(name)]
+    _check_all_used(adapter, touched)
+    untouched = [name for name in base.entries if name not in set(touched)]
+    for name in untouched:
+        _check_untouched(base, base.entries[name], merged[name])
+    for name in touched:
+        _check_stored(merged[name], checksums[name])
+    choice = random.Random(seed)
+    checks = {name: _check_rows(base, adapter, merged[name], choice) for name in touched}
+    sample = _choose_sample(touched, choice)
+    found = [_check_whole(base, adapter, merged[name]) for name in sample]
+    values = sum(torch.Size(merged[name].shape).numel() for name in sample)
+    return WeightProof(
+        tensors=len(merged),
+        untouched=len(untouched),
+        touched=len(touched),
+        rows=sum(min(_ROWS, merged[name].shape[0]) for name in touched),
+        applied_once=sum(len(adapter.keys_of(name)) for name in touched if checks[name].visible),
+        below_rounding=[name for name in touched if not checks[name].visible],
+        sample=sample,
+        values=values,
+        largest_error=max((check.error for check in (*checks.values(), *found)), default=0.0),
+        unmerged_exactly=sum(check.restored for check in found) / max(values, 1),
+        largest_unmerge_error=max((check.unmerge_error for check in found), default=0.0),
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of some rows: errors as shares of what is allowed, whether the update is visible, values given back exactly."""
+
+    error: float
+    visible: bool
+    unmerge_error: float
+    restored: int
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A (R, in), B (out, R) and their absolute values in float64, scaled: the update is (b @ a)^T."""
+
+    a: Tensor
+    b: Tensor
+    abs_a: Tensor
+    abs_b: Tensor
+
+    def update(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Some rows of the update, and the sum of the sizes of what is added in it."""
+        return (self.b @ self.a[:, rows]).T, (self.abs_b @ self.abs_a[:, rows]).T
+
+
+class _AdapterFile:
+    """The adapter's file by its own keys: `update` is float64, from one expert's slices."""
+
+    def __init__(self, stored: StoredAdapter, num_experts: int) -> None:
+        self.stored = stored
+        self._num_experts = num_experts
+        self._scaling = stored.outline(num_experts).scaling
+        self._latest: tuple[str, _Factors] | None = None
+
+    def keys_of(self, name: str) -> list[str]:
+        """The file's tensors that change this weight."""
+        return factor_keys(name, self.stored.entries, self.stored.config)
+
+    def factors(self, name: str) -> _Factors:
+        """Of a weight; the latest one's are kept."""
+        if self._latest is None or self._latest[0] != name:
+            self._latest = (name, self._read_factors(name))
+        return self._latest[1]
+
+    def _read_factors(self, name: str) -> _Factors:
+        key_a, key_b = self.keys_of(name)
+        with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
+            a, b = file.get_tensor(key_a), file.get_tensor(key_b)
+        if ".experts." in name and not re.search(r"\.experts\.\d+\.", key_a):
+            expert, rank = int(name.split(".experts.")[1].split(".")[0]), a.shape[0] // self._num_experts
+            a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: self._num_experts]
+        scaled = self._scaling(name.removesuffix(".weight")) * b.double()
+        return _Factors(a.double(), scaled, a.double().abs(), scaled.abs())
+
+    def trained(self, name: str) -> Tensor:
+        """The trained weight itself."""
+        (key,) = self.keys_of(name)
+        with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
+            return file.get_tensor(key)
+
+
+def _check_all_used(adapter: _AdapterFile, touched: list[str]) -> None:
+    uses: dict[str, int] = defaultdict(int)
+    for name in touched:
+        for key in adapter.keys_of(name):
+            uses[key] += 1
+    lost = sorted(set(adapter.stored.entries) - set(uses))
+    if lost:
+        raise CheckpointError(f"{adapter.stored.folder / WEIGHTS_FILE}: tensor '{lost[0]}' has no place in the base.")
+
+
+def _check_stored(entry: TensorEntry, checksum: int) -> None:
+    """The file holds what was written."""
+    found = 0
+    for _, piece in entry.pieces():
+        found = zlib.crc32(bytes_of(piece), found)
+    if found != checksum:
+        raise CheckpointError(
+            f"{entry.file}: tensor '{entry.name}' is not what was written. The disk may be at fault; nothing was kept. "
+            "Merge again, elsewhere."
+        )
+
+
+def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -> None:
+    """Every value is the base's, cast to the output dtype, bit by bit."""
+    for start, values in base.pieces(entry):
+        written = _stretch(merged, start, values.numel())
+        if not torch.equal(values.to(written.dtype).view(torch.uint8), written.view(torch.uint8)):
+            raise CheckpointError(
+                f"{merged.file}: tensor '{merged.name}' is not the base's, though the adapter leaves it alone. The "
+                "merge was damaged on its way to the disk; nothing was kept. Merge again."
+            )
+
+
+def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, choice: random.Random) -> _Found:
+    """A few rows of a changed weight."""
+    wanted = _row_choice(merged, choice)
+    start = base.rows(base.entries[merged.name], wanted)
+    written = torch.cat([merged.rows(row, row + 1).read() for row in wanted])
+    return _compare(adapter, merged, start, written, wanted)
+
+
+def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) -> _Found:
+    """Every value of a changed weight, some rows at a time."""
+    columns = merged.shape[1]
+    parts = []
+    for start, values in base.pieces(base.entries[merged.name], unit=columns):
+        row = start // columns
+        for part in values.view(-1, columns).split(max(1, _BLOCK // columns)):
+            rows = list(range(row, row + len(part)))
+            parts.append(_compare(adapter, merged, part, merged.rows(row, row + len(part)).read(), rows))
+            row += len(part)
+    return _Found(
+        max(part.error for part in parts),
+        any(part.visible for part in parts),
+        max(part.unmerge_error for part in parts),
+        sum(part.restored for part in parts),
+    )
+
+
+def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]) -> _Found:
+    """Hold written rows against `start + scaling * (B @ A)^T` in float64, and take the update off again."""
+    if len(adapter.keys_of(merged.name)) == 1:
+        return _compare_trained(adapter, merged, start, written, rows)
+    factors = adapter.factors(merged.name)
+    update, sizes = factors.update(rows)
+    exact = start.double() + update
+    # What float32 sums of R products and one addition may lose, by the sizes of what is added.
+    lost = (len(factors.a) + 4) * 2.0**-24 * (start.double().abs() + sizes)
+    allowed = _half_step(exact, written.dtype) + lost
+    error = ((written.double() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
+    if error > 1:
+        raise CheckpointError(
+            f"{merged.file}: tensor '{merged.name}' is not base plus update: rows {rows[0]} to {rows[-1]} hold a value "
+            f"{error:.3g} times as far off as rounding allows. The merge or the disk is at fault; nothing was kept."
+        )
+    back = (written.float() - update.float()).to(written.dtype)
+    twice = allowed + _half_step(start.double(), written.dtype) + 2.0**-23 * exact.abs()
+    unmerge = ((back.double() - start.double()).abs() / twice).max().item()
+    if unmerge > 1:
+        raise CheckpointError(f"{merged.file}: tensor '{merged.name}' minus its update does not give the base back.")
+    visible = bool((update.abs() > 2 * allowed).any())
+    return _Found(error, visible, unmerge, int((back == start.to(back.dtype)).sum()))
+
+
+def _compare_trained(
+    adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]
+) -> _Found:
+    """A weight that was trained as it is stands there as it is; to unmerge it is to have the base."""
+    expected = adapter.trained(merged.name)[rows].to(written.dtype)
+    if not torch.equal(expected, written):
+        raise CheckpointError(f"{merged.file}: tensor '{merged.name}' is not the adapter's trained weight.")
+    return _Found(0.0, not torch.equal(written, start.to(written.dtype)), 0.0, start.numel())
+
+
+def _half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """At most half the distance between neighbouring numbers of a dtype, at these values; float64."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * values.abs() + info.smallest_normal * info.eps
+
+
+def _row_choice(entry: TensorEntry, choice: random.Random) -> list[int]:
+    return sorted(choice.sample(range(entry.shape[0]), min(_ROWS, entry.shape[0])))
+
+
+def _choose_sample(touched: list[str], choice: random.Random) -> list[str]:
+    """At least one weight of each kind (attention's, an expert's …), and some more."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in touched:
+        kinds[re.sub(r"\.\d+\.", ".N.", name)].append(name)
+    chosen = [choice.choice(names) for names in kinds.values()]
+    rest = [name for name in touched if name not in chosen]
+    return chosen + choice.sample(rest, min(len(rest), max(0, _SAMPLE - len(chosen))))
+
+
+def _stretch(entry: TensorEntry, start: int, numel: int) -> Tensor:
+    """Some values of a flat tensor."""
+    size = entry.dtype.itemsize
+    return replace(entry, shape=(numel,), start=entry.start + start * size, num_bytes=numel * size).read()

@@ -1,0 +1,122 @@
+"""A base of which only the 4-bit form is there: its weights are what dequantising gives."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lola_ft.errors import CheckpointError
+from lola_ft.merging.base import MergeBase, is_quantized
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.model.layout import place_of
+from lola_ft.model.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
+from lola_ft.quantization.cache import NF4_PARTS, SOURCE_FILE, WEIGHTS_FILE
+from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code
+
+_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class QuantizedBase(MergeBase):
+    """A folder that `lola-ft quantize` wrote, under the Hub's names.
+
+    Attributes:
+        stored: The file's tensors, by their native names.
+    """
+
+    stored: dict[str, TensorEntry]
+
+    @staticmethod
+    def open(folder: Path) -> "QuantizedBase":
+        """Open a quantised base.
+
+        Raises:
+            CheckpointError: If something of it is missing or damaged.
+        """
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder}: this quantised base has no config.json; an older lola_ft wrote it. Quantise the base again "
+                "with `lola-ft quantize`."
+            )
+        try:
+            source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
+            config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            fingerprint, dtype = source["fingerprint"], getattr(torch, source["dtype"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{folder}: not a whole quantised base ({error}). Quantise the base again."
+            ) from error
+        config = LolaConfig.from_dict(config_json)
+        base = QuantizedBase(
+            folder=folder,
+            config=config,
+            config_json=config_json,
+            shards=_shards(expected_shapes(config), folder / WEIGHTS_FILE, dtype),
+            ignored=[],
+            fingerprint=fingerprint,
+            rounded=True,
+            kind="nf4",
+            stored={entry.name: entry for entry in read_header(folder / WEIGHTS_FILE)},
+        )
+        missing = [part for name in base.entries for part in base.parts_of(name) if part not in base.stored]
+        if missing:
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: tensor '{missing[0]}' is missing. Quantise the base again."
+            )
+        return base
+
+    def parts_of(self, name: str) -> list[str]:
+        """The stored tensors that make up a weight of the Hub's layout."""
+        place = place_of(name)
+        if not is_quantized(name):
+            return [place.parameter]
+        if place.expert_id is not None:
+            return [place.parameter, *(f"{place.parameter}_{part}" for part in NF4_PARTS[1:])]
+        return [f"{place.parameter.removesuffix('.weight')}.{part}" for part in NF4_PARTS]
+
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        if is_quantized(entry.name):
+            yield 0, self._dequantized(entry).view(-1)
+        else:
+            yield from self._dense(entry).pieces(unit, empty)
+
+    def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
+        values = self._dequantized(entry) if is_quantized(entry.name) else self._dense(entry).read()
+        return values[wanted]
+
+    def _dense(self, entry: TensorEntry) -> TensorEntry:
+        """Where a tensor that stayed dense lies; an expert's bias is a row of its layer's."""
+        place = place_of(entry.name)
+        stored = self.stored[place.parameter]
+        return stored if place.expert_id is None else stored.rows(place.expert_id, place.expert_id + 1)
+
+    def _dequantized(self, entry: TensorEntry) -> Tensor:
+        """The weight in×out, float32."""
+        place, parts = place_of(entry.name), [self.stored[part] for part in self.parts_of(entry.name)]
+        if place.expert_id is not None:
+            parts = [part.rows(place.expert_id, place.expert_id + 1) for part in parts]
+        packed, absmax, absmax2, offset = (part.read().view(-1) for part in parts)
+        rows, columns = entry.shape
+        shape = (columns, rows) if place.transposed else (rows, columns)
+        weight = dequantize(NF4(packed, absmax, absmax2, offset[0]), dynamic_code(), shape, torch.float32)
+        return weight.t().contiguous() if place.transposed else weight
+
+
+def _shards(shapes: dict[str, tuple[int, ...]], file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
+    """The tensors to write, cut into files of a few gigabytes."""
+    shards: list[list[TensorEntry]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        if size + num_bytes > _SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(TensorEntry(name, file, DTYPE_NAMES[dtype], shape, 0, 0))
+        size += num_bytes
+    if len(shards) == 1:
+        return [("model.safetensors", shards[0])]
+    return [(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, start=1)]

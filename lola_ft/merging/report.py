@@ -1,0 +1,50 @@
+"""What a merge did, as `merge_report.json` keeps it."""
+
+from dataclasses import dataclass
+
+from lola_ft.merging.effects import Effects
+from lola_ft.merging.proof import WeightProof
+from lola_ft.merging.verify import Verification
+
+REPORT_FILE = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        base_fingerprint: Identity of the base's original weights.
+        base_kind: `checkpoint`, or `nf4` if only a 4-bit base was there.
+        adapter_layout: `peft` or `per_expert`.
+        dtype: The option; `auto` is the base's own.
+        rounding: `base` or `nf4`: what the update was added to.
+        adapter_tensors: Tensors of the adapter (an expert's A and B count one each, also where they are stacked).
+        applied: How many of them were merged, each once.
+        changed: Base tensors that the adapter changed.
+        rounded: Base tensors that it did not, but 4-bit rounding did.
+        copied: Base tensors written as they were (but for a cast).
+        dropped: Legacy buffers and copies of tied weights that were left out, by name.
+        largest_change: Largest absolute update of any weight, in float32.
+        weights: Proof from the written files (`WeightProof`); None if it was not asked for.
+        verification: Comparison of logits (`Verification`); None if it was skipped.
+        effects: What rounding does to loss and logits (`Effects`); None if it was skipped.
+        skipped: Why logits were not compared; "" if they were.
+    """
+
+    base_fingerprint: str
+    base_kind: str
+    adapter_layout: str
+    dtype: str
+    rounding: str
+    adapter_tensors: int
+    applied: int
+    changed: int
+    rounded: int
+    copied: int
+    dropped: list[str]
+    largest_change: float
+    weights: WeightProof | None = None
+    verification: Verification | None = None
+    effects: Effects | None = None
+    skipped: str = ""

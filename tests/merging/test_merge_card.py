@@ -1,0 +1,95 @@
+"""The merged folder is complete: config for both codes, generation config, tokenizer with template, card."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from lola_ft.merging import merge
+from lola_ft.model import LolaConfig
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def in_a_run(adapter: Path, run: Path, quantization: str = "nf4") -> Path:
+    """The adapter as a run holds it, with what the run recorded."""
+    run.mkdir()
+    adapter.rename(run / "adapter")
+    languages = {"sw": {"kept": 1200, "trained_tokens": 5}, "de": {"kept": 30, "trained_tokens": 5}}
+    record: dict[str, Any] = {
+        "recipe": {"base": {"model": "dice-research/lola_v1", "quantization": quantization}},
+        "data": {"train": {"languages": languages}},
+    }
+    (run / "manifest.json").write_text(json.dumps(record))
+    return run / "adapter"
+
+
+def test_the_card_says_what_was_done(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merge(tiny_base, in_a_run(adapter, tmp_path / "run"), tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\n")
+    assert 'language: ["de", "sw"]' in card
+    assert f"fingerprint `{report.base_fingerprint}`" in card
+    assert "58 of 58 adapter tensors found exactly once" in card
+    assert "sw (1,200 rows), de (30 rows)" in card
+    assert "same next token at 100.0%" in card
+    assert "the original weights" in card
+    assert str(tmp_path) not in card
+
+
+def test_an_unchecked_merge_claims_no_check(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(tiny_base, adapter, tmp_path / "merged", check="none")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "checked" not in card
+    assert "logits" not in card
+    assert "language:" not in card
+
+
+def test_the_config_is_fit_for_both_codes(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel"}
+    base = copy_base("base", auto_map=auto_map)
+    merge(base, adapter, tmp_path / "merged", dtype="bfloat16", check="none")
+    stored = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert stored["architectures"] == ["LOLALMHeadModel"]
+    assert stored["auto_map"] == auto_map
+    assert stored["torch_dtype"] == "bfloat16"
+    assert stored["model_type"] == "lola_v1"
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert type(config) is LolaConfig
+    assert str(config.dtype) == "torch.bfloat16"
+
+
+def test_a_generation_config_is_there_in_any_case(
+    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
+    base = copy_base("base")
+    (base / "generation_config.json").unlink()
+    merge(base, adapter, tmp_path / "merged", check="none")
+    config = GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (config.bos_token_id, config.eos_token_id) == (0, 5)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_chat_template_comes_with_the_tokenizer_of_training(
+    beside: bool, tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    if beside:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+        tokenizer.chat_template = TEMPLATE
+        tokenizer.save_pretrained(adapter)
+    merge(tiny_base, adapter, tmp_path / "merged", check="none")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.chat_template == (TEMPLATE if beside else None)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_4_bit_is_left_out_where_training_saw_none(
+    quantization: str, tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    report = merge(tiny_base, in_a_run(adapter, tmp_path / "run", quantization), tmp_path / "merged")
+    assert report.effects is not None
+    assert (report.effects.adapter_on_4_bit is None) == (quantization == "none")
+    assert report.effects.merged_from_original is not None

@@ -1,0 +1,98 @@
+"""A merge into a base of which only the 4-bit form is there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lola_ft
+from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.errors import CheckpointError, UserError
+from lola_ft.merging import merge
+from lola_ft.merging.command import merge_command
+from lola_ft.quantization import load_base, quantize_base
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOLA_FT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def base(copy_base: Callable[..., Path]) -> Path:
+    return copy_base("base")
+
+
+@pytest.fixture
+def four_bit(base: Path) -> Path:
+    return quantize_base(base, "float32", quiet=True)
+
+
+def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(base, adapter, tmp_path / "rounded", rounding="nf4", check="none")
+    shutil.rmtree(base)
+    report = merge(four_bit, adapter, tmp_path / "merged")
+    assert (report.base_kind, report.rounding) == ("nf4", "nf4")
+    rounded, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "merged"))
+    assert rounded.keys() == merged.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in rounded.items())
+    assert report.weights is not None
+    assert report.weights.applied_once == 58
+    assert report.verification is not None
+    assert report.verification.max_logit_difference < 1e-5
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["torch_dtype"] == "float32"
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+    assert "the original ones were not used" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_adding_to_original_weights_is_refused(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the original weights are not here, only their 4-bit form .* --rounding base"):
+        merge(four_bit, adapter, tmp_path / "merged", rounding="base")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_it_is_found_where_the_original_is_gone(
+    weights: AdapterWeights,
+    store: Callable[..., Path],
+    base: Path,
+    four_bit: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    weights.base_fingerprint = json.loads((four_bit / "source.json").read_text())["fingerprint"]
+    adapter = store(weights)
+    shutil.rmtree(base)
+    merge_command(str(adapter), str(base), str(tmp_path / "merged"), "auto", None, False, "weights")
+    assert "the original weights were not there and were not used" in " ".join(capsys.readouterr().out.split())
+    weights.base_fingerprint = "feedfacefeedface"
+    with pytest.raises(CheckpointError, match="no such folder"):
+        merge(base, store(weights), tmp_path / "again")
+
+
+def test_another_base_is_refused(
+    weights: AdapterWeights, store: Callable[..., Path], four_bit: Path, tmp_path: Path
+) -> None:
+    weights.base_fingerprint = "feedfacefeedface"
+    with pytest.raises(UserError, match="trained on base feedfacefeedface"):
+        merge(four_bit, store(weights), tmp_path / "merged")
+
+
+def test_an_older_cache_without_a_config(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
+    (four_bit / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no config.json; an older lola_ft wrote it\. Quantise the base again"):
+        merge(four_bit, adapter, tmp_path / "merged")
+
+
+def test_it_loads_without_its_source(base: Path, four_bit: Path, ids: torch.Tensor) -> None:
+    expected = load_base(base, "nf4", "float32", quiet=True)
+    shutil.rmtree(base)
+    alone = lola_ft.load_base(four_bit, "nf4", "float32", quiet=True)
+    assert torch.equal(alone(ids).logits, expected(ids).logits)
+    assert alone.base_fingerprint == expected.base_fingerprint
+    with pytest.raises(UserError, match="load it with quantization='nf4'"):
+        load_base(four_bit, None, quiet=True)
