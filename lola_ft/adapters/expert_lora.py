@@ -115,7 +115,8 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
     chosen = [
         (name.replace(".base_layer", ""), module, ids) for (name, module), ids in zip(layers, selection, strict=True)
     ]
-    if config.target_parameters and not all(selection):
+    named_in_full = any(target.startswith("transformer.") for target in config.target_parameters or ())
+    if config.target_parameters and not all(selection) and not named_in_full:
         projections = [target.rpartition(".")[2] for target in config.target_parameters]
         prefix = "base_model.model."
         config.target_parameters = [

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, SINGLE, detect_layout, from_state, to_state
-from lola_ft.adapters.targets import ATTENTION_TARGETS, EXPERT_TARGETS, MLP_TARGETS, ROUTER_MODULE
-from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
+from lola_ft.adapters.targets import EXPERT_TARGETS, GROUPS
+from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder
 from lola_ft.model.hub_checkpoint import WEIGHT_KINDS
@@ -22,7 +22,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
 # What this version reads right; another value of these would change the numbers.
 _PLAIN_CONFIG: dict[str, Any] = {
-    "use_dora": False,
     "bias": "none",
     "lora_bias": False,
     "layer_replication": None,
@@ -73,6 +72,10 @@ class StoredAdapter:
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from error
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
+        weights.starts_at_rounding_error = self.metadata.get("lola_ft_start") == "loftq"
+        weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
+        if weights.dora != bool(self.config.get("use_dora")):
+            raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
         return weights
 
 
@@ -142,6 +145,10 @@ def write_adapter(
     metadata = {"format": "pt", "lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
     if weights.base_fingerprint:
         metadata["base_fingerprint"] = weights.base_fingerprint
+    if weights.starts_at_rounding_error:
+        metadata["lola_ft_start"] = "loftq"
+    if layout == "peft" and (experts_of := weights.experts_of(num_experts)):
+        metadata["lola_ft_experts"] = json.dumps(experts_of, sort_keys=True)
     config = config_for(weights, layout)
     with replace_folder(path) as folder:
         (folder / WEIGHTS_FILE).write_bytes(save(state, metadata=metadata))
@@ -181,10 +188,11 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         rank_pattern={target: rank for target, rank in ranks.items() if rank != common_rank},
         alpha_pattern={target: alpha for target, alpha in alphas.items() if alpha != common_alpha},
         use_rslora=weights.rslora,
+        use_dora=weights.dora,
         fan_in_fan_out=layout == "per_expert",
         target_modules=linear_targets(ranks),
         target_parameters=[target for target in EXPERT_TARGETS if target in ranks] or None,
-        modules_to_save=[ROUTER_MODULE] if weights.trained else None,
+        modules_to_save=sorted({name.split(".")[-2] for name in weights.trained}) or None,
     )
     plain = {key: _jsonable(value) for key, value in config.to_dict().items()}
     return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}
@@ -202,9 +210,9 @@ def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], di
 
 
 def _target_name(module: str, layout: str) -> str:
-    single = SINGLE.match(module)
+    single = EXPERT_MODULE.match(module)
     if single is None:
-        return next(t for t in (*ATTENTION_TARGETS, *MLP_TARGETS) if module.endswith(t))
+        return next(t for targets in GROUPS.values() for t in targets if module.endswith(t))
     if layout == "per_expert":
         return f"experts.{single['expert']}.{single['proj']}"
     return EXPERT_TARGETS[0] if single["proj"] == "c_fc" else EXPERT_TARGETS[1]

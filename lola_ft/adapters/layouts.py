@@ -7,14 +7,14 @@ Both call linear layers by the same names and hold a router's trained weight as 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
-from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
 from lola_ft.model.layout import EXPERT_PROJECTIONS
 
@@ -22,71 +22,115 @@ LAYOUTS = ("peft", "per_expert")
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 FUSED = re.compile(r"^(?P<experts>.+\.moe\.experts)(?P<inner>\.base_layer)?$")
-SINGLE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
-_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])\.weight$")
+_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>A\.weight|B\.weight|magnitude_vector)$")
+_TRAINED_KEY = re.compile(r"(\.moe\.gate\.weight|\.ln_[12f]\.(weight|bias))$")
 _DISK_NAME = {fused: disk for disk, fused in EXPERT_PROJECTIONS.items()}
 
 
-def from_state(state: dict[str, Tensor], config: dict[str, Any], num_experts: int) -> AdapterWeights:
+def from_state(
+    state: dict[str, Tensor],
+    config: dict[str, Any],
+    num_experts: int,
+    experts_of: Mapping[str, Sequence[int]] | None = None,
+) -> AdapterWeights:
     """Read either layout's tensors; every one is used, or it is an error.
 
     Args:
         state: Tensors by their name in the file.
         config: `adapter_config.json`.
         num_experts: Of the base, to cut fused factors apart.
+        experts_of: The experts that a layer's fused factors are of, where these are not all.
     """
-    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    keys: dict[tuple[str, str], str] = {}
     weights = AdapterWeights(
         {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
     )
-    unknown = []
-    for key, tensor in state.items():
-        name = key.removeprefix(PREFIX)
-        match = _LORA_KEY.match(name)
-        if match and tensor.ndim == 2 and match["factor"] not in factors[match["module"]]:
-            factors[match["module"]][match["factor"]] = tensor
-            keys[match["module"], match["factor"]] = key
-        elif name.endswith(".moe.gate.weight"):
-            weights.trained[name] = tensor
-            weights.keys[name] = (key,)
-        else:
-            unknown.append(key)
-    unknown += [f"{PREFIX}{module}" for module, pair in factors.items() if set(pair) != {"A", "B"}]
-    if unknown:
-        raise AdapterError(
-            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. lola_ft takes "
-            "LoRA pairs of attention, dense MLP and experts, and trained router weights."
-        )
+    factors, keys = _sort_factors(state, weights)
     for module, pair in factors.items():
+        pair_keys = tuple(keys[module, factor] for factor in pair)
         fused = FUSED.match(module)
-        pair_keys = (keys[module, "A"], keys[module, "B"])
         if fused is None:
             _check_rank(module, pair, config, 1)
             weights.keys[module] = pair_keys
-            weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config))
+            weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config), pair.get("magnitude"))
             continue
         projection = _fused_projection(fused, factors, config)
         named = f"{fused['experts']}.{projection}"
-        _check_rank(named, pair, config, num_experts)
-        a_ERI, b_EOR = split_a(pair["A"], num_experts), split_b(pair["B"], num_experts)
-        for e in range(num_experts):
+        experts = (experts_of or {}).get(fused["experts"], range(num_experts))
+        _check_rank(named, pair, config, len(experts))
+        a_ERI, b_EOR = split_a(pair["A"], len(experts)), split_b(pair["B"], len(experts))
+        for place, e in enumerate(experts):
             single = f"{fused['experts']}.{e}.{_DISK_NAME[projection]}"
             if single in factors:
                 raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
             weights.keys[single] = pair_keys
-            weights.pairs[single] = LoraPair(a_ERI[e].contiguous(), b_EOR[e].contiguous(), _alpha(named, config))
+            weights.pairs[single] = LoraPair(
+                a_ERI[place].contiguous(), b_EOR[place].contiguous(), _alpha(named, config)
+            )
     return weights
 
 
-def to_state(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str, Tensor]:
-    """The tensors of a layout, by their name in the file; bit-equal to those they were read from."""
+def _sort_factors(
+    state: dict[str, Tensor], weights: AdapterWeights
+) -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], str]]:
+    """Factors by module and kind, and their keys; weights trained as they are go where they belong.
+
+    Raises:
+        AdapterError: Naming the tensors that have no place in LOLA.
+    """
+    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    keys: dict[tuple[str, str], str] = {}
+    unknown = []
+    for key, tensor in sorted(state.items()):
+        name = key.removeprefix(PREFIX)
+        match = _LORA_KEY.match(name)
+        if match:
+            kind = match["factor"].removesuffix(".weight").removesuffix("_vector")
+            if tensor.ndim == (1 if kind == "magnitude" else 2) and kind not in factors[match["module"]]:
+                factors[match["module"]][kind] = tensor
+                keys[match["module"], kind] = key
+                continue
+        elif _TRAINED_KEY.search(name):
+            weights.trained[name] = tensor
+            weights.keys[name] = (key,)
+            continue
+        unknown.append(key)
+    for module, pair in factors.items():
+        allowed = ({"A", "B"},) if FUSED.match(module) else ({"A", "B"}, {"A", "B", "magnitude"})
+        if set(pair) not in allowed:
+            unknown.append(f"{PREFIX}{module}")
+    if unknown:
+        raise AdapterError(
+            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. lola_ft takes "
+            "LoRA pairs of attention, dense MLP, experts and router, and trained weights of router and norms."
+        )
+    return factors, keys
+
+
+def to_state(
+    weights: AdapterWeights,
+    layout: str,
+    num_experts: int,
+    experts_of: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of a layout, by their name in the file; bit-equal to those they were read from.
+
+    Args:
+        experts_of: The experts to stack in a layer, where these are not all. In a file of the layout `peft` they must
+            be all, the others zeros: stock PEFT knows no choice.
+    """
+    if layout == "per_expert" and weights.dora:
+        raise AdapterError(
+            "This adapter uses DoRA, which the layout per_expert cannot hold: the authors' code would want a length "
+            "for every expert, too. Keep it in the layout peft, or merge it."
+        )
     state = {f"{PREFIX}{name}": tensor for name, tensor in weights.trained.items()}
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
-        single = SINGLE.match(module)
+        single = EXPERT_MODULE.match(module)
         if single is None or layout == "per_expert":
             state |= _pair_state(module, pair.a, pair.b)
+            if pair.magnitude is not None:
+                state[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
         else:
             stacks[single["experts"], EXPERT_PROJECTIONS[single["proj"]]][int(single["expert"])] = pair
     if len({frozenset(e for e, p in stacks if p == projection) for _, projection in stacks}) > 1:
@@ -94,7 +138,8 @@ def to_state(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str
             "Some layers have LoRA on both projections of their experts, some on one: only per_expert can hold it."
         )
     for (experts, projection), by_expert in stacks.items():
-        a_ERI, b_EOR = _stack(by_expert, num_experts, f"{experts}.{projection}")
+        wanted = (experts_of or {}).get(experts, range(num_experts))
+        a_ERI, b_EOR = _stack(by_expert, wanted, f"{experts}.{projection}")
         # PEFT nests the wrappers: up_proj's lies inside down_proj's where both have one.
         inner = projection == "up_proj" and (experts, "down_proj") in stacks
         state |= _pair_state(experts + ".base_layer" * inner, join_a(a_ERI), join_b(b_EOR))
@@ -104,22 +149,22 @@ def to_state(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str
 def detect_layout(names: Iterable[str]) -> str:
     """`per_expert` if a tensor belongs to one numbered expert, else `peft`."""
     modules = (_LORA_KEY.match(name.removeprefix(PREFIX)) for name in names)
-    return "per_expert" if any(match and SINGLE.match(match["module"]) for match in modules) else "peft"
+    return "per_expert" if any(match and EXPERT_MODULE.match(match["module"]) for match in modules) else "peft"
 
 
 def _pair_state(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
     return {f"{PREFIX}{module}.lora_A.weight": a, f"{PREFIX}{module}.lora_B.weight": b}
 
 
-def _stack(by_expert: dict[int, LoraPair], num_experts: int, name: str) -> tuple[Tensor, Tensor]:
+def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) -> tuple[Tensor, Tensor]:
     """Fused factors (E, R, in) and (E, out, R); an expert without a pair gets zeros, which change nothing."""
     some = next(iter(by_expert.values()))
     if {(pair.a.shape, pair.b.shape, pair.alpha) for pair in by_expert.values()} != {
         (some.a.shape, some.b.shape, some.alpha)
     }:
         raise AdapterError(f"{name}: its experts differ in rank or alpha, which only the layout per_expert can hold.")
-    a = [by_expert[e].a if e in by_expert else torch.zeros_like(some.a) for e in range(num_experts)]
-    b = [by_expert[e].b if e in by_expert else torch.zeros_like(some.b) for e in range(num_experts)]
+    a = [by_expert[e].a if e in by_expert else torch.zeros_like(some.a) for e in experts]
+    b = [by_expert[e].b if e in by_expert else torch.zeros_like(some.b) for e in experts]
     return torch.stack(a), torch.stack(b)
 
 

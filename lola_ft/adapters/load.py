@@ -1,6 +1,6 @@
 """Attaching a stored adapter to a model, and storing an attached one; every tensor is accounted for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -8,21 +8,29 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from lola_ft.adapters.attaching import attach
+from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
-from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.model import LolaForCausalLM
+from lola_ft.model.experts import LolaExperts
 from lola_ft.model.hub_checkpoint import expected_shapes
 
 
 def load_adapter(
-    model: LolaForCausalLM, path: str | Path, allow_other_base: bool = False, trainable: bool = False
+    model: LolaForCausalLM | PeftModel,
+    path: str | Path,
+    allow_other_base: bool = False,
+    trainable: bool = False,
+    name: str = "default",
 ) -> PeftModel:
     """Put a stored adapter of either layout on a model (changed in place; use the returned one from then on).
 
     Args:
+        model: A base; or what this returned, to load another adapter beside the first and make it the active one.
         allow_other_base: Accept an adapter that was trained on other base weights.
+        name: What to call the adapter, for `set_adapter`.
 
     Raises:
         AdapterError: If a tensor of the adapter has no place, or a place no tensor; or if the base is another.
@@ -35,11 +43,26 @@ def load_adapter(
             f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load its own base, or allow "
             "another one (allow_other_base)."
         )
-    state = to_state(weights, "peft", model.config.num_experts)
+    if weights.starts_at_rounding_error and getattr(model, "quantization", None) is None:
+        raise AdapterError(
+            f"{path}: this adapter started at the rounding error of the 4-bit base (init loftq) and corrects it; on "
+            "unrounded weights it would be wrong. Load the base with quantization='nf4'."
+        )
+    return put_weights(model, weights, name, trainable)
+
+
+def put_weights(model: LolaForCausalLM | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
+    """Attach an adapter with these numbers and make it the active one."""
+    num_experts = model.config.num_experts
+    experts_of = weights.experts_of(num_experts)
+    state = to_state(weights, "peft", num_experts, experts_of)
     config = _loading_config(weights, state, model)
     config.inference_mode = not trainable
-    peft_model = attach(model, config)
-    _set_state(peft_model, state)
+    selection = _selection(model, weights, experts_of) if experts_of else None
+    peft_model = attach(model, config, name, selection)
+    _set_state(peft_model, state, name)
+    peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
+    peft_model.set_adapter(name, inference_mode=not trainable)
     return peft_model.train(trainable)
 
 
@@ -54,17 +77,44 @@ def save_adapter(
     return write_adapter(adapter_weights(model), path, layout, model.config.num_experts, also)
 
 
-def adapter_weights(model: nn.Module) -> AdapterWeights:
-    """The numbers of a model's active adapter, on the CPU, under the Hub's names."""
+def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:
+    """The numbers of an adapter of a model, the active one's if no name is given, on the CPU, under the Hub's names."""
     if not isinstance(model, PeftModel):
         raise AdapterError("This model has no adapter to save.")
-    name = model.active_adapter
+    name = name or model.active_adapter
+    config = model.peft_config[name]
     state = {key: tensor.detach().cpu() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
-    weights = from_state(state, model.peft_config[name].to_dict(), model.config.num_experts)
+    weights = from_state(state, config.to_dict(), model.config.num_experts, experts_of(model, name))
     base = model.get_base_model()
     weights.base = getattr(base, "base_id", "")
     weights.base_fingerprint = getattr(base, "base_fingerprint", None)
+    weights.starts_at_rounding_error = getattr(config, "starts_at_rounding_error", False)
     return weights
+
+
+def experts_of(model: PeftModel, name: str) -> dict[str, tuple[int, ...]]:
+    """The experts that have LoRA in each MoE layer that has any, by the Hub's name of the layer."""
+    return {
+        plain_name(path): module.experts_of[name]
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and name in module.experts_of
+    }
+
+
+def plain_name(path: str) -> str:
+    """A module's or parameter's name without what PEFT's wrappers add."""
+    return path.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def _selection(
+    model: nn.Module, weights: AdapterWeights, experts_of: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, ...], ...]:
+    """Of each MoE layer in order, the experts with LoRA."""
+    layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
+    has_lora = {match["experts"] for module in weights.pairs if (match := EXPERT_MODULE.match(module))}
+    return tuple(
+        experts_of.get(name, tuple(range(module.num_experts))) if name in has_lora else () for name, module in layers
+    )
 
 
 def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: LolaForCausalLM) -> LoraConfig:
@@ -80,21 +130,21 @@ def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: Lo
 def _names_of(target: str, kind: str, state: dict[str, Tensor], model: LolaForCausalLM) -> list[str]:
     """`[target]` if every module that ends so has a tensor in the state, else the full names of those that have."""
     parts = model.named_parameters() if kind == "target_parameters" else model.named_modules()
-    full = [name for name, _ in parts if name.endswith(f".{target}")]
+    full = list(dict.fromkeys(plain_name(name) for name, _ in parts if plain_name(name).endswith(f".{target}")))
     module_of = {name: name.rpartition(".")[0] if kind == "target_parameters" else name for name in full}
     held = [name for name in full if any(key.startswith(f"{PREFIX}{module_of[name]}.") for key in state)]
     return [target] if held == full else held
 
 
-def _set_state(model: PeftModel, state: dict[str, Tensor]) -> None:
-    places = get_peft_model_state_dict(model)
+def _set_state(model: PeftModel, state: dict[str, Tensor], name: str) -> None:
+    places = get_peft_model_state_dict(model, adapter_name=name)
     missing, unused = sorted(set(places) - set(state)), sorted(set(state) - set(places))
     if missing or unused:
         raise AdapterError(
             f"The adapter does not cover the same weights in every layer: {len(missing)} places without a tensor "
             f"({', '.join(missing[:2])}), {len(unused)} tensors without a place ({', '.join(unused[:2])})."
         )
-    wrong = [name for name, tensor in state.items() if tensor.shape != places[name].shape]
+    wrong = [key for key, tensor in state.items() if tensor.shape != places[key].shape]
     assert not wrong, f"shapes differ after they were checked: {wrong[:3]}"
-    result = set_peft_model_state_dict(model, state)
+    result = set_peft_model_state_dict(model, state, adapter_name=name)
     assert not result.unexpected_keys, f"PEFT did not take {result.unexpected_keys[:3]}"

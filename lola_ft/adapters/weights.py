@@ -4,6 +4,8 @@ Every module that has LoRA on disk's terms, each expert's projection included, h
 converting and loading all start from this form.
 """
 
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,20 +13,24 @@ from torch import Tensor
 
 from lola_ft.errors import AdapterError
 
+EXPERT_MODULE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
+
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The update of one 2-D weight: `scaling * b @ a`, out×in (the Hub stores in×out).
+    """The update of one 2-D weight: `scaling * b @ a`, out×in (the Hub stores all but the router in×out).
 
     Attributes:
         a: (R, in).
         b: (out, R).
         alpha: The update's strength before it is divided by R (or its root, for rsLoRA).
+        magnitude: Learned lengths of the weight's output rows (out,), with DoRA.
     """
 
     a: Tensor
     b: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -37,10 +43,11 @@ class AdapterWeights:
 
     Attributes:
         pairs: By Hub module name, such as `transformer.h.1.moe.experts.3.c_fc`.
-        trained: Weights trained as they are (the router's), by Hub tensor name.
+        trained: Weights trained as they are (the router's, the norms'), by Hub tensor name.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
         base_fingerprint: Identity of the base's weights, if it is known.
+        starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that.
         keys: Names in the file that it was read from, by module (A's and B's) or trained weight.
     """
 
@@ -49,6 +56,7 @@ class AdapterWeights:
     rslora: bool = False
     base: str = ""
     base_fingerprint: str | None = None
+    starts_at_rounding_error: bool = False
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
@@ -56,13 +64,34 @@ class AdapterWeights:
         return pair.alpha / (pair.rank**0.5 if self.rslora else pair.rank)
 
     def delta(self, module: str) -> Tensor:
-        """The update of `module`'s Hub weight, in×out, float32 (LoRA, arXiv 2106.09685)."""
+        """The update of `module`'s Hub weight as the Hub stores it, float32 (LoRA, arXiv 2106.09685); without DoRA."""
         pair = self.pairs[module]
-        return torch.mm(pair.a.float().t(), pair.b.float().t()).mul_(self.scaling(module))
+        delta_OI = torch.mm(pair.b.float(), pair.a.float()).mul_(self.scaling(module))
+        return delta_OI if is_out_by_in(module) else delta_OI.t().contiguous()
+
+    @property
+    def dora(self) -> bool:
+        return any(pair.magnitude is not None for pair in self.pairs.values())
 
     def tensor_count(self) -> int:
         """How many stored tensors this is in the per-expert layout."""
-        return 2 * len(self.pairs) + len(self.trained)
+        return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + len(self.trained)
+
+    def experts_of(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Ids of the experts that have LoRA, by layer; layers where all of them do are left out."""
+        found: dict[str, set[int]] = {}
+        for module in self.pairs:
+            if match := EXPERT_MODULE.match(module):
+                found.setdefault(match["experts"], set()).add(int(match["expert"]))
+        return {layer: tuple(sorted(ids)) for layer, ids in found.items() if len(ids) < num_experts}
+
+    def keep_experts(self, experts_of: Mapping[str, Collection[int]]) -> None:
+        """Drop the pairs of experts that are not named; layers that are not named stay whole."""
+        for module in list(self.pairs):
+            match = EXPERT_MODULE.match(module)
+            if match and int(match["expert"]) not in experts_of.get(match["experts"], (int(match["expert"]),)):
+                del self.pairs[module]
+                self.keys.pop(module, None)
 
     def check_against(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse an adapter that does not fit a checkpoint's tensors (Hub names and shapes, in×out).
@@ -74,6 +103,8 @@ class AdapterWeights:
         for module, pair in self.pairs.items():
             shape = shapes.get(f"{module}.weight")
             update = (pair.a.shape[1], pair.b.shape[0])
+            if is_out_by_in(module):
+                update = (update[1], update[0])
             if shape is None:
                 problems.append(f"{module}: the base has no such module")
             elif tuple(shape) != update:
@@ -86,3 +117,8 @@ class AdapterWeights:
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise AdapterError(f"The adapter does not fit this base:\n  {shown}")
+
+
+def is_out_by_in(module: str) -> bool:
+    """Whether the Hub stores this module's weight out×in: the router's alone; all others are in×out."""
+    return module.endswith(".moe.gate")

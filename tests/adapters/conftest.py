@@ -21,6 +21,7 @@ TARGETS = {
     "mlp_down": ".mlp.c_proj",
     "up": ".c_fc",
     "down": ".c_proj",
+    "gate": ".moe.gate",
 }
 
 
@@ -65,7 +66,9 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
     def make(
         config: LolaConfig = tiny,
         router: bool = False,
+        norms: bool = False,
         rslora: bool = False,
+        dora: bool = False,
         only: Callable[[str], bool] = lambda _: True,
         **groups: tuple[int, float],
     ) -> AdapterWeights:
@@ -75,12 +78,16 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             if router and name.endswith("gate.weight") and only(module):
                 weights.trained[name] = torch.randn(shape, generator=generator) * 0.3
+            if norms and ".ln_" in name and only(module):
+                weights.trained[name] = name.endswith("weight") + torch.randn(shape, generator=generator) * 0.1
             for group, (rank, alpha) in groups.items():
                 expert = ".moe.experts." in module
                 if module.endswith(TARGETS[group]) and only(module) and expert == (group in ("up", "down")):
-                    a = torch.randn(rank, shape[0], generator=generator) * 0.1
-                    b = torch.randn(shape[1], rank, generator=generator) * 0.1
-                    weights.pairs[module] = LoraPair(a, b, alpha)
+                    inputs, outputs = reversed(shape) if group == "gate" else shape
+                    a = torch.randn(rank, inputs, generator=generator) * 0.1
+                    b = torch.randn(outputs, rank, generator=generator) * 0.1
+                    lengths = 1 + torch.rand(outputs, generator=generator) if dora and not expert else None
+                    weights.pairs[module] = LoraPair(a, b, alpha, lengths)
         assert weights.pairs or weights.trained
         return weights
 
@@ -106,6 +113,9 @@ def same() -> Callable[[AdapterWeights, AdapterWeights], None]:
             assert torch.equal(actual.pairs[module].a, pair.a), module
             assert torch.equal(actual.pairs[module].b, pair.b), module
             assert actual.pairs[module].alpha == pair.alpha, module
+            lengths = actual.pairs[module].magnitude
+            assert (lengths is None) == (pair.magnitude is None), module
+            assert lengths is None or torch.equal(lengths, pair.magnitude), module
         for name, tensor in expected.trained.items():
             assert torch.equal(actual.trained[name], tensor), name
 

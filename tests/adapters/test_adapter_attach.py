@@ -202,17 +202,17 @@ def test_a_4_bit_base_is_not_merged_in_memory(
         assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_state(model).items())
 
 
-def test_a_model_takes_one_adapter(
+def test_a_base_takes_one_adapter(
     fresh: Callable[..., Any], everything: AdapterWeights, tmp_path: Path, ids: Tensor
 ) -> None:
-    """The base is changed in place, so that it is no base any more, by whichever name it is called."""
+    """The base is changed in place, so that it is no base any more; what was returned takes more, by other names."""
     write_adapter(everything, tmp_path / "adapter", "peft", num_experts=E)
     base = fresh()
     model = load_adapter(base, tmp_path / "adapter")
     expected = model(ids).logits
-    for taken in (base, model):
-        with pytest.raises(UserError, match="already has an adapter; load the base anew"):
+    for taken, message in ((base, "give the PeftModel around it"), (model, "already has an adapter 'default'")):
+        with pytest.raises(UserError, match=message):
             load_adapter(taken, tmp_path / "adapter")
-        with pytest.raises(UserError, match="already has an adapter"):
+        with pytest.raises(UserError, match=message):
             attach(taken, lora_config(ALL))
     assert torch.equal(model(ids).logits, expected)

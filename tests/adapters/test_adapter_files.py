@@ -79,7 +79,6 @@ def test_another_kind_of_adapter(peft_type: str | None, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),

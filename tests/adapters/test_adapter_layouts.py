@@ -183,7 +183,7 @@ def broken(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tens
         pytest.param({"h.1.moe.experts.lora_A.weight": None}, r"transformer\.h\.1\.moe\.experts", id="A missing"),
         pytest.param({"base_model.model.transformer.wte.lora_embedding_A": torch.ones(2, 2)}, r"wte", id="wte"),
         pytest.param({"base_model.model.lm_head.weight": torch.ones(2, 2)}, r"lm_head", id="lm_head"),
-        pytest.param({"base_model.model.transformer.h.0.ln_1.weight": torch.ones(2)}, r"ln_1", id="norm"),
+        pytest.param({"base_model.model.transformer.h.0.attn.c_attn.bias": torch.ones(2)}, r"bias", id="bias"),
         pytest.param({"h.0.attn.c_attn.lora_B.weight": torch.ones(7)}, r"attn\.c_attn\.lora_B", id="one-dimensional"),
         pytest.param(
             {"h.0.attn.c_attn.lora_B.weight": torch.ones(192, 5)}, r"c_attn: A has 4 rows and B 5 columns", id="ranks"

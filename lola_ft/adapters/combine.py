@@ -1,0 +1,39 @@
+"""A weighted sum of adapters on one base, exactly."""
+
+from collections.abc import Mapping
+
+import torch
+from peft import PeftModel
+
+from lola_ft.adapters.load import adapter_weights, put_weights
+from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.errors import AdapterError, UserError
+
+
+def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -> PeftModel:
+    """Add an adapter whose update is the weighted sum of others' and make it the active one.
+
+    Their factors stand side by side, so that its rank is the sum of their ranks and nothing is approximated.
+
+    Args:
+        shares: The weight of each adapter, by name.
+        name: Of the new adapter.
+
+    Raises:
+        AdapterError: If one of them is more than LoRA.
+    """
+    joined = AdapterWeights({})
+    for adapter, share in shares.items():
+        if adapter not in model.peft_config:
+            raise UserError(f"This model has no adapter '{adapter}'; it has {', '.join(model.peft_config)}.")
+        weights = adapter_weights(model, adapter)
+        if weights.trained or weights.dora or weights.starts_at_rounding_error:
+            what = "holds weights trained as they are" if weights.trained else "uses DoRA or LoftQ"
+            raise AdapterError(f"adapter '{adapter}' {what}, which a sum of updates cannot express.")
+        for module, pair in weights.pairs.items():
+            a, b = pair.a.float(), pair.b.float() * (share * weights.scaling(module))
+            if module in joined.pairs:
+                a, b = torch.cat([joined.pairs[module].a, a]), torch.cat([joined.pairs[module].b, b], dim=1)
+            joined.pairs[module] = LoraPair(a, b, alpha=float(len(a)))
+        joined.base, joined.base_fingerprint = weights.base, weights.base_fingerprint
+    return put_weights(model, joined, name, trainable=False)
