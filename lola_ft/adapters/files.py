@@ -55,6 +55,11 @@ class StoredAdapter:
     def layout(self) -> str:
         return detect_layout(self.entries)
 
+    @property
+    def starts_at_rounding_error(self) -> bool:
+        """Whether it corrects the rounding of the 4-bit base, and belongs on that."""
+        return self.metadata.get("lola_ft_start") == "loftq"
+
     def weights(self, num_experts: int) -> AdapterWeights:
         """The adapter's numbers under the Hub's names."""
         return self._arranged({key: entry.read() for key, entry in self.entries.items()}, num_experts)
@@ -72,7 +77,7 @@ class StoredAdapter:
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from error
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
-        weights.starts_at_rounding_error = self.metadata.get("lola_ft_start") == "loftq"
+        weights.starts_at_rounding_error = self.starts_at_rounding_error
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")

@@ -10,18 +10,18 @@ _NATIVE = {"c_fc": "experts.up_proj", "c_proj": "experts.down_proj"}
 
 
 def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> list[str]:
-    """A's and B's key, or a trained weight's one; none if the file changes nothing of this weight.
+    """A's and B's key (and DoRA's lengths'), or a trained weight's one; none if the file leaves this weight alone.
 
     Args:
         name: The Hub's name of the weight.
         held: The file's keys.
         config: `adapter_config.json`.
     """
+    if found := _held((name,), held):
+        return found
     if not name.endswith(".weight"):
         return []
     module = name.removesuffix(".weight")
-    if found := _held((name,), held):
-        return found
     if found := _pair(module, held):
         return found
     expert = _EXPERT.match(module)
@@ -36,7 +36,8 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> lis
 
 
 def _pair(module: str, held: Collection[str]) -> list[str]:
-    return _held((f"{module}.lora_A.weight", f"{module}.lora_B.weight"), held)
+    factors = (f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+    return _held((*factors, f"{module}.lora_magnitude_vector"), held) or _held(factors, held)
 
 
 def _held(names: tuple[str, ...], held: Collection[str]) -> list[str]:

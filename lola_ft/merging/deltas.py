@@ -5,6 +5,8 @@ from torch import Tensor
 
 from lola_ft.adapters.files import StoredAdapter
 from lola_ft.adapters.stacks import split_b
+from lola_ft.adapters.weights import is_out_by_in
+from lola_ft.merging.base import MergeBase
 
 _STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
 
@@ -16,13 +18,15 @@ class Deltas:
         outline: The adapter's pairs and trained weights, shapes alone.
     """
 
-    def __init__(self, stored: StoredAdapter, num_experts: int) -> None:
-        self.outline = stored.outline(num_experts)
+    def __init__(self, stored: StoredAdapter, base: MergeBase) -> None:
+        self.outline = stored.outline(base.config.num_experts)
+        self._base = base
         self._entries = stored.entries
-        self._num_experts = num_experts
+        self._num_experts = base.config.num_experts
         self._stacks: dict[str, Tensor] = {}
         self._name = ""  # the tensor whose numbers are at hand
         self._pair: tuple[Tensor, Tensor] | None = None
+        self._factor: Tensor | None = None
         self._trained: Tensor | None = None
         self._update = torch.empty(0)
 
@@ -31,10 +35,15 @@ class Deltas:
         if name in self.outline.trained:
             return [name]
         module = name.removesuffix(".weight")
-        return [f"{module}.lora_A", f"{module}.lora_B"] if module in self.outline.pairs and module != name else []
+        if module not in self.outline.pairs or module == name:
+            return []
+        lengths = [f"{module}.lora_magnitude"] if self.outline.pairs[module].magnitude is not None else []
+        return [f"{module}.lora_A", f"{module}.lora_B", *lengths]
 
     def update(self, name: str, start: int, values: Tensor) -> Tensor:
         """What to add to the values there, float32: `scaling * (b @ a)^T` (LoRA, arXiv 2106.09685).
+
+        With DoRA (arXiv 2402.09353), what makes `factor * (values + that)` of them.
 
         Args:
             start: Place of the first value in the flat weight; a row's first.
@@ -49,14 +58,22 @@ class Deltas:
         update = self._update[: values.numel()]
         if self._trained is not None:
             return torch.sub(self._trained.view(-1)[start : start + values.numel()], values, out=update)
-        assert self._pair is not None, f"{name}: the adapter does not change it"
-        a_RI, b_RO = self._pair
-        update_IO = update.view(-1, b_RO.shape[1])
-        row = start // b_RO.shape[1]
-        part_IR = a_RI[:, row : row + len(update_IO)].t()
-        scaling = self.outline.scaling(name.removesuffix(".weight"))
-        torch.addmm(update_IO, part_IR, b_RO, beta=0, alpha=scaling, out=update_IO)
+        self._product(name, start, update)
+        if self._factor is not None:
+            columns = len(self._factor)
+            update.add_(values).view(-1, columns).mul_(self._factor)
+            update.sub_(values)
         return update
+
+    def _product(self, name: str, start: int, update: Tensor) -> None:
+        """Fill in the product of the factors for whole rows of the stored weight."""
+        assert self._pair is not None, f"{name}: the adapter does not change it"
+        rows_RX, columns_RY = self._pair
+        update_XY = update.view(-1, columns_RY.shape[1])
+        row = start // columns_RY.shape[1]
+        part_XR = rows_RX[:, row : row + len(update_XY)].t()
+        scaling = self.outline.scaling(name.removesuffix(".weight"))
+        torch.addmm(update_XY, part_XR, columns_RY, beta=0, alpha=scaling, out=update_XY)
 
     def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
         """The values that stand in these ones' place, float32, if the weight was trained as it is."""
@@ -67,21 +84,39 @@ class Deltas:
         """Read what changes this weight, float32."""
         if name == self._name:
             return
-        self._pair = self._trained = None
+        self._pair = self._trained = self._factor = None
         if name in self.outline.trained:
             (key,) = self.outline.keys[name]
             self._trained = self._entries[key].read(torch.float32)
         else:
-            self._pair = self._read_pair(name.removesuffix(".weight"))
+            module = name.removesuffix(".weight")
+            self._pair = self._read_pair(module)
+            if self.outline.pairs[module].magnitude is not None:
+                self._factor = self._dora_factor(name)
         self._name = name
 
+    def _dora_factor(self, name: str) -> Tensor:
+        """Learned length of each output over the length that it has with the update, float32 (columns,)."""
+        entry = self._base.entries[name]
+        squares = torch.zeros(entry.shape[-1], dtype=torch.float64)
+        for start, values in self._base.pieces(entry, entry.shape[-1]):
+            changed = torch.empty(values.numel())
+            self._product(name, start, changed)
+            squares += changed.add_(values).view(-1, entry.shape[-1]).square().sum(0, dtype=torch.float64)
+        key = self.outline.keys[name.removesuffix(".weight")][2]
+        return (self._entries[key].read(torch.float32).double() / squares.sqrt()).float()
+
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B^T (R, out) of one module, cut from its layer's stack if it is an expert in one."""
-        key_a, key_b = self.outline.keys[module]
+        """The factors (R, rows) and (R, columns) of the stored weight; an expert's are cut from its layer's stack.
+
+        A and B^T for a weight that is stored in×out, the other way round for the router's.
+        """
+        key_a, key_b = self.outline.keys[module][:2]
         entry_a, entry_b = self._entries[key_a], self._entries[key_b]
         rank = self.outline.pairs[module].rank
         if entry_a.shape[0] == rank:
-            return entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
+            a_RI, b_RO = entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
+            return (b_RO, a_RI) if is_out_by_in(module) else (a_RI, b_RO)
         expert = int(module.split(".")[-2])
         a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
         return a_RI, split_b(self._stack(key_b), self._num_experts)[expert].t().contiguous()

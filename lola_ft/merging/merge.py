@@ -54,8 +54,8 @@ def merge(
     checks = check if isinstance(check, str) else ("full" if check else "none")
     _check_options(dtype, rounding, checks, out)
     stored = read_adapter(adapter)
-    source = _open_base(base, revision, rounding, stored)
-    deltas = Deltas(stored, source.config.num_experts)
+    source = _open_base(base, revision, _own_rounding(stored, rounding), stored)
+    deltas = Deltas(stored, source)
     deltas.outline.check_against({name: entry.shape for name, entry in source.entries.items()})
     own = source.fingerprint
     if deltas.outline.base_fingerprint not in (None, own) and not allow_other_base:
@@ -88,6 +88,22 @@ def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path
         raise UserError(f"check '{check}' is not known; use one of {', '.join(CHECKS)}.")
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
+
+
+def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:
+    """The rounding that was asked for, or the only one that an adapter of this kind allows.
+
+    Raises:
+        UserError: If these contradict each other.
+    """
+    if not stored.starts_at_rounding_error:
+        return rounding
+    if rounding == "base":
+        raise UserError(
+            f"{stored.folder}: this adapter started at the rounding error of the 4-bit base (init loftq), so adding it "
+            "to the original weights would correct an error that is not there. Use --rounding nf4."
+        )
+    return "nf4"
 
 
 def _open_base(base: str | Path, revision: str | None, rounding: str | None, stored: StoredAdapter) -> MergeBase:

@@ -28,7 +28,7 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
     if reason := too_large(parameters, compute):
         return replace(report, skipped=reason)
     models = Models(base.folder, stored.folder, folder, compute)
-    original = base.kind == "checkpoint"
+    original = base.kind == "checkpoint" and not stored.starts_at_rounding_error
     on_4_bit = models.adapted("nf4") if report.rounding == "nf4" or trained_in_4_bit(stored.folder) else None
     on_original = models.adapted(None) if original else None
     result = models.merged_alone()

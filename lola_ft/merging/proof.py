@@ -86,7 +86,7 @@ def prove(
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
         raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")
-    adapter = _AdapterFile(stored, base.config.num_experts)
+    adapter = _AdapterFile(stored, base)
     touched = [name for name in base.entries if adapter.keys_of(name)]
     _check_all_used(adapter, touched)
     untouched = [name for name in base.entries if name not in set(touched)]
@@ -127,12 +127,16 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Factors:
-    """A (R, in), B (out, R) and their absolute values in float64, scaled: the update is (b @ a)^T."""
+    """Factors a (R, rows) and b (columns, R) and their absolute values in float64, scaled: the update is (b @ a)^T.
+
+    `factor` (columns,) multiplies weight plus update, with DoRA.
+    """
 
     a: Tensor
     b: Tensor
     abs_a: Tensor
     abs_b: Tensor
+    factor: Tensor | None
 
     def update(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Some rows of the update, and the sum of the sizes of what is added in it."""
@@ -142,10 +146,11 @@ class _Factors:
 class _AdapterFile:
     """The adapter's file by its own keys: `update` is float64, from one expert's slices."""
 
-    def __init__(self, stored: StoredAdapter, num_experts: int) -> None:
+    def __init__(self, stored: StoredAdapter, base: MergeBase) -> None:
         self.stored = stored
-        self._num_experts = num_experts
-        self._scaling = stored.outline(num_experts).scaling
+        self._base = base
+        self._num_experts = base.config.num_experts
+        self._scaling = stored.outline(self._num_experts).scaling
         self._latest: tuple[str, _Factors] | None = None
 
     def keys_of(self, name: str) -> list[str]:
@@ -159,14 +164,27 @@ class _AdapterFile:
         return self._latest[1]
 
     def _read_factors(self, name: str) -> _Factors:
-        key_a, key_b = self.keys_of(name)
+        key_a, key_b, *key_lengths = self.keys_of(name)
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
             a, b = file.get_tensor(key_a), file.get_tensor(key_b)
+            lengths = file.get_tensor(key_lengths[0]) if key_lengths else None
         if ".experts." in name and not re.search(r"\.experts\.\d+\.", key_a):
             expert, rank = int(name.split(".experts.")[1].split(".")[0]), a.shape[0] // self._num_experts
             a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: self._num_experts]
+        if name.endswith(".gate.weight"):  # stored out×in
+            a, b = b.T, a.T
         scaled = self._scaling(name.removesuffix(".weight")) * b.double()
-        return _Factors(a.double(), scaled, a.double().abs(), scaled.abs())
+        factors = _Factors(a.double(), scaled, a.double().abs(), scaled.abs(), None)
+        return factors if lengths is None else replace(factors, factor=lengths.double() / self._lengths(name, factors))
+
+    def _lengths(self, name: str, factors: _Factors) -> Tensor:
+        """Lengths of the columns of weight plus update."""
+        columns = len(factors.b)
+        squares = torch.zeros(columns, dtype=torch.float64)
+        for start, values in self._base.pieces(self._base.entries[name], unit=columns):
+            rows = list(range(start // columns, (start + values.numel()) // columns))
+            squares += (values.view(-1, columns).double() + factors.update(rows)[0]).square().sum(0)
+        return squares.sqrt()
 
     def trained(self, name: str) -> Tensor:
         """The trained weight itself."""
@@ -218,6 +236,9 @@ def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, cho
 
 def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) -> _Found:
     """Every value of a changed weight, some rows at a time."""
+    if len(adapter.keys_of(merged.name)) == 1:
+        every = list(range(merged.shape[0]))
+        return _compare_trained(adapter, merged, base.rows(base.entries[merged.name], every), merged.read(), every)
     columns = merged.shape[1]
     parts = []
     for start, values in base.pieces(base.entries[merged.name], unit=columns):
@@ -243,6 +264,11 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
     exact = start.double() + update
     # What float32 sums of R products and one addition may lose, by the sizes of what is added.
     lost = (len(factors.a) + 4) * 2.0**-24 * (start.double().abs() + sizes)
+    if factors.factor is not None:
+        exact = exact * factors.factor
+        update = exact - start.double()
+        # Each column is scaled, and the base taken off and put on again.
+        lost = lost * factors.factor.abs() + 2.0**-22 * (exact.abs() + start.double().abs())
     allowed = _half_step(exact, written.dtype) + lost
     error = ((written.double() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
     if error > 1:

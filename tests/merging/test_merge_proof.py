@@ -236,6 +236,6 @@ def test_factor_keys(name: str, held: list[str], targets: list[str], found: str 
 
 def test_checksums_are_of_what_is_written(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     base = CheckpointBase.open(HubCheckpoint.open(tiny_base), "base")
-    written = write_weights(base, Deltas(read_adapter(adapter), 4), tmp_path, torch.bfloat16, checksums=True)
+    written = write_weights(base, Deltas(read_adapter(adapter), base), tmp_path, torch.bfloat16, checksums=True)
     assert written.checksums == crc_of(tmp_path)
     assert _Sink(base, tmp_path, None, checksums=False).sums == {}

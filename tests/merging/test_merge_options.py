@@ -1,0 +1,112 @@
+"""Merging what is more than LoRA on linear layers and experts: router, norms, DoRA, some experts, LoftQ."""
+
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+import lola_ft
+from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
+from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.errors import CheckpointError, UserError
+from lola_ft.merging.proof import prove
+from lola_ft.model.hub_checkpoint import HubCheckpoint
+
+PARITY = 1e-4  # float32 sums in another order, through four layers
+KINDS = {
+    "router": AdapterSettings(router_rank=3, expert_rank=2),
+    "norms": AdapterSettings(mlp_rank=2, tune_norms=True),
+    "dora": AdapterSettings(attention_rank=3, mlp_rank=5, expert_rank=2, dora=True),
+    "rslora, some experts": AdapterSettings(expert_rank=2, rslora=True, selection=((0, 2), (3,))),
+    "a group's own alpha": AdapterSettings(attention_rank=2, expert_rank=2, alphas={"experts": 5.0}),
+}
+
+
+def trained(base: Path, settings: AdapterSettings, quantization: str | None = None) -> Any:
+    """A model with an adapter whose every tensor has moved."""
+    torch.manual_seed(0)
+    model = add_adapter(lola_ft.load_base(base, quantization, "float32", "cpu", quiet=True), settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tensor, tmp_path: Path) -> None:
+    model = trained(tiny_base, KINDS[kind])
+    layout = "per_expert" if "some" in kind else "peft"
+    save_adapter(model, tmp_path / "adapter", layout)
+    report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert_close(merged(ids).logits, expected, atol=PARITY, rtol=0)
+        assert (base(ids).logits - expected).abs().max() > 100 * PARITY
+    assert report.applied == report.adapter_tensors == report.weights.applied_once
+    assert report.weights.largest_error <= 1
+
+
+@pytest.mark.parametrize("rounding", ["base", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Lengths are those of the weights that the update is added to; bfloat16 rounds once."""
+    save_adapter(trained(tiny_base, KINDS["dora"]), tmp_path / "adapter")
+    report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", dtype=dtype, rounding=rounding)
+    assert report.weights.largest_error <= 1
+    assert report.weights.applied_once + len(report.weights.below_rounding) >= report.adapter_tensors
+
+
+@pytest.mark.parametrize("kind", ["router", "norms", "dora"])
+def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
+    """A changed weight that has the base's values, or the update turned round, does not pass."""
+    save_adapter(trained(tiny_base, KINDS[kind]), tmp_path / "adapter")
+    lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", check="weights")
+    name = {
+        "router": "transformer.h.1.moe.gate.weight",
+        "norms": "transformer.h.2.ln_1.bias",
+        "dora": "transformer.h.0.attn.c_attn.weight",
+    }[kind]
+    from lola_ft.adapters.files import read_adapter
+    from lola_ft.merging.base import CheckpointBase
+    from lola_ft.model.safetensors_file import bytes_of
+
+    file = tmp_path / "merged" / "model.safetensors"
+    state = load_file(file)
+    original = load_file(tiny_base / "model.safetensors")[name]
+    state[name] = 2 * original - state[name]
+    save_file(state, file, metadata={"format": "pt"})
+    sums = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in state.items()}
+    base = CheckpointBase.open(HubCheckpoint.open(tiny_base), "base")
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        prove(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged", None, sums)
+
+
+def test_loftq_is_merged_into_rounded_weights_alone(
+    tiny_base: Path, ids: Tensor, tmp_path: Path, read_state: Callable[[Path], dict[str, Tensor]]
+) -> None:
+    base = lola_ft.load_base(tiny_base, "nf4", "float32", "cpu", quiet=True)
+    model = add_adapter(base, AdapterSettings(attention_rank=8, expert_rank=8)).eval()
+    start_at_rounding_error(model, HubCheckpoint.open(tiny_base))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"started at the rounding error .* Use --rounding nf4"):
+        lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", rounding="base")
+    assert not (tmp_path / "merged").exists()
+    report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged")
+    assert report.rounding == "nf4"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(merged(ids).logits, model(ids).logits, atol=PARITY, rtol=0)
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["rounding"] == "nf4"
+    assert read_state(tmp_path / "merged").keys() == read_state(tiny_base).keys()
