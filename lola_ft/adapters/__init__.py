@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lola_ft.adapters.attaching import add_adapter, attach
-    from lola_ft.adapters.load import load_adapter, save_adapter
+    from lola_ft.adapters.combine import combine_adapters
+    from lola_ft.adapters.load import fitting_layout, load_adapter, save_adapter
     from lola_ft.adapters.settings import AdapterSettings, lora_config
 
-__all__ = ["AdapterSettings", "add_adapter", "attach", "load_adapter", "lora_config", "save_adapter"]
+__all__ = [
+    "AdapterSettings",
+    "add_adapter",
+    "attach",
+    "combine_adapters",
+    "fitting_layout",
+    "load_adapter",
+    "lora_config",
+    "save_adapter",
+]
 
 _HOMES = {
     "AdapterSettings": "settings",
     "add_adapter": "attaching",
     "attach": "attaching",
+    "combine_adapters": "combine",
+    "fitting_layout": "load",
     "load_adapter": "load",
     "lora_config": "settings",
     "save_adapter": "load",

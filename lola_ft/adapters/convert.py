@@ -1,11 +1,12 @@
 """Rewriting an adapter in another layout."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import UserError
-from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Conversion:
 
 
 def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str | Path) -> Conversion:
-    """Write an adapter to `out` in `layout`; the numbers are bit-equal.
+    """Write an adapter to `out` in `layout`; the numbers are bit-equal. Tokenizer and template come along.
 
     Args:
         base: Tells how many experts there are, and is checked to fit.
@@ -31,5 +32,13 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     stored = read_adapter(adapter)
     weights = stored.weights(checkpoint.config.num_experts)
     weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
-    write_adapter(weights, out, layout, checkpoint.config.num_experts)
+    if Path(weights.base).exists() or weights.base.startswith((".", "/", "~")):
+        weights.base = ""  # a folder's path means nothing to others
+
+    def copy_companions(folder: Path) -> None:
+        for pattern in (*TOKENIZER_FILES, "*.jinja"):
+            for file in stored.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+
+    write_adapter(weights, out, layout, checkpoint.config.num_experts, also=copy_companions)
     return Conversion(stored.layout, len(stored.entries))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
 from lola_ft.adapters.targets import EXPERT_TARGETS, GROUPS
@@ -16,7 +15,8 @@ from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder
 from lola_ft.model.hub_checkpoint import WEIGHT_KINDS
-from lola_ft.model.safetensors_file import TensorEntry, read_header
+from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
+from lola_ft.model.safetensors_writer import SafetensorsWriter
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
@@ -147,7 +147,7 @@ def write_adapter(
     if not is_replaceable(path):
         raise UserError(f"{path}: already there and no adapter. Choose another folder.")
     state = to_state(weights, layout, num_experts)
-    metadata = {"format": "pt", "lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
+    metadata = {"lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
     if weights.base_fingerprint:
         metadata["base_fingerprint"] = weights.base_fingerprint
     if weights.starts_at_rounding_error:
@@ -156,11 +156,21 @@ def write_adapter(
         metadata["lola_ft_experts"] = json.dumps(experts_of, sort_keys=True)
     config = config_for(weights, layout)
     with replace_folder(path) as folder:
-        (folder / WEIGHTS_FILE).write_bytes(save(state, metadata=metadata))
+        _write_tensors(folder / WEIGHTS_FILE, state, metadata)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if also is not None:
             also(folder)
     return Path(path)
+
+
+def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """By our own writer: safetensors' own orders its metadata at random, and equal adapters would differ in bytes."""
+    entries = [
+        TensorEntry(name, file, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0) for name, tensor in state.items()
+    ]
+    with SafetensorsWriter(file, entries, None, metadata) as writer:
+        for tensor in state.values():
+            writer.write(tensor)
 
 
 def is_replaceable(path: str | Path) -> bool:

@@ -77,6 +77,12 @@ def save_adapter(
     return write_adapter(adapter_weights(model), path, layout, model.config.num_experts, also)
 
 
+def fitting_layout(model: PeftModel) -> str:
+    """`peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
+    weights = adapter_weights(model)
+    return "per_expert" if weights.experts_of(model.config.num_experts) and not weights.dora else "peft"
+
+
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:
     """The numbers of an adapter of a model, the active one's if no name is given, on the CPU, under the Hub's names."""
     if not isinstance(model, PeftModel):

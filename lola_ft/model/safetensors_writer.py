@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -15,15 +16,22 @@ from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
 class SafetensorsWriter:
     """One file, filled in the order of `entries`; its header is written first, so shapes and dtypes must hold."""
 
-    def __init__(self, path: Path, entries: list[TensorEntry], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entries: list[TensorEntry],
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Start the file.
 
         Args:
             entries: The tensors to come.
             dtype: What every tensor is written in; None keeps each one's own.
+            metadata: Of the file, beside its format.
         """
         self._pending = [(entry.name, entry.shape, dtype or entry.dtype) for entry in reversed(entries)]
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
         offset = 0
         for name, shape, tensor_dtype in reversed(self._pending):
             size = torch.Size(shape).numel() * tensor_dtype.itemsize

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lola_ft.adapters import add_adapter, save_adapter
+from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.files import write_text
@@ -186,7 +186,7 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
         prepared.tokenizer.save_pretrained(folder)
         (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
 
-    save_adapter(model, output / run_folder.ADAPTER_FOLDER, also=write_companions)
+    save_adapter(model, output / run_folder.ADAPTER_FOLDER, fitting_layout(model), also=write_companions)
     validation = prepared.data.validation
     manifest = {
         "recipe": recipe.model_dump(mode="json"),

@@ -10,7 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from lola_ft.adapters import save_adapter
+from lola_ft.adapters import fitting_layout, save_adapter
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
 
@@ -100,7 +100,8 @@ class LolaTrainer(SFTTrainer):
         """Checkpoints hold the adapter in the layout of every other adapter folder."""
         assert output_dir is not None, "checkpoints are saved to a folder of their own"
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        save_adapter(self.accelerator.unwrap_model(self.model), Path(output_dir) / "adapter")
+        model = self.accelerator.unwrap_model(self.model)
+        save_adapter(model, Path(output_dir) / "adapter", fitting_layout(model))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `step-N` beside and rename it; keep the newest few. (TRL's would add a model card of its own.)"""

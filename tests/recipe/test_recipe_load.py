@@ -17,7 +17,7 @@ from lola_ft.recipe.document import parse_document
 from lola_ft.recipe.keys import all_keys, describe_key
 from lola_ft.recipe.names import OPTIMIZERS, SCHEDULERS
 from lola_ft.recipe.overrides import apply_overrides
-from lola_ft.recipe.schema import Section
+from lola_ft.recipe.schema import GroupLora, Section
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -272,7 +272,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_every_section_is_closed_frozen_and_strict() -> None:
-    sections = Section.__subclasses__()
+    sections = [*Section.__subclasses__(), *GroupLora.__subclasses__()]
     assert len(sections) == 10
     for section in sections:
         config = section.model_config

@@ -174,6 +174,32 @@ RULES = [
         "train: {scheduler: constant, warmup_ratio: 0.1}",
         "train.warmup_ratio: scheduler constant has no warm-up. Choose constant_with_warmup, or set this to 0.",
     ),
+    (
+        2,
+        "adapter: {experts: {rank: 4}, variant: dora}",
+        "adapter.variant: dora acts on attention and mlp, and neither has a rank. Give one, or choose lora.",
+    ),
+    (
+        2,
+        "adapter: {mlp: {rank: 4}, init: pissa}",
+        "adapter.init: pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base "
+        "that nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default.",
+    ),
+    (
+        2,
+        "adapter: {mlp: {rank: 4}, variant: dora, init: loftq}",
+        "adapter.init: loftq starts LoRA away from zero, which dora's lengths do not allow for. Choose one of them.",
+    ),
+    (
+        2,
+        "adapter: {mlp: {rank: 4, dropout: 1.0}}",
+        "adapter.mlp.dropout: must be less than 1; got 1.0.",
+    ),
+    (
+        4,
+        "router: {mode: tuned, rank: 4}",
+        "router.rank: a rank belongs to mode lora, and mode is tuned. Remove it, or write `mode: lora`.",
+    ),
 ]
 
 SOURCES = [
@@ -198,22 +224,6 @@ SOURCES = [
 ]
 
 NOT_YET = [
-    (
-        2,
-        "adapter: {mlp: {rank: 4}, variant: dora}",
-        "adapter.variant: dora is not supported yet. Choose lora or rslora.",
-    ),
-    (
-        2,
-        "adapter: {experts: {rank: 4, select: [[0, 1]]}}",
-        "adapter.experts.select: choosing experts is not supported yet. Write `select: all`.",
-    ),
-    (
-        2,
-        "adapter: {experts: {rank: 4, select: best.json}}",
-        "adapter.experts.select: choosing experts is not supported yet. Write `select: all`.",
-    ),
-    (4, "router: {mode: lora}", "router.mode: lora on the router is not supported yet. Choose frozen or tuned."),
     (
         3,
         "data: {sources: [{path: a, format: text}], language_temperature: 2}",
@@ -291,7 +301,7 @@ def test_all_mistakes_come_in_one_message_in_the_order_of_their_lines(tmp_path: 
             "  seed: 1",
             "  seed: 2",
             "  scheduler: cosin",
-            "router: {mode: lora}",
+            "router: {mode: frozen, rank: 4}",
             "adapter:",
             "  rank: 4",
             "base: {model: m}",
