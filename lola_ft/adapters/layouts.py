@@ -99,9 +99,16 @@ def _sort_factors(
         if set(pair) not in allowed:
             unknown.append(f"{PREFIX}{module}")
     if unknown:
+        tied = any(re.search(r"\.(wte|lm_head)\.", key) for key in unknown)
+        reason = (
+            "LOLA's embeddings (wte) and output head (lm_head) are one tensor, so two updates of it contradict each "
+            "other and could not be merged. "
+        )
         raise AdapterError(
-            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. lola_ft takes "
-            "LoRA pairs of attention, dense MLP, experts and router, and trained weights of router and norms."
+            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. "
+            + reason * tied
+            + "lola_ft takes LoRA pairs of attention, dense MLP, experts and router, and trained weights of router and "
+            "norms."
         )
     return factors, keys
 
