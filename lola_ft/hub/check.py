@@ -20,9 +20,11 @@ from transformers import AutoConfig
 
 from lola_ft.adapters import load_adapter
 from lola_ft.errors import PublishError, UserError
+from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import load_base
+from lola_ft.quantization.load import default_device
 
 _ROWS, _LENGTH = 6, 32
 _FLOAT32_LIMIT_BYTES = 4_000_000_000  # larger models are compared in 4 bit, so that the check fits where training did
@@ -79,7 +81,9 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
 def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
     entries = HubCheckpoint.open(folder).entries.values()
     numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
-    return (None, torch.float32) if 4 * numel <= _FLOAT32_LIMIT_BYTES else ("nf4", torch.bfloat16)
+    if 4 * numel <= _FLOAT32_LIMIT_BYTES:
+        return None, torch.float32
+    return "nf4", torch.bfloat16 if has_bfloat16(default_device()) else torch.float32
 
 
 @torch.no_grad()

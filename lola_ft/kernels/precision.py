@@ -1,4 +1,4 @@
-"""The dtype that an operation computes in."""
+"""The dtype that an operation computes in, and which the machine has."""
 
 import torch
 from torch import Tensor
@@ -8,3 +8,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype on x's device where autocast is on, else x's own."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 natively; a CPU that emulates it is hundreds of times slower in it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 # Ordinary sentences of several scripts, so that many experts are visited.
@@ -83,8 +84,13 @@ class Models:
 
 
 def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
-    """Float32 where the model is small, else what its weights are in."""
-    return torch.float32 if 4 * parameters <= _FLOAT32_LIMIT_BYTES else weights_dtype
+    """Float32 where the model is small or the machine has nothing faster, else what its weights are in."""
+    # Here, so that a merge without models does without bitsandbytes.
+    from lola_ft.quantization.load import default_device
+
+    small = 4 * parameters <= _FLOAT32_LIMIT_BYTES
+    emulated = weights_dtype == torch.bfloat16 and not has_bfloat16(default_device())
+    return torch.float32 if small or emulated else weights_dtype
 
 
 def too_large(parameters: int, compute: torch.dtype) -> str:

@@ -89,17 +89,25 @@ def _fresh(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def read_ahead(wanted: Iterable[tuple[TensorEntry, torch.dtype | None]]) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Read each entry, in its dtype or cast to another, while the caller works on the one before."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: tuple[TensorEntry, Future[Tensor]] | None = None
+def read_ahead(
+    wanted: Iterable[tuple[TensorEntry, torch.dtype | None]], ahead: int = 1
+) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Read each entry, in its dtype or cast to another, while the caller works on the ones before.
+
+    Args:
+        ahead: How many are read at a time, and held beside the one that is given out.
+    """
+    coming: deque[tuple[TensorEntry, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(ahead) as pool:
         for entry, dtype in wanted:
-            now, coming = coming, (entry, pool.submit(entry.read, dtype))
-            if now is not None:
-                yield now[0], now[1].result()
-                del now
-        if coming is not None:
-            yield coming[0], coming[1].result()
+            coming.append((entry, pool.submit(entry.read, dtype)))
+            if len(coming) > ahead:
+                first, future = coming.popleft()
+                yield first, future.result()
+                del future
+        while coming:
+            first, future = coming.popleft()
+            yield first, future.result()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

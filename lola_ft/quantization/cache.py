@@ -112,7 +112,7 @@ def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -
     """
     linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     entries = sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start)
-    for entry, read in read_ahead((entry, None) for entry in entries):
+    for entry, read in read_ahead(((entry, None) for entry in entries), ahead=2):
         module_name, _, name = entry.name.rpartition(".")
         module = model.get_submodule(module_name)
         tensor = read.to(device)

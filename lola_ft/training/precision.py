@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lola_ft.errors import UserError
+from lola_ft.kernels.precision import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,3 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
     if wanted == "bfloat16" and not has_bfloat16(device):
         return Precision(torch.float32, f"This {device.type} has no bfloat16 units; computing in float32.")
     return Precision({"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wanted])
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
