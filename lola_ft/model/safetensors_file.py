@@ -7,6 +7,7 @@ mapping lives, and a file that shrinks under a mapping kills the process.
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
