@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable
 
-from lola_ft.data.formats import Example
+from lola_ft.data.example import Example
 from lola_ft.errors import DataError
 
 

@@ -196,7 +196,6 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
         (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
 
     save_adapter(model, output / run_folder.ADAPTER_FOLDER, also=write_companions)
-    validation = prepared.data.validation
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": run_folder.library_versions(),
@@ -211,11 +210,7 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
             group: {"tensors": tensors, "parameters": parameters}
             for group, (tensors, parameters) in prepared.trained.items()
         },
-        "data": {
-            "sha256": prepared.data.source_hashes,
-            "train": prepared.data.train.report.as_dict(),
-            "validation": validation.report.as_dict() if validation else None,
-        },
+        "data": prepared.data.as_dict(),
         "results": results,
     }
     run_folder.write_manifest(output, manifest)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from lola_ft.data import Example, is_validation, split_validation
-from lola_ft.data.formats import prompt_fields
+from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError
 
 ROWS = [Example(prompt_fields(f"question {n}"), f"answer {n}", "sw", f"sw.jsonl:{n}") for n in range(2000)]

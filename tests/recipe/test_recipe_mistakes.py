@@ -215,21 +215,6 @@ NOT_YET = [
     ),
     (4, "router: {mode: lora}", "router.mode: lora on the router is not supported yet. Choose frozen or tuned."),
     (
-        3,
-        "data: {sources: [{path: a, format: text}], language_temperature: 2}",
-        "data.language_temperature: mixing languages is not supported yet. Write 1.0.",
-    ),
-    (
-        3,
-        "data: {sources: [{path: a, format: messages}]}",
-        "data.sources.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
-    ),
-    (
-        3,
-        "data: {sources: [{path: a, format: text}], validation: [{path: a, format: translation}]}",
-        "data.validation.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
-    ),
-    (
         4,
         "train: {scheduler: warmup_stable_decay}",
         "train.scheduler: this schedule needs settings of its own that a recipe cannot give. "
