@@ -31,6 +31,21 @@ class Example:
         """All exchanges in their order; none for a text."""
         return () if self.prompt is None else (*self.earlier, (self.prompt, self.completion))
 
+    @property
+    def request(self) -> str:
+        """All that stands in front of the last answer, apart from the template; "" for a text."""
+        if self.prompt is None:
+            return ""
+        before = (
+            f"{len(fields['prompt'])}\n{fields['prompt']}\n{len(answer)}\n{answer}\n" for fields, answer in self.earlier
+        )
+        return "".join(before) + str(self.prompt["prompt"])
+
+    @property
+    def identity(self) -> str:
+        """What the row says: equal for two rows that ask and answer the same, and for no others."""
+        return f"{len(self.request)}\n{self.request}\n{self.completion}"
+
 
 def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:
     """The fields every template may use: `instruction`, `input`, and both in one as `prompt`."""

@@ -202,6 +202,16 @@ class Data(Section):
         default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
     )
     language_temperature: float = Field(default=1.0, ge=1, description="evens languages out: sampling follows n^(1/T)")
+    max_per_language: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="most examples of a language in an epoch"
+    )
+    max_repeats: int = Field(
+        default=4, ge=1, description="how often a row may come in an epoch when languages are mixed"
+    )
+    deduplicate: bool = Field(default=False, description="leave out training rows that say the same as an earlier one")
+    leakage: Literal["error", "drop", "allow"] = Field(
+        default="error", description="what happens to training rows that are validation rows too"
+    )
     max_length: int = Field(default=1024, ge=2, description="longest sequence in tokens")
     overlong: Literal["drop", "split", "truncate", "error"] = Field(
         default="drop", description="what happens to longer rows"
@@ -219,6 +229,10 @@ class Data(Section):
     def _rules(self) -> Iterable[Problem]:
         if self.max_length > LOLA_POSITIONS:
             yield ("max_length",), f"{self.max_length} is more than LOLA's {LOLA_POSITIONS} positions"
+        if self.max_repeats != 4 and self.language_temperature == 1:
+            yield ("max_repeats",), "no row is repeated at language_temperature 1. Raise that, or remove this"
+        if self.leakage != "error" and not isinstance(self.validation, list):
+            yield ("leakage",), "is for validation sources of its own; of a share of the rows none can leak. Remove it"
         rows = [*self.sources, *(self.validation if isinstance(self.validation, list) else [])]
         answers = next((source.format for source in rows if source.format != "text"), None)
         if self.overlong == "split" and answers is not None:

@@ -19,11 +19,6 @@ UNSUPPORTED: list[tuple[str, Callable[[Any], bool], str]] = [
         f"choosing experts {_NEXT}. Write `select: all`",
     ),
     ("router.mode", lambda value: value == "lora", f"lora on the router {_NEXT}. Choose frozen or tuned"),
-    (
-        "data.language_temperature",
-        lambda value: isinstance(value, int | float) and value > 1,
-        f"mixing languages {_NEXT}. Write 1.0",
-    ),
 ]
 UNSUPPORTED += [
     (

@@ -1,26 +1,30 @@
 """A run's data: from the recipe's sources to encoded training and validation sets, with what became of each row."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.data import (
     BadRows,
     Encoded,
-    EncodingReport,
     Example,
+    LeakCheck,
+    Mixed,
+    MixSettings,
     Source,
     Template,
     commit_of,
     encode,
     files_of,
+    hold_out,
+    mix,
     read_examples,
-    split_validation,
+    without_duplicates,
 )
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
@@ -34,14 +38,19 @@ class RunData:
         source_hashes: SHA-256 of every local file.
         commits: Hub datasets' commits by id, where the Hub could be asked.
         bad_rows: What was skipped; None where a bad row is an error.
+        duplicates: Training rows left out, by language; None where they stay.
+        leaks: The comparison with validation sources; None without such.
     """
 
     train: Encoded
+    mix: Mixed
     validation: Encoded | None
     template: Template
     source_hashes: dict[str, str]
     commits: dict[str, str]
     bad_rows: BadRows | None
+    duplicates: Counter[str] | None
+    leaks: LeakCheck | None
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -49,6 +58,9 @@ class RunData:
             "sha256": self.source_hashes,
             "commits": self.commits,
             "bad_rows": self.bad_rows.as_dict() if self.bad_rows else None,
+            "duplicates": None if self.duplicates is None else dict(self.duplicates),
+            "leakage": self.leaks.as_dict() if self.leaks else None,
+            "mix": self.mix.as_dict(),
             "train": self.train.report.as_dict(),
             "validation": self.validation.report.as_dict() if self.validation else None,
         }
@@ -70,36 +82,21 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     def encoded(examples: Iterable[Example]) -> Encoded:
         return encode(examples, tokenizer, template, data.max_length, data.overlong)
 
-    examples = list(read(data.sources))
-    validation = []
+    held_out, leaks = list[Example](), None
+    duplicates = Counter[str]() if data.deduplicate else None
+    examples = read(data.sources)
+    if duplicates is not None:
+        examples = without_duplicates(examples, duplicates)
     if isinstance(data.validation, list):
-        validation = list(read(data.validation))
+        held_out = list(read(data.validation))
+        leaks = LeakCheck(held_out, data.leakage)
+        examples = leaks.checked(examples)
     elif data.validation:
-        examples, validation = split_validation(examples, data.validation, seed)
-    train, held_out = encoded(examples), encoded(validation) if validation else None
-    return RunData(train, held_out, template, _hashes(data), commits, bad_rows)
-
-
-# Fates that are worth a column only when they befell a row.
-_RARE = ("truncated", "answers_cut", "exchanges_cut", "split")
-
-
-def data_table(report: EncodingReport, title: str, rows_shown: int = 12) -> Table:
-    """Rows and tokens by language, the largest languages first; rare fates have a column if they happened."""
-    total = report.total
-    columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("language")
-    for column in columns:
-        table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
-    by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
-    for language, counts in by_size[:rows_shown]:
-        table.add_row(language, *(f"{getattr(counts, column):,}" for column in columns))
-    if len(by_size) > rows_shown:
-        table.add_row(f"… {len(by_size) - rows_shown} more")
-    table.add_section()
-    table.add_row("all", *(f"{getattr(total, column):,}" for column in columns))
-    return table
+        examples = hold_out(examples, data.validation, seed, held_out)
+    train = encoded(examples)  # reads the rows as it goes; what is held out is known only afterwards
+    validation = encoded(held_out) if held_out else None
+    mixed = mix(train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
+    return RunData(train, mixed, validation, template, _hashes(data), commits, bad_rows, duplicates, leaks)
 
 
 def _pinned(source: RecipeSource, commits: dict[str, str]) -> Source:

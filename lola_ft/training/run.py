@@ -22,7 +22,8 @@ from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 from lola_ft.training.arguments import sft_config
-from lola_ft.training.dataset import RunData, data_table, prepare
+from lola_ft.training.data_report import print_report
+from lola_ft.training.dataset import RunData, prepare
 from lola_ft.training.first_step import FirstStepCheck
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.precision import Precision, choose_precision
@@ -83,9 +84,7 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     recipe = _fit_length(recipe, checkpoint.config, console)
     tokenizer = load_tokenizer(checkpoint)
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
-    console.print(data_table(data.train.report, "Training data"))
-    if data.validation:
-        console.print(data_table(data.validation.report, "Validation data"))
+    print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
     base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
@@ -159,7 +158,7 @@ def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTraine
             steps=_estimate_steps(recipe, data),
             evaluate=data.validation is not None,
         ),
-        train_dataset=data.train.dataset,
+        train_dataset=data.mix.dataset,
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check],
@@ -223,17 +222,14 @@ def _estimate_steps(recipe: Recipe, data: RunData) -> int:
     train = recipe.train
     if train.max_steps:
         return train.max_steps
-    total = data.train.report.total
-    rows = math.ceil(total.tokens / recipe.data.max_length) if recipe.data.packing else total.sequences
+    rows = math.ceil(data.mix.tokens / recipe.data.max_length) if recipe.data.packing else len(data.mix.dataset)
     return max(1, math.ceil(rows / (train.micro_batch_size * train.grad_accum_steps) * train.epochs))
 
 
 def _packing_line(trainer: LolaTrainer, data: RunData) -> str:
     """How many rows there are and how full they are."""
-    rows, total = len(trainer.train_dataset), data.train.report.total
+    rows, sequences, tokens = len(trainer.train_dataset), len(data.mix.dataset), data.mix.tokens
     if not trainer.args.packing:
-        return (
-            f"{total.sequences:,} sequences, {total.tokens / total.sequences:.0f} tokens each on average, not packed."
-        )
-    full = total.tokens / (rows * trainer.args.max_length)
-    return f"{total.sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."
+        return f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed."
+    full = tokens / (rows * trainer.args.max_length)
+    return f"{sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."
