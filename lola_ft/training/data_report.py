@@ -25,15 +25,19 @@ def print_report(data: RunData, console: Console) -> None:
 
 def _left_out(data: RunData) -> Iterator[str]:
     if data.bad_rows and data.bad_rows.counts:
-        yield f"Skipped {data.bad_rows.counts.total():,} rows that cannot be used; manifest.json lists them. The first:"
+        yield f"Skipped {_rows(data.bad_rows.counts.total())} that cannot be used; manifest.json lists them. The first:"
         yield from (f"  {message}" for message in data.bad_rows.messages[:_BAD_ROWS_SHOWN])
     if data.duplicates:
-        yield f"Left out {data.duplicates.total():,} training rows that say the same as an earlier one."
+        yield f"Left out of training: {_rows(data.duplicates.total())} that say the same as an earlier one."
     if data.leaks and data.leaks.rows:
-        fate = "were left out of the training rows" if data.leaks.action == "drop" else "stay in the training rows"
-        yield f"{data.leaks.rows:,} rows are for validation too; they {fate}."
+        fate = "Left out of training" if data.leaks.action == "drop" else "Kept in training"
+        yield f"{fate}: {_rows(data.leaks.rows)} that are for validation too."
     if data.leaks and data.leaks.prompts:
-        yield f"{data.leaks.prompts:,} training rows have the prompt of a validation row and another answer."
+        yield f"Kept in training: {_rows(data.leaks.prompts)} with the prompt of a validation row and another answer."
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def mix_table(mixed: Mixed) -> Table:
@@ -72,7 +76,7 @@ def data_table(report: EncodingReport, title: str) -> Table:
     columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
     table = Table(title=title, title_justify="left")
     table.add_column("language")
-    for column in [*columns, "tokens/byte", "tokens/word"]:
+    for column in [*columns, "tokens a byte", "tokens a word"]:
         table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
     by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
     for language, counts in by_size[:_ROWS_SHOWN]:
