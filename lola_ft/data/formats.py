@@ -73,7 +73,7 @@ def _nfc(text: str) -> str:
 
 
 def _alpaca(row: Row, source: Source) -> list[tuple[Fields, str]]:
-    instruction = text_field(row, source, "instruction")
+    instruction = source.instruction or text_field(row, source, "instruction")
     given = text_field(row, source, "input", optional=True)
     return [(prompt_fields(instruction, given), text_field(row, source, "output"))]
 

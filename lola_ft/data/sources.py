@@ -51,7 +51,7 @@ class Source:
     source_language: str | None = None
     target_language: str | None = None
     instruction: str | None = None
-    """Classification and translation: the request, with the format's fields in braces."""
+    """Classification and translation: the request, with the format's fields in braces. Alpaca: every row's request."""
 
     @property
     def name(self) -> str:

@@ -131,7 +131,8 @@ class Source(Section):
     source_language: Name | None = Field(default=None, description="translation: language code of every source text")
     target_language: Name | None = Field(default=None, description="translation: language code of every translation")
     instruction: Name | None = Field(
-        default=None, description="classification and translation: the request; {text} puts a field in its place"
+        default=None,
+        description="every row's request, for alpaca, classification and translation; {text} puts a field in its place",
     )
 
     @model_validator(mode="before")
@@ -161,10 +162,12 @@ class Source(Section):
         """What belongs to one format alone, and what an instruction may name."""
         for key, formats in _KEYS_OF_FORMATS.items():
             if getattr(self, key) is not None and self.format not in formats:
-                yield (key,), f"belongs to format {' and '.join(formats)}; this source has {self.format}. Remove it"
+                yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
         for side in ("source_language", "target_language"):
             if self.format == "translation" and getattr(self, side) is not None and side in self.fields:
                 yield (side,), f"give `{side}` or map it with `fields`, not both"
+        if self.instruction is not None and "instruction" in self.fields:
+            yield ("instruction",), "give `instruction` or map it with `fields`, not both"
         places = INSTRUCTION_FIELDS.get(self.format, ())
         for name in re.findall(r"\{(\w+)\}", self.instruction or "") if places else ():
             if name not in places:
@@ -178,7 +181,7 @@ _KEYS_OF_FORMATS = {
     "labels": ("classification",),
     "source_language": ("translation",),
     "target_language": ("translation",),
-    "instruction": ("classification", "translation"),
+    "instruction": ("alpaca", "classification", "translation"),
 }
 
 

@@ -43,7 +43,7 @@ def _rows(count: int) -> str:
 def mix_table(mixed: Mixed) -> Table:
     """Planned and actual examples of an epoch, the languages with most examples first."""
     table = Table(title="Languages in an epoch", title_justify="left")
-    table.add_column("language")
+    table.add_column("language", min_width=8)
     for heading in ("examples there are", "planned", "in an epoch", "share", "times each", "tokens"):
         table.add_column(heading, justify="right")
     by_size = sorted(mixed.shares.items(), key=lambda item: (-item[1].examples, item[0]))
@@ -75,7 +75,7 @@ def data_table(report: EncodingReport, title: str) -> Table:
     total = report.total
     columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
     table = Table(title=title, title_justify="left")
-    table.add_column("language")
+    table.add_column("language", min_width=8)
     for column in [*columns, "tokens a byte", "tokens a word"]:
         table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
     by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))

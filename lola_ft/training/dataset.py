@@ -36,7 +36,7 @@ class RunData:
 
     Attributes:
         source_hashes: SHA-256 of every local file.
-        commits: Hub datasets' commits by id, where the Hub could be asked.
+        commits: Hub datasets' commits by name, where they are known.
         bad_rows: What was skipped; None where a bad row is an error.
         duplicates: Training rows left out, by language; None where they stay.
         leaks: The comparison with validation sources; None without such.
@@ -67,17 +67,19 @@ class RunData:
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunData:
-    """Read, split and encode.
+    """Read, split, encode and mix.
+
+    Args:
+        data: Hub datasets in it are read at the revision it names; `pin` makes that a commit.
 
     Raises:
         DataError: Naming file and line.
     """
     template = Template.load(data.template)
     bad_rows = BadRows() if data.on_bad_row == "skip" else None
-    commits: dict[str, str] = {}
 
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
-        return read_examples([_pinned(source, commits) for source in sources], bad_rows, data.normalize)
+        return read_examples(map(_source, sources), bad_rows, data.normalize)
 
     def encoded(examples: Iterable[Example]) -> Encoded:
         return encode(examples, tokenizer, template, data.max_length, data.overlong)
@@ -96,20 +98,36 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     train = encoded(examples)  # reads the rows as it goes; what is held out is known only afterwards
     validation = encoded(held_out) if held_out else None
     mixed = mix(train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
-    return RunData(train, mixed, validation, template, _hashes(data), commits, bad_rows, duplicates, leaks)
+    return RunData(train, mixed, validation, template, _hashes(data), _commits(data), bad_rows, duplicates, leaks)
 
 
-def _pinned(source: RecipeSource, commits: dict[str, str]) -> Source:
-    """The source, at the commit that its revision stands for now."""
-    keys = source.model_dump()
-    if source.hub is not None and (commit := commit_of(source.hub, source.revision)):
-        keys["revision"] = commits[source.hub] = commit
-    return Source(**keys)
+def pin(data: Data) -> Data:
+    """The data section with the commit in place of each Hub dataset's branch or tag, so that it can be run again."""
+    pinned: dict[str, Any] = {"sources": list(map(_pinned, data.sources))}
+    if isinstance(data.validation, list):
+        pinned["validation"] = list(map(_pinned, data.validation))
+    return data.model_copy(update=pinned)
+
+
+def _pinned(source: RecipeSource) -> RecipeSource:
+    commit = None if source.hub is None else commit_of(source.hub, source.revision)
+    return source if commit is None else source.model_copy(update={"revision": commit})
+
+
+def _source(source: RecipeSource) -> Source:
+    return Source(**source.model_dump())
+
+
+def _all_sources(data: Data) -> list[RecipeSource]:
+    return [*data.sources, *(data.validation if isinstance(data.validation, list) else [])]
+
+
+def _commits(data: Data) -> dict[str, str]:
+    return {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
 
 
 def _hashes(data: Data) -> dict[str, str]:
-    sources = [*data.sources, *(data.validation if isinstance(data.validation, list) else [])]
-    files = [file for source in sources if source.path is not None for file in files_of(source.path)]
+    files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
     return {str(file): _sha256(file) for file in files}
 
 

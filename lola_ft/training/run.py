@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
-from lola_ft.errors import CheckpointError, UserError
 from lola_ft.files import write_text
-from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import audit, load_base
 from lola_ft.quantization.load import default_device
@@ -23,11 +21,12 @@ from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 from lola_ft.training.arguments import sft_config
 from lola_ft.training.data_report import print_report
-from lola_ft.training.dataset import RunData, prepare
+from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.first_step import FirstStepCheck
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.precision import Precision, choose_precision
 from lola_ft.training.progress import Progress
+from lola_ft.training.tokenizer import fit_length, load_tokenizer
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
 
@@ -81,8 +80,9 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     if precision.note:
         console.print(precision.note)
     checkpoint = HubCheckpoint.open(recipe.base.model, recipe.base.revision)
-    recipe = _fit_length(recipe, checkpoint.config, console)
-    tokenizer = load_tokenizer(checkpoint)
+    recipe = fit_length(recipe, checkpoint.config, console)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
+    recipe = recipe.model_copy(update={"data": pin(recipe.data)})
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
     print_report(data, console)
     set_seed(recipe.train.seed)
@@ -108,39 +108,6 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     }
     console.print(trainable_table(trained, ranks, recipe.router.mode))
     return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
-
-
-def _fit_length(recipe: Recipe, config: LolaConfig, console: Console) -> Recipe:
-    """Hold sequences to the base's positions: an error if the recipe asks for more, a note if only the default does."""
-    wanted, most = recipe.data.max_length, config.n_positions
-    if wanted <= most:
-        return recipe
-    if "max_length" in recipe.data.model_fields_set:
-        raise UserError(
-            f"data.max_length: {wanted} is more than the {most} learned positions of {recipe.base.model}. "
-            f"Set data.max_length={most} or less."
-        )
-    console.print(f"Sequences are at most {most} tokens long: {recipe.base.model} has no more positions.")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
-
-
-def load_tokenizer(checkpoint: HubCheckpoint) -> PreTrainedTokenizerFast:
-    """The base's tokenizer, checked against its vocabulary.
-
-    Raises:
-        CheckpointError: If there is none, or it has more tokens than the model.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{checkpoint.folder}: no tokenizer can be loaded from here ({reason}).") from error
-    if len(tokenizer) > checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{checkpoint.config.vocab_size}. They do not belong together."
-        )
-    return tokenizer
 
 
 def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTrainer, dict[str, Any]]:

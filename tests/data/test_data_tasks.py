@@ -126,6 +126,15 @@ def test_an_instruction_takes_the_fields_it_names_and_the_others_follow() -> Non
     assert (half["instruction"], half["input"]) == ("Read: {text_pair}", "It is wet.")  # a row's braces stay its own
 
 
+def test_alpaca_rows_may_share_one_instruction() -> None:
+    fields = {"article": "Long {input}.", "summary": "Short."}
+    mapping = {"input": "article", "output": "summary"}
+    found = read(fields, "alpaca", fields=mapping, instruction="Sum up {this}.")
+    assert found.prompt is not None
+    assert (found.prompt["instruction"], found.prompt["input"]) == ("Sum up {this}.", "Long {input}.")
+    assert found.completion == "Short."
+
+
 def test_translation_names_its_languages_and_counts_under_the_target() -> None:
     fields = {"translation": {"en": "water", "sw": "maji"}}
     mapping = {"source": "translation.en", "target": "translation.sw"}

@@ -262,8 +262,12 @@ SOURCES = [
         ".labels: belongs to format classification; this source has text. Remove it.",
     ),
     (
-        "path: a, format: alpaca, instruction: Say it.",
-        ".instruction: belongs to format classification and translation; this source has alpaca. Remove it.",
+        "path: a, format: text, instruction: Say it.",
+        ".instruction: belongs to format alpaca or classification or translation; this source has text. Remove it.",
+    ),
+    (
+        "path: a, format: alpaca, instruction: Say it., fields: {instruction: q}",
+        ".instruction: give `instruction` or map it with `fields`, not both.",
     ),
     (
         "path: a, format: classification, source_language: en",
