@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lola_ft.data import BadRows, Example, Row, Source, Template, encode, encode_texts, read_examples, to_example
 from lola_ft.data.encoding import MASKED
+from lola_ft.data.formats import FORMATS
 from lola_ft.errors import DataError
 
 EOS = 5
@@ -318,3 +321,46 @@ def test_a_source_whose_rows_are_all_bad_is_refused(jsonl: Callable[..., Source]
     assert str(caught.value).startswith(f"{source.path}: no row can be used. The first: {source.path}:1: field 'text'")
     assert bad.counts.total() == 200
     assert len(bad.messages) == 100
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text", "0"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+ROLES = st.sampled_from(["system", "user", "assistant", "human", "gpt", "tool", None])
+CHATS = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.sampled_from(["a", "", None])}), max_size=5)
+NAMES = ["messages", "text", "text_pair", "label", "source", "target", "instruction", "input", "output", "lang"]
+ROW = st.dictionaries(st.sampled_from(NAMES), JSON | CHATS | st.just("text"), max_size=6)
+KEYS = st.fixed_dictionaries(
+    {},
+    optional={
+        "labels": st.just({"0": "no", "true": "yes"}),
+        "language_column": st.just("lang"),
+        "source_language": st.just("en"),
+        "target_language": st.just("sw"),
+        "fields": st.dictionaries(st.sampled_from(NAMES), st.sampled_from([*NAMES, "text.0", "messages.0.content"])),
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(format=st.sampled_from(sorted(FORMATS)), fields=ROW, keys=KEYS)
+def test_any_row_in_any_format_is_an_example_or_gives_one_clean_error(
+    format: str, fields: dict[str, Any], keys: dict[str, Any]
+) -> None:
+    try:
+        example = read(fields, format, **keys)
+    except DataError as error:
+        message = str(error)
+    else:
+        message = example.where
+        assert all(answer.strip() for _, answer in example.exchanges)
+        assert example.completion.strip()
+        if example.prompt is not None:
+            assert len(rendered(example)) == len(example.exchanges)
+    assert message.startswith("sw.jsonl:7")
+    message.encode()

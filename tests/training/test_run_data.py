@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lola_ft.recipe import load_recipe
-from lola_ft.training.dataset import RunData, prepare
+from lola_ft.training.dataset import RunData, pin, prepare
 
 
 def rows_file(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -97,3 +97,26 @@ def test_everything_that_happened_is_printed_before_training(
     assert "Left out of training: 4 rows that say the same as an earlier one." in outcome.out
     heading = " ".join(line for line in lines[:4]).split()
     assert {"byte", "word"} <= {word.strip("┃") for word in heading}
+
+
+def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
+    recipe_file: Callable[..., Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    read: list[str | None] = []
+
+    def load_dataset(*_: Any, revision: str | None, **__: Any) -> list[dict[str, str]]:
+        read.append(revision)
+        return [{"text": f"row {n}"} for n in range(3)]
+
+    monkeypatch.setattr("lola_ft.training.dataset.commit_of", lambda hub, revision: f"{hub}@{revision}")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    sources = [{"hub": "a/b", "subset": "sw", "revision": "v1", "format": "text"}]
+    recipe = load_recipe(recipe_file(data={"sources": sources}))
+    pinned = pin(recipe.data)
+    assert pinned.sources[0].revision == "a/b@v1"
+    data = prepare(pinned, AutoTokenizer.from_pretrained(tiny_base), seed=0)
+    assert read == ["a/b@v1"]
+    assert data.as_dict()["commits"] == {"a/b/sw[train]": "a/b@v1"}
+    assert load_recipe(recipe_file(data={"sources": sources})).data == recipe.data  # the recipe itself is left alone
