@@ -120,3 +120,17 @@ def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
     assert read == ["a/b@v1"]
     assert data.as_dict()["commits"] == {"a/b/sw[train]": "a/b@v1"}
     assert load_recipe(recipe_file(data={"sources": sources})).data == recipe.data  # the recipe itself is left alone
+
+
+def test_the_mix_is_what_is_trained(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+    """Four of the forty rows of each language, in batches of four: two steps an epoch."""
+    data = {"max_per_language": 4, "packing": False}
+    trained = {"max_steps": None, "epochs": 1, "micro_batch_size": 4, "grad_accum_steps": 1}
+    outcome = verb("train", recipe_file(data=data, train=trained))
+    assert outcome.code == 0, outcome.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {code: share["examples"] for code, share in manifest["data"]["mix"].items()} == {"en": 4, "sw": 4}
+    assert manifest["results"]["steps"] == 2
+    assert manifest["results"]["tokens"] == sum(share["tokens"] for share in manifest["data"]["mix"].values())
+    again = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert again.data.max_per_language == 4
