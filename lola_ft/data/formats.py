@@ -37,12 +37,12 @@ def read_examples(
             except DataError as error:
                 if bad_rows is None:
                     raise
-                bad_rows.add(source.name, str(error))
+                bad_rows.add(source, str(error))
                 continue
             usable += 1
             yield composed(example) if normalize == "nfc" else example
         if not usable and bad_rows is not None:
-            raise DataError(f"{source.name}: no row can be used. The first: {bad_rows.first(source.name)}")
+            raise DataError(f"{source.name}: no row can be used. The first: {bad_rows.first(source)}")
 
 
 def to_example(row: Row, source: Source) -> Example:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,10 +91,10 @@ def plan(available: Mapping[str, int], settings: MixSettings) -> dict[str, Langu
 def mix(encoded: Encoded, settings: MixSettings, seed: int) -> Mixed:
     """Choose an epoch's sequences; nothing is copied but their places."""
     shares = plan(Counter(encoded.languages), settings)
-    offsets, ids = _flat(encoded.dataset)
-    times = _times(encoded.languages, shares, offsets, ids, seed)
-    lengths = np.diff(offsets) * times
-    for code, length in zip(encoded.languages, lengths.tolist(), strict=True):
+    chunks = encoded.dataset.data.column("input_ids").chunks
+    times = _times(encoded.languages, shares, chunks, seed)
+    lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+    for code, length in zip(encoded.languages, (lengths * times).tolist(), strict=True):
         shares[code].tokens += length
     if (times == 1).all():
         return Mixed(encoded.dataset, encoded.languages, shares)
@@ -127,30 +128,30 @@ def _whole_numbers(shares: dict[str, float], limits: dict[str, float], total: in
     return whole
 
 
-def _flat(dataset: "Dataset") -> tuple[np.ndarray, np.ndarray]:
-    """All token ids in one array, and where each sequence begins (one more entry for the end)."""
-    column = dataset.data.column("input_ids").combine_chunks()
-    chunk = column.chunk(0) if hasattr(column, "chunk") else column
-    offsets = chunk.offsets.to_numpy()
-    return offsets - offsets[0], chunk.flatten().to_numpy()
-
-
-def _times(
-    languages: list[str], shares: dict[str, LanguageShare], offsets: np.ndarray, ids: np.ndarray, seed: int
-) -> np.ndarray:
+def _times(languages: list[str], shares: dict[str, LanguageShare], chunks: list[Any], seed: int) -> np.ndarray:
     """How often each sequence comes: a language's full rounds, and one more for the first in the order of hashes."""
     codes = np.array(languages)
     times = np.zeros(len(codes), dtype=np.int64)
+    left_over = {code for code, share in shares.items() if share.examples % share.available}
+    hashes = _hashes(chunks, np.isin(codes, sorted(left_over)), seed)
     for code, share in shares.items():
         places = np.flatnonzero(codes == code)
         rounds, more = divmod(share.examples, share.available)
         times[places] = rounds
         if more:
-            hashes = [_hash(ids[offsets[place] : offsets[place + 1]], seed) for place in places.tolist()]
-            order = sorted(range(len(places)), key=hashes.__getitem__)
-            times[places[order[:more]]] += 1
+            order = sorted(places.tolist(), key=hashes.__getitem__)
+            times[order[:more]] += 1
     return times
 
 
-def _hash(ids: np.ndarray, seed: int) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=8, key=seed.to_bytes(8, "big")).digest()
+def _hashes(chunks: list[Any], wanted: np.ndarray, seed: int) -> dict[int, bytes]:
+    """A hash of each wanted sequence's token ids, by its place."""
+    hashes, place = dict[int, bytes](), 0
+    for chunk in chunks:
+        ids, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        for start, end in pairwise(offsets.tolist()):
+            if wanted[place]:
+                key = seed.to_bytes(8, "big")
+                hashes[place] = hashlib.blake2b(ids[start:end].tobytes(), digest_size=8, key=key).digest()
+            place += 1
+    return hashes

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lola_ft.data import Counts, EncodingReport, Mixed
@@ -50,7 +51,7 @@ def mix_table(mixed: Mixed) -> Table:
     everything = sum(share.examples for share in mixed.shares.values())
     for language, share in by_size[:_ROWS_SHOWN]:
         table.add_row(
-            language,
+            escape(language),
             f"{share.available:,}",
             f"{share.planned:,.0f}",
             f"{share.examples:,}",
@@ -80,7 +81,7 @@ def data_table(report: EncodingReport, title: str) -> Table:
         table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
     by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
     for language, counts in by_size[:_ROWS_SHOWN]:
-        table.add_row(language, *_cells(counts, columns))
+        table.add_row(escape(language), *_cells(counts, columns))
     if len(by_size) > _ROWS_SHOWN:
         table.add_row(f"… {len(by_size) - _ROWS_SHOWN} more")
     table.add_section()

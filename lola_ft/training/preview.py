@@ -50,7 +50,7 @@ def preview(recipe: Recipe, examples: int, languages: int, console: Console | No
         for place in islice(places, min(examples, count)):
             row = data.train.dataset[place]
             learned = sum(label != MASKED for label in row["labels"])
-            console.rule(f"{language}: {len(row['input_ids'])} tokens, {learned} learned", align="left")
+            console.rule(Text(f"{language}: {len(row['input_ids'])} tokens, {learned} learned"), align="left")
             console.print(shown(row["input_ids"], row["labels"], tokenizer, plain=console.color_system is None))
     console.print(_legend(tokenizer, plain=console.color_system is None))
 

@@ -79,6 +79,18 @@ def test_the_verb_shows_some_of_each_language_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_language_code_is_never_read_as_markup(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = tmp_path / "odd.csv"
+    rows.write_text("text,lang\none,[/]\ntwo,[bold]\nthree,[bold]\n")
+    sources = [{"path": str(rows), "format": "text", "language_column": "lang"}]
+    outcome = verb("preview", recipe_file(data={"sources": sources, "language_temperature": 2, "max_per_language": 1}))
+    assert outcome.code == 0, outcome.err
+    assert "[/]: " in outcome.out
+    assert "│ [bold]" in outcome.out
+
+
 def test_colours_reach_the_terminal(recipe_file: Callable[..., Path]) -> None:
     out = StringIO()
     console = Console(file=out, force_terminal=True, color_system="standard", width=100)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from lola_ft.data import Template
 from lola_ft.recipe import load_recipe
 from lola_ft.training.dataset import RunData, pin, prepare
 
@@ -51,7 +52,7 @@ def test_the_manifest_knows_the_mix_and_what_was_left_out(prepared: Callable[...
     )
     kept = data.as_dict()
     assert kept["bad_rows"]["total"] == 2
-    assert kept["bad_rows"]["messages"][0] == f"{english}:41: field 'text' is empty. Fill it, or remove the row."
+    assert kept["bad_rows"]["messages"][0] == "en.jsonl:41: field 'text' is empty. Fill it, or remove the row."
     assert kept["duplicates"] == {"en": 4}
     assert kept["leakage"] == {"action": "drop", "rows": 2, "prompts": 0}
     assert {code: (share["available"], share["examples"]) for code, share in kept["mix"].items()} == {
@@ -132,5 +133,7 @@ def test_the_mix_is_what_is_trained(recipe_file: Callable[..., Path], verb: Call
     assert {code: share["examples"] for code, share in manifest["data"]["mix"].items()} == {"en": 4, "sw": 4}
     assert manifest["results"]["steps"] == 2
     assert manifest["results"]["tokens"] == sum(share["tokens"] for share in manifest["data"]["mix"].values())
+    saved = (tmp_path / "run" / "adapter" / "prompt_template.jinja").read_text(encoding="utf-8")
+    assert saved == Template.load("alpaca").source
     again = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert again.data.max_per_language == 4
