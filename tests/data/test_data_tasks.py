@@ -126,6 +126,9 @@ def test_an_instruction_takes_the_fields_it_names_and_the_others_follow() -> Non
     assert named["prompt"] == named["instruction"] == "Does It rains. mean It is wet.? yes, no"
     half = read(fields | {"premise": "{text_pair}"}, "classification", instruction="Read: {text}", **keys).prompt
     assert half is not None
+    other = read(fields, "classification", instruction="{text} {other}", **keys).prompt
+    assert other is not None
+    assert other["instruction"] == "It rains. {other}"
     assert (half["instruction"], half["input"]) == ("Read: {text_pair}", "It is wet.")  # a row's braces stay its own
 
 

@@ -1,5 +1,6 @@
 """Every recipe's data section, carried out on the bundled sample that has the same columns."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,37 @@ def test_the_data_section_runs_on_its_sample(name: str, tiny_base: Path, monkeyp
     assert learned[-1] == EOS
     start = 1 if name == "low_resource_text" else 0  # nothing precedes a text's first token, so it is not learned
     assert tokenizer.decode(learned[:-1]).strip() == answer[start:]
+
+
+COMMAND = re.compile(r"#   lola-ft preview recipes/(\w+)\.yaml ?(.*)")
+COMMANDS = [found.groups() for recipe in bundled_recipes().values() for found in COMMAND.finditer(recipe.text)]
+AS_THEY_ARE = [(name, "") for name in ("question_answering", "summarisation", "classification")]
+
+
+def test_recipes_of_the_hub_say_how_to_try_them_on_their_sample() -> None:
+    assert {name for name, overrides in COMMANDS if overrides} == {
+        "instruct_multilingual",
+        "translation",
+        "nli",
+        "low_resource_text",
+    }
+
+
+@pytest.mark.parametrize(("name", "overrides"), [*COMMANDS, *AS_THEY_ARE])
+def test_the_commands_that_recipes_name_work(
+    name: str, overrides: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    recipe = load_recipe(f"recipes/{name}.yaml", [word for text in overrides.split() for word in expanded(text)])
+    data = prepare(recipe.data, AutoTokenizer.from_pretrained(tiny_base), recipe.train.seed)
+    assert data.validation is not None
+    assert data.train.report.total.kept > 4
+
+
+def expanded(word: str) -> list[str]:
+    """A word as bash expands it: `a{0,1}b` is two."""
+    found = re.match(r"(.*)\{([\d,]+)\}(.*)", word)
+    return [f"{found[1]}{part}{found[3]}" for part in found[2].split(",")] if found else [word]
 
 
 def test_the_multilingual_recipe_gives_small_languages_more(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
