@@ -123,9 +123,12 @@ def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
     assert load_recipe(recipe_file(data={"sources": sources})).data == recipe.data  # the recipe itself is left alone
 
 
-def test_the_mix_is_what_is_trained(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
-    """Four of the forty rows of each language, in batches of four: two steps an epoch."""
-    data = {"max_per_language": 4, "packing": False}
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_mix_is_what_is_trained(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path, packing: bool
+) -> None:
+    """Four of the forty rows of each language, in batches of four: two steps an epoch; two rows do not fit in one."""
+    data = {"max_per_language": 4, "packing": packing, "max_length": 128}
     trained = {"max_steps": None, "epochs": 1, "micro_batch_size": 4, "grad_accum_steps": 1}
     outcome = verb("train", recipe_file(data=data, train=trained))
     assert outcome.code == 0, outcome.err
