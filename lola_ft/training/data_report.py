@@ -26,7 +26,8 @@ def print_report(data: RunData, console: Console) -> None:
 
 def _left_out(data: RunData) -> Iterator[str]:
     if data.bad_rows and data.bad_rows.counts:
-        yield f"Skipped {_rows(data.bad_rows.counts.total())} that cannot be used; manifest.json lists them. The first:"
+        skipped = _rows(data.bad_rows.counts.total())
+        yield f"Skipped {skipped} that cannot be used; a run's manifest.json lists them. The first:"
         yield from (f"  {message}" for message in data.bad_rows.messages[:_BAD_ROWS_SHOWN])
     if data.duplicates:
         yield f"Left out of training: {_rows(data.duplicates.total())} that say the same as an earlier one."
