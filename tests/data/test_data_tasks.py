@@ -1,6 +1,7 @@
 """Conversations, classification and translation: what becomes of a row, and the message for every bad one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,6 +43,13 @@ def test_chatml_renders_what_stands_in_front_of_each_answer() -> None:
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nMoja?<|im_end|>\n<|im_start|>assistant\n",
         "\n<|im_start|>user\nMbili?<|im_end|>\n<|im_start|>assistant\n",
     ]
+
+
+def test_an_editor_that_trims_a_saved_template_changes_no_prompt(tmp_path: Path) -> None:
+    template = Template.load("chatml")
+    (tmp_path / "saved.jinja").write_text("\n".join(line.rstrip() for line in template.source.splitlines()))
+    example = read({"messages": CHAT}, "messages")
+    assert rendered(example, str(tmp_path / "saved.jinja")) == rendered(example)
 
 
 def test_every_answer_of_a_conversation_is_learned_with_its_eos_and_nothing_else(tokenizer: Any) -> None:
