@@ -14,6 +14,8 @@ from rich.console import Console
 from lola_ft.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lola_ft: list, show, copy.")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.callback()
@@ -46,6 +48,61 @@ def train(
         raise typer.Exit(130) from None
     if hub and not dry_run:
         publish_run(folder, hub.repo, hub.private, hub.layout, hub.base_id)
+
+
+@app.command()
+def preview(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples shown of each language.")] = 2,
+    languages: Annotated[int, typer.Option(min=1, help="Languages shown, the largest first.")] = 8,
+) -> None:
+    """Show what a recipe's data becomes: examples with what is learned, lengths, and what is dropped."""
+    from lola_ft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lola_ft.training.preview import preview as show
+
+    show(loaded, examples, languages)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from lola_ft.recipe.json_schema import schema_text
+
+    print(schema_text(), end="")
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Name every recipe and what it is for."""
+    from lola_ft.recipe.bundled import bundled_recipes
+
+    for name, recipe in bundled_recipes().items():
+        print(f"{name:24}{recipe.purpose}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+    """Print a recipe."""
+    from lola_ft.recipe.bundled import find_recipe
+
+    print(find_recipe(name).text, end="")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="The recipe's name.")],
+    out: Annotated[str, typer.Option(help="Folder in which recipes/ is made.")] = ".",
+) -> None:
+    """Copy a recipe and its sample data, to start from."""
+    from lola_ft.recipe.bundled import copy_recipe as copy
+
+    for path in copy(name, out):
+        print(path)
 
 
 @app.command()

@@ -1,25 +1,39 @@
 """Data: from files in many languages to the token ids a model learns from, with nothing lost in silence."""
 
+from lola_ft.data.bad_rows import BadRows
+from lola_ft.data.duplicates import LeakCheck, without_duplicates
 from lola_ft.data.encoding import Encoded, encode, encode_texts
-from lola_ft.data.formats import Example, read_examples, to_example
+from lola_ft.data.example import Example
+from lola_ft.data.formats import read_examples, to_example
+from lola_ft.data.hub_rows import commit_of
+from lola_ft.data.mixing import Mixed, MixSettings, mix
 from lola_ft.data.report import Counts, EncodingReport
-from lola_ft.data.sources import Row, Source, read_rows
-from lola_ft.data.split import is_validation, split_validation
+from lola_ft.data.rows import Row
+from lola_ft.data.sources import Source, files_of, read_rows
+from lola_ft.data.split import hold_out, is_validation
 from lola_ft.data.templates import Template
 
 __all__ = [
+    "BadRows",
     "Counts",
     "Encoded",
     "EncodingReport",
     "Example",
+    "LeakCheck",
+    "MixSettings",
+    "Mixed",
     "Row",
     "Source",
     "Template",
+    "commit_of",
     "encode",
     "encode_texts",
+    "files_of",
+    "hold_out",
     "is_validation",
+    "mix",
     "read_examples",
     "read_rows",
-    "split_validation",
     "to_example",
+    "without_duplicates",
 ]

@@ -1,17 +1,19 @@
 """From examples to token ids and labels, with a policy for rows that are too long.
 
-A sequence is prompt ids, answer ids, EOS. Prompt and answer are tokenised apart from each other and without special
-tokens: at inference the model gets the prompt's ids and nothing else, so the boundary must not depend on the answer.
-The labels are the answer and its EOS; the prompt is masked. A text is learned as a whole, from its second token on:
-nothing precedes the first, and in a packed batch what stands before it is another document.
+A sequence is prompt ids, answer ids, EOS; a conversation is several of these in a row. Prompt and answer are tokenised
+apart from each other and without special tokens: at inference the model gets the prompt's ids and nothing else, so the
+boundary must not depend on the answer. The labels are the answers, each with its EOS; prompts are masked. A text is
+learned as a whole, from its second token on: nothing precedes the first, and in a packed batch what stands before it is
+another document.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lola_ft.data.formats import Example
+from lola_ft.data.example import Example
 from lola_ft.data.report import Counts, EncodingReport
 from lola_ft.data.templates import Template
 from lola_ft.errors import DataError
@@ -32,14 +34,16 @@ class Encoded:
     """Sequences with the columns `input_ids` and `labels`, and what became of the rows."""
 
     dataset: "Dataset"
+    languages: list[str]
+    """Each sequence's language code."""
     report: EncodingReport
 
 
 class Sequence(NamedTuple):
-    """Token ids; the first `masked` of them are not learned."""
+    """Token ids, and the labels of as many: an id where it is learned, MASKED where it is only read."""
 
     ids: list[int]
-    masked: int
+    labels: list[int]
 
 
 def encode(
@@ -58,8 +62,8 @@ def encode(
         overlong: What happens to a longer row:
             drop: it is left out and counted.
             error: a DataError names it.
-            truncate: the prompt loses its beginning; an answer too long even without its prompt, or a text, loses
-                its end. EOS stays.
+            truncate: a conversation loses its first exchanges, then the prompt its beginning; an answer too long
+                even without its prompt, or a text, loses its end. EOS stays.
             split: a text becomes several sequences. They overlap by one token, so that every token is learned
                 once and none without a predecessor. A row with a prompt is refused: without its prompt the rest of
                 an answer teaches nothing, and with it each piece but the last would lack its EOS.
@@ -74,14 +78,16 @@ def encode(
     fit = _POLICIES[overlong]
     report = EncodingReport()
     chunks = []
+    languages: list[str] = []
     shortest = None
     for batch in _batches(examples):
         sequences: list[Sequence] = []
         for row in _tokenize(batch, tokenizer, template, eos):
             counts = report.of(row.example.language)
             fitted = [row.whole] if row.length <= max_length else fit(row, max_length, counts)
-            _count(counts, fitted)
+            _count(counts, row, fitted)
             sequences += fitted
+            languages += [sys.intern(row.example.language)] * len(fitted)
             shortest = row.length if shortest is None else min(shortest, row.length)
         chunks.append(_arrow(sequences))
     if not report.languages:
@@ -91,7 +97,7 @@ def encode(
             f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
             f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
         )
-    return Encoded(_dataset(chunks), report)
+    return Encoded(_dataset(chunks), languages, report)
 
 
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -107,23 +113,33 @@ def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """An example's token ids; `prompt` is None for a text."""
+    """An example's token ids, one pair for each exchange: prompt (empty for a text), and answer or text with EOS."""
 
     example: Example
-    prompt: list[int] | None
-    answer: list[int]
-    """Answer or text, with EOS."""
+    exchanges: list[tuple[list[int], list[int]]]
+
+    @property
+    def is_text(self) -> bool:
+        return self.example.prompt is None
 
     @property
     def length(self) -> int:
         """Tokens of the whole row."""
-        return len(self.prompt or ()) + len(self.answer)
+        return sum(len(prompt) + len(answer) for prompt, answer in self.exchanges)
 
     @property
     def whole(self) -> Sequence:
         """The row as one sequence."""
-        prompt = self.prompt or []
-        return Sequence([*prompt, *self.answer], max(1, len(prompt)))
+        return _joined(self.exchanges)
+
+
+def _joined(exchanges: list[tuple[list[int], list[int]]]) -> Sequence:
+    """Prompts and answers in their order; the very first token is never learned, since nothing precedes it."""
+    ids, labels = list[int](), list[int]()
+    for prompt, answer in exchanges:
+        ids += [*prompt, *answer]
+        labels += [*[MASKED] * len(prompt), *answer]
+    return Sequence(ids, [MASKED, *labels[1:]])
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -135,10 +151,17 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 def _tokenize(
     batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: Template, eos: int
 ) -> Iterator[TokenizedRow]:
-    prompts = iter(encode_texts([template.render(row) for row in batch if row.prompt is not None], tokenizer))
-    answers = encode_texts([row.completion for row in batch], tokenizer)
-    for example, answer in zip(batch, answers, strict=True):
-        yield TokenizedRow(example, None if example.prompt is None else next(prompts), [*answer, eos])
+    prompts = iter(
+        encode_texts([p for row in batch if row.prompt is not None for p in template.render(row)], tokenizer)
+    )
+    answers = iter(encode_texts([answer for row in batch for answer in _answers(row)], tokenizer))
+    for row in batch:
+        pairs = [([] if row.prompt is None else next(prompts), [*next(answers), eos]) for _ in _answers(row)]
+        yield TokenizedRow(row, pairs)
+
+
+def _answers(row: Example) -> list[str]:
+    return [*(answer for _, answer in row.earlier), row.completion]
 
 
 def _drop(_row: TokenizedRow, _max_length: int, counts: Counts) -> list[Sequence]:
@@ -155,23 +178,30 @@ def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequenc
 
 def _truncate(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
     counts.truncated += 1
-    room = max_length - len(row.answer)
-    if row.prompt is not None and room >= 0:
-        prompt = row.prompt[len(row.prompt) - room :]
-        return [Sequence([*prompt, *row.answer], max(1, room))]
+    kept = row.exchanges
+    while len(kept) > 1 and sum(len(prompt) + len(answer) for prompt, answer in kept) > max_length:
+        kept = kept[1:]
+        counts.exchanges_cut += 1
+    *_, (prompt, answer) = kept
+    if len(kept) > 1 or len(prompt) + len(answer) <= max_length:
+        return [_joined(kept)]
+    room = max_length - len(answer)
+    if not row.is_text and room >= 0:
+        return [_joined([(prompt[len(prompt) - room :], answer)])]
     counts.answers_cut += 1
-    return [Sequence([*row.answer[: max_length - 1], row.answer[-1]], 1)]
+    return [_joined([([], [*answer[: max_length - 1], answer[-1]])])]
 
 
 def _split(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
-    if row.prompt is not None:
+    if not row.is_text:
         raise DataError(
             f"{row.example.where}: {row.length} tokens, more than data.max_length {max_length}, and data.overlong "
             "split cuts plain text only: an answer cut off from its prompt teaches nothing. Choose drop or truncate."
         )
     counts.split += 1
-    starts = range(0, len(row.answer) - 1, max_length - 1)
-    return [Sequence(row.answer[start : start + max_length], 1) for start in starts]
+    [(_, text)] = row.exchanges
+    starts = range(0, len(text) - 1, max_length - 1)
+    return [_joined([([], text[start : start + max_length])]) for start in starts]
 
 
 _POLICIES: dict[str, Callable[[TokenizedRow, int, Counts], list[Sequence]]] = {
@@ -182,12 +212,16 @@ _POLICIES: dict[str, Callable[[TokenizedRow, int, Counts], list[Sequence]]] = {
 }
 
 
-def _count(counts: Counts, fitted: list[Sequence]) -> None:
+def _count(counts: Counts, row: TokenizedRow, fitted: list[Sequence]) -> None:
+    answers = _answers(row.example)
     counts.rows += 1
     counts.kept += bool(fitted)
     counts.sequences += len(fitted)
     counts.tokens += sum(len(sequence.ids) for sequence in fitted)
-    counts.trained_tokens += sum(len(sequence.ids) - sequence.masked for sequence in fitted)
+    counts.trained_tokens += sum(len(sequence.labels) - sequence.labels.count(MASKED) for sequence in fitted)
+    counts.answer_tokens += sum(len(answer) - 1 for _, answer in row.exchanges)
+    counts.answer_bytes += sum(len(answer.encode()) for answer in answers)
+    counts.answer_words += sum(len(answer.split()) for answer in answers)
 
 
 def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
@@ -195,10 +229,9 @@ def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
     import pyarrow
 
     kind = pyarrow.list_(pyarrow.int32())
-    labels = [[MASKED] * masked + ids[masked:] for ids, masked in sequences]
     columns: dict[str, Any] = {
-        "input_ids": pyarrow.array([ids for ids, _ in sequences], kind),
-        "labels": pyarrow.array(labels, kind),
+        "input_ids": pyarrow.array([sequence.ids for sequence in sequences], kind),
+        "labels": pyarrow.array([sequence.labels for sequence in sequences], kind),
     }
     return pyarrow.table(columns)
 

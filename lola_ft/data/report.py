@@ -1,6 +1,7 @@
 """What became of the rows, by language: printed before training and kept in the manifest."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -16,9 +17,31 @@ class Counts:
     """Kept rows that lost tokens, of the prompt or of the answer."""
     answers_cut: int = 0
     """Truncated rows whose answer or text lost its end."""
+    exchanges_cut: int = 0
+    """Exchanges at the beginning of conversations that truncation left out."""
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    answer_tokens: int = 0
+    """Tokens of all answers and texts, before anything was dropped or cut, without EOS."""
+    answer_bytes: int = 0
+    """Their bytes in UTF-8."""
+    answer_words: int = 0
+    """Their words, divided at spaces; languages written without spaces have few."""
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """What the tokenizer makes of a byte of this language's answers and texts."""
+        return round(self.answer_tokens / max(self.answer_bytes, 1), 3)
+
+    @property
+    def tokens_per_word(self) -> float:
+        """What the tokenizer makes of a word of this language's answers and texts."""
+        return round(self.answer_tokens / max(self.answer_words, 1), 3)
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Plain numbers, the tokenizer's cost among them."""
+        return asdict(self) | {"tokens_per_byte": self.tokens_per_byte, "tokens_per_word": self.tokens_per_word}
 
     def add(self, other: "Counts") -> None:
         """Add another language's counts."""
@@ -44,9 +67,9 @@ class EncodingReport:
             total.add(counts)
         return total
 
-    def as_dict(self) -> dict[str, dict[str, int] | dict[str, dict[str, int]]]:
+    def as_dict(self) -> dict[str, Any]:
         """For the manifest: `total`, and `languages` in the order of their codes."""
         return {
-            "total": asdict(self.total),
-            "languages": {code: asdict(self.languages[code]) for code in sorted(self.languages)},
+            "total": self.total.as_dict(),
+            "languages": {code: self.languages[code].as_dict() for code in sorted(self.languages)},
         }

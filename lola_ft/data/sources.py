@@ -1,16 +1,28 @@
-"""Where rows come from: a local .jsonl or .json file, or a dataset on the Hub. Every row knows its place."""
+"""Where rows come from: local files, folders and globs of them, or a dataset on the Hub. Every row knows its place."""
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import glob
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
 
+from lola_ft.data.hub_rows import hub_rows
+from lola_ft.data.json_files import json_rows, jsonl_rows
+from lola_ft.data.rows import BadRow, Row, Rows
+from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
+from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError
 
-_BOM = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_READERS = {
+    ".jsonl": jsonl_rows,
+    ".json": json_rows,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".parquet": parquet_rows,
+    ".txt": text_rows,
+}
+KINDS = f"{', '.join(list(_READERS)[:-1])} and {list(_READERS)[-1]}"
 
 
 @dataclass(frozen=True)
@@ -19,61 +31,95 @@ class Source:
 
     format: str
     path: str | None = None
+    """A file, a folder (every file of a known kind in it, at any depth) or a glob such as `data/*.jsonl`."""
     hub: str | None = None
+    subset: str | None = None
     split: str | None = None
     """Split of the Hub dataset; None is `train`."""
     revision: str | None = None
+    streaming: bool = False
+    limit: int | None = None
+    """Rows that are read; None reads all."""
+    unit: str | None = None
+    """What a row of a .txt file is: `paragraph` (None too), `line` or `file`."""
     language: str | None = None
     language_column: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     """The format's field name: the file's field name."""
+    labels: Mapping[str, str] | None = None
+    """Classification: a label as the file has it: the word for it."""
+    source_language: str | None = None
+    target_language: str | None = None
+    instruction: str | None = None
+    """Classification and translation: the request, with the format's fields in braces. Alpaca: every row's request."""
 
     @property
     def name(self) -> str:
         """What messages call it: the path, or the Hub id with its split."""
-        return self.path if self.path is not None else f"{self.hub}[{self.split or 'train'}]"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row as it was found, and its place: `file:line`, `file:[index]` or `dataset[split]:[index]`."""
-
-    fields: dict[str, Any]
-    where: str
+        if self.path is not None:
+            return self.path
+        return f"{self.hub}{f'/{self.subset}' if self.subset else ''}[{self.split or 'train'}]"
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """The rows of a source, one after the other; what is missing altogether is found before the first one.
+    """The rows of a source, one after the other.
 
     Raises:
-        DataError: No such file, an unknown kind of file, a broken line, text that is not UTF-8, or no rows at all.
+        DataError: As `scan_rows`, and from the first row that cannot be read.
     """
-    rows = _file_rows(Path(source.path)) if source.path is not None else _hub_rows(source)
-    return _at_least_one(rows, source.name)
+    return map(_usable, scan_rows(source))
 
 
-def _at_least_one(rows: Iterable[Row], name: str) -> Iterator[Row]:
-    empty = True
-    for row in rows:
-        empty = False
-        yield row
-    if empty:
-        raise DataError(f"{name} holds no rows. Give a file with at least one, or remove this source.")
+def scan_rows(source: Source) -> Rows:
+    """The rows of a source, good and bad; what is missing altogether is found before the first one.
+
+    Raises:
+        DataError: No such file, an unknown kind of file, a file broken as a whole, or no rows at all.
+    """
+    rows = hub_rows(source) if source.path is None else _rows_of(files_of(source.path), source.unit or "paragraph")
+    return islice(_at_least_one(rows, source.name), source.limit)
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def files_of(path: str) -> list[Path]:
+    """The files that a path stands for, sorted by name.
+
+    Raises:
+        DataError: None, one that cannot be opened, or one of an unknown kind.
+    """
+    place = Path(path)
+    try:
+        folder = place.is_dir()
+        pattern = not folder and glob.has_magic(path) and not place.exists()
+    except (OSError, ValueError):  # a name too long, or with a zero byte: opening it says so
+        folder = pattern = False
+    if folder:
+        return _matching(
+            f"{glob.escape(path)}/**", f"{path}: the folder holds no {KINDS.replace(' and ', ' or ')} file."
+        )
+    if pattern:
+        return _matching(path, f"{path}: no file of a kind that can be read matches ({KINDS}).")
+    _check_opens(place)
+    if place.suffix.lower() not in _READERS:
+        raise DataError(f"{path}: unknown kind of file '{place.suffix}'. This version reads {KINDS}.")
+    return [place]
+
+
+def _matching(pattern: str, nothing: str) -> list[Path]:
+    """Files of known kinds, sorted; wildcards match no hidden file or folder."""
+    found = (Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob finds hidden ones
+    files = sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
+    if not files:
+        raise DataError(nothing)
+    return files
+
+
+def _check_opens(path: Path) -> None:
     try:
         path.open("rb").close()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.{_near(path)}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder. Name a {' or '.join(_READERS)} file in it.") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file '{path.suffix}'. This version reads {' and '.join(_READERS)}.")
-    return reader(path)
 
 
 def _near(path: Path) -> str:
@@ -85,87 +131,22 @@ def _near(path: Path) -> str:
     return f" Did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    """One object a line. Lines end with a newline byte only, so that U+2028 may stand in a text."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            text = _decode(line, where).strip(" \t\r\n")
-            if text:
-                yield Row(_object(_parse(text, where), where), where)
+def _rows_of(files: list[Path], unit: str) -> Rows:
+    for file in files:
+        kind = file.suffix.lower()
+        yield from text_rows(file, unit) if kind == ".txt" else _READERS[kind](file)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    """One list of objects."""
-    text = _decode(path.read_bytes().removeprefix(_BOM), str(path))
-    if not text.strip():
-        return
-    rows = _parse(text, str(path))
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of objects; found {_kind(rows)}.")
-    for index, row in enumerate(rows):
-        where = f"{path}:[{index}]"
-        yield Row(_object(row, where), where)
+def _at_least_one(rows: Iterable[Row | BadRow], name: str) -> Rows:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{name} holds no rows. Give a file with at least one, or remove this source.")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _jsonl_rows, ".json": _json_rows}
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if data.startswith(_UTF16_MARKS):
-            raise DataError(f"{where}: the file is UTF-16, not UTF-8. Save it as UTF-8.") from None
-        raise DataError(
-            f"{where}: not UTF-8 text (byte {error.start + 1} is 0x{data[error.start]:02x}). Save the file as UTF-8."
-        ) from None
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise DataError(_broken(error, text, where)) from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply.") from None
-    except ValueError as error:
-        raise DataError(f"{where}: broken JSON: {error}.") from None
-
-
-def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
-    if where.endswith(".json"):  # the whole file was read, so the line is the error's own
-        where = f"{where}:{error.lineno}"
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return f"{where}: more than one object. A file with one object a line is named .jsonl."
-    if text.strip() in ("[", "[{") and where.endswith(":1"):
-        return f"{where}: a list that goes over several lines. A file that is one JSON list is named .json."
-    return f"{where}: broken JSON at column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}."
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {_kind(value)}.')
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _hub_rows(source: Source) -> Iterator[Row]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.hub, split=source.split or "train", revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"{source.name}: cannot be loaded from the Hub: {reason}") from None
-    return (Row(dict(row), f"{source.name}:[{index}]") for index, row in enumerate(rows))
+def _usable(row: Row | BadRow) -> Row:
+    if isinstance(row, BadRow):
+        raise DataError(row.message)
+    return row

@@ -1,9 +1,9 @@
 """Which rows are held out: decided row by row, by what the row says."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from lola_ft.data.formats import Example
+from lola_ft.data.example import Example
 from lola_ft.errors import DataError
 
 
@@ -17,26 +17,27 @@ def is_validation(example: Example, share: float, seed: int) -> bool:
         share: Part held out, from 0 to 1.
         seed: Another seed holds out other rows.
     """
-    prompt = example.prompt["prompt"] if example.prompt else ""
-    digest = hashlib.sha256(f"{seed}\n{len(prompt)}\n{prompt}\n{example.completion}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{example.identity}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def split_validation(examples: Iterable[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Divide examples into (training, validation), each in its old order.
+def hold_out(examples: Iterable[Example], share: float, seed: int, validation: list[Example]) -> Iterator[Example]:
+    """The training rows, one after the other; the others are put into `validation`, each side in its old order.
 
     Raises:
-        DataError: A share was asked for, and one of the sides is empty.
+        DataError: At the end, if one of the sides is empty.
     """
-    training: list[Example] = []
-    validation: list[Example] = []
+    training = 0
     for example in examples:
-        (validation if is_validation(example, share, seed) else training).append(example)
-    rows = len(training) + len(validation)
+        if is_validation(example, share, seed):
+            validation.append(example)
+        else:
+            training += 1
+            yield example
+    rows = training + len(validation)
     if share > 0 and rows and not (training and validation):
         side = "validation" if training else "training"
         raise DataError(
             f"data.validation {share:g} of {rows} rows leaves no {side} row. "
             "Change the share, or give validation sources of its own."
         )
-    return training, validation

@@ -1,19 +1,21 @@
 """Prompt templates: the text in front of an answer, the same in training and in use.
 
-A template is a jinja file, bundled or the user's own. It sees `instruction`, `input` and `prompt` (both in one) and
-nothing else. It runs in jinja's sandbox, since a template may come with somebody else's adapter.
+A template is a jinja file, bundled or the user's own. It sees `instruction`, `input`, `prompt` (both in one),
+`messages` (what was said since the last answer, a list of `role` and `content`) and `first` (whether no answer came
+before), and nothing else. It renders what stands in front of one answer; a conversation is its exchanges one after the
+other, each answer ended by EOS. It runs in jinja's sandbox, since a template may come with somebody else's adapter.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lola_ft.data.formats import Example, prompt_fields
+from lola_ft.data.example import Example, Fields, prompt_fields
 from lola_ft.errors import DataError
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -52,22 +54,36 @@ class Template:
         template._check()
         return template
 
-    def render(self, example: Example) -> str:
-        """The prompt of an example."""
+    def render(self, example: Example) -> list[str]:
+        """What stands in front of each answer of an example, in their order.
+
+        Raises:
+            DataError: A conversation of several answers, and this template renders one request alone.
+        """
         assert example.prompt is not None, "a text example has no prompt to render"
-        return self._render(example.prompt)
+        if example.earlier and not self.renders_turns:
+            raise DataError(
+                f"{example.where}: a conversation with {len(example.exchanges)} answers, and template {self.name} "
+                "renders a single request. Set data.template to chatml, or use `messages` in a template of your own."
+            )
+        return [self._render(fields, first=index == 0) for index, (fields, _) in enumerate(example.exchanges)]
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The prompt of a request at inference."""
-        return self._render(prompt_fields(instruction, input))
+        return self._render(prompt_fields(instruction, input), first=True)
+
+    @cached_property
+    def renders_turns(self) -> bool:
+        """Whether it can render a conversation of several turns."""
+        return "messages" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
         return _ENVIRONMENT.from_string(self.source)
 
-    def _render(self, fields: Mapping[str, str]) -> str:
+    def _render(self, fields: Fields, first: bool) -> str:
         try:
-            return self._compiled.render(fields)
+            return self._compiled.render(_visible(fields, first))
         except Exception as error:  # the user's own template may raise anything
             raise DataError(f"template {self.name} fails: {str(error).rstrip('.')}.") from None
 
@@ -77,14 +93,22 @@ class Template:
             used = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{self.name}:{error.lineno}: broken template: {str(error.message).rstrip('.')}.") from None
-        known = prompt_fields("one", "two")
+        known = _visible(prompt_fields("one", "two"), first=True)
         if unknown := sorted(used - set(known)):
             raise DataError(f"template {self.name} uses '{unknown[0]}'; there is {', '.join(known)}.")
-        if not {"instruction", "prompt"} & used:
-            raise DataError(f"template {self.name} leaves the request out. Use `instruction` or `prompt` in it.")
-        if "instruction" in used and not {"input", "prompt"} & used:
+        if not {"instruction", "prompt", "messages"} & used:
+            raise DataError(
+                f"template {self.name} leaves the request out. Use `instruction`, `prompt` or `messages` in it."
+            )
+        if "instruction" in used and not {"input", "prompt", "messages"} & used:
             raise DataError(f"template {self.name} leaves `input` out. Use it too, or `prompt` for both in one.")
-        self._render(known)
+        self._render(prompt_fields("one", "two"), first=True)
+        self._render(prompt_fields("one", "two"), first=False)
+
+
+def _visible(fields: Fields, first: bool) -> dict[str, Any]:
+    """What a template sees: a request of any format is one message of the user."""
+    return {"messages": [{"role": "user", "content": fields["prompt"]}], "first": first} | dict(fields)
 
 
 def _read(path: Path) -> str:

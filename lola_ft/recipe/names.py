@@ -8,8 +8,17 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    "messages": ("messages",),
+    "classification": ("text", "text_pair", "label"),
+    "translation": ("source", "target", "source_language", "target_language"),
 }
-"""The standard fields of the formats that this version reads, as `lola_ft.data` reads them."""
+"""The standard fields of each format, as `lola_ft.data` reads them."""
+
+INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
+    "classification": ("text", "text_pair", "labels"),
+    "translation": ("source", "source_language", "target_language"),
+}
+"""What an `instruction` may name in braces."""
 
 SCHEDULERS = (
     "linear",

@@ -17,6 +17,9 @@ EXCLUSIVE = {
 }
 """Overriding one of such a pair takes the other out of the file: a short trial of a recipe needs one word."""
 
+PLACES = {"path": ("hub", "subset", "split", "revision", "streaming"), "hub": ("path", "unit")}
+"""In a source, overriding `path` takes out what belongs to a Hub dataset, and the other way round."""
+
 
 @dataclass
 class Overridden:
@@ -70,6 +73,10 @@ def _put(parts: list[str], value: Any, override: str, result: Overridden) -> str
     path = (*path, step)
     if path in EXCLUSIVE and value is not None and EXCLUSIVE[path] not in result.origins:
         place.pop(EXCLUSIVE[path][-1], None)
+    if path[:1] == ("data",) and isinstance(place, dict) and value is not None:
+        for other in PLACES.get(str(step), ()):
+            if (*path[:-1], other) not in result.origins:
+                place.pop(other, None)
     place[step] = value
     result.origins[path] = override
     return None

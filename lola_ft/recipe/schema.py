@@ -5,6 +5,7 @@ numbers; a whole number may stand for a decimal). Rules that tie keys together l
 names the key to blame, so that the loader can point at its line.
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import FORMAT_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+from lola_ft.recipe.names import FORMAT_FIELDS, INSTRUCTION_FIELDS, OPTIMIZERS, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
 
 LOLA_POSITIONS = 2048
@@ -137,16 +138,34 @@ class Router(Section):
 
 
 class Source(Section):
-    """Where rows come from: a local file or a dataset on the Hub."""
+    """Where rows come from: local files or a dataset on the Hub."""
 
-    path: Name | None = Field(default=None, description="local .jsonl or .json file")
+    path: Name | None = Field(
+        default=None,
+        description="local .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of them, or a glob",
+    )
     hub: Name | None = Field(default=None, description="dataset id on the Hub")
+    subset: Name | None = Field(default=None, description="configuration of the Hub dataset, often a language")
     split: Name | None = Field(default=None, description="split of the Hub dataset (train)")
     revision: Name | None = Field(default=None, description="branch, tag or commit of the Hub dataset")
+    streaming: bool = Field(default=False, description="read the Hub dataset row by row, without downloading it first")
+    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="read only so many rows")
+    unit: Literal["paragraph", "line", "file"] | None = Field(
+        default=None, description="what a row of a .txt file is (paragraph: blank lines divide)"
+    )
     format: Format = Field(description="what a row's fields mean")
     language: Name | None = Field(default=None, description="language code of every row")
     language_column: Name | None = Field(default=None, description="field of a row that holds its language code")
     fields: dict[str, Name] = Field(default={}, description="the format's field name: the file's field name")
+    labels: Annotated[dict[str, Name], Field(min_length=1)] | None = Field(
+        default=None, description="classification: a label as the file has it: the word for it"
+    )
+    source_language: Name | None = Field(default=None, description="translation: language code of every source text")
+    target_language: Name | None = Field(default=None, description="translation: language code of every translation")
+    instruction: Name | None = Field(
+        default=None,
+        description="every row's request, for alpaca, classification and translation; {text} puts a field in its place",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -158,15 +177,48 @@ class Source(Section):
     def _rules(self) -> Iterable[Problem]:
         if (self.path is None) == (self.hub is None):
             yield (), "give exactly one of `path` (a local file) and `hub` (a dataset on the Hub)"
-        for key in ("split", "revision"):
-            if self.hub is None and self.path is not None and getattr(self, key) is not None:
+        for key in ("subset", "split", "revision", "streaming"):
+            if self.hub is None and self.path is not None and getattr(self, key) not in (None, False):
                 yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
+        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in _ROWS_OF_THEIR_OWN):
+            yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
         if self.language is not None and self.language_column is not None:
             yield ("language_column",), "give `language` or `language_column`, not both"
-        known = FORMAT_FIELDS.get(self.format, ())
+        known = FORMAT_FIELDS[self.format]
         for name in self.fields:
-            if known and name not in known:
+            if name not in known:
                 yield ("fields", name), f"format {self.format} has no field '{name}'; it has {', '.join(known)}"
+        yield from self._format_rules()
+
+    def _format_rules(self) -> Iterable[Problem]:
+        """What belongs to one format alone, and what an instruction may name."""
+        for key, formats in _KEYS_OF_FORMATS.items():
+            if getattr(self, key) is not None and self.format not in formats:
+                yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
+        for side in ("source_language", "target_language"):
+            if self.format == "translation" and getattr(self, side) is not None and side in self.fields:
+                yield (side,), f"give `{side}` or map it with `fields`, not both"
+        if self.instruction is not None and "instruction" in self.fields:
+            yield ("instruction",), "give `instruction` or map it with `fields`, not both"
+        places = INSTRUCTION_FIELDS.get(self.format, ())
+        for name in re.findall(r"\{(\w+)\}", self.instruction or "") if places else ():
+            if name not in places:
+                yield ("instruction",), f"names {{{name}}}; format {self.format} has {_in_braces(places)}"
+            elif name == "labels" and self.labels is None:
+                yield ("instruction",), "names {labels}, and this source has no `labels`. Add them"
+
+
+_ROWS_OF_THEIR_OWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_KEYS_OF_FORMATS = {
+    "labels": ("classification",),
+    "source_language": ("translation",),
+    "target_language": ("translation",),
+    "instruction": ("alpaca", "classification", "translation"),
+}
+
+
+def _in_braces(names: tuple[str, ...]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
 
 
 def _kind_of_validation(value: Any) -> str | None:
@@ -180,7 +232,21 @@ class Data(Section):
 
     template: Name = Field(default="alpaca", description="bundled prompt template, or a path that ends in .jinja")
     sources: list[Source] = Field(min_length=1, description="where the training rows come from")
+    normalize: Literal["none", "nfc"] = Field(default="none", description="nfc composes characters; none changes none")
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
+    )
     language_temperature: float = Field(default=1.0, ge=1, description="evens languages out: sampling follows n^(1/T)")
+    max_per_language: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="most examples of a language in an epoch"
+    )
+    max_repeats: int = Field(
+        default=4, ge=1, description="how often a row may come in an epoch when languages are mixed"
+    )
+    deduplicate: bool = Field(default=False, description="leave out training rows that say the same as an earlier one")
+    leakage: Literal["error", "drop", "allow"] = Field(
+        default="error", description="what happens to training rows that are validation rows too"
+    )
     max_length: int = Field(default=1024, ge=2, description="longest sequence in tokens")
     overlong: Literal["drop", "split", "truncate", "error"] = Field(
         default="drop", description="what happens to longer rows"
@@ -198,6 +264,10 @@ class Data(Section):
     def _rules(self) -> Iterable[Problem]:
         if self.max_length > LOLA_POSITIONS:
             yield ("max_length",), f"{self.max_length} is more than LOLA's {LOLA_POSITIONS} positions"
+        if self.max_repeats != 4 and self.language_temperature == 1:
+            yield ("max_repeats",), "no row is repeated at language_temperature 1. Raise that, or remove this"
+        if self.leakage != "error" and not isinstance(self.validation, list):
+            yield ("leakage",), "is for validation sources of its own; of a share of the rows none can leak. Remove it"
         rows = [*self.sources, *(self.validation if isinstance(self.validation, list) else [])]
         answers = next((source.format for source in rows if source.format != "text"), None)
         if self.overlong == "split" and answers is not None:

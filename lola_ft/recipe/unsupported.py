@@ -13,21 +13,6 @@ _NEXT = "is not supported yet"
 
 UNSUPPORTED: list[tuple[str, Callable[[Any], bool], str]] = [
     (
-        "data.language_temperature",
-        lambda value: isinstance(value, int | float) and value > 1,
-        f"mixing languages {_NEXT}. Write 1.0",
-    ),
-]
-UNSUPPORTED += [
-    (
-        f"data.{part}.*.format",
-        lambda value: value in ("messages", "classification", "translation"),
-        f"this format {_NEXT}. Choose alpaca, prompt_completion or text",
-    )
-    for part in ("sources", "validation")
-]
-UNSUPPORTED += [
-    (
         "train.scheduler",
         lambda value: value in ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"),
         "this schedule needs settings of its own that a recipe cannot give. Choose another, such as cosine",

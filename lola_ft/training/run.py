@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
-from lola_ft.errors import CheckpointError, UserError
 from lola_ft.files import write_text
-from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import audit, load_base
 from lola_ft.quantization.load import default_device
@@ -24,11 +22,13 @@ from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import sft_config
-from lola_ft.training.dataset import RunData, data_table, prepare
+from lola_ft.training.data_report import print_report
+from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.first_step import FirstStepCheck
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.precision import Precision, choose_precision
 from lola_ft.training.progress import Progress
+from lola_ft.training.tokenizer import fit_length, load_tokenizer
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
 
@@ -82,12 +82,11 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     if precision.note:
         console.print(precision.note)
     checkpoint = HubCheckpoint.open(recipe.base.model, recipe.base.revision)
-    recipe = _fit_length(recipe, checkpoint.config, console)
-    tokenizer = load_tokenizer(checkpoint)
+    recipe = fit_length(recipe, checkpoint.config, console)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
+    recipe = recipe.model_copy(update={"data": pin(recipe.data)})
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
-    console.print(data_table(data.train.report, "Training data"))
-    if data.validation:
-        console.print(data_table(data.validation.report, "Validation data"))
+    print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
     base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
@@ -99,39 +98,6 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     trained = count_trainable(model)
     console.print(trainable_table(trained, settings.ranks()))
     return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
-
-
-def _fit_length(recipe: Recipe, config: LolaConfig, console: Console) -> Recipe:
-    """Hold sequences to the base's positions: an error if the recipe asks for more, a note if only the default does."""
-    wanted, most = recipe.data.max_length, config.n_positions
-    if wanted <= most:
-        return recipe
-    if "max_length" in recipe.data.model_fields_set:
-        raise UserError(
-            f"data.max_length: {wanted} is more than the {most} learned positions of {recipe.base.model}. "
-            f"Set data.max_length={most} or less."
-        )
-    console.print(f"Sequences are at most {most} tokens long: {recipe.base.model} has no more positions.")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
-
-
-def load_tokenizer(checkpoint: HubCheckpoint) -> PreTrainedTokenizerFast:
-    """The base's tokenizer, checked against its vocabulary.
-
-    Raises:
-        CheckpointError: If there is none, or it has more tokens than the model.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{checkpoint.folder}: no tokenizer can be loaded from here ({reason}).") from error
-    if len(tokenizer) > checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{checkpoint.config.vocab_size}. They do not belong together."
-        )
-    return tokenizer
 
 
 def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTrainer, dict[str, Any]]:
@@ -149,7 +115,7 @@ def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTraine
             steps=_estimate_steps(recipe, data),
             evaluate=data.validation is not None,
         ),
-        train_dataset=data.train.dataset,
+        train_dataset=data.mix.dataset,
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check],
@@ -187,7 +153,6 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
         (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
 
     save_adapter(model, output / run_folder.ADAPTER_FOLDER, fitting_layout(model), also=write_companions)
-    validation = prepared.data.validation
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": run_folder.library_versions(),
@@ -202,11 +167,7 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
             group: {"tensors": tensors, "parameters": parameters}
             for group, (tensors, parameters) in prepared.trained.items()
         },
-        "data": {
-            "sha256": prepared.data.source_hashes,
-            "train": prepared.data.train.report.as_dict(),
-            "validation": validation.report.as_dict() if validation else None,
-        },
+        "data": prepared.data.as_dict(),
         "results": results,
     }
     run_folder.write_manifest(output, manifest)
@@ -219,17 +180,14 @@ def _estimate_steps(recipe: Recipe, data: RunData) -> int:
     train = recipe.train
     if train.max_steps:
         return train.max_steps
-    total = data.train.report.total
-    rows = math.ceil(total.tokens / recipe.data.max_length) if recipe.data.packing else total.sequences
+    rows = math.ceil(data.mix.tokens / recipe.data.max_length) if recipe.data.packing else len(data.mix.dataset)
     return max(1, math.ceil(rows / (train.micro_batch_size * train.grad_accum_steps) * train.epochs))
 
 
 def _packing_line(trainer: LolaTrainer, data: RunData) -> str:
     """How many rows there are and how full they are."""
-    rows, total = len(trainer.train_dataset), data.train.report.total
+    rows, sequences, tokens = len(trainer.train_dataset), len(data.mix.dataset), data.mix.tokens
     if not trainer.args.packing:
-        return (
-            f"{total.sequences:,} sequences, {total.tokens / total.sequences:.0f} tokens each on average, not packed."
-        )
-    full = total.tokens / (rows * trainer.args.max_length)
-    return f"{total.sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."
+        return f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed."
+    full = tokens / (rows * trainer.args.max_length)
+    return f"{sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."

@@ -7,7 +7,7 @@ import pytest
 
 from lola_ft.data import Example, Template, encode, encode_texts
 from lola_ft.data.encoding import MASKED
-from lola_ft.data.formats import prompt_fields
+from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError
 
 EOS = 5
@@ -35,11 +35,11 @@ def test_an_answer_and_its_eos_are_learned_and_the_prompt_is_not(tokenizer: Any)
     example = answer("one two", "three")
     encoded = encode([example], tokenizer, template, 500)
     [(ids, labels)] = columns(encoded)
-    prompt = encode_texts([template.render(example)], tokenizer)[0]
+    prompt = encode_texts(template.render(example), tokenizer)[0]
     assert encoded.dataset.column_names == ["input_ids", "labels"]
     assert ids[: len(prompt)] == prompt  # what the model sees at inference
     assert labels == [MASKED] * len(prompt) + encode_texts(["three"], tokenizer)[0] + [EOS]
-    assert tokenizer.decode(ids[:-1]) == template.render(example) + "three"
+    assert tokenizer.decode(ids[:-1]) == template.render(example)[0] + "three"
     assert [id for id, label in zip(ids, labels, strict=True) if label != MASKED] == labels[len(prompt) :]
 
 
@@ -98,9 +98,15 @@ def test_the_report_is_plain_data_sorted_by_language(tokenizer: Any, plain: Temp
         "split": 0,
         "truncated": 0,
         "answers_cut": 0,
+        "exchanges_cut": 0,
         "sequences": 1,
         "tokens": length,
         "trained_tokens": length - 1,
+        "answer_tokens": length - 1,
+        "answer_bytes": 3,
+        "answer_words": 1,
+        "tokens_per_byte": round((length - 1) / 3, 3),
+        "tokens_per_word": length - 1,
     }
 
 

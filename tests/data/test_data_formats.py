@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from lola_ft.data import Example, Row, Source, Template, read_examples, to_example
-from lola_ft.data.formats import FORMATS, prompt_fields
+from lola_ft.data.example import prompt_fields
+from lola_ft.data.formats import FORMATS
 from lola_ft.errors import DataError
 from lola_ft.recipe.names import FORMAT_FIELDS
 
@@ -139,7 +140,7 @@ def test_the_alpaca_template_is_stanfords_to_the_letter() -> None:
     template = Template.load("alpaca")
     assert template.prompt("Translate.", "maji") == WITH_INPUT
     assert template.prompt("Translate.") == WITHOUT_INPUT
-    assert template.render(read({"instruction": "Translate.", "output": "x"}, "alpaca")) == WITHOUT_INPUT
+    assert template.render(read({"instruction": "Translate.", "output": "x"}, "alpaca")) == [WITHOUT_INPUT]
 
 
 def test_the_plain_template_is_the_prompt_itself() -> None:
@@ -162,8 +163,8 @@ def test_a_saved_template_gives_the_same_prompts(tmp_path: Path) -> None:
 
 BAD_TEMPLATES = [
     ("{{ prompt", "broken template: unexpected end of template, expected 'end of print statement'."),
-    ("{{ prompt }}{{ anser }}", "uses 'anser'; there is instruction, input, prompt."),
-    ("Answer:", "leaves the request out. Use `instruction` or `prompt` in it."),
+    ("{{ prompt }}{{ anser }}", "uses 'anser'; there is messages, first, instruction, input, prompt."),
+    ("Answer:", "leaves the request out. Use `instruction`, `prompt` or `messages` in it."),
     ("{{ instruction }}", "leaves `input` out. Use it too, or `prompt` for both in one."),
     ("{{ prompt.__class__.__mro__ }}", "fails: access to attribute '__class__' of 'str' object is unsafe."),
     ("{{ prompt }}{{ 1 / 0 }}", "fails: division by zero."),
@@ -184,7 +185,7 @@ def test_an_unknown_template_lists_the_bundled_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Template.load("alpacca")
     assert str(caught.value) == (
-        "template 'alpacca' is unknown. Bundled are alpaca, plain; "
+        "template 'alpacca' is unknown. Bundled are alpaca, chatml, plain; "
         "a template of your own is a path that ends in .jinja."
     )
     with pytest.raises(DataError, match="no such template"):

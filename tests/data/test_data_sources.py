@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lola_ft.data import Source, read_examples, read_rows
+from lola_ft.data.sources import KINDS
 from lola_ft.errors import DataError
 from lola_ft.recipe import schema
 
@@ -61,8 +62,8 @@ BAD_FILES = [
     ("a.jsonl", b"\n \r\n", "a.jsonl holds no rows. Give a file with at least one, or remove this source."),
     ("a.json", b"", "a.json holds no rows. Give a file with at least one, or remove this source."),
     ("a.json", b"[]", "a.json holds no rows. Give a file with at least one, or remove this source."),
-    ("a.csv", b"text\na\n", "a.csv: unknown kind of file '.csv'. This version reads .jsonl and .json."),
-    ("rows", b"{}", "rows: unknown kind of file ''. This version reads .jsonl and .json."),
+    ("a.pdf", b"text", f"a.pdf: unknown kind of file '.pdf'. This version reads {KINDS}."),
+    ("rows", b"{}", f"rows: unknown kind of file ''. This version reads {KINDS}."),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: broken JSON at column 13: expecting ',' delimiter."),
     ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
     ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "a.jsonl:1: broken JSON at column 15: extra data."),
@@ -115,11 +116,6 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(Source("text", str(tmp_path / "data" / "x.jsonl")))
     assert str(caught.value).endswith(f"no such file. There is no folder '{tmp_path / 'data'}' either.")
-
-
-def test_a_folder_is_no_data_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"is a folder. Name a \.jsonl or \.json file in it\."):
-        read_rows(Source("text", str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,15 @@ import random
 
 import pytest
 
-from lola_ft.data import Example, is_validation, split_validation
-from lola_ft.data.formats import prompt_fields
+from lola_ft.data import Example, hold_out, is_validation
+from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError
+
+
+def split_validation(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    validation: list[Example] = []
+    return list(hold_out(rows, share, seed, validation)), validation
+
 
 ROWS = [Example(prompt_fields(f"question {n}"), f"answer {n}", "sw", f"sw.jsonl:{n}") for n in range(2000)]
 

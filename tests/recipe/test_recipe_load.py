@@ -184,6 +184,9 @@ ROUND_TRIPS = [
     ("train.scheduler=constant",),
     ("data.validation=[{path: v.json, format: text}]",),
     ("data.sources.0={hub: a/b, format: text, fields: {text: content}, revision: '1e5'}", "data.overlong=split"),
+    ("data.sources.0={path: c.csv, format: classification, labels: {0: no, '1': 'yes'}, instruction: 'Is {text}?'}",),
+    ("data.sources.0={path: t.tsv, format: translation, source_language: en, target_language: no, limit: 3}",),
+    ("data.language_temperature=3", "data.max_repeats=2", "data.max_per_language=50", "data.deduplicate=true"),
     ("output='a: b # c'", "base.model='null'", "base.revision='007'", "data.template='2024-01-01'"),
     ('output="line\\nbreak \\u2028 \\x07 \\U0001F600 "',),
 ]

@@ -202,6 +202,61 @@ RULES = [
     ),
 ]
 
+RULES += [
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], max_repeats: 2}",
+        "data.max_repeats: no row is repeated at language_temperature 1. Raise that, or remove this.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], leakage: drop, validation: 0.1}",
+        "data.leakage: is for validation sources of its own; of a share of the rows none can leak. Remove it.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}, {path: b, format: messages}], overlong: split}",
+        "data.overlong: `split` cuts plain text only, and format messages has an answer that belongs to its prompt. "
+        "Choose drop, truncate or error.",
+    ),
+]
+RANGES += [
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], language_temperature: 0.5}",
+        "data.language_temperature: must be at least 1; got 0.5.",
+    ),
+    (3, "data: {sources: [{path: a, format: text}], max_repeats: 0}", "data.max_repeats: must be at least 1; got 0."),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], max_per_language: 0}",
+        "data.max_per_language: must be at least 1; got 0.",
+    ),
+    (3, "data: {sources: [{path: a, format: text, limit: 0}]}", "data.sources.0.limit: must be at least 1; got 0."),
+]
+CHOICES += [
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], on_bad_row: ignore}",
+        "data.on_bad_row: expected one of error, skip; got 'ignore'.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], normalize: NFC}",
+        "data.normalize: expected one of none, nfc; got 'NFC'. Did you mean 'nfc'?",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text, unit: sentence}]}",
+        "data.sources.0.unit: expected one of paragraph, line, file; got 'sentence'.",
+    ),
+    (
+        3,
+        "data: {sources: [{path: a, format: text}], leakage: skip}",
+        "data.leakage: expected one of error, drop, allow; got 'skip'.",
+    ),
+]
+
 SOURCES = [
     ("format: text", ": give exactly one of `path` (a local file) and `hub` (a dataset on the Hub)."),
     (
@@ -221,24 +276,51 @@ SOURCES = [
     ),
     ("path: a, format: text, fields: {text: 3}", ".fields.text: expected text; got 3. Put it in quotes."),
     ("path: a, format: text, pth: b", ".pth: unknown key. Did you mean 'path'?"),
+    ("path: a, format: text, subset: sw", ".subset: belongs to a Hub dataset; a local file has none. Remove it."),
+    (
+        "path: a, format: text, streaming: true",
+        ".streaming: belongs to a Hub dataset; a local file has none. Remove it.",
+    ),
+    ("path: a.csv, format: text, unit: line", ".unit: divides .txt files; this source has rows of its own. Remove it."),
+    ("hub: a/b, format: text, unit: line", ".unit: divides .txt files; this source has rows of its own. Remove it."),
+    (
+        "path: a, format: text, labels: {0: a}",
+        ".labels: belongs to format classification; this source has text. Remove it.",
+    ),
+    (
+        "path: a, format: text, instruction: Say it.",
+        ".instruction: belongs to format alpaca or classification or translation; this source has text. Remove it.",
+    ),
+    (
+        "path: a, format: alpaca, instruction: Say it., fields: {instruction: q}",
+        ".instruction: give `instruction` or map it with `fields`, not both.",
+    ),
+    (
+        "path: a, format: classification, source_language: en",
+        ".source_language: belongs to format translation; this source has classification. Remove it.",
+    ),
+    (
+        "path: a, format: translation, target_language: sw, fields: {target_language: to}",
+        ".target_language: give `target_language` or map it with `fields`, not both.",
+    ),
+    (
+        "path: a, format: translation, instruction: 'Say {text} in {target_language}'",
+        ".instruction: names {text}; format translation has {source}, {source_language}, {target_language}.",
+    ),
+    (
+        "path: a, format: classification, instruction: 'One of {labels}?'",
+        ".instruction: names {labels}, and this source has no `labels`. Add them.",
+    ),
+    ("path: a, format: classification, labels: {}", ".labels: must not be empty."),
+    ("path: a, format: classification, labels: [a]", ".labels: expected a mapping such as {key: value}; got a list."),
+    ("path: a, format: classification, labels: {0: 1}", ".labels.0: expected text; got 1. Put it in quotes."),
+    (
+        "path: a, format: messages, fields: {prompt: p}",
+        ".fields.prompt: format messages has no field 'prompt'; it has messages.",
+    ),
 ]
 
 NOT_YET = [
-    (
-        3,
-        "data: {sources: [{path: a, format: text}], language_temperature: 2}",
-        "data.language_temperature: mixing languages is not supported yet. Write 1.0.",
-    ),
-    (
-        3,
-        "data: {sources: [{path: a, format: messages}]}",
-        "data.sources.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
-    ),
-    (
-        3,
-        "data: {sources: [{path: a, format: text}], validation: [{path: a, format: translation}]}",
-        "data.validation.0.format: this format is not supported yet. Choose alpaca, prompt_completion or text.",
-    ),
     (
         4,
         "train: {scheduler: warmup_stable_decay}",

@@ -1,0 +1,40 @@
+"""Rows that were skipped because they cannot be used: how many, and the messages that a person would want to see."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lola_ft.data.sources import Source
+
+LISTED = 100
+_PLACE = re.compile(r"(.+?)(?=:\d+: |:\[\d+\]: )")
+"""The file in front of a message's line or index."""
+
+
+@dataclass
+class BadRows:
+    """Counts by source, all of them, and the first messages."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
+    _first: dict[str, str] = field(default_factory=dict)
+    _portable: list[str] = field(default_factory=list)
+
+    def add(self, source: Source, message: str) -> None:
+        """Count a row; its message is kept while there are fewer than a hundred."""
+        self.counts[source.name] += 1
+        self._first.setdefault(source.name, message)
+        if len(self.messages) < LISTED:
+            self.messages.append(message)
+            local = source.path is not None
+            self._portable.append(_PLACE.sub(lambda place: Path(place[1]).name, message, 1) if local else message)
+
+    def first(self, source: Source) -> str:
+        """The message of a source's first bad row."""
+        return self._first[source.name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest, which may be published: local files go by their names, without their folders."""
+        return {"total": self.counts.total(), "messages": self._portable}

@@ -1,0 +1,53 @@
+"""One example, whatever the format it came in: what the model reads and what it learns to write."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UNKNOWN_LANGUAGE = "und"
+"""The language code for 'undetermined' (ISO 639-2), where a source names none."""
+
+Fields = Mapping[str, Any]
+"""Fields that a template renders (`prompt_fields`)."""
+
+Exchange = tuple[Fields, str]
+"""What stands in front of an answer, and the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """What the model reads and what it learns to write."""
+
+    prompt: Fields | None
+    """In front of the completion; None where the whole text is learned."""
+    completion: str
+    language: str
+    where: str
+    earlier: tuple[Exchange, ...] = ()
+    """The exchanges of a conversation before the last one; their answers are learned too."""
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """All exchanges in their order; none for a text."""
+        return () if self.prompt is None else (*self.earlier, (self.prompt, self.completion))
+
+    @property
+    def request(self) -> str:
+        """All that stands in front of the last answer, apart from the template; "" for a text."""
+        if self.prompt is None:
+            return ""
+        before = (
+            f"{len(fields['prompt'])}\n{fields['prompt']}\n{len(answer)}\n{answer}\n" for fields, answer in self.earlier
+        )
+        return "".join(before) + str(self.prompt["prompt"])
+
+    @property
+    def identity(self) -> str:
+        """What the row says: equal for two rows that ask and answer the same, and for no others."""
+        return f"{len(self.request)}\n{self.request}\n{self.completion}"
+
+
+def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:
+    """The fields every template may use: `instruction`, `input`, and both in one as `prompt`."""
+    prompt = f"{instruction}\n\n{input}" if input else instruction
+    return {"instruction": instruction, "input": input, "prompt": prompt}

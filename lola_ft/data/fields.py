@@ -1,0 +1,117 @@
+"""One field of a row as text, or the message that says what is wrong with it and how to map it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lola_ft.data.rows import Row
+from lola_ft.data.sources import Source
+from lola_ft.errors import DataError
+
+STANDARD_FIELDS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "messages": ("messages",),
+    "classification": ("text", "text_pair", "label"),
+    "translation": ("source", "target", "source_language", "target_language"),
+}
+"""The fields of each format by their standard names."""
+
+_ABSENT = object()
+
+
+def text_field(row: Row, source: Source, standard: str, optional: bool = False) -> str:
+    """The text of a standard field; "" for an optional one that is null or blank, or missing and not mapped.
+
+    Raises:
+        DataError: It is missing, empty, or not text.
+    """
+    value = raw_field(row, source, standard, optional)
+    if optional and (value is None or (isinstance(value, str) and not value.strip())):
+        return ""
+    return checked_text(value, f"field '{field_name(source, standard)}'", row.where)
+
+
+def raw_field(row: Row, source: Source, standard: str, optional: bool = False) -> Any:
+    """The value of a standard field, whatever its type; None for an optional one that is missing and not mapped."""
+    value = _value_at(row.fields, field_name(source, standard))
+    if value is not _ABSENT:
+        return value
+    if optional and standard not in source.fields:
+        return None
+    raise DataError(_missing(row, source, standard))
+
+
+def field_name(source: Source, standard: str) -> str:
+    """What the source calls a standard field."""
+    return source.fields.get(standard, standard)
+
+
+def checked_text(value: Any, what: str, where: str) -> str:
+    """Text that can be learned.
+
+    Args:
+        what: What messages call it, such as `field 'output'`.
+
+    Raises:
+        DataError: It is empty or not text.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} must be text; found {type(value).__name__}.")
+    if not value.strip():
+        raise DataError(f"{where}: {what} is empty. Fill it, or remove the row.")
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise DataError(f"{where}: {what} holds half a surrogate pair, which is no text. Remove it.")
+    return value
+
+
+def found_fields(row: Row) -> str:
+    """A row's fields for a message."""
+    return ", ".join(map(str, row.fields)) or "no fields"
+
+
+def _value_at(fields: Mapping[str, Any], name: str) -> Any:
+    """A field by its name, or by a path such as `translation.sw` or `answers.text.0` into objects and lists."""
+    if name in fields:
+        return fields[name]
+    value: Any = fields
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isascii() and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return _ABSENT
+    return value
+
+
+def _missing(row: Row, source: Source, standard: str) -> str:
+    taken = {*STANDARD_FIELDS[source.format], *source.fields.values(), source.language_column}
+    spare = [other for other in row.fields if other not in taken]
+    return (
+        f"{row.where}: field '{field_name(source, standard)}' is missing (found: {found_fields(row)}). "
+        f"Map it with `fields: {{{standard}: {_likely(standard, spare)}}}`."
+    )
+
+
+def _likely(standard: str, spare: list[str]) -> str:
+    """The row's field that probably holds `standard`."""
+    for word in _ALSO_CALLED.get(standard, ()):
+        for name in spare:
+            if word in name.lower():
+                return name
+    return spare[0] if len(spare) == 1 else "…"
+
+
+_ALSO_CALLED = {
+    "instruction": ("instruct", "question", "prompt", "query", "input"),
+    "input": ("input", "context"),
+    "output": ("output", "answer", "response", "completion", "target", "reply"),
+    "prompt": ("prompt", "question", "instruct", "query", "source", "input"),
+    "completion": ("completion", "answer", "response", "output", "target", "reply"),
+    "text": ("text", "content", "document", "sentence", "premise", "review"),
+    "messages": ("messages", "conversation", "dialog", "chat", "turns"),
+    "label": ("label", "class", "category", "sentiment", "gold", "target"),
+    "source": ("source", "src"),
+    "target": ("target", "tgt", "trg", "translation"),
+}

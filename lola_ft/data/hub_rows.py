@@ -1,0 +1,69 @@
+"""Rows of a dataset on the Hub, at the commit that was found when the run began."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lola_ft.data.rows import Row, Rows
+from lola_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from lola_ft.data.sources import Source
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def commit_of(hub: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a dataset stands for now; None if the Hub cannot be asked (then the cache
+    decides), and for a folder."""
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    if Path(hub).is_dir():
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(hub, revision=revision, timeout=10).sha
+    except Exception:  # whatever the network raises; loading then says what is wrong, or finds a cached copy
+        return None
+
+
+def hub_rows(source: "Source") -> Rows:
+    """The rows of a split. Without streaming it is downloaded first; with it, rows come as they are needed.
+
+    Raises:
+        DataError: The dataset cannot be loaded.
+    """
+    import datasets
+
+    assert source.hub is not None, "a source of the Hub has an id"
+    try:
+        rows = datasets.load_dataset(
+            source.hub,
+            source.subset,
+            split=source.split or "train",
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+    except Exception as error:
+        raise _failed(source, error, "cannot be loaded from the Hub") from None
+    return _numbered(rows, source)
+
+
+def _numbered(rows: Any, source: "Source") -> Rows:
+    """Rows with their number; a connection that breaks half-way is the user's to know, not a bug."""
+    iterator = enumerate(rows)
+    while True:
+        try:
+            index, row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _failed(source, error, "cannot be read to its end") from None
+        yield Row(dict(row), f"{source.name}:[{index}]")
+
+
+def _failed(source: "Source", error: Exception, what: str) -> DataError:
+    """The message for whatever `datasets`, the network or a dataset's files raise."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return DataError(f"{source.name}: {what}: {reason}")

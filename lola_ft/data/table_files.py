@@ -1,0 +1,83 @@
+"""Rows of tables: .csv, .tsv and .parquet. The first line of a text table names its columns."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
+from lola_ft.errors import DataError
+
+_BATCH = 1000
+
+
+def csv_rows(path: Path) -> Rows:
+    """Cells between commas, quoted with `"` where they hold commas, quotes or line breaks; all cells are text."""
+    return _cells(path, ",")
+
+
+def tsv_rows(path: Path) -> Rows:
+    """As .csv, with tabs."""
+    return _cells(path, "\t")
+
+
+def _cells(path: Path, delimiter: str) -> Rows:
+    csv.field_size_limit(sys.maxsize)  # its default refuses a document of 128 kB
+    with path.open("rb") as file:
+        reader = csv.reader(_lines(file, path), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        line = 1
+        try:
+            for cells in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if not cells:
+                    continue
+                if header is None:
+                    header = _header(cells, where)
+                elif len(cells) == len(header):
+                    yield Row(dict(zip(header, cells, strict=True)), where)
+                else:
+                    yield BadRow(f"{where}: {_many(len(cells), 'cell')}; the header has {len(header)}.{_HINT}")
+        except csv.Error as error:
+            raise DataError(f"{path}:{line}: broken table: {error}.{_HINT}") from None
+
+
+_HINT = ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside.'
+
+
+def _lines(file: Iterator[bytes], path: Path) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        yield decode(line.removeprefix(BOM) if number == 1 else line, f"{path}:{number}")
+
+
+def _header(cells: list[str], where: str) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    for index, name in enumerate(names):
+        if not name:
+            raise DataError(f"{where}: column {index + 1} has no name. The first line names the columns.")
+        if name in names[:index]:
+            raise DataError(f"{where}: two columns are named '{name}'. Rename one of them.")
+    return names
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count} {name}{'' if count == 1 else 's'}"
+
+
+def parquet_rows(path: Path) -> Rows:
+    """A Parquet file, read a thousand rows at a time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    if path.stat().st_size == 0:
+        return
+    try:
+        with parquet.ParquetFile(path) as file:
+            index = 0
+            for batch in file.iter_batches(_BATCH):
+                for fields in batch.to_pylist():
+                    yield Row(fields, f"{path}:[{index}]")
+                    index += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise DataError(f"{path}: not a Parquet file that can be read: {reason}.") from None

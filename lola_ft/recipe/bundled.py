@@ -1,0 +1,100 @@
+"""The recipes that come with lola_ft: where they are, what each is for, and copies to start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_ft.errors import RecipeError
+from lola_ft.files import write_text
+from lola_ft.recipe.document import parse_document
+from lola_ft.recipe.json_schema import SCHEMA_FILE
+from lola_ft.recipe.suggest import suggest_word
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class BundledRecipe:
+    """A recipe file; its first comment is the command that runs it, its second what it is for."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def purpose(self) -> str:
+        """The first sentence of its description."""
+        comments = [line.removeprefix("#").strip() for line in self.text.splitlines() if line.startswith("#")]
+        sentence, _, _ = " ".join(comments[comments.index("") + 1 :]).partition(". ")
+        return sentence.rstrip(".")
+
+    @property
+    def data_files(self) -> list[str]:
+        """The bundled sample files it reads, such as `recipes/data/qa_sample.jsonl`."""
+        data = parse_document(self.text).data["data"]
+        validation = data.get("validation")
+        sources = [*data["sources"], *(validation if isinstance(validation, list) else [])]
+        paths = [str(source.get("path", "")) for source in sources]
+        return [path for path in paths if path.startswith("recipes/") and (self.path.parents[1] / path).is_file()]
+
+
+def recipes_folder() -> Path:
+    """Where the recipes are: in the package where lola_ft was installed, at the top of a checkout."""
+    packed = _PACKAGE / "recipes"
+    return packed if packed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def bundled_recipes() -> dict[str, BundledRecipe]:
+    """All recipes by name.
+
+    Raises:
+        RecipeError: There are none, because the package was copied by hand.
+    """
+    folder = recipes_folder()
+    found = {path.stem: BundledRecipe(path) for path in sorted(folder.glob("*.yaml"))}
+    if not found:
+        raise RecipeError(f"{folder}: the recipes are not here. Install lola_ft, or run it in a checkout.")
+    return found
+
+
+def find_recipe(name: str) -> BundledRecipe:
+    """A recipe by its name.
+
+    Raises:
+        RecipeError: There is none of that name.
+    """
+    recipes = bundled_recipes()
+    wanted = Path(name).stem if name.endswith(".yaml") else name
+    if wanted not in recipes:
+        hint = suggest_word(wanted, list(recipes)) or f" There is {', '.join(recipes)}."
+        raise RecipeError(f"there is no recipe '{name}'.{hint}")
+    return recipes[wanted]
+
+
+def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
+    """Copy a recipe, the samples it reads and the schema to `OUT/recipes/`, where its own command finds them.
+
+    Raises:
+        RecipeError: No such recipe, or a file of another content is in the way; then nothing is written.
+    """
+    recipe = find_recipe(name)
+    root = recipe.path.parents[1]
+    names = [f"recipes/{recipe.path.name}", *recipe.data_files]
+    if (recipe.path.parent / SCHEMA_FILE).is_file():
+        names.append(f"recipes/{SCHEMA_FILE}")
+    texts = {Path(out) / name: (root / name).read_text(encoding="utf-8") for name in names}
+    for target, text in texts.items():
+        if target.exists() and target.read_text(encoding="utf-8") != text:
+            raise RecipeError(f"{target}: is there already, and differs. Move it away, or copy to another folder.")
+    for target, text in texts.items():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, text)
+        except OSError as error:
+            raise RecipeError(f"{target}: cannot be written: {error.strerror}.") from None
+    return list(texts)
