@@ -91,6 +91,7 @@ def _stage_adapter(source: Source, base: Base, layout: str | None, folder: Path)
         folder.mkdir(parents=True)
         _link(source.folder / WEIGHTS_FILE, folder)
         _link(source.folder / CONFIG_FILE, folder)
+        _copy_matching(source.folder, folder, _TOKENIZER)
     else:
         if base.folder is None:
             raise PublishError(
@@ -102,7 +103,6 @@ def _stage_adapter(source: Source, base: Base, layout: str | None, folder: Path)
     commit = base.revision if base.revision != "main" else None
     (folder / CONFIG_FILE).unlink()
     _write_json(folder / CONFIG_FILE, config | {"base_model_name_or_path": base.id, "revision": commit})
-    _copy_matching(source.folder, folder, _TOKENIZER)
 
 
 def _stage_merged(source: Source, folder: Path) -> None:
