@@ -61,7 +61,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     parts = audit(model).as_dict()
     memory["loaded"] = read_memory()
     began = time.perf_counter()
-    write_cache(model, source_identity(HubCheckpoint.open(source), model.base_fingerprint, model.dtype))
+    write_cache(model, source_identity(HubCheckpoint.open(source), model.base_fingerprint, model.dtype), source)
     seconds["write_cache"] = time.perf_counter() - began
     seconds["load_from_cache"], memory["load_from_cache"] = in_child(load_again, source, args.dtype)[1]
     compute_dtype = args.dtype
