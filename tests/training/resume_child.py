@@ -1,0 +1,71 @@
+"""Runs verbs in a process of its own, which may be killed at a moment that a test chooses."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lola_ft.cli import main
+from lola_ft.training import checkpoint, metrics, resumable, run, stopping
+
+
+def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0, number: int = signal.SIGKILL) -> None:
+    """What the child process does; its output goes to `folder`/out.txt.
+
+    Args:
+        moment: Where this process sends itself the signal `number`: one of MOMENTS.
+        step: In which step.
+    """
+    torch.set_num_threads(1)
+    descriptor = os.open(Path(folder) / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ["COLUMNS"] = "200"
+    if moment:
+        MOMENTS[moment](step, lambda: os.kill(os.getpid(), number))
+    try:
+        main(arguments)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _after(owner: Any, name: str, when: Callable[..., bool], act: Callable[[], None]) -> None:
+    """Do something each time after a function was called with arguments that are looked for."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if when(*args, **kwargs):
+            act()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _in_folder(step: int) -> Callable[..., bool]:
+    return lambda folder, *_: f"step-{step}." in folder.name
+
+
+MOMENTS: dict[str, Callable[[int, Callable[[], None]], None]] = {
+    "logged": lambda step, act: _after(
+        metrics.MetricsFile, "on_log", lambda _self, _args, state, *_, **__: state.global_step == step, act
+    ),
+    "substep": lambda step, act: _after(
+        resumable.ResumableTrainer, "training_step", lambda self, *_, **__: self.state.global_step == step, act
+    ),
+    "evaluating": lambda step, act: _after(
+        stopping.StopRequest, "on_prediction_step", lambda _self, _args, state, *_, **__: state.global_step == step, act
+    ),
+    "state written": lambda step, act: _after(resumable, "write_state", _in_folder(step), act),
+    "sums written": lambda step, act: _after(checkpoint, "_write_sums", _in_folder(step), act),
+    "renamed": lambda step, act: _after(
+        checkpoint, "checkpoints", lambda folder: (folder / f"step-{step}").exists(), act
+    ),
+    "trained": lambda step, act: _after(run, "_fit", lambda *_: True, act),  # noqa: ARG005
+}
