@@ -1,6 +1,7 @@
 """Runs verbs in a process of its own, which may be killed at a moment that a test chooses."""
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -13,12 +14,13 @@ from lola_ft.cli import main
 from lola_ft.training import checkpoint, metrics, resumable, run, stopping
 
 
-def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0, number: int = signal.SIGKILL) -> None:
+def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0, act: str = "kill") -> None:
     """What the child process does; its output goes to `folder`/out.txt.
 
     Args:
-        moment: Where this process sends itself the signal `number`: one of MOMENTS.
+        moment: When something happens to this process: one of MOMENTS.
         step: In which step.
+        act: What happens: one of ACTS.
     """
     torch.set_num_threads(1)
     descriptor = os.open(Path(folder) / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -27,12 +29,34 @@ def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0,
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ["COLUMNS"] = "200"
     if moment:
-        MOMENTS[moment](step, lambda: os.kill(os.getpid(), number))
+        MOMENTS[moment](step, ACTS[act])
     try:
         main(arguments)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _signal(*numbers: int) -> Callable[[], None]:
+    def send() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+def _no_room() -> None:
+    """From now on no file can grow beyond 40 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+ACTS: dict[str, Callable[[], None]] = {
+    "kill": _signal(signal.SIGKILL),
+    "ctrl-c": _signal(signal.SIGINT),
+    "ctrl-c twice": _signal(signal.SIGINT, signal.SIGINT),
+    "terminate": _signal(signal.SIGTERM),
+    "no room": _no_room,
+}
 
 
 def _after(owner: Any, name: str, when: Callable[..., bool], act: Callable[[], None]) -> None:
