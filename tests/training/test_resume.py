@@ -222,6 +222,19 @@ def killed(killed_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(killed_run.parent / "run", tmp_path / "run"))
 
 
+@pytest.mark.slow
+def test_how_often_to_look_may_change(killed_run: Path, killed: Path, whole: Path) -> None:
+    """Evaluating draws no random numbers from training; what is logged and saved changes nothing either."""
+    settings = ("train.eval_every=5", "train.log_every=2", "train.save_every=4", "train.keep=1")
+    resumed = run_child(killed_run, "--resume", f"output={killed}", *settings)
+    assert resumed.code == 0, resumed.out
+    weights = "adapter/adapter_model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+    assert [line["step"] for line in metrics(killed) if "loss" in line] == [*range(1, 10), 10, 12]
+    assert [line["step"] for line in metrics(killed) if "eval_loss" in line] == [4, 8, 10, 12, 12]
+    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-12"]
+
+
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {
         str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
