@@ -60,12 +60,13 @@ ACTS: dict[str, Callable[[], None]] = {
 
 
 def _after(owner: Any, name: str, when: Callable[..., bool], act: Callable[[], None]) -> None:
-    """Do something each time after a function was called with arguments that are looked for."""
-    original = getattr(owner, name)
+    """Do something once, after a function was called with arguments that are looked for."""
+    original, done = getattr(owner, name), list[bool]()
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if when(*args, **kwargs):
+        if not done and when(*args, **kwargs):
+            done.append(True)
             act()
         return result
 

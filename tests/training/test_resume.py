@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 import signal
 import subprocess
@@ -46,11 +47,11 @@ def run_child(recipe: Path, *arguments: str, moment: str = "", step: int = 0, ac
 
 
 def write_recipe(folder: Path, base: Path, rows: Path, **changes: Any) -> Path:
-    """Twelve steps, more than an epoch, with all that draws random numbers: dropout, packing, a held-out share."""
+    """Twelve steps, several epochs, with all that draws random numbers: dropout, packing, a held-out share."""
     settings = {
         "adapter": {"dropout": 0.1},
         "router": {"mode": "tuned", "aux_loss": 0.01},
-        "data": {"validation": 0.2},
+        "data": {"validation": 0.2, "template": "plain", "max_length": 40},
         "train": {"max_steps": 12, "save_every": 3, "eval_every": 4},
     }
     for section, keys in changes.items():
@@ -72,6 +73,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_file: 
     path = write_recipe(tmp_path_factory.mktemp("whole"), tiny_base, rows_file)
     child = run_child(path)
     assert child.code == 0, child.out
+    sequences, rows = map(int, re.findall(r"(\d+) sequences are packed into (\d+) rows", child.out)[0])
+    assert rows < sequences / 2
+    epochs = {line["step"]: line["epoch"] for line in metrics(path.parent / "run")}
+    assert [step for step, epoch in epochs.items() if epoch == int(epoch)] == [4, 8, 12]
     return path.parent / "run"
 
 
@@ -99,7 +104,8 @@ def assert_same_run(run: Path, whole: Path) -> None:
     ("moment", "step", "resume", "goes_on"),
     [
         ("state written", 6, "--resume", "Going on from step 3"),
-        ("renamed", 9, "train.resume=auto", "Going on from step 9"),  # in the second epoch, the oldest not yet removed
+        ("renamed", 9, "train.resume=auto", "Going on from step 9"),  # within an epoch, the oldest not yet removed
+        pytest.param("logged", 8, "--resume", "Going on from step 6", marks=pytest.mark.slow),
         pytest.param("logged", 2, "--resume", "no checkpoint yet", marks=pytest.mark.slow),
         pytest.param("logged", 11, "--resume", "Going on from step 9", marks=pytest.mark.slow),
         pytest.param("substep", 7, "--resume", "Going on from step 6", marks=pytest.mark.slow),
@@ -122,7 +128,7 @@ def test_killed_and_resumed_is_the_same_run(
 @pytest.mark.parametrize(
     ("moment", "step", "act", "saved"),
     [
-        ("evaluating", 4, "ctrl-c", "step-4"),  # the evaluation is left, and done on resuming
+        ("evaluating", 4, "ctrl-c", "step-4"),  # the evaluation is left, and done on resuming; an epoch ends here
         pytest.param("substep", 6, "terminate", "step-7", marks=pytest.mark.slow),
     ],
 )
@@ -134,6 +140,9 @@ def test_asked_to_stop_saves_and_goes_on(
     assert f"Stopped after step {saved[5:]}, saved" in stopped.out
     assert (recipe.parent / "run" / "checkpoints" / saved).is_dir()
     assert not (recipe.parent / "run" / ".lock").exists()
+    lines = metrics(recipe.parent / "run")
+    assert lines[-1]["step"] == int(saved[5:])
+    assert not any("eval_loss" in line and line["step"] == lines[-1]["step"] for line in lines)
     resumed = run_child(recipe, "--resume")
     assert f"Going on from step {saved[5:]}" in resumed.out
     assert_same_run(recipe.parent / "run", whole)
