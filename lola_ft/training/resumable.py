@@ -137,7 +137,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:  # noqa: ARG002
         """Put the trained weights back, every one of them."""
-        stored, trained = self._of(resume_from_checkpoint)["weights"], dict(self._trained())
+        stored, trained = self._of(resume_from_checkpoint).pop("weights"), dict(self._trained())
         fits = stored.keys() == trained.keys() and all(stored[name].shape == trained[name].shape for name in stored)
         if not fits:
             raise UserError(
@@ -152,7 +152,7 @@ class ResumableTrainer(SFTTrainer):
             return
         state = self._of(checkpoint)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state.pop("optimizer"))
         except (ValueError, KeyError) as error:
             raise UserError(f"{checkpoint}: the optimiser's state does not fit the recipe's ({error}).") from error
         self.lr_scheduler.load_state_dict(state["scheduler"])

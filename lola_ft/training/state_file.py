@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 VALUES_FILE, TENSORS_FILE = "state.json", "state.safetensors"
@@ -31,7 +31,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError: It is not what was written.
     """
-    tensors = load_file(folder / TENSORS_FILE)
+    tensors = load((folder / TENSORS_FILE).read_bytes())  # not mapped: the file goes while its tensors are in use
     return _unpacked(json.loads((folder / VALUES_FILE).read_text(encoding="utf-8")), tensors)
 
 
