@@ -193,6 +193,17 @@ def test_other_settings(tmp_path: Path, tiny_base: Path, rows_file: Path, train:
 
 
 @pytest.mark.slow
+def test_nothing_is_trained_after_the_last_step(tmp_path: Path, tiny_base: Path, rows_file: Path) -> None:
+    """The run ends within an epoch; what is left to do is to write the results."""
+    recipe = write_recipe(tmp_path, tiny_base, rows_file, train={"max_steps": 10})
+    assert run_child(recipe, moment="trained").code == -signal.SIGKILL
+    assert "Going on from step 10" in run_child(recipe, "--resume").out
+    weights, run = "adapter/adapter_model.safetensors", tmp_path / "run"
+    assert (run / weights).read_bytes() == (run / "checkpoints" / "step-10" / weights).read_bytes()
+    assert json.loads((run / "manifest.json").read_text())["results"]["steps"] == 10
+
+
+@pytest.mark.slow
 def test_the_script_killed_from_outside(recipe: Path, whole: Path) -> None:
     """As a user would see it: `finetune.py`, `kill -9`, `finetune.py --resume`; then SIGTERM."""
     script = Path(__file__).parents[2] / "finetune.py"
