@@ -1,4 +1,4 @@
-"""Fine-tune LOLA: `python finetune.py RECIPE [key=value …] [--dry-run]`."""
+"""Fine-tune LOLA: `python finetune.py RECIPE [key=value …] [--dry-run] [--resume]`."""
 
 import os
 import sys

@@ -30,6 +30,11 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A recipe key that may differ from the run's; can be given again."),
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says."""
     from lola_ft.recipe import load_recipe
@@ -43,7 +48,7 @@ def train(
 
         require_token(hub.repo)
     try:
-        folder = run(loaded, dry_run=dry_run)
+        folder = run(loaded, dry_run, resume, allow_changed or [])
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if hub and not dry_run:

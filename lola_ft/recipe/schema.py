@@ -302,6 +302,9 @@ class Train(Section):
     keep: int = Field(default=2, ge=1, description="checkpoints kept on disk")
     eval_every: int = Field(default=200, ge=0, description="steps between evaluations; 0: only at the end")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    resume: Literal["never", "auto"] = Field(
+        default="never", description="auto: go on with an unfinished run of the same recipe in the output folder"
+    )
 
     @model_validator(mode="before")
     @classmethod

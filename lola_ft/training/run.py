@@ -1,7 +1,11 @@
 """A run, from a recipe to the run folder. Nothing is written before everything the user gave has been checked."""
 
+import contextlib
+import hashlib
+import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import audit, load_base
@@ -22,12 +27,24 @@ from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import sft_config
+from lola_ft.training.checkpoint import Checkpoint
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.lock import lock_folder
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.precision import Precision, choose_precision
 from lola_ft.training.progress import Progress
+from lola_ft.training.resume import (
+    EarlierRun,
+    find_run,
+    refuse_changes,
+    refuse_other_facts,
+    restart_point,
+    rewind_metrics,
+    with_stored_commits,
+)
+from lola_ft.training.stopping import Stopped, StopRequest
 from lola_ft.training.tokenizer import fit_length, load_tokenizer
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
@@ -49,42 +66,109 @@ class Prepared:
     trained: dict[str, tuple[int, int]]
 
 
-def train(recipe: Recipe, dry_run: bool = False) -> Path:
+def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_changed: Sequence[str] = ()) -> Path:
     """Fine-tune as the recipe says; returns the run folder.
 
     Args:
         dry_run: Do everything but train and write.
+        resume: Go on with the run that the output folder holds, if there is one (as `train.resume: auto` does).
+        allow_changed: Keys in which the recipe may differ from that run's.
 
     Raises:
         UserError: For anything in the recipe, the data or the base that cannot work.
+        KeyboardInterrupt: Somebody stopped the run; it was saved if it had begun to train.
     """
     console = Console()
     output = Path(recipe.output)
-    run_folder.refuse_taken(output)
-    started = time.perf_counter()
-    prepared = _prepare(recipe, console)
-    if dry_run:
-        console.print("Dry run: everything is in order; nothing was trained or written.")
-        return output
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / run_folder.RECIPE_FILE, render_recipe(prepared.recipe))
-    trainer, results = _fit(prepared, output, console)
-    results["prepare_s"] = round(time.perf_counter() - started - results["train_s"], 1)
-    _finish(prepared, trainer, output, results)
+    with StopRequest() as stop, contextlib.ExitStack() as held:
+        earlier = _earlier_run(recipe, output, resume, allow_changed)
+        if earlier and not earlier.finished and not dry_run:
+            held.enter_context(lock_folder(output))
+            earlier = find_run(output)  # the process that held the lock until now may have finished it
+        if earlier and earlier.finished:
+            console.print(f"The run in {output} is finished; nothing is left to do.")
+            return output
+        began = time.perf_counter()
+        prepared = _prepare(recipe, console, earlier, allow_changed)
+        if dry_run:
+            console.print("Dry run: everything is in order; nothing was trained or written.")
+            return output
+        if earlier is None:
+            held.enter_context(lock_folder(output))
+            run_folder.refuse_taken(output)
+        checkpoint = _restart_point(prepared, earlier, allow_changed, console)
+        write_text(output / run_folder.RECIPE_FILE, render_recipe(prepared.recipe))
+        prepare_s = time.perf_counter() - began
+        trainer, results = _fit(prepared, output, checkpoint, stop, console)
+        results["prepare_s"] = round(prepare_s, 1)
+        if checkpoint:
+            results["resumed_from_step"] = checkpoint.step
+        _finish(prepared, trainer, output, results)
     console.print(f"Done. The adapter is in {output / run_folder.ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
 
 
-def _prepare(recipe: Recipe, console: Console) -> Prepared:
+def _earlier_run(recipe: Recipe, output: Path, resume: bool, allow_changed: Sequence[str]) -> EarlierRun | None:
+    """The run to go on with, if that is wanted and there is one; the recipe is compared with its own."""
+    if not resume and recipe.train.resume == "never":
+        if allow_changed:
+            raise UserError("--allow-changed is for going on with a run. Add --resume, or leave it out.")
+        run_folder.refuse_taken(output)
+        return None
+    earlier = find_run(output)
+    if earlier:
+        given = with_stored_commits(recipe, earlier.recipe)
+        refuse_changes(given, earlier.recipe, output, allow_changed, fitted=False)
+    return earlier
+
+
+def _restart_point(
+    prepared: Prepared, earlier: EarlierRun | None, allow_changed: Sequence[str], console: Console
+) -> Checkpoint | None:
+    """The checkpoint to go on from, with the metrics as they were then."""
+    if earlier is None:
+        return None
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    checkpoint = restart_point(earlier.folder, say)
+    if checkpoint:
+        refuse_other_facts(checkpoint, _facts(prepared), allow_changed, say)
+        say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
+    else:
+        say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
+    rewind_metrics(earlier.folder, checkpoint)
+    return checkpoint
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What must be the same for a run to go on exactly, beside the recipe."""
+    data = prepared.data.as_dict()
+    contents = {**data, "sha256": sorted(data["sha256"].values()), "template": prepared.data.template.source}
+    return {
+        "base": prepared.model.get_base_model().base_fingerprint,
+        "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+        "versions": run_folder.library_versions(),
+    }
+
+
+def _prepare(
+    recipe: Recipe, console: Console, earlier: EarlierRun | None = None, allow_changed: Sequence[str] = ()
+) -> Prepared:
     device = default_device()
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)
     checkpoint = HubCheckpoint.open(recipe.base.model, recipe.base.revision)
     recipe = fit_length(recipe, checkpoint.config, console)
+    if earlier:
+        recipe = with_stored_commits(recipe, earlier.recipe)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
     recipe = recipe.model_copy(update={"data": pin(recipe.data)})
+    if earlier:
+        refuse_changes(recipe, earlier.recipe, earlier.folder, allow_changed)
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
     print_report(data, console)
     set_seed(recipe.train.seed)
@@ -100,7 +184,9 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
 
 
-def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTrainer, dict[str, Any]]:
+def _fit(
+    prepared: Prepared, output: Path, checkpoint: Checkpoint | None, stop: StopRequest, console: Console
+) -> tuple[LolaTrainer, dict[str, Any]]:
     recipe, data = prepared.recipe, prepared.data
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
@@ -122,24 +208,25 @@ def _fit(prepared: Prepared, output: Path, console: Console) -> tuple[LolaTraine
         aux_loss_coef=recipe.router.aux_loss,
         z_loss_coef=recipe.router.z_loss,
         lora_plus_ratio=recipe.train.lora_plus_ratio,
+        stop=stop,
         keep_checkpoints=recipe.train.keep,
+        metrics_file=metrics.path,
+        facts=_facts(prepared),
     )
     metrics.trainer = trainer
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(check))
     console.print(_packing_line(trainer, data))
-    began = time.perf_counter()
     try:
-        outcome = trainer.train()
-    except KeyboardInterrupt:
-        trainer._save_checkpoint(trainer.model, None)
-        console.print(f"Stopped. The adapter so far is in {output / run_folder.CHECKPOINTS_FOLDER}.")
+        outcome = trainer.train_from(checkpoint)
+    except Stopped:
+        console.print(f"Stopped after step {trainer.state.global_step}, saved. Go on with --resume.")
         raise
     results = {"steps": trainer.state.global_step, "mean_loss": outcome.training_loss}
     if data.validation:
         results["eval_loss"] = trainer.evaluate()["eval_loss"]
-    results |= {"tokens": trainer.tokens_seen, "train_s": round(time.perf_counter() - began, 1)}
+    results |= {"tokens": trainer.tokens_seen, "train_s": round(trainer.train_seconds, 1)}
     return trainer, results
 
 

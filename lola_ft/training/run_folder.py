@@ -12,9 +12,10 @@ from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
+from lola_ft.training.lock import LOCK_FILE, is_locked
 
 RECIPE_FILE, MANIFEST_FILE, METRICS_FILE, LOSS_PLOT = "recipe.yaml", "manifest.json", "metrics.jsonl", "loss.png"
-ADAPTER_FOLDER, CHECKPOINTS_FOLDER = "adapter", "checkpoints"
+ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CARD_FILE = "adapter", "checkpoints", "README.md"
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -26,9 +27,20 @@ def refuse_taken(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: output is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()):
-        holds = "already holds a run" if (output / RECIPE_FILE).exists() else "is not empty"
-        raise UserError(f"{output}: {holds}. Choose another `output`, or remove that folder first.")
+    if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
+        return
+    if not (output / RECIPE_FILE).exists():
+        raise UserError(f"{output}: is not empty. Choose another `output`, or remove that folder first.")
+    if is_locked(output):
+        raise UserError(f"{output}: already holds a run, which is going on. Choose another `output`.")
+    go_on = "" if is_finished(output) else "Go on with it with --resume, "
+    choose = "choose" if go_on else "Choose"
+    raise UserError(f"{output}: already holds a run. {go_on}{choose} another `output`, or remove that folder first.")
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has written all that it writes; the card is the last."""
+    return (output / MANIFEST_FILE).exists() and (output / CARD_FILE).exists()
 
 
 def library_versions() -> dict[str, str]:
@@ -67,4 +79,4 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
         manifest=manifest,
         files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
     )
-    write_text(output / "README.md", render_card(facts))
+    write_text(output / CARD_FILE, render_card(facts))

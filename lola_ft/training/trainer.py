@@ -1,28 +1,17 @@
-"""TRL's SFTTrainer with LOLA's loss: labelled rows only, LOLA's own load-balancing term, our adapter files."""
+"""TRL's SFTTrainer with LOLA's loss: labelled rows only, LOLA's own load-balancing term."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTTrainer
 
-from lola_ft.adapters import fitting_layout, save_adapter
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
+from lola_ft.training.resumable import ResumableTrainer
 
-CHECKPOINT_PREFIX = "step"
 
-
-class LolaTrainer(SFTTrainer):
-    """Trains an adapter on token ids and labels.
-
-    Attributes:
-        tokens_seen: Tokens of all training batches, padding left out.
-    """
+class LolaTrainer(ResumableTrainer):
+    """Trains an adapter on token ids and labels."""
 
     def __init__(
         self,
@@ -30,7 +19,6 @@ class LolaTrainer(SFTTrainer):
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
         lora_plus_ratio: float = 1.0,
-        keep_checkpoints: int = 2,
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
@@ -41,8 +29,6 @@ class LolaTrainer(SFTTrainer):
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
         self.lora_plus_ratio = lora_plus_ratio
-        self.keep_checkpoints = keep_checkpoints
-        self.tokens_seen = 0
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """LoRA+ (arXiv 2402.12354): B's factors in groups of their own, with a higher learning rate."""
@@ -95,30 +81,6 @@ class LolaTrainer(SFTTrainer):
                 self._metrics["train"][name].append(value.item())
                 total = total + coef * value
         return total
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:  # noqa: ARG002
-        """Checkpoints hold the adapter in the layout of every other adapter folder."""
-        assert output_dir is not None, "checkpoints are saved to a folder of their own"
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        save_adapter(model, Path(output_dir) / "adapter", fitting_layout(model))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write `step-N` beside and rename it; keep the newest few. (TRL's would add a model card of its own.)"""
-        Trainer._save_checkpoint(self, model, trial)
-        folder = Path(self.args.output_dir)
-        written = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        target = folder / f"{CHECKPOINT_PREFIX}-{self.state.global_step}"
-        shutil.rmtree(target, ignore_errors=True)
-        written.rename(target)
-        for old in checkpoints(folder)[: -self.keep_checkpoints]:
-            shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The `step-N` folders, oldest first."""
-    found = [path for path in folder.glob(f"{CHECKPOINT_PREFIX}-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:

@@ -1,0 +1,40 @@
+"""The states of every random number generator that training draws from."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def rng_state() -> dict[str, Any]:
+    """Python's, numpy's, torch's on the CPU (dropout on a CPU draws from it) and on every GPU."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Go on from what `rng_state` returned; GPUs that are not here any more are left out."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["cpu"])
+    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, device)
+
+
+@contextlib.contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Draw what you like inside: training goes on with the numbers that it would have drawn anyway."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
