@@ -45,10 +45,10 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     proved = alone(timed_merge, base, adapter, merged, "weights")
     copy = sum(copies) / len(copies)
     return {
-        "merge_s": round(result["seconds"], 2),
-        "copy_s": [round(seconds, 2) for seconds in copies],
+        "merge_s": round(result["seconds"], 4),
+        "copy_s": [round(seconds, 4) for seconds in copies],
         "ratio": round(result["seconds"] / copy, 3),
-        "merge_and_proof_s": round(proved["seconds"], 2),
+        "merge_and_proof_s": round(proved["seconds"], 4),
         "memory_mb": {"merge": result["memory"], "merge_and_proof": proved["memory"]},
         "base_bytes": sum(file.stat().st_size for file in base.glob("*.safetensors")),
         "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
