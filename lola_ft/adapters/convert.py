@@ -1,11 +1,11 @@
 """Rewriting an adapter in another layout."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import UserError
+from lola_ft.files import copy_files
 from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 
 
@@ -36,9 +36,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
         weights.base = ""  # a folder's path means nothing to others
 
     def copy_companions(folder: Path) -> None:
-        for pattern in (*TOKENIZER_FILES, "*.jinja"):
-            for file in stored.folder.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        copy_files(stored.folder, folder, (*TOKENIZER_FILES, "*.jinja"))
 
     write_adapter(weights, out, layout, checkpoint.config.num_experts, also=copy_companions)
     return Conversion(stored.layout, len(stored.entries))

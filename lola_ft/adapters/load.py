@@ -79,8 +79,9 @@ def save_adapter(
 
 def fitting_layout(model: PeftModel) -> str:
     """`peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
-    weights = adapter_weights(model)
-    return "per_expert" if weights.experts_of(model.config.num_experts) and not weights.dora else "peft"
+    some = any(len(ids) < model.config.num_experts for ids in experts_of(model, model.active_adapter).values())
+    dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
+    return "per_expert" if some and not dora else "peft"
 
 
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What weights may be held and computed in, by the names that recipes and options have."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Autocast's dtype on x's device where autocast is on, else x's own."""

@@ -4,11 +4,10 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from lola_ft.adapters.files import StoredAdapter, read_adapter
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder, write_text
+from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.base import CheckpointBase, MergeBase
 from lola_ft.merging.card import write_card
 from lola_ft.merging.deltas import Deltas
@@ -21,7 +20,6 @@ from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def merge(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lola_ft.errors import CheckpointError, UserError
+from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
@@ -30,7 +31,6 @@ HEADS: dict[str, type[LolaPreTrainedModel]] = {
     "sequence_classification": LolaForSequenceClassification,
     "token_classification": LolaForTokenClassification,
 }
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def load_base(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lola_ft.errors import UserError
-from lola_ft.kernels.precision import has_bfloat16
+from lola_ft.kernels.precision import DTYPES, has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ def choose_precision(wanted: str, device: torch.device) -> Precision:
         raise UserError("base.dtype: float16 needs a GPU. On a CPU use bfloat16 (float32 where it lacks bfloat16).")
     if wanted == "bfloat16" and not has_bfloat16(device):
         return Precision(torch.float32, f"This {device.type} has no bfloat16 units; computing in float32.")
-    return Precision({"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[wanted])
+    return Precision(DTYPES[wanted])
