@@ -1,7 +1,9 @@
-"""Small real things that many tests use: the authors' golden files, a tiny base with a tokenizer, a data file."""
+"""Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 import lola_ft  # noqa: F401 (registers the model)
+from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
+from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.quantization import load_base
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_TEXT = [
@@ -98,3 +103,47 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighty Alpaca rows in two languages; read only."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", alpaca_rows(80))
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter on every group with random numbers, with tokenizer and template; its base is a local folder."""
+    torch.manual_seed(1)
+    base = load_base(tiny_base, quantization=None, dtype="float32", device="cpu", quiet=True)
+    settings = AdapterSettings(attention_rank=4, mlp_rank=8, expert_rank=4, alpha=8.0, dropout=0.0)
+    model = attach(base, lora_config(settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1)
+
+    def companions(folder: Path) -> None:
+        for file in tiny_base.glob("tokenizer*"):
+            shutil.copyfile(file, folder / file.name)
+        (folder / "prompt_template.jinja").write_text("{{ prompt }}\n")
+
+    return save_adapter(model, tmp_path_factory.mktemp("adapters") / "adapter", also=companions)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run `lola-ft …` in this process."""
+
+    def run(*arguments: str) -> Outcome:
+        code = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run

@@ -7,7 +7,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-_TEMPLATE_FILE = "prompt_template.jinja"
+from lola_ft.model.hub_checkpoint import TEMPLATE_FILE
+
 _HEADER = "# The recipe of this model. Local files go by their names alone.\n"
 
 
@@ -30,7 +31,7 @@ def portable_recipe(text: str, base_id: str, base_revision: str | None) -> str:
         if "path" in source:
             source["path"] = _name(source["path"])
     if data.get("template", "").endswith(".jinja"):
-        data["template"] = _TEMPLATE_FILE
+        data["template"] = TEMPLATE_FILE
     experts: dict[str, Any] = recipe.get("adapter", {}).get("experts") or {}
     if isinstance(experts.get("select"), str):
         experts["select"] = _name(experts["select"])

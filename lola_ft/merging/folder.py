@@ -1,11 +1,11 @@
-"""What a merged folder holds beside its weights: config, generation config, tokenizer."""
+"""What a merged folder holds beside its weights: config, generation config, tokenizer, template."""
 
 import json
 from pathlib import Path
 
 from lola_ft.files import copy_files, write_text
 from lola_ft.merging.base import MergeBase
-from lola_ft.model.hub_checkpoint import TOKENIZER_FILES
+from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, TOKENIZER_FILES
 
 _OTHER_FILES = ("generation_config.json", "*.py")
 _ARCHITECTURE = "LOLALMHeadModel"  # the class's name in the authors' code
@@ -31,10 +31,11 @@ def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None
 
 
 def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
-    """The tokenizer that training used if it lies beside the adapter, else the base's, never a mix; the small rest."""
+    """Tokenizer and prompt template that training used (else the base's tokenizer, never a mix); the small rest."""
     tokenizer = adapter_folder if any(adapter_folder.glob("tokenizer*")) else base_folder
     copy_files(base_folder, folder, _OTHER_FILES)
     copy_files(tokenizer, folder, TOKENIZER_FILES)
+    copy_files(adapter_folder, folder, (TEMPLATE_FILE,))
     if not (folder / "generation_config.json").is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ids = {

@@ -15,6 +15,8 @@ from lola_ft.model.layout import is_ignored
 from lola_ft.model.safetensors_file import TensorEntry, read_header
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+TEMPLATE_FILE = "prompt_template.jinja"
+"""The prompt template that training used, beside an adapter or a merged model."""
 WEIGHT_KINDS = ("F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"

@@ -11,10 +11,11 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.data.encoding import MASKED
+from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
 from lola_ft.recipe import Recipe
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import pin, prepare
-from lola_ft.training.tokenizer import fit_length, load_tokenizer, read_config, text_folder
+from lola_ft.training.length import fit_length
 
 if TYPE_CHECKING:
     from lola_ft.data import Encoded

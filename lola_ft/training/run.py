@@ -20,7 +20,8 @@ from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
-from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
+from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization import audit, load_base
 from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
@@ -31,6 +32,7 @@ from lola_ft.training.checkpoint import Checkpoint
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.length import fit_length
 from lola_ft.training.lock import lock_folder
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.precision import Precision, choose_precision
@@ -45,11 +47,8 @@ from lola_ft.training.resume import (
     with_stored_commits,
 )
 from lola_ft.training.stopping import Stopped, StopRequest
-from lola_ft.training.tokenizer import fit_length, load_tokenizer
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
-
-TEMPLATE_FILE = "prompt_template.jinja"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,9 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import constants
 
-from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
 from lola_ft.merging import merge
-from lola_ft.quantization import load_base
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
 
@@ -54,25 +51,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
         monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
         yield server
-
-
-@pytest.fixture(scope="session")
-def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter on every group with random numbers, with tokenizer and template; its base is a local folder."""
-    torch.manual_seed(1)
-    base = load_base(tiny_base, quantization=None, dtype="float32", device="cpu", quiet=True)
-    settings = AdapterSettings(attention_rank=4, mlp_rank=8, expert_rank=4, alpha=8.0, dropout=0.0)
-    model = attach(base, lora_config(settings))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter.data, std=0.1)
-
-    def companions(folder: Path) -> None:
-        for file in tiny_base.glob("tokenizer*"):
-            shutil.copyfile(file, folder / file.name)
-        (folder / "prompt_template.jinja").write_text("{{ instruction }}\n")
-
-    return save_adapter(model, tmp_path_factory.mktemp("adapters") / "adapter", also=companions)
 
 
 @pytest.fixture

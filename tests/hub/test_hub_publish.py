@@ -77,7 +77,7 @@ def test_a_second_time_updates_and_leaves_the_owners_files(hub: Any, adapter: Pa
     repo.commit(repo.files | {"notes.md": b"the owner's", "adapter_old.txt": b"the owner's"}, "by hand")
     send(merged)
     assert "model.safetensors" in repo.files
-    assert not {"adapter_config.json", "adapter_model.safetensors", "prompt_template.jinja"} & repo.files.keys()
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & repo.files.keys()
     assert repo.files["notes.md"] == repo.files["adapter_old.txt"] == b"the owner's"
     assert len(repo.commits) == 4
 

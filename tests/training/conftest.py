@@ -1,39 +1,11 @@
-"""Runs of a tiny base, and a way to run verbs in this process as the command line would."""
+"""Recipes for runs of a tiny base."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-
-from lola_ft.cli import main
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Exit code and what was printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run `lola-ft …` in this process."""
-
-    def run(*arguments: str) -> Outcome:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return run
 
 
 def recipe_dict(model: Path, rows: Path, folder: Path, **changes: Any) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lola_ft.errors import CheckpointError, UserError
+from lola_ft.errors import CheckpointError
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import resolve_folder
-from lola_ft.recipe import Recipe
 from lola_ft.repo_id import is_repo_id
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
@@ -59,17 +57,3 @@ def load_tokenizer(folder: Path, config: LolaConfig) -> PreTrainedTokenizerFast:
             f"{config.vocab_size}. They do not belong together."
         )
     return tokenizer
-
-
-def fit_length(recipe: Recipe, config: LolaConfig, console: Console) -> Recipe:
-    """Hold sequences to the base's positions: an error if the recipe asks for more, a note if only the default does."""
-    wanted, most = recipe.data.max_length, config.n_positions
-    if wanted <= most:
-        return recipe
-    if "max_length" in recipe.data.model_fields_set:
-        raise UserError(
-            f"data.max_length: {wanted} is more than the {most} learned positions of {recipe.base.model}. "
-            f"Set data.max_length={most} or less."
-        )
-    console.print(f"Sequences are at most {most} tokens long: {recipe.base.model} has no more positions.")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
