@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint, expected_shapes
@@ -33,12 +34,20 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, **sizes: int
         entries = [TensorEntry(name, folder / file, DTYPE_NAMES[dtype], shape, 0, 0) for name, shape in shard]
         with SafetensorsWriter(folder / file, entries, dtype) as writer:
             for j, (name, shape) in enumerate(shard):
-                numel = torch.Size(shape).numel()
-                values = pool.roll(7919 * (j + 1000 * i)).repeat(-(-numel // pool.numel()))[:numel]
-                writer.write(values.view(shape))
+                writer.write(_start(name, shape, pool, 7919 * (j + 1000 * i)))
                 weight_map[name] = file
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _start(name: str, shape: tuple[int, ...], pool: Tensor, shift: int) -> Tensor:
+    """Normal weights, unit norms, zero biases, as an untrained model has them."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
+    if ".ln_" in name:
+        return torch.ones(shape)
+    numel = torch.Size(shape).numel()
+    return pool.roll(shift).repeat(-(-numel // pool.numel()))[:numel].view(shape)
 
 
 def write_random_adapter(folder: Path, base: Path, rank: int) -> None:

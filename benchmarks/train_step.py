@@ -11,13 +11,16 @@ import resource
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
+from peft import PeftModel
+from random_checkpoint import write_checkpoint
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, attach, lora_config
-from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.training.precision import choose_precision
+from lola_ft.model import LolaForCausalLM
+from lola_ft.training.precision import Precision, choose_precision
 
 
 def main() -> None:
@@ -25,33 +28,11 @@ def main() -> None:
     device = torch.device(args.device)
     precision = choose_precision("bfloat16", device)
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own: the dense float32 model that it makes first must not count as this one's peak.
-        child = multiprocessing.get_context("spawn").Process(target=write_base, args=(folder, args))
-        child.start()
-        child.join()
-        assert child.exitcode == 0, "the random base was not written"
+        write_base(Path(folder), args)
         quantization = None if args.quantization == "none" else args.quantization
         base = lola_ft.load_base(folder, quantization, precision.dtype, device, quiet=True)
-    torch.manual_seed(0)
-    ranks = AdapterSettings(attention_rank=args.rank, mlp_rank=args.rank, expert_rank=args.rank)
-    model = attach(base, lora_config(ranks)).train()
-    if args.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    seconds = []
-    for step in range(args.warmup + args.steps):
-        ids = torch.randint(6, args.vocab, (args.batch, args.seq), device=device)
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision.bf16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        if step >= args.warmup:
-            seconds.append(time.perf_counter() - began)
+    model = with_adapter(base, args.rank, args.checkpointing)
+    seconds, loss = train_steps(model, args.batch, args.seq, args.warmup, args.steps, precision)
     step_s = statistics.median(seconds)
     print(
         json.dumps(
@@ -60,8 +41,8 @@ def main() -> None:
                 "step_s": round(step_s, 4),
                 "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
                 "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if device.type == "cuda" else 0,
-                "trainable": sum(parameter.numel() for parameter in trained),
-                "loss": round(value, 5),
+                "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+                "loss": round(loss, 5),
                 "dtype": str(precision.dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
                 "shape": {key: value for key, value in vars(args).items() if key not in ("steps", "warmup")},
@@ -70,26 +51,53 @@ def main() -> None:
     )
 
 
-def write_base(folder: str, args: argparse.Namespace) -> None:
-    """Write a random base in bfloat16."""
+def write_base(folder: Path, args: argparse.Namespace) -> None:
+    """Write a random base in bfloat16, in a process of its own: what that takes must not count as this one's peak."""
+    sizes = {
+        "vocab_size": args.vocab,
+        "n_positions": max(args.seq, 64),
+        "n_embd": args.hidden,
+        "n_head": args.heads,
+        "n_inner": args.inner,
+        "num_experts": args.experts,
+    }
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    given, named = (folder, torch.bfloat16, args.layers), sizes | dropout
+    child = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=given, kwargs=named)
+    child.start()
+    child.join()
+    assert child.exitcode == 0, "the random base was not written"
+
+
+def with_adapter(base: LolaForCausalLM, rank: int, checkpointing: bool) -> PeftModel:
+    """LoRA on attention, dense MLP and every expert, ready to train."""
     torch.manual_seed(0)
-    LolaForCausalLM(shape_of(args)).to(torch.bfloat16).save_pretrained(folder)
+    ranks = AdapterSettings(attention_rank=rank, mlp_rank=rank, expert_rank=rank)
+    model = attach(base, lora_config(ranks)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
 
 
-def shape_of(args: argparse.Namespace) -> LolaConfig:
-    """The architecture to build, without dropout."""
-    return LolaConfig(
-        vocab_size=args.vocab,
-        n_positions=max(args.seq, 64),
-        n_embd=args.hidden,
-        n_layer=args.layers,
-        n_head=args.heads,
-        n_inner=args.inner,
-        num_experts=args.experts,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+def train_steps(
+    model: PeftModel, batch: int, seq: int, warmup: int, steps: int, precision: Precision
+) -> tuple[list[float], float]:
+    """Seconds of each step after the warm-up, and the last loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    seconds, loss_value = [], 0.0
+    for step in range(warmup + steps):
+        ids = torch.randint(6, model.config.vocab_size, (batch, seq), device=model.device)
+        began = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.bf16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss_value = loss.item()  # waits for a GPU
+        if step >= warmup:
+            seconds.append(time.perf_counter() - began)
+    return seconds, loss_value
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
+
 import torch
 from safetensors.torch import load_file
 

@@ -25,6 +25,20 @@ def test_train_step_prints_one_json_line_last(quantization: str) -> None:
 
 
 @pytest.mark.slow
+def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    small = "--layers 2 --hidden 64 --heads 4 --inner 128 --vocab 512 --seq 32 --steps 2 --decode 4 --ceiling 256"
+    command = [sys.executable, str(script), *small.split(), "--tokens", "64", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["moe_layer_64"]) == {"loop", "grouped"}
+    assert all(isinstance(value, float) for value in result["moe_layer_64"].values())
+    for part in ("train_1_kept", "train_1_recomputed", "train_8_recomputed"):
+        assert 5.5 < result[part]["loss"] < 7.5  # ln(512) = 6.2
+        assert 0 < result[part]["share_of_matmul_rate"] < 1
+
+
+@pytest.mark.slow
 def test_merge_prints_one_json_line_last(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "merge.py"
     small = ["--layers", "2", "--hidden", "64", "--inner", "128", "--experts", "4", "--vocab", "512", "--rank", "4"]

@@ -21,7 +21,7 @@ from lola_ft.adapters.selection import check_selection
 from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.targets import Selection
 from lola_ft.errors import AdapterError
-from lola_ft.kernels.experts import LowRank
+from lola_ft.kernels.stacks import LowRank
 from lola_ft.model.experts import LolaExperts
 from lola_ft.quantization import NF4Experts
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lola_ft.kernels.experts import LowRank, WeightStack, run_experts
+from lola_ft.kernels.experts import run_experts
+from lola_ft.kernels.stacks import LowRank, WeightStack
 
 PROJECTIONS = ("up_proj", "down_proj")
 
@@ -39,7 +40,9 @@ class LolaExperts(nn.Module):
         stack = getattr(self, name)
         dense = stack.detach()
         return WeightStack(
-            stack if stack.requires_grad else None, lambda expert_id, dtype: iter([(0, dense[expert_id].to(dtype))])
+            stack if stack.requires_grad else None,
+            lambda expert_id, dtype: iter([(0, dense[expert_id].to(dtype))]),
+            dense.to,
         )
 
     def forward(

@@ -16,10 +16,19 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lola_ft.kernels.experts import WeightStack
+from lola_ft.kernels.stacks import NF4Stack, WeightStack
 from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import PROJECTIONS, LolaExperts
-from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, dynamic_code, packed_sizes, quantize
+from lola_ft.quantization.nf4 import (
+    NF4,
+    dequantize,
+    dequantize_stack,
+    dequantized_tiles,
+    dynamic_code,
+    nf4_code,
+    packed_sizes,
+    quantize,
+)
 
 
 class NF4Experts(LolaExperts):
@@ -68,7 +77,22 @@ class NF4Experts(LolaExperts):
         return dequantize(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
 
     def weights(self, name: str) -> WeightStack:
-        return WeightStack(None, partial(self._tiles, name))
+        return WeightStack(None, partial(self._tiles, name), partial(self._dense, name), self._stack(name))
+
+    def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        """All experts' dequantised weights (E, in, out)."""
+        return dequantize_stack(self._stack(name), dtype)
+
+    def _stack(self, name: str) -> NF4Stack:
+        return NF4Stack(
+            getattr(self, name).data,
+            getattr(self, f"{name}_absmax"),
+            getattr(self, f"{name}_absmax2"),
+            getattr(self, f"{name}_offset"),
+            self.absmax_code,
+            nf4_code(self.absmax_code.device),
+            self.shapes[name],
+        )
 
     def _tiles(self, name: str, expert_id: int, dtype: torch.dtype) -> Tiles:
         return dequantized_tiles(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lola_ft.kernels.stacks import NF4Stack
 from lola_ft.kernels.tiles import Tiles
 
 BLOCK = 64
@@ -111,6 +112,22 @@ def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: tor
     return _dense(nf4.packed, _block_scales(nf4, absmax_code), prod(shape), dtype).view(shape)
 
 
+def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
+    """All experts' dense weights (E, in, out); bit-equal to one after another, in one call where blocks allow it."""
+    num_experts, numel = stack.packed.shape[0], prod(stack.shape)
+    if numel % (BLOCK * ABSMAX_BLOCK):  # an expert's last superblock is not full
+        dense = torch.empty(num_experts, *stack.shape, dtype=dtype, device=stack.packed.device)
+        for e in range(num_experts):
+            one = NF4(stack.packed[e], stack.absmax[e], stack.absmax2[e], stack.offset[e])
+            dense[e] = dequantize(one, stack.absmax_code, stack.shape, dtype)
+        return dense
+    scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        stack.absmax.view(-1), stack.absmax2.view(-1), stack.absmax_code, ABSMAX_BLOCK, torch.float32
+    )
+    scales.view(num_experts, -1).add_(stack.offset[:, None])
+    return _dense(stack.packed.view(-1), scales, num_experts * numel, dtype).view(num_experts, *stack.shape)
+
+
 def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
     """The dense weight of `shape` in `dtype`, some rows at a time; the same numbers as whole.
 
@@ -145,6 +162,12 @@ def _dense(packed: Tensor, scales: Tensor, numel: int, dtype: torch.dtype) -> Te
 def dynamic_code() -> Tensor:
     """The 256 values of bitsandbytes' 8-bit type for scales, float32, on the CPU."""
     return bnb.create_dynamic_map()
+
+
+@cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 values of NF4, float32."""
+    return bnb.get_4bit_type("nf4", device=device)
 
 
 def packed_sizes(numel: int) -> tuple[int, int, int]:

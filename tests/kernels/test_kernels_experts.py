@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lola_ft.kernels import experts as kernel
-from lola_ft.kernels.experts import LowRank, run_experts
+from lola_ft.kernels import expert_loop as kernel
+from lola_ft.kernels.experts import run_experts
+from lola_ft.kernels.stacks import LowRank, WeightStack
 from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import LolaExperts
 
@@ -342,7 +343,7 @@ def test_weights_are_asked_for_by_active_expert_once_a_pass() -> None:
             asked.append((name, expert_id))
             return stack.tiles(expert_id, dtype)
 
-        return kernel.WeightStack(stack.trainable, tiles)
+        return WeightStack(stack.trainable, tiles, stack.dense)
 
     case.experts.weights = weights  # type: ignore[method-assign]
     out = case.run()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lola_ft.kernels.experts import LowRank
+from lola_ft.kernels.stacks import LowRank
 from lola_ft.model.experts import PROJECTIONS, LolaExperts
 from lola_ft.quantization import NF4Experts
 from lola_ft.quantization import experts as experts_module

@@ -1,0 +1,138 @@
+"""Grouped products by our Triton kernels: a 4-bit weight is decoded inside the product and never dense in memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lola_ft.kernels import nf4_triton
+from lola_ft.kernels.device_grouping import DeviceGrouping
+from lola_ft.kernels.products import Side
+from lola_ft.kernels.stacks import WeightStack
+
+_LEAST = 16  # rows and columns that a matrix unit takes
+_LARGEST_RANK = 256  # a rank beyond this would not fit beside the tile
+
+
+class TritonProducts:
+    """See `Products`. Of the weights only `nf4` is read.
+
+    Args:
+        block_n, block_k: Columns of an output tile, and depth of one turn of the K loop.
+        num_warps, num_stages: As Triton takes them.
+    """
+
+    def __init__(self, block_n: int = 128, block_k: int = 64, num_warps: int = 8, num_stages: int = 3) -> None:
+        self.block_n, self.block_k = block_n, block_k
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+
+    @staticmethod
+    def takes(shape: tuple[int, int]) -> bool:
+        """Whether a weight's blocks of scales lie within its rows."""
+        return shape[1] % nf4_triton.BLOCK.value == 0
+
+    def times(
+        self, x_NI: Tensor, weight: WeightStack, groups: DeviceGrouping, bias_EO: Tensor, side: Side | None
+    ) -> Tensor:
+        return self._product(x_NI, weight, groups, bias_EO, side, transposed=False)
+
+    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: DeviceGrouping, side: Side | None) -> Tensor:
+        return self._product(x_NO, weight, groups, None, side, transposed=True)
+
+    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: DeviceGrouping) -> Tensor:
+        rank = factor_ERI.shape[1]
+        out_NR = x_NI.new_empty(x_NI.shape[0], rank)
+        nf4_triton.to_rank[(groups.expert_of_tile.numel(),)](
+            x_NI,
+            factor_ERI,
+            out_NR,
+            groups.expert_of_tile,
+            x_NI.shape[1],
+            *factor_ERI.stride(),
+            rank,
+            NUM_EXPERTS=factor_ERI.shape[0],
+            RANK=_rank_block(rank),
+            BLOCK_M=groups.tile_rows,
+            BLOCK_K=self.block_k,
+            PRECISION=_precision(x_NI),
+        )
+        return out_NR
+
+    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: DeviceGrouping) -> Tensor:
+        rank, columns, num_experts = left_NR.shape[1], right_NI.shape[1], groups.ends_E.numel()
+        out_ERI = left_NR.new_empty(num_experts, rank, columns)
+        nf4_triton.outer[(num_experts, -(-columns // self.block_n))](
+            left_NR,
+            right_NI,
+            out_ERI,
+            groups.starts_E,
+            groups.ends_E,
+            rank,
+            columns,
+            RANK=_rank_block(rank),
+            BLOCK_M=groups.tile_rows,
+            BLOCK_N=self.block_n,
+            PRECISION=_precision(left_NR),
+        )
+        return out_ERI
+
+    def _product(
+        self,
+        x: Tensor,
+        weight: WeightStack,
+        groups: DeviceGrouping,
+        bias: Tensor | None,
+        side: Side | None,
+        transposed: bool,
+    ) -> Tensor:
+        nf4 = weight.nf4
+        assert nf4 is not None, "these kernels read 4-bit weights"
+        rows, columns = nf4.shape
+        out = x.new_empty(x.shape[0], rows if transposed else columns)
+        # Pointers that a kernel does not follow are given as some tensor: Triton wants one.
+        strides = side.factor_EOR.stride() if side else (0, 0, 0)
+        rank = side.hidden_NR.shape[1] if side else 0
+        nf4_triton.product[(groups.expert_of_tile.numel(), -(-out.shape[1] // self.block_n))](
+            x,
+            out,
+            groups.expert_of_tile,
+            nf4.packed,
+            nf4.absmax,
+            nf4.absmax2,
+            nf4.offset,
+            nf4.absmax_code,
+            nf4.nf4_code,
+            x if bias is None else bias,
+            side.hidden_NR if side else x,
+            side.factor_EOR if side else x,
+            x if side is None or side.keep_NO is None else side.keep_NO,
+            rows,
+            columns,
+            nf4.absmax.shape[1],
+            nf4.absmax2.shape[1],
+            *strides,
+            rank,
+            side.scale if side else 1.0,
+            NUM_EXPERTS=groups.ends_E.numel(),
+            TRANSPOSED=transposed,
+            HAS_BIAS=bias is not None,
+            RANK=_rank_block(rank) if rank else 0,
+            HAS_KEEP=side is not None and side.keep_NO is not None,
+            BLOCK_M=groups.tile_rows,
+            BLOCK_N=self.block_n,
+            BLOCK_K=self.block_k,
+            PRECISION=_precision(x),
+            **self._options,
+        )
+        return out
+
+
+def _rank_block(rank: int) -> int:
+    """The power of two that a kernel works with; what is beyond the rank is masked."""
+    assert rank <= _LARGEST_RANK, f"rank {rank} is more than {_LARGEST_RANK}, which these kernels take"
+    return max(_LEAST, 1 << (rank - 1).bit_length())
+
+
+def _precision(x: Tensor) -> Any:
+    """float32 is multiplied as float32, never as TF32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
