@@ -1,5 +1,6 @@
 # make demo   sets up .venv and runs the main job on the embedded default
 # make test   sets up .venv, then format check, lint, types, tests
+# make bench  the benchmarks that a CPU runs, with a table and a plot in bench/
 # Threads that wait asleep: spinning ones cost a shared machine ten times what they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test test-slow bench check format clean
 
 demo: $(READY)
 	$(BIN)/lola-ft demo
@@ -17,6 +18,9 @@ test: check
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py
 
 check: $(READY)
 	$(BIN)/ruff format --check .

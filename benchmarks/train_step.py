@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -100,11 +101,13 @@ def train_steps(
     return seconds, loss_value
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse(**defaults: int) -> argparse.Namespace:
+    """The command line; other benchmarks take the same, with defaults of their own."""
+    about = sys.modules["__main__"].__doc__
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shape = {"layers": 8, "hidden": 512, "heads": 8, "inner": 2048, "experts": 16, "vocab": 16384}
     work = {"seq": 512, "batch": 4, "rank": 8, "steps": 4, "warmup": 2}
-    for name, value in (shape | work).items():
+    for name, value in (shape | work | defaults).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -51,10 +51,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             rows, targets = rows_ND[chunk].to(head_VD.dtype), targets_N[chunk]
-            logits = (rows @ head_VD.t()).float()
-            total += F.cross_entropy(logits, targets, reduction="sum")
+            log_probs = (rows @ head_VD.t()).float().log_softmax(dim=-1)
+            total += F.nll_loss(log_probs, targets, reduction="sum")
             if wants_rows or wants_head:
-                d_logits = logits.softmax(dim=-1)
+                d_logits = log_probs.exp_()  # the same memory: a chunk of logits is large
                 d_logits[torch.arange(targets.numel(), device=targets.device), targets] -= 1
                 d_logits = d_logits.to(head_VD.dtype)
                 if d_rows_ND is not None:

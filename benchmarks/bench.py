@@ -1,0 +1,110 @@
+"""The CPU's benchmarks, one after another: `make bench`. Writes a table and a plot to a folder (bench/).
+
+Each runs in a process of its own with few repetitions, all in under ten minutes on two cores that have nothing else to
+do. Speeds of different runs cannot be compared; the ratios inside one run can.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_HERE = Path(__file__).parent
+RUNS = {
+    "train_step": ["train_step.py", "--steps", "5"],
+    "whole_step": ["whole_step.py", "--steps", "3"],
+    "roofline": ["roofline.py", "--steps", "3"],
+    "experts": ["experts.py"],
+    "scaling": ["scaling.py", "--layers", "2", "--steps", "3"],
+    "decode": ["decode.py"],
+    "load": ["load.py", "--layers", "2"],
+    "merge": ["merge.py", "--layers", "2"],
+}
+
+
+def main() -> None:
+    args = parse()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results, began = {}, time.perf_counter()
+    for name in args.only or RUNS:
+        results[name] = run(RUNS[name])
+        print(f"{name}: {results[name]['seconds_in_all']} s", flush=True)
+        (out / "bench.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    table = "\n".join(
+        ["| figure | value |", "|---|---|", *(f"| {what} | {value} |" for what, value in figures(results))]
+    )
+    (out / "bench.md").write_text(table + "\n", encoding="utf-8")
+    if "scaling" in results:
+        plot(results["scaling"], out / "scaling.png")
+    print(table)
+    print(f"{time.perf_counter() - began:.0f} s in all; written to {out}.")
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """What a benchmark's last line says."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, str(_HERE / command[0]), *command[1:]], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{command[0]} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1]) | {"seconds_in_all": round(time.perf_counter() - began, 1)}
+
+
+def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The figures that matter, in words."""
+    found: list[tuple[str, Any]] = []
+    if step := results.get("train_step"):
+        found += [
+            ("training step, tokens/s", step["tokens_per_s"]),
+            ("its peak resident memory, MB", step["peak_rss_mb"]),
+        ]
+    if whole := results.get("whole_step"):
+        found.append(("times faster than a module an expert with PEFT", whole["times_faster"]))
+    if roof := results.get("roofline"):
+        found.append(("share of the step's own matrix products alone", roof["share"]))
+    if experts := results.get("experts"):
+        found += [(f"MoE layer, times ours: {name}", value) for name, value in experts["times_ours"].items()]
+    if scaling := results.get("scaling"):
+        for series in ("experts", "rank", "tokens", "expert_lora"):
+            found += [(f"step, {series} {name}", f"{point['times']} times") for name, point in scaling[series].items()]
+    if decoding := results.get("decode"):
+        found.append(("decoding, 64 experts over 16", decoding["ratio"]))
+    if load := results.get("load"):
+        found.append(("loading over quantising alone", load["load_over_quantising_alone"]))
+    if merge := results.get("merge"):
+        found.append(("merge over a copy", merge["ratio"]))
+    return found
+
+
+def plot(scaling: dict[str, Any], path: Path) -> None:
+    """The three series, each as a multiple of its first."""
+    figure, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
+    for axes, series in zip(panels, ("experts", "rank", "tokens"), strict=True):
+        points = sorted((int(name), point["times"]) for name, point in scaling[series].items())
+        axes.plot([x for x, _ in points], [y for _, y in points], "o-")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(series)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("time of the same tokens")
+    panels[0].set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="bench", help="folder for table, plot and numbers (default: bench)")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="some of them")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
