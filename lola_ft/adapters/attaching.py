@@ -1,6 +1,6 @@
 """An adapter attached to a model: PEFT's wrappers around what gets LoRA, everything else frozen."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,6 +14,7 @@ from lola_ft.adapters.dora import DenseLoraLinear, SideDora
 from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge, select_experts
 from lola_ft.adapters.settings import AdapterSettings, lora_config
 from lola_ft.adapters.targets import GROUPS, Selection
+from lola_ft.adapters.trained_bias import bias_names, drop_copied_biases, seen_by_peft, train_biases
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.router import RouterGate
@@ -41,7 +42,9 @@ class RouterLora(LoraLinear):
 def add_adapter(model: LolaForCausalLM, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
     """Wrap a model (changed in place) with a fresh adapter, or give a wrapped one another; all else is frozen."""
     dropouts = {target: settings.dropout_of(group) for group in settings.ranks() for target in GROUPS[group]}
-    return attach(model, lora_config(settings), adapter_name, settings.selection, dropouts)
+    config = lora_config(settings)
+    biases = bias_names(model.config, settings.selection, not settings.tune_norms) if settings.tune_biases else ()
+    return attach(model, config, adapter_name, settings.selection, dropouts, biases)
 
 
 def attach(
@@ -50,6 +53,7 @@ def attach(
     adapter_name: str = "default",
     selection: Selection | None = None,
     dropouts: Mapping[str, float] | None = None,
+    biases: Collection[str] = (),
 ) -> PeftModel:
     """As `add_adapter`, from PEFT's config.
 
@@ -58,6 +62,7 @@ def attach(
     Args:
         selection: Experts that get LoRA, for each MoE layer; None for all.
         dropouts: Dropout of a target (the end of a module's name) in place of the config's.
+        biases: The Hub's names of biases to train as they are.
 
     Raises:
         UserError: If the model has an adapter already and was not given as the PeftModel around it.
@@ -71,15 +76,17 @@ def attach(
     classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora}
     config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
     config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
-    with select_experts(model, config, selection):
+    with select_experts(model, config, selection), seen_by_peft(model):
         if wrapped:
             model.add_adapter(adapter_name, config)
             peft_model = model
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     _set_dropouts(peft_model, adapter_name, dropouts or {})
+    drop_copied_biases(peft_model)
+    train_biases(peft_model, biases, adapter_name)
     for name, parameter in peft_model.named_parameters():
-        of_adapter = "lora_" in name or "modules_to_save" in name
+        of_adapter = any(marker in name for marker in ("lora_", "modules_to_save", ".trained_bias."))
         if of_adapter and parameter.dtype != torch.float32:  # also where it is only loaded, not trained
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"

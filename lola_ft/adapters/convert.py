@@ -35,6 +35,11 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     if Path(weights.base).exists() or weights.base.startswith((".", "/", "~")):
         weights.base = ""  # a folder's path means nothing to others
 
+    if layout == "peft":
+        weights.base_biases |= {
+            name: checkpoint.entries[name].read() for name in weights.untrained_biases(checkpoint.config.num_experts)
+        }
+
     def copy_companions(folder: Path) -> None:
         copy_files(stored.folder, folder, (*TOKENIZER_FILES, "*.jinja"))
 

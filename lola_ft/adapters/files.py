@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
-from lola_ft.adapters.targets import EXPERT_TARGETS, GROUPS
-from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
+from lola_ft.adapters.targets import EXPERT_TARGETS, target_of
+from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder
 from lola_ft.model.hub_checkpoint import WEIGHT_KINDS
@@ -22,7 +22,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
 # What this version reads right; another value of these would change the numbers.
 _PLAIN_CONFIG: dict[str, Any] = {
-    "bias": "none",
     "lora_bias": False,
     "layer_replication": None,
     "use_qalora": False,
@@ -76,11 +75,15 @@ class StoredAdapter:
             weights = from_state(state, self.config, num_experts)
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from error
+        if "lola_ft_biases" in self.metadata:
+            weights.bias_experts = json.loads(self.metadata["lola_ft_biases"])
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
         weights.starts_at_rounding_error = self.starts_at_rounding_error
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
+        if bool(weights.biases()) != (self.config.get("bias", "none") == "all"):
+            raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether biases are trained.")
         return weights
 
 
@@ -107,6 +110,10 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     for key, plain in _PLAIN_CONFIG.items():
         if config.get(key, plain) != plain:
             raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {config[key]}, which lola_ft does not support.")
+    if config.get("bias", "none") not in ("none", "all"):
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: bias is {config['bias']}; lola_ft reads none, or all of them trained."
+        )
     if str(config.get("init_lora_weights")).startswith(_INIT_CHANGES_BASE):
         raise AdapterError(
             f"{folder / CONFIG_FILE}: init_lora_weights is {config['init_lora_weights']}, which changes the base's own "
@@ -152,6 +159,8 @@ def write_adapter(
         metadata["base_fingerprint"] = weights.base_fingerprint
     if weights.starts_at_rounding_error:
         metadata["lola_ft_start"] = "loftq"
+    if weights.biases():
+        metadata["lola_ft_biases"] = json.dumps(weights.experts_with_biases(), sort_keys=True)
     if layout == "peft" and (experts_of := weights.experts_of(num_experts)):
         metadata["lola_ft_experts"] = json.dumps(experts_of, sort_keys=True)
     config = config_for(weights, layout)
@@ -207,7 +216,8 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         fan_in_fan_out=layout == "per_expert",
         target_modules=linear_targets(ranks),
         target_parameters=[target for target in EXPERT_TARGETS if target in ranks] or None,
-        modules_to_save=sorted({name.split(".")[-2] for name in weights.trained}) or None,
+        modules_to_save=sorted({name.split(".")[-2] for name in weights.trained if name.endswith(".weight")}) or None,
+        bias="all" if weights.biases() else "none",
     )
     plain = {key: _jsonable(value) for key, value in config.to_dict().items()}
     return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}
@@ -218,19 +228,11 @@ def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], di
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, pair in weights.pairs.items():
-        target = _target_name(module, layout)
+        target = target_of(module, layout)
+        assert target is not None, f"{module} is in no group"
         if (ranks.setdefault(target, pair.rank), alphas.setdefault(target, pair.alpha)) != (pair.rank, pair.alpha):
             raise AdapterError(f"{module}: its rank or alpha differs from that of other '{target}' modules.")
     return ranks, alphas
-
-
-def _target_name(module: str, layout: str) -> str:
-    single = EXPERT_MODULE.match(module)
-    if single is None:
-        return next(t for targets in GROUPS.values() for t in targets if module.endswith(t))
-    if layout == "per_expert":
-        return f"experts.{single['expert']}.{single['proj']}"
-    return EXPERT_TARGETS[0] if single["proj"] == "c_fc" else EXPERT_TARGETS[1]
 
 
 def _preferred(values: dict[str, Any]) -> Any:

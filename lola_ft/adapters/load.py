@@ -11,11 +11,13 @@ from lola_ft.adapters.attaching import attach
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
+from lola_ft.adapters.trained_bias import partly_trained, plain_key
 from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.model.layout import EXPERT_PROJECTIONS
 
 
 def load_adapter(
@@ -57,9 +59,9 @@ def put_weights(model: LolaForCausalLM | PeftModel, weights: AdapterWeights, nam
     experts_of = weights.experts_of(num_experts)
     state = to_state(weights, "peft", num_experts, experts_of)
     config = _loading_config(weights, state, model)
-    config.inference_mode = not trainable
+    config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own
     selection = _selection(model, weights, experts_of) if experts_of else None
-    peft_model = attach(model, config, name, selection)
+    peft_model = attach(model, config, name, selection, biases=weights.biases())
     _set_state(peft_model, state, name)
     peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
     peft_model.set_adapter(name, inference_mode=not trainable)
@@ -90,8 +92,10 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
         raise AdapterError("This model has no adapter to save.")
     name = name or model.active_adapter
     config = model.peft_config[name]
-    state = {key: tensor.detach().cpu() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
+    held = get_peft_model_state_dict(model, adapter_name=name)
+    state = {plain_key(key): tensor.detach().cpu() for key, tensor in held.items()}
     weights = from_state(state, config.to_dict(), model.config.num_experts, experts_of(model, name))
+    weights.base_biases = _untrained_biases(model, name)
     base = model.get_base_model()
     weights.base = getattr(base, "base_id", "")
     weights.base_fingerprint = getattr(base, "base_fingerprint", None)
@@ -100,11 +104,17 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
 
 
 def experts_of(model: PeftModel, name: str) -> dict[str, tuple[int, ...]]:
-    """The experts that have LoRA in each MoE layer that has any, by the Hub's name of the layer."""
-    return {
+    """The experts that have LoRA in each MoE layer that has any, or trained biases; by the Hub's name of the layer.
+
+    A layer without LoRA on its experts of which all biases are trained is left out.
+    """
+    found = {
         plain_name(path): module.experts_of[name]
         for path, module in model.named_modules()
         if isinstance(module, ParamWrapper) and name in module.experts_of
+    }
+    return found | {
+        parameter.rpartition(".")[0]: experts for parameter, (experts, _) in partly_trained(model, name).items()
     }
 
 
@@ -113,14 +123,26 @@ def plain_name(path: str) -> str:
     return path.removeprefix(PREFIX).replace(".base_layer", "")
 
 
+def _untrained_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The base's biases of the experts that an adapter leaves out, by the Hub's names; none if it trains no biases."""
+    found: dict[str, Tensor] = {}
+    for parameter, (chosen, stack) in partly_trained(model, name).items():
+        experts, _, fused = parameter.rpartition(".")
+        projection = next(disk for disk, native in EXPERT_PROJECTIONS.items() if fused == f"{native}_bias")
+        rest = set(range(len(stack))).difference(chosen)
+        found |= {f"{experts}.{e}.{projection}.bias": stack[e].cpu() for e in rest}
+    return found
+
+
 def _selection(
     model: nn.Module, weights: AdapterWeights, experts_of: Mapping[str, tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Of each MoE layer in order, the experts with LoRA."""
+    """Of each MoE layer in order, the experts with LoRA or trained biases."""
     layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
-    has_lora = {match["experts"] for module in weights.pairs if (match := EXPERT_MODULE.match(module))}
+    names = [*weights.pairs, *(name.removesuffix(".bias") for name in weights.trained)]
+    held = {match["experts"] for name in names if (match := EXPERT_MODULE.match(name))}
     return tuple(
-        experts_of.get(name, tuple(range(module.num_experts))) if name in has_lora else () for name, module in layers
+        experts_of.get(name, tuple(range(module.num_experts))) if name in held else () for name, module in layers
     )
 
 
@@ -139,12 +161,17 @@ def _names_of(target: str, kind: str, state: dict[str, Tensor], model: LolaForCa
     parts = model.named_parameters() if kind == "target_parameters" else model.named_modules()
     full = list(dict.fromkeys(plain_name(name) for name, _ in parts if plain_name(name).endswith(f".{target}")))
     module_of = {name: name.rpartition(".")[0] if kind == "target_parameters" else name for name in full}
-    held = [name for name in full if any(key.startswith(f"{PREFIX}{module_of[name]}.") for key in state)]
+    mark = ".weight" if kind == "modules_to_save" else ".lora_"  # a bias that is trained by itself is neither
+    held = [
+        name for name in full if any(key.startswith(f"{PREFIX}{module_of[name]}.") and mark in key for key in state)
+    ]
     return [target] if held == full else held
 
 
 def _set_state(model: PeftModel, state: dict[str, Tensor], name: str) -> None:
-    places = get_peft_model_state_dict(model, adapter_name=name)
+    held = get_peft_model_state_dict(model, adapter_name=name)
+    places = {plain_key(key): tensor for key, tensor in held.items()}
+    state = {plain_key(key): tensor for key, tensor in state.items()}
     missing, unused = sorted(set(places) - set(state)), sorted(set(state) - set(places))
     if missing or unused:
         raise AdapterError(
@@ -153,5 +180,5 @@ def _set_state(model: PeftModel, state: dict[str, Tensor], name: str) -> None:
         )
     wrong = [key for key, tensor in state.items() if tensor.shape != places[key].shape]
     assert not wrong, f"shapes differ after they were checked: {wrong[:3]}"
-    result = set_peft_model_state_dict(model, state, adapter_name=name)
+    result = set_peft_model_state_dict(model, {key: state[plain_key(key)] for key in held}, adapter_name=name)
     assert not result.unexpected_keys, f"PEFT did not take {result.unexpected_keys[:3]}"

@@ -26,6 +26,7 @@ class AdapterSettings:
         selection: Experts that get LoRA; None for all.
         tune_router: Train the router's weights as they are and save them with the adapter.
         tune_norms: The same for the LayerNorms.
+        tune_biases: The same for every bias; of the experts', those of the selection.
     """
 
     attention_rank: int | None = None
@@ -42,6 +43,7 @@ class AdapterSettings:
     selection: Selection | None = None
     tune_router: bool = False
     tune_norms: bool = False
+    tune_biases: bool = False
 
     def ranks(self) -> dict[str, int]:
         """Rank of each group that has LoRA."""
@@ -58,14 +60,14 @@ class AdapterSettings:
 
 
 def lora_config(settings: AdapterSettings) -> LoraConfig:
-    """PEFT's config for these settings. (What PEFT has no place for, `attach` does: dropout by group, selection.)
+    """PEFT's config for these settings. (`attach` does what it has no place for: dropout by group, selection, biases.)
 
     Raises:
         UserError: If nothing would be trained, or two settings contradict each other.
     """
     ranks = settings.ranks()
     trained_modules = [ROUTER_MODULE] * settings.tune_router + list(NORM_MODULES) * settings.tune_norms
-    if not ranks and not trained_modules:
+    if not ranks and not trained_modules and not settings.tune_biases:
         raise UserError("Nothing would be trained: give at least one of attention, mlp and experts a rank.")
     if settings.tune_router and settings.router_rank is not None:
         raise UserError("The router is either tuned or has LoRA, not both.")

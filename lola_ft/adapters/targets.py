@@ -10,3 +10,12 @@ NORM_MODULES = ("ln_1", "ln_2", "ln_f")
 
 Selection = tuple[tuple[int, ...], ...]
 """The experts that get LoRA, for each MoE layer in order."""
+
+
+def target_of(module: str, layout: str) -> str | None:
+    """The shortest ending of a module (the Hub's name) that says in a layout's config what is meant."""
+    *_, experts, expert, projection = ("", "", *module.split("."))
+    if experts == "experts":
+        fused = EXPERT_TARGETS[0] if projection == "c_fc" else EXPERT_TARGETS[1]
+        return f"experts.{expert}.{projection}" if layout == "per_expert" else fused
+    return next((target for targets in GROUPS.values() for target in targets if module.endswith(target)), None)

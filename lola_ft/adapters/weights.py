@@ -5,7 +5,7 @@ converting and loading all start from this form.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -43,7 +43,9 @@ class AdapterWeights:
 
     Attributes:
         pairs: By Hub module name, such as `transformer.h.1.moe.experts.3.c_fc`.
-        trained: Weights trained as they are (the router's, the norms'), by Hub tensor name.
+        trained: Weights trained as they are (the router's, the norms', biases), by Hub tensor name.
+        base_biases: The base's biases of experts that are left alone: `peft` holds a layer's as one stack.
+        bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
         base_fingerprint: Identity of the base's weights, if it is known.
@@ -53,6 +55,8 @@ class AdapterWeights:
 
     pairs: dict[str, LoraPair]
     trained: dict[str, Tensor] = field(default_factory=dict)
+    base_biases: dict[str, Tensor] = field(default_factory=dict)
+    bias_experts: Mapping[str, Collection[int]] | None = None
     rslora: bool = False
     base: str = ""
     base_fingerprint: str | None = None
@@ -77,21 +81,42 @@ class AdapterWeights:
         """How many stored tensors this is in the per-expert layout."""
         return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + len(self.trained)
 
+    def biases(self) -> list[str]:
+        """Names of the trained biases; a LayerNorm's that is trained with its weight is not counted."""
+        return [
+            name
+            for name in self.trained
+            if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in self.trained
+        ]
+
     def experts_of(self, num_experts: int) -> dict[str, tuple[int, ...]]:
-        """Ids of the experts that have LoRA, by layer; layers where all of them do are left out."""
-        found: dict[str, set[int]] = {}
-        for module in self.pairs:
-            if match := EXPERT_MODULE.match(module):
-                found.setdefault(match["experts"], set()).add(int(match["expert"]))
-        return {layer: tuple(sorted(ids)) for layer, ids in found.items() if len(ids) < num_experts}
+        """Ids of the experts that have LoRA or trained biases, by layer; layers where all of them do are left out."""
+        found = _experts_in([*self.pairs, *(name.removesuffix(".bias") for name in self.trained)])
+        return {layer: ids for layer, ids in found.items() if len(ids) < num_experts}
+
+    def untrained_biases(self, num_experts: int) -> list[str]:
+        """Names of the biases that a layer's stack has beside the trained ones."""
+        return [
+            f"{layer}.{e}.{projection}.bias"
+            for layer, ids in self.experts_with_biases().items()
+            for e in range(num_experts)
+            for projection in ("c_fc", "c_proj")
+            if e not in ids
+        ]
+
+    def experts_with_biases(self) -> dict[str, tuple[int, ...]]:
+        """Ids of the experts whose biases are trained, by layer."""
+        return _experts_in(name.removesuffix(".bias") for name in self.trained)
 
     def keep_experts(self, experts_of: Mapping[str, Collection[int]]) -> None:
-        """Drop the pairs of experts that are not named; layers that are not named stay whole."""
-        for module in list(self.pairs):
-            match = EXPERT_MODULE.match(module)
+        """Drop pairs and biases of experts that are not named; layers that are not named stay whole."""
+        for name in [*self.pairs, *self.trained]:
+            match = EXPERT_MODULE.match(name.removesuffix(".bias"))
             if match and int(match["expert"]) not in experts_of.get(match["experts"], (int(match["expert"]),)):
-                del self.pairs[module]
-                self.keys.pop(module, None)
+                self.pairs.pop(name, None)
+                self.keys.pop(name, None)
+                if name in self.trained:
+                    self.base_biases[name] = self.trained.pop(name)
 
     def check_against(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse an adapter that does not fit a checkpoint's tensors (Hub names and shapes, in×out).
@@ -114,9 +139,34 @@ class AdapterWeights:
                 problems.append(f"{name}: the base has no such tensor")
             elif tuple(shapes[name]) != tuple(tensor.shape):
                 problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(shapes[name])} in the base")
+        problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing(shapes)]
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
             raise AdapterError(f"The adapter does not fit this base:\n  {shown}")
+
+    def _missing(self, names: Collection[str]) -> list[str]:
+        """The biases that an adapter with trained biases should hold, and does not."""
+        if not self.biases():
+            return []
+        # A file that does not say which experts it is about is about all of them, or none.
+        of_all = self.bias_experts is None and bool(self.experts_with_biases())
+
+        def wanted(name: str) -> bool:
+            match = EXPERT_MODULE.match(name.removesuffix(".bias"))
+            return (
+                match is None or of_all or int(match["expert"]) in (self.bias_experts or {}).get(match["experts"], ())
+            )
+
+        return [name for name in names if name.endswith(".bias") and name not in self.trained and wanted(name)]
+
+
+def _experts_in(modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Ids of the experts among these modules, by layer."""
+    found: dict[str, set[int]] = {}
+    for module in modules:
+        if match := EXPERT_MODULE.match(module):
+            found.setdefault(match["experts"], set()).add(int(match["expert"]))
+    return {layer: tuple(sorted(ids)) for layer, ids in found.items()}
 
 
 def is_out_by_in(module: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"^(?P<experts>.+\.moe\.experts)\.\d+\.(?P<projection>c_fc|c_proj)$")
 _NATIVE = {"c_fc": "experts.up_proj", "c_proj": "experts.down_proj"}
+_WRAPPED = ("", ".base_layer", ".base_layer.base_layer")
 
 
 def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> list[str]:
@@ -19,6 +20,8 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> lis
     """
     if found := _held((name,), held):
         return found
+    if name.endswith(".bias"):
+        return _bias(name.removesuffix(".bias"), held)
     if not name.endswith(".weight"):
         return []
     module = name.removesuffix(".weight")
@@ -33,6 +36,20 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> lis
         return inner if expert["projection"] == "c_fc" else outer
     targets = config.get("target_parameters") or ()
     return outer if any(target.endswith(_NATIVE[expert["projection"]]) for target in targets) else []
+
+
+def stacked_row(name: str, key: str) -> int | None:
+    """The row of a stack of biases that is this weight's; None if the key is of the weight alone."""
+    return int(name.split(".experts.")[1].split(".")[0]) if key.endswith("_proj_bias") else None
+
+
+def _bias(module: str, held: Collection[str]) -> list[str]:
+    """A trained bias's key, by itself or in its layer's stack; PEFT's wrappers leave `.base_layer` in it."""
+    names = [f"{module}{wrapped}.bias" for wrapped in _WRAPPED]
+    if expert := _EXPERT.match(module):
+        native = _NATIVE[expert["projection"]].removeprefix("experts.")
+        names += [f"{expert['experts']}{wrapped}.{native}_bias" for wrapped in _WRAPPED]
+    return next((found for name in names if (found := _held((name,), held))), [])
 
 
 def _pair(module: str, held: Collection[str]) -> list[str]:

@@ -57,7 +57,7 @@ class Deltas:
             self._update = torch.empty(values.numel())
         update = self._update[: values.numel()]
         if self._trained is not None:
-            return torch.sub(self._trained.view(-1)[start : start + values.numel()], values, out=update)
+            return torch.sub(self._trained[start : start + values.numel()], values, out=update)
         self._product(name, start, update)
         if self._factor is not None:
             columns = len(self._factor)
@@ -78,7 +78,7 @@ class Deltas:
     def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
         """The values that stand in these ones' place, float32, if the weight was trained as it is."""
         self._fetch(name)
-        return None if self._trained is None else self._trained.view(-1)[start : start + values.numel()]
+        return None if self._trained is None else self._trained[start : start + values.numel()]
 
     def _fetch(self, name: str) -> None:
         """Read what changes this weight, float32."""
@@ -87,7 +87,11 @@ class Deltas:
         self._pair = self._trained = self._factor = None
         if name in self.outline.trained:
             (key,) = self.outline.keys[name]
-            self._trained = self._entries[key].read(torch.float32)
+            entry = self._entries[key]
+            if name.endswith(".bias") and len(entry.shape) == 2:  # a layer's stack, a row an expert
+                expert = int(name.split(".")[-3])
+                entry = entry.rows(expert, expert + 1)
+            self._trained = entry.read(torch.float32).view(-1)
         else:
             module = name.removesuffix(".weight")
             self._pair = self._read_pair(module)

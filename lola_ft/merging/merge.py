@@ -165,6 +165,8 @@ def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Wri
         copied=len(base.entries) - len(changed) - rounded,
         dropped=base.ignored,
         largest_change=largest,
+        replaced=len(deltas.outline.trained),
+        biases=len(deltas.outline.biases()),
     )
 
 

@@ -4,6 +4,7 @@ The adapter's file is read here by its own keys with safetensors' reader, one ex
 sums are float64. Memory does not grow with the model.
 """
 
+import json
 import random
 import re
 import zlib
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
 from lola_ft.errors import CheckpointError
-from lola_ft.merging.adapter_keys import factor_keys
+from lola_ft.merging.adapter_keys import factor_keys, stacked_row
 from lola_ft.merging.base import MergeBase
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.safetensors_file import TensorEntry, bytes_of
@@ -151,10 +152,14 @@ class _AdapterFile:
         self._base = base
         self._num_experts = base.config.num_experts
         self._scaling = stored.outline(self._num_experts).scaling
+        self._experts_of = json.loads(stored.metadata.get("lola_ft_experts", "{}"))
         self._latest: tuple[str, _Factors] | None = None
 
     def keys_of(self, name: str) -> list[str]:
         """The file's tensors that change this weight."""
+        expert = re.search(r"^(?P<experts>.+\.experts)\.(?P<expert>\d+)\.", name)
+        if expert and int(expert["expert"]) not in self._experts_of.get(expert["experts"], (int(expert["expert"]),)):
+            return []  # the stack has a place for it that nothing was trained in
         return factor_keys(name, self.stored.entries, self.stored.config)
 
     def factors(self, name: str) -> _Factors:
@@ -190,7 +195,8 @@ class _AdapterFile:
         """The trained weight itself."""
         (key,) = self.keys_of(name)
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
-            return file.get_tensor(key)
+            row = stacked_row(name, key)
+            return file.get_tensor(key) if row is None else file.get_slice(key)[row]
 
 
 def _check_all_used(adapter: _AdapterFile, touched: list[str]) -> None:

@@ -85,7 +85,7 @@ class QuantizedBase(MergeBase):
             yield from self._dense(entry).pieces(unit, empty)
 
     def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
-        values = self._dequantized(entry) if is_quantized(entry.name) else self._dense(entry).read()
+        values = self._dequantized(entry) if is_quantized(entry.name) else self._dense(entry).read().view(entry.shape)
         return values[wanted]
 
     def _dense(self, entry: TensorEntry) -> TensorEntry:

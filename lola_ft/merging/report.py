@@ -21,6 +21,8 @@ class MergeReport:
         rounding: `base` or `nf4`: what the update was added to.
         adapter_tensors: Tensors of the adapter (an expert's A and B count one each, also where they are stacked).
         applied: How many of them were merged, each once.
+        replaced: Of these, weights trained as they are (router, norms, biases): they stand in the base's place.
+        biases: How many of the replaced ones are biases.
         changed: Base tensors that the adapter changed.
         rounded: Base tensors that it did not, but 4-bit rounding did.
         copied: Base tensors written as they were (but for a cast).
@@ -44,6 +46,8 @@ class MergeReport:
     copied: int
     dropped: list[str]
     largest_change: float
+    replaced: int = 0
+    biases: int = 0
     weights: WeightProof | None = None
     verification: Verification | None = None
     effects: Effects | None = None

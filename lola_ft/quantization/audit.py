@@ -12,7 +12,7 @@ from lola_ft.model.experts import PROJECTIONS, LolaExperts
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
 
-PARTS = ("embeddings", "attention", "dense mlp", "experts", "router", "norms", "head", "adapter")
+PARTS = ("embeddings", "attention", "dense mlp", "experts", "router", "norms", "head", "adapter", "biases")
 
 
 @dataclass
@@ -116,6 +116,8 @@ def _count(result: Audit, full_name: str, module: nn.Module, name: str, tensor: 
 def _part_of(name: str) -> str:
     if "lora_" in name:
         return "adapter"
+    if ".trained_bias." in name:
+        return "biases"
     if name.startswith("score."):
         return "head"
     if ".moe.gate" in name:

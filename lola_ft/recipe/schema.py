@@ -98,6 +98,9 @@ class Adapter(Section):
         default="default", description="where LoRA starts; loftq: at the error of the 4-bit base"
     )
     norms: bool = Field(default=False, description="train the LayerNorms as well, as they are")
+    biases: bool = Field(
+        default=False, description="train every bias as well, as it is; of experts, the selected ones'"
+    )
 
     def _rules(self) -> Iterable[Problem]:
         if self.init == "pissa":
@@ -348,7 +351,7 @@ class Recipe(Section):
 
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
-        if self.router.mode == "frozen" and not any(groups) and not self.adapter.norms:
+        if self.router.mode == "frozen" and not any((*groups, self.adapter.norms, self.adapter.biases)):
             yield (
                 ("adapter",),
                 "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",

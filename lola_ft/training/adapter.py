@@ -30,4 +30,5 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
         selection=read_selection(adapter.experts.select) if adapter.experts else None,
         tune_router=router.mode == "tuned",
         tune_norms=adapter.norms,
+        tune_biases=adapter.biases,
     )

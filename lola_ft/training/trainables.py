@@ -11,6 +11,7 @@ GROUPS = (
     ("experts", ".experts."),
     ("router", ".gate."),
     ("norms", ".ln_"),
+    ("biases", ".trained_bias."),
 )
 
 
@@ -19,7 +20,8 @@ def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = next(label for label, marker in GROUPS if marker in name)
+            # Last first: a bias lies in a module of another group.
+            group = next(label for label, marker in reversed(GROUPS) if marker in name)
             tensors, parameters = counts[group]
             counts[group] = (tensors + 1, parameters + parameter.numel())
     return dict(counts)

@@ -1,0 +1,201 @@
+"""Biases trained as they are: an adapter's own beside the base's, which stay what they were.
+
+PEFT's `bias="all"` trains the base's own tensors, so that one adapter alone may do it and disabling it gives no base
+back, and it passes over the experts' stacks. Here a bias is parametrised (`torch.nn.utils.parametrize`): whoever reads
+`module.bias` gets the active adapter's or, without one, the base's very tensor.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lola_ft.adapters.layouts import PREFIX
+from lola_ft.adapters.selection import check_selection
+from lola_ft.adapters.targets import NORM_MODULES, Selection
+from lola_ft.adapters.weights import EXPERT_MODULE
+from lola_ft.errors import AdapterError
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.experts import LolaExperts
+from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.model.layout import place_of
+
+_IN_MEMORY = re.compile(r"\.parametrizations\.(?P<kind>\w+)\.0\.trained_bias$")
+
+
+class TrainedBias(AuxiliaryTrainingWrapper):
+    """The parametrisation of one bias, or of the stack of a layer's experts' biases, where it holds chosen rows alone.
+
+    PEFT activates, disables, saves and loads it like its own `modules_to_save`.
+
+    Attributes:
+        trained_bias: By adapter, float32.
+        experts_of: Which experts' rows an adapter holds; an adapter that holds the whole tensor is not in it.
+    """
+
+    adapter_layer_names = ("trained_bias",)
+    __getattr__ = nn.Module.__getattr__  # the parent's looks into a module that it wraps, and there is none
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.trained_bias = nn.ParameterDict()
+        self.experts_of: dict[str, tuple[int, ...]] = {}
+        self._adapters: set[str] = set()
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    def add(self, adapter_name: str, own: Tensor, experts: tuple[int, ...] | None) -> None:
+        """Give an adapter a copy of the base's bias `own`, or of some rows of it."""
+        rows = own.detach() if experts is None else own.detach()[list(experts)]
+        self.trained_bias[adapter_name] = nn.Parameter(rows.float().clone())
+        self._adapters.add(adapter_name)
+        if experts is not None:
+            self.experts_of[adapter_name] = experts
+
+    def forward(self, own: Tensor) -> Tensor:
+        if self.disable_adapters or not self._active_adapter:
+            return own
+        name = self._active_adapter[0]
+        bias = self.trained_bias[name].to(own.dtype)
+        if name not in self.experts_of:
+            return bias
+        return own.index_copy(0, torch.tensor(self.experts_of[name], device=own.device), bias)
+
+    def _get_available_adapters(self) -> set[str]:
+        return self._adapters
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        known = [name for name in names if name in self._adapters]
+        if len(known) > 1:
+            raise AdapterError(f"adapters {', '.join(known)} each train the biases; activate one of them at a time.")
+        return known[0] if known else None
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        name = self.check_set_adapter(adapter_names)
+        self._active_adapter = [] if name is None else [name]
+        for other, bias in self.trained_bias.items():
+            bias.requires_grad_(other == name and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None) -> None:
+        if adapter_name in self._adapters:
+            del self.trained_bias[adapter_name]
+            self._adapters.remove(adapter_name)
+            self.experts_of.pop(adapter_name, None)
+            self.set_adapter(list(new_active_adapters or ()))
+
+    def adapter_state_dict(self, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        held = self.adapter_state_dict_load_map(adapter_name)
+        return {key: state_dict[own_key] for key, own_key in held.items()}
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        return {"trained_bias": f"trained_bias.{adapter_name}"} if adapter_name in self._adapters else {}
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
+        raise AdapterError("PEFT cannot unload trained biases. Merge with merge.py (lola_ft.merge).")
+
+
+def bias_names(config: LolaConfig, selection: Selection | None, norms: bool) -> list[str]:
+    """The Hub's names of all biases that an adapter may train; of experts, the chosen ones' alone.
+
+    Args:
+        norms: Whether the LayerNorms' are among them.
+
+    Raises:
+        UserError: If the selection does not fit the model.
+    """
+    names = [name for name in expected_shapes(config) if name.endswith(".bias")]
+    if not norms:
+        names = [name for name in names if name.split(".")[-2] not in NORM_MODULES]
+    if selection is None:
+        return names
+    layers = list(dict.fromkeys(match["experts"] for name in names if (match := _expert(name))))
+    check_selection(selection, len(layers), config.num_experts)
+    chosen = dict(zip(layers, selection, strict=True))
+    return [name for name in names if not (match := _expert(name)) or int(match["expert"]) in chosen[match["experts"]]]
+
+
+def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) -> None:
+    """Give an adapter biases of its own, by the Hub's names; active if the adapter is."""
+    experts_of: dict[str, list[int]] = {}
+    for name in names:
+        place = place_of(name)
+        experts_of.setdefault(place.parameter, []).extend([] if place.expert_id is None else [place.expert_id])
+    owners = _owners(model)
+    for parameter, experts in experts_of.items():
+        owner, _, kind = parameter.rpartition(".")
+        module = owners[owner]
+        if not parametrize.is_parametrized(module, kind):
+            parametrize.register_parametrization(module, kind, TrainedBias())
+        trained, own = module.get_submodule(f"parametrizations.{kind}.0"), _own(module, kind)
+        assert isinstance(trained, TrainedBias), f"{parameter} is parametrised by something else"
+        own.requires_grad_(False)
+        rows = tuple(sorted(experts))
+        trained.add(adapter_name, own, rows if rows and len(rows) < len(own) else None)
+        trained.set_adapter(model.active_adapters)
+
+
+def drop_copied_biases(model: PeftModel) -> None:
+    """Where an adapter trains a whole LayerNorm, PEFT copied it with the other adapters' biases: leave these out."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            for copy in wrapper.modules_to_save.values():
+                if parametrize.is_parametrized(copy, "bias"):
+                    parametrize.remove_parametrizations(copy, "bias", leave_parametrized=False)
+
+
+@contextmanager
+def seen_by_peft(model: nn.Module) -> Iterator[None]:
+    """The experts' biases put aside while PEFT looks for expert weights to put LoRA on.
+
+    PEFT (0.21) finds the parameters of a module that is parametrised by their full names alone.
+    """
+    experts = [m for m in model.modules() if isinstance(m, LolaExperts) and parametrize.is_parametrized(m)]
+    aside = [(module, module._modules.pop("parametrizations")) for module in experts]
+    try:
+        yield
+    finally:
+        for module, biases in aside:
+            module._modules["parametrizations"] = biases
+
+
+def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Of each stack of which an adapter holds some rows: the experts, and the base's stack; by the native name."""
+    return {
+        plain_key(f"{path}.trained_bias").removeprefix(PREFIX): (
+            module.experts_of[adapter_name],
+            model.get_parameter(f"{path.removesuffix('.0')}.original").detach(),
+        )
+        for path, module in model.named_modules()
+        if isinstance(module, TrainedBias) and adapter_name in module.experts_of
+    }
+
+
+def plain_key(key: str) -> str:
+    """A trained bias's name in PEFT's state or in a file as the native model without an adapter calls it."""
+    return key if ".lora_" in key else _IN_MEMORY.sub(r".\g<kind>", key).replace(".base_layer", "")
+
+
+def _own(module: nn.Module, kind: str) -> Tensor:
+    """The base's tensor."""
+    return module.get_parameter(f"parametrizations.{kind}.original")
+
+
+def _expert(name: str) -> re.Match[str] | None:
+    return EXPERT_MODULE.match(name.removesuffix(".bias"))
+
+
+def _owners(model: PeftModel) -> dict[str, nn.Module]:
+    """The base's own modules that have a bias, whatever is wrapped around them, by their native name."""
+    return {
+        path.replace(".base_layer", "").replace(".original_module", ""): module
+        for path, module in model.get_base_model().named_modules()
+        if isinstance(module, nn.Linear | nn.LayerNorm | LolaExperts) and ".modules_to_save." not in path
+    }
