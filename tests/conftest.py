@@ -14,7 +14,7 @@ if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lola_ft  # noqa: F401 (registers the model)
 from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
@@ -78,6 +78,20 @@ def golden() -> dict[str, torch.Tensor]:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random tiny base; read only."""
     return make_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def biased_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with random biases (a fresh model's are zero); read only."""
+    folder = tmp_path_factory.mktemp("biased") / "base"
+    shutil.copytree(tiny_base, folder)
+    state = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name in sorted(state):
+        if name.endswith(".bias"):
+            state[name] = state[name] + 0.1 * torch.randn(state[name].shape, generator=generator)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -112,7 +112,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
             raise AdapterError(f"{folder / CONFIG_FILE}: {key} is {config[key]}, which lola_ft does not support.")
     if config.get("bias", "none") not in ("none", "all"):
         raise AdapterError(
-            f"{folder / CONFIG_FILE}: bias is {config['bias']}; lola_ft reads none, or all of them trained."
+            f"{folder / CONFIG_FILE}: bias is {config['bias']}, which lola_ft does not support; it reads none and all."
         )
     if str(config.get("init_lora_weights")).startswith(_INIT_CHANGES_BASE):
         raise AdapterError(

@@ -148,7 +148,11 @@ def drop_copied_biases(model: PeftModel) -> None:
         if isinstance(wrapper, ModulesToSaveWrapper):
             for copy in wrapper.modules_to_save.values():
                 if parametrize.is_parametrized(copy, "bias"):
-                    parametrize.remove_parametrizations(copy, "bias", leave_parametrized=False)
+                    own = _own(copy, "bias")
+                    # Not torch's `remove_parametrizations`: it changes the class, which the original has, too.
+                    del copy._modules["parametrizations"]
+                    copy.__class__ = type(copy).__bases__[0]
+                    copy.register_parameter("bias", own)
 
 
 @contextmanager
@@ -180,10 +184,14 @@ def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple
 
 def plain_key(key: str) -> str:
     """A trained bias's name in PEFT's state or in a file as the native model without an adapter calls it."""
-    return key if ".lora_" in key else _IN_MEMORY.sub(r".\g<kind>", key).replace(".base_layer", "")
+    return key if ".lora_" in key else _without_wrappers(_IN_MEMORY.sub(r".\g<kind>", key))
 
 
-def _own(module: nn.Module, kind: str) -> Tensor:
+def _without_wrappers(path: str) -> str:
+    return path.replace(".base_layer", "").replace(".original_module", "")
+
+
+def _own(module: nn.Module, kind: str) -> nn.Parameter:
     """The base's tensor."""
     return module.get_parameter(f"parametrizations.{kind}.original")
 
@@ -195,7 +203,7 @@ def _expert(name: str) -> re.Match[str] | None:
 def _owners(model: PeftModel) -> dict[str, nn.Module]:
     """The base's own modules that have a bias, whatever is wrapped around them, by their native name."""
     return {
-        path.replace(".base_layer", "").replace(".original_module", ""): module
+        _without_wrappers(path): module
         for path, module in model.get_base_model().named_modules()
         if isinstance(module, nn.Linear | nn.LayerNorm | LolaExperts) and ".modules_to_save." not in path
     }

@@ -67,6 +67,7 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
         config: LolaConfig = tiny,
         router: bool = False,
         norms: bool = False,
+        biases: bool = False,
         rslora: bool = False,
         dora: bool = False,
         only: Callable[[str], bool] = lambda _: True,
@@ -80,6 +81,8 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
                 weights.trained[name] = torch.randn(shape, generator=generator) * 0.3
             if norms and ".ln_" in name and only(module):
                 weights.trained[name] = name.endswith("weight") + torch.randn(shape, generator=generator) * 0.1
+            if biases and name.endswith(".bias") and only(module):
+                weights.trained[name] = torch.randn(shape, generator=generator) * 0.1
             for group, (rank, alpha) in groups.items():
                 expert = ".moe.experts." in module
                 if module.endswith(TARGETS[group]) and only(module) and expert == (group in ("up", "down")):

@@ -79,7 +79,7 @@ def test_another_kind_of_adapter(peft_type: str | None, adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("bias", "all"),
+        ("bias", "lora_only"),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
         ("use_qalora", True),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import lola_ft
+from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.merging import merge
@@ -48,6 +49,30 @@ def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Pat
     assert config["torch_dtype"] == "float32"
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert "the original ones were not used" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_trained_biases_in_a_base_of_4_bit(biased_base: Path, tmp_path: Path) -> None:
+    """Experts' biases are rows of a stack there; those of experts that were left out stay what they are."""
+    four_bit = quantize_base(biased_base, "float32", quiet=True)
+    torch.manual_seed(0)
+    settings = AdapterSettings(expert_rank=2, tune_biases=True, selection=((0, 2), (3,)))
+    model = add_adapter(load_base(biased_base, "nf4", "float32", "cpu", quiet=True), settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    save_adapter(model, tmp_path / "adapter", "per_expert")
+    report = merge(four_bit, tmp_path / "adapter", tmp_path / "merged")
+    assert (report.base_kind, report.biases, report.replaced) == ("nf4", 27, 27)
+    assert report.applied == report.adapter_tensors == report.weights.applied_once == 27 + 3 * 2 * 2
+    original, merged = (load_file(folder / "model.safetensors") for folder in (biased_base, tmp_path / "merged"))
+    changed = {name for name in merged if name.endswith(".bias") and not torch.equal(merged[name], original[name])}
+    assert len(changed) == 27
+    assert {int(name.split(".")[5]) for name in changed if ".h.1.moe" in name} == {0, 2}
+    again = load_base(tmp_path / "merged", None, "float32", "cpu", quiet=True)
+    ids = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_adding_to_original_weights_is_refused(four_bit: Path, adapter: Path, tmp_path: Path) -> None:

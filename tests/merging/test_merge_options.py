@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
-from lola_ft.errors import CheckpointError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging.proof import prove
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 
@@ -24,6 +24,9 @@ PARITY = 1e-4  # float32 sums in another order, through four layers
 KINDS = {
     "router": AdapterSettings(router_rank=3, expert_rank=2),
     "norms": AdapterSettings(mlp_rank=2, tune_norms=True),
+    "biases": AdapterSettings(attention_rank=2, expert_rank=2, tune_biases=True),
+    "norms and biases with dora": AdapterSettings(mlp_rank=2, dora=True, tune_norms=True, tune_biases=True),
+    "biases of some experts": AdapterSettings(expert_rank=2, tune_biases=True, selection=((0, 2), (3,))),
     "dora": AdapterSettings(attention_rank=3, mlp_rank=5, expert_rank=2, dora=True),
     "rslora, some experts": AdapterSettings(expert_rank=2, rslora=True, selection=((0, 2), (3,))),
     "a group's own alpha": AdapterSettings(attention_rank=2, expert_rank=2, alphas={"experts": 5.0}),
@@ -55,6 +58,7 @@ def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tenso
         assert_close(merged(ids).logits, expected, atol=PARITY, rtol=0)
         assert (base(ids).logits - expected).abs().max() > 100 * PARITY
     assert report.applied == report.adapter_tensors == report.weights.applied_once
+    assert report.biases == {"biases": 37, "norms and biases with dora": 28, "biases of some experts": 27}.get(kind, 0)
     assert report.weights.largest_error <= 1
 
 
@@ -68,7 +72,7 @@ def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_
     assert report.weights.applied_once + len(report.weights.below_rounding) >= report.adapter_tensors
 
 
-@pytest.mark.parametrize("kind", ["router", "norms", "dora"])
+@pytest.mark.parametrize("kind", ["router", "norms", "biases", "dora"])
 def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     """A changed weight that has the base's values, or the update turned round, does not pass."""
     save_adapter(trained(tiny_base, KINDS[kind]), tmp_path / "adapter")
@@ -76,6 +80,7 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     name = {
         "router": "transformer.h.1.moe.gate.weight",
         "norms": "transformer.h.2.ln_1.bias",
+        "biases": "transformer.h.3.moe.experts.2.c_fc.bias",
         "dora": "transformer.h.0.attn.c_attn.weight",
     }[kind]
     from lola_ft.adapters.files import read_adapter
@@ -91,6 +96,28 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     base = CheckpointBase.open(HubCheckpoint.open(tiny_base), "base")
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         prove(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged", None, sums)
+
+
+def test_a_bias_that_nothing_changed(tiny_base: Path, tmp_path: Path) -> None:
+    """Trained weights that are the base's own, bit by bit, are no merge."""
+    base = lola_ft.load_base(tiny_base, None, "float32", "cpu", quiet=True)
+    save_adapter(add_adapter(base, AdapterSettings(tune_biases=True)), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="The adapter changes nothing"):
+        lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_stack_with_rows_that_were_not_trained(biased_base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """In the layout `peft` the others' rows are the base's: they are no part of the adapter."""
+    model = trained(biased_base, AdapterSettings(mlp_rank=2, tune_biases=True, dora=True, selection=((0, 2), (3,))))
+    save_adapter(model, tmp_path / "adapter")
+    report = lola_ft.merge(biased_base, tmp_path / "adapter", tmp_path / "merged")
+    assert (report.biases, report.adapter_tensors) == (27, 27 + 2 * 2 * 3)
+    assert report.weights.applied_once == report.adapter_tensors
+    assert report.weights.touched == 27 + 2 * 2
+    assert report.weights.below_rounding == []
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        assert_close(merged(ids).logits, model(ids).logits, atol=PARITY, rtol=0)
 
 
 def test_loftq_is_merged_into_rounded_weights_alone(

@@ -49,7 +49,7 @@ def run_child(recipe: Path, *arguments: str, moment: str = "", step: int = 0, ac
 def write_recipe(folder: Path, base: Path, rows: Path, **changes: Any) -> Path:
     """Twelve steps, several epochs, with all that draws random numbers: dropout, packing, a held-out share."""
     settings = {
-        "adapter": {"dropout": 0.1},
+        "adapter": {"dropout": 0.1, "norms": True, "biases": True},
         "router": {"mode": "tuned", "aux_loss": 0.01},
         "data": {"validation": 0.2, "template": "plain", "max_length": 40},
         "train": {"max_steps": 12, "save_every": 3, "eval_every": 4},
