@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lola_ft.card.facts import CardFacts
+from lola_ft.card.merge_rows import merge_rows
 from lola_ft.card.snippet import snippets
 from lola_ft.repo_id import is_repo_id
 
@@ -75,16 +76,19 @@ def _summary(facts: CardFacts) -> list[list[str]]:
         rows.append(["layout", f"`{facts.layout}`"])
     if recipe:
         stored = "4-bit (NF4) base" if facts.quantization == "nf4" else "unquantised base"
-        rows.append(["trained on", f"{stored}, {base.get('dtype', recipe['base']['dtype'])}"])
-        rows.append(["LoRA", _lora(recipe)])
-        rows.append(["router", recipe["router"]["mode"]])
-        rows.append(["learning rate", f"{recipe['train']['learning_rate']:g}, {recipe['train']['scheduler']}"])
+        dtype = base.get("dtype") or recipe.get("base", {}).get("dtype")
+        rows.append(["trained on", f"{stored}, {dtype}" if dtype else stored])
+        if "adapter" in recipe:
+            rows.append(["LoRA", _lora(recipe)])
+            beside = [name for name in ("norms", "biases") if recipe["adapter"].get(name)]
+            rows += [["trained as they are", " and ".join(beside)]] if beside else []
+        if "router" in recipe:
+            rows.append(["router", recipe["router"]["mode"]])
+        if "train" in recipe:
+            rows.append(["learning rate", f"{recipe['train']['learning_rate']:g}, {recipe['train']['scheduler']}"])
     if trained := facts.manifest.get("trained"):
         rows.append(["trained parameters", f"{sum(group['parameters'] for group in trained.values()):,}"])
-    if report:
-        rows.append(["merged", f"{report.get('applied')} of {report.get('adapter_tensors')} adapter tensors"])
-        rows.append(["merged into", "NF4-rounded weights" if report.get("rounding") == "nf4" else "original weights"])
-    return rows
+    return rows + (merge_rows(report) if report else [])
 
 
 def _lora(recipe: dict[str, Any]) -> str:

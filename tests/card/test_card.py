@@ -10,7 +10,7 @@ from lola_ft.card import CardFacts, render_card
 MANIFEST: dict[str, Any] = {
     "recipe": {
         "base": {"model": "models/lola", "quantization": "nf4", "dtype": "bfloat16"},
-        "adapter": {"attention": {"rank": 16}, "mlp": None, "experts": {"rank": 8}, "alpha": 32.0},
+        "adapter": {"attention": {"rank": 16}, "mlp": None, "experts": {"rank": 8}, "alpha": 32.0, "biases": True},
         "router": {"mode": "tuned"},
         "train": {"learning_rate": 1e-4, "scheduler": "cosine"},
         "data": {"sources": [{"hub": "some/dataset"}, {"path": "/home/amina/sw.jsonl", "hub": None}]},
@@ -83,6 +83,7 @@ def test_a_card_from_nothing_but_an_adapter() -> None:
         "| layout | `peft` |",
         "| trained on | 4-bit (NF4) base, bfloat16 |",
         "| LoRA | attention rank 16, experts rank 8, alpha 32 |",
+        "| trained as they are | biases |",
         "| router | tuned |",
         "| learning rate | 0.0001, cosine |",
         "| trained parameters | 3,345 |",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from lola_ft.merging import merge
@@ -30,13 +31,15 @@ def in_a_run(adapter: Path, run: Path, quantization: str = "nf4") -> Path:
 def test_the_card_says_what_was_done(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     report = merge(tiny_base, in_a_run(adapter, tmp_path / "run"), tmp_path / "merged")
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert card.startswith("---\nlicense: cc-by-4.0\n")
-    assert 'language: ["de", "sw"]' in card
+    header = ModelCard(card).data
+    assert (header.license, header.language) == ("cc-by-4.0", ["de", "sw"])
+    assert (header.library_name, header.base_model) == ("transformers", None)  # a folder is no base to others
     assert f"fingerprint `{report.base_fingerprint}`" in card
     assert "58 of 58 adapter tensors found exactly once" in card
-    assert "sw (1,200 rows), de (30 rows)" in card
+    assert "| sw | 1,200 | 5 |\n| de | 30 | 5 |" in card
     assert "same next token at 100.0%" in card
-    assert "the original weights" in card
+    assert "| merged into | the original weights |" in card
+    assert f"| weights | {report.changed} changed, {report.copied} as in the base, dtype auto |" in card
     assert str(tmp_path) not in card
 
 
@@ -45,7 +48,19 @@ def test_an_unchecked_merge_claims_no_check(tiny_base: Path, adapter: Path, tmp_
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "checked" not in card
     assert "logits" not in card
-    assert "language:" not in card
+    assert ModelCard(card).data.language is None
+
+
+def test_the_card_names_a_base_of_the_hub(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/lola"}))
+    merge(tiny_base, adapter, tmp_path / "merged", check="none")
+    card = ModelCard((tmp_path / "merged" / "README.md").read_text())
+    assert (card.data.base_model, card.data.to_dict()["base_model_relation"]) == ("some/lola", "finetune")
+    assert card.text.lstrip().startswith("# lola, fine-tuned and merged")
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace("path/to/this/folder", str(tmp_path / "merged")), space := {})
+    assert space["model"].config.model_type == "lola_v1"
 
 
 def test_the_config_is_fit_for_both_codes(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
