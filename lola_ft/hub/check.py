@@ -20,14 +20,13 @@ from transformers import AutoConfig
 
 from lola_ft.adapters import load_adapter
 from lola_ft.errors import PublishError, UserError
-from lola_ft.kernels.precision import has_bfloat16
+from lola_ft.kernels.precision import comparison_dtype, is_small
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import load_base
 from lola_ft.quantization.load import default_device
 
 _ROWS, _LENGTH = 6, 32
-_FLOAT32_LIMIT_BYTES = 4_000_000_000  # larger models are compared in 4 bit, so that the check fits where training did
 # As a share of the largest logit. Both sides compute the same, so only a kernel that sums in another order each time
 # makes a difference: one rounding of the number format.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -81,9 +80,8 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
 def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
     entries = HubCheckpoint.open(folder).entries.values()
     numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
-    if 4 * numel <= _FLOAT32_LIMIT_BYTES:
-        return None, torch.float32
-    return "nf4", torch.bfloat16 if has_bfloat16(default_device()) else torch.float32
+    # A large model in 4 bit, so that the check fits where training did.
+    return None if is_small(numel) else "nf4", comparison_dtype(numel, torch.bfloat16, default_device())
 
 
 @torch.no_grad()

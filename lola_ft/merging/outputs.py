@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lola_ft.kernels.precision import has_bfloat16
+from lola_ft.kernels.precision import comparison_dtype
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 # Ordinary sentences of several scripts, so that many experts are visited.
@@ -20,7 +20,6 @@ PROMPTS = (
     "يشرب جدي الشاي كل صباح في الحديقة.",
     "今日は駅前の店で新しい本を買いました。",
 )
-_FLOAT32_LIMIT_BYTES = 4_000_000_000
 _SPARE = 1.15  # beside a model's weights: the largest tensor on its way, activations, logits
 _SPARE_BYTES = 500_000_000  # PEFT, bitsandbytes and what they bring
 
@@ -88,9 +87,7 @@ def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
     # Here, so that a merge without models does without bitsandbytes.
     from lola_ft.quantization.load import default_device
 
-    small = 4 * parameters <= _FLOAT32_LIMIT_BYTES
-    emulated = weights_dtype == torch.bfloat16 and not has_bfloat16(default_device())
-    return torch.float32 if small or emulated else weights_dtype
+    return comparison_dtype(parameters, weights_dtype, default_device())
 
 
 def too_large(parameters: int, compute: torch.dtype) -> str:
