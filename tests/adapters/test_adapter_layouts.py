@@ -185,7 +185,15 @@ def broken(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tens
             {"base_model.model.transformer.wte.lora_embedding_A": torch.ones(2, 2)}, r"wte.*are one tensor", id="wte"
         ),
         pytest.param({"base_model.model.lm_head.weight": torch.ones(2, 2)}, r"lm_head.*are one tensor", id="lm_head"),
-        pytest.param({"base_model.model.transformer.h.0.attn.c_attn.bias": torch.ones(2)}, r"bias", id="bias"),
+        pytest.param({"base_model.model.transformer.h.0.attn.bias": torch.ones(2)}, r"attn\.bias", id="a buffer"),
+        pytest.param(
+            {
+                f"base_model.model.transformer.h.0.attn.c_attn.{wrapped}bias": torch.ones(192)
+                for wrapped in ("", "base_layer.")
+            },
+            r"1 .*attn\.c_attn\.bias",
+            id="a bias twice",
+        ),
         pytest.param({"h.0.attn.c_attn.lora_B.weight": torch.ones(7)}, r"attn\.c_attn\.lora_B", id="one-dimensional"),
         pytest.param(
             {"h.0.attn.c_attn.lora_B.weight": torch.ones(192, 5)}, r"c_attn: A has 4 rows and B 5 columns", id="ranks"
