@@ -2,9 +2,7 @@
 
 `peft`: what PEFT writes for the native model; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
 `per_expert`: the authors'; one A (R, in) and B (out, R) an expert, under Conv1D names.
-Both call linear layers by the same names and hold a router's trained weight as it is. A trained bias has the name that
-PEFT gives the base's own once LoRA is wrapped around it, under which stock PEFT puts it into the base; in `peft` an MoE
-layer's are one stack (E, out).
+Both call linear layers by the same names and hold a router's trained weight as it is.
 """
 
 import re
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
-from lola_ft.adapters.targets import EXPERT_TARGETS, target_of
+from lola_ft.adapters.trained_state import split_stacks, trained_name, trained_state
 from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
 from lola_ft.model.layout import EXPERT_PROJECTIONS
@@ -26,11 +24,6 @@ CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 FUSED = re.compile(r"^(?P<experts>.+\.moe\.experts)(?P<inner>\.base_layer)?$")
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>A\.weight|B\.weight|magnitude_vector)$")
-_TRAINED_KEY = re.compile(
-    r"(\.moe\.gate\.weight|\.ln_[12f]\.(weight|bias)|\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.bias"
-    r"|\.moe\.experts\.\d+\.(c_fc|c_proj)\.bias)$"
-)
-_FUSED_BIAS = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<projection>up_proj|down_proj)_bias$")
 _DISK_NAME = {fused: disk for disk, fused in EXPERT_PROJECTIONS.items()}
 
 
@@ -52,8 +45,7 @@ def from_state(
         {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
     )
     factors, keys = _sort_factors(state, weights)
-    for name in [name for name in weights.trained if _FUSED_BIAS.match(name)]:
-        _split_biases(name, weights, num_experts, experts_of or {})
+    split_stacks(weights, num_experts, experts_of or {})
     for module, pair in factors.items():
         pair_keys = tuple(keys[module, factor] for factor in pair)
         fused = FUSED.match(module)
@@ -99,9 +91,8 @@ def _sort_factors(
                 keys[match["module"], kind] = key
                 continue
         else:
-            plain = name.replace(".base_layer", "") if name.endswith("bias") else name
-            known = _TRAINED_KEY.search(plain) or _FUSED_BIAS.match(plain)
-            if known and plain not in weights.trained:
+            plain = trained_name(name)
+            if plain is not None and plain not in weights.trained:
                 weights.trained[plain] = tensor
                 weights.keys[plain] = (key,)
                 continue
@@ -125,26 +116,6 @@ def _sort_factors(
     return factors, keys
 
 
-def _split_biases(
-    name: str, weights: AdapterWeights, num_experts: int, experts_of: Mapping[str, Sequence[int]]
-) -> None:
-    """Put each expert's bias in the place of its layer's stack (a row an expert)."""
-    fused = _FUSED_BIAS.match(name)
-    assert fused is not None, f"{name} is no stack of biases"
-    experts = experts_of.get(fused["experts"], range(num_experts))
-    stack, keys = weights.trained.pop(name), weights.keys.pop(name)
-    if stack.ndim != 2 or len(stack) != len(experts):
-        raise AdapterError(
-            f"{name}: holds {list(stack.shape)}, not a row for each of {len(experts)} experts. Was the adapter trained "
-            "on a base with another number of experts?"
-        )
-    for place, e in enumerate(experts):
-        single = f"{fused['experts']}.{e}.{_DISK_NAME[fused['projection']]}.bias"
-        if single in weights.trained:
-            raise AdapterError(f"{name}: the file holds it twice, as a stack and for expert {e} alone.")
-        weights.trained[single], weights.keys[single] = stack[place], keys
-
-
 def to_state(
     weights: AdapterWeights,
     layout: str,
@@ -162,7 +133,8 @@ def to_state(
             "This adapter uses DoRA, which the layout per_expert cannot hold: the authors' code would want a length "
             "for every expert, too. Keep it in the layout peft, or merge it."
         )
-    state = _trained_state(weights, layout, num_experts, experts_of or {})
+    trained = trained_state(weights, layout, num_experts, experts_of or {})
+    state = {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
         single = EXPERT_MODULE.match(module)
@@ -183,39 +155,6 @@ def to_state(
         inner = projection == "up_proj" and (experts, "down_proj") in stacks
         state |= _pair_state(experts + ".base_layer" * inner, join_a(a_ERI), join_b(b_EOR))
     return {key: tensor.contiguous() for key, tensor in sorted(state.items())}
-
-
-def _trained_state(
-    weights: AdapterWeights, layout: str, num_experts: int, experts_of: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """Weights that were trained as they are, under the names that PEFT's wrappers leave them."""
-    targets = {target_of(module, layout) for module in weights.pairs}
-    state: dict[str, Tensor] = {}
-    stacks: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
-    for name, tensor in weights.trained.items():
-        module, _, kind = name.rpartition(".")
-        single = EXPERT_MODULE.match(module)
-        if single and layout == "peft":
-            stacks[single["experts"], single["proj"]][int(single["expert"])] = tensor
-        else:
-            wrapped = kind == "bias" and target_of(module, layout) in targets
-            state[f"{PREFIX}{module}{'.base_layer' * wrapped}.{kind}"] = tensor
-    nesting = ".base_layer" * len(targets.intersection(EXPERT_TARGETS))
-    for (experts, projection), by_expert in stacks.items():
-        rows = {e: by_expert.get(e) for e in experts_of.get(experts, range(num_experts))}
-        like = next(iter(by_expert.values()))
-        for e in [e for e, row in rows.items() if row is None]:
-            own = weights.base_biases.get(f"{experts}.{e}.{projection}.bias")
-            if own is None:
-                raise AdapterError(
-                    f"{experts}.{e}.{projection}.bias: the layout peft holds the biases of a layer's experts as one "
-                    "stack, and this one was not trained and is not at hand. Convert the adapter with "
-                    "`lola-ft convert … --base BASE`, or keep it in the layout per_expert."
-                )
-            rows[e] = own.to(like.dtype)
-        fused = f"{EXPERT_PROJECTIONS[projection]}_bias"
-        state[f"{PREFIX}{experts}{nesting}.{fused}"] = torch.stack([row for row in rows.values() if row is not None])
-    return state
 
 
 def detect_layout(names: Iterable[str]) -> str:
