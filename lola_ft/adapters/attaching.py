@@ -22,7 +22,20 @@ from lola_ft.quantization import NF4Linear
 
 
 class NF4LoraLinear(LoraLinear4bit):
-    """PEFT's LoRA on a 4-bit linear layer, but for its merge, which would quantise the merged weight anew."""
+    """PEFT's LoRA on a 4-bit linear layer.
+
+    A single plain adapter is added inside the layer's own pass: PEFT's forward makes four more tensors of the output's
+    size. Merging is refused, for it would quantise the merged weight anew.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        plain = not (args or kwargs or self.disable_adapters or self.merged)
+        if len(names) != 1 or names[0] in self.lora_variant or not plain:
+            return super().forward(x, *args, **kwargs)
+        (name,) = names
+        b_OR = self.lora_B[name].weight * self.scaling[name]
+        return self.get_base_layer().forward_with_lora(x, self.lora_A[name].weight, b_OR, self.lora_dropout[name])
 
     def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> Any:  # noqa: ARG002
         return SideDora() if config.use_dora else None

@@ -1,5 +1,6 @@
 """A linear layer whose weight is NF4, dense only while it is multiplied with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -58,31 +59,72 @@ class NF4Linear(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
-            return _NF4Linear.apply(x.to(dtype), self.bias, self)
+            return _NF4Linear.apply(x.to(dtype), self.bias, None, None, None, self)
+
+    def forward_with_lora(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
+        """`x W^T + bias + dropout(x) A^T B^T` in one pass over the output.
+
+        Args:
+            b_OR: B times LoRA's scaling.
+            dropout: Identity (gives back its argument) where nothing is dropped.
+        """
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
+        side = dropout(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return _NF4Linear.apply(x, self.bias, None if side is x else side, a_RI.to(dtype), b_OR.to(dtype), self)
 
 
 class _NF4Linear(torch.autograd.Function):
-    """y = x W^T + b; keeps nothing but a reference to the layer, and dequantises again for the gradient of x."""
+    """Keeps no dense weight but a reference to the layer, and dequantises again for the gradient of x.
+
+    With LoRA it keeps the side path's input and its rank-R intermediate, too. `side` is None where that input is x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor, layer: NF4Linear) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor,
+        side: Tensor | None,
+        a_RI: Tensor | None,
+        b_OR: Tensor | None,
+        layer: NF4Linear,
+    ) -> Tensor:
         ctx.layer = layer
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         out = rows.new_empty(rows.shape[0], layer.out_features)
-        return times_transposed(rows, layer.tiles(x.dtype), out, bias.to(x.dtype)).view(*x.shape[:-1], -1)
+        times_transposed(rows, layer.tiles(x.dtype), out, bias.to(x.dtype))
+        if a_RI is not None and b_OR is not None:
+            inputs = rows if side is None else _rows(side)
+            hidden = inputs @ a_RI.t()
+            out.addmm_(hidden, b_OR.t())
+            ctx.save_for_backward(inputs, hidden, a_RI, b_OR)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_y, layer = grads[0], ctx.layer
-        rows = d_y.reshape(-1, d_y.shape[-1])
-        wants_x, wants_bias, _ = ctx.needs_input_grad
-        d_x = d_bias = None
+        rows = _rows(d_y)
+        wants_x, wants_bias, has_side, wants_a, wants_b, _ = ctx.needs_input_grad
+        d_x = d_side = d_a = d_b = d_hidden = None
         if wants_x:
             d_x = times(rows, layer.tiles(d_y.dtype), rows.new_empty(rows.shape[0], layer.in_features))
-            d_x = d_x.view(*d_y.shape[:-1], -1)
-        if wants_bias:
-            d_bias = rows.sum(0).to(layer.bias.dtype)
-        return d_x, d_bias, None
+        if saved := ctx.saved_tensors:  # read once: recomputation gives them out once
+            inputs, hidden, a_RI, b_OR = saved
+            d_hidden = rows @ b_OR
+            d_a = d_hidden.t() @ inputs if wants_a else None
+            d_b = rows.t() @ hidden if wants_b else None
+            if has_side:
+                d_side = (d_hidden @ a_RI).view(*d_y.shape[:-1], -1)
+            elif d_x is not None:
+                d_x.addmm_(d_hidden, a_RI)
+        d_bias = rows.sum(0).to(layer.bias.dtype) if wants_bias else None
+        return None if d_x is None else d_x.view(*d_y.shape[:-1], -1), d_bias, d_side, d_a, d_b, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def is_quantizable(module: nn.Module) -> bool:

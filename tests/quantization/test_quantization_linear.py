@@ -143,3 +143,34 @@ def test_nothing_dense_is_kept_for_backward(saved_bytes: Any) -> None:
         out = layer(x).square()  # the square keeps the output, so that something is seen
     saved.add_contexts(out)
     assert saved.total == out.numel() * 4 < weight.numel() * 4 / 50
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("trained_bias", [False, True])
+def test_lora_in_the_same_pass_equals_the_plain_formula(dropped: bool, trained_bias: bool) -> None:
+    layer, _ = make_layer()
+    layer.bias.requires_grad_(trained_bias)
+    dense = layer.dense_weight(torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    x, a, b = (torch.randn(size, generator=generator).requires_grad_() for size in ((2, 5, 64), (3, 64), (192, 3)))
+    mask = (torch.rand(2, 5, 64, generator=generator) < 0.7) / 0.7
+
+    def dropout(inputs: Tensor) -> Tensor:
+        return inputs * mask if dropped else inputs
+
+    leaves = [x, a, b] + ([layer.bias] if trained_bias else [])
+    expected = F.linear(x, dense, layer.bias) + dropout(x) @ a.t() @ b.t()
+    got = layer.forward_with_lora(x, a, b, dropout)
+    torch.testing.assert_close(got, expected)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    for mine, plain in zip(torch.autograd.grad(got.square().sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)  # sums of up to 192 squares
+
+
+def test_lora_in_the_same_pass_when_the_input_wants_no_gradient() -> None:
+    layer, _ = make_layer()
+    x, a, b = torch.randn(4, 64), torch.randn(3, 64, requires_grad=True), torch.randn(192, 3, requires_grad=True)
+    layer.forward_with_lora(x, a, b, nn.Identity()).sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    torch.testing.assert_close(b.grad, (x @ a.detach().t()).sum(0).expand(192, 3))
