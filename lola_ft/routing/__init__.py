@@ -1,0 +1,1 @@
+"""Which experts which languages use: profiles, their comparison, and the choice of experts to train."""
