@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 130 stopped by Ctrl-C, 1 a bug.
 """
 
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ from lola_ft.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lola_ft: list, show, copy.")
 app.add_typer(recipes_app, name="recipes")
+routing_app = typer.Typer(no_args_is_help=True, help="Which experts which languages use: profile, report, select.")
+app.add_typer(routing_app, name="routing")
 
 
 @app.callback()
@@ -173,6 +176,47 @@ def quantize(
     from lola_ft.quantization import quantize_base
 
     Console().print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
+
+
+@routing_app.command("texts")
+def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) -> None:
+    """Write names from Unicode CLDR in about 150 languages, a text file each: data for `routing profile`."""
+    from lola_ft.nano.corpus import write_texts
+
+    files = write_texts(Path(out))
+    print(f"{len(files)} languages in {out}.")
+
+
+@routing_app.command("profile")
+def routing_profile(
+    model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
+    data: Annotated[list[str], typer.Option(help="A file, folder or glob; can be given again.")],
+    out: Annotated[str, typer.Option(help="The profile to write, a safetensors file.")],
+    base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
+    format: Annotated[str, typer.Option(help="The files' format, as in a recipe.")] = "text",
+    language_column: Annotated[
+        str | None, typer.Option(help="Field that holds the language; else it stands in the file's name, as sw.txt.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="A text of .txt files: paragraph, line or file.")] = None,
+    template: Annotated[str | None, typer.Option(help="Renders prompts; the model's own, else alpaca.")] = None,
+    max_tokens_per_language: Annotated[int | None, typer.Option(min=1, help="The first so many of each.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens; the model's positions.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Tokens of a language whose single choices are kept.")] = 1000,
+) -> None:
+    """Count which experts the tokens of each language go to, in every MoE layer."""
+    from lola_ft.routing.profile import save_profile
+    from lola_ft.routing.profiling import profile_routing
+
+    began = time.perf_counter()
+    profile = profile_routing(
+        model, data, base, revision, quantization, format, language_column, unit, template,
+        max_tokens_per_language, max_length, sample,
+    )  # fmt: skip
+    save_profile(profile, out)
+    tokens, seconds = int(profile.tokens_L.sum()), time.perf_counter() - began
+    print(f"{tokens:,} tokens in {len(profile.languages)} languages, {seconds:.0f} s. The profile is in {out}.")
 
 
 @app.command()
