@@ -219,6 +219,27 @@ def routing_profile(
     print(f"{tokens:,} tokens in {len(profile.languages)} languages, {seconds:.0f} s. The profile is in {out}.")
 
 
+@routing_app.command("select")
+def routing_select(
+    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
+    languages: Annotated[str, typer.Option(help="Codes with commas between them, such as sw,rw.")],
+    out: Annotated[str, typer.Option(help="The JSON file to write, for a recipe's adapter.experts.select.")],
+    coverage: Annotated[float, typer.Option(help="Share of the languages' tokens that the experts must get.")] = 0.8,
+    by: Annotated[str, typer.Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter whose size is predicted.")] = 8,
+    random: Annotated[bool, typer.Option("--random", help="As many experts, drawn at random: a control.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Choose the fewest experts of each layer that some languages' tokens mostly go to."""
+    from lola_ft.routing.profile import read_profile
+    from lola_ft.routing.relevance import describe_choice, save_choice, select_experts
+
+    codes = [code.strip() for code in languages.split(",") if code.strip()]
+    choice = select_experts(read_profile(profile), codes, coverage, by, seed if random else None, rank)
+    save_choice(choice, out)
+    print(f"{describe_choice(choice)}\nThe selection is in {out}.")
+
+
 @app.command()
 def nano(
     out: Annotated[str, typer.Option(help="Folder to write; an up-to-date one is reused.")] = ".cache/nano",
