@@ -219,6 +219,25 @@ def routing_profile(
     print(f"{tokens:,} tokens in {len(profile.languages)} languages, {seconds:.0f} s. The profile is in {out}.")
 
 
+@routing_app.command("report")
+def routing_report(
+    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
+    second: Annotated[str | None, typer.Argument(help="Another one, to show what changed.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write; PROFILE-report.")] = None,
+    permutations: Annotated[int, typer.Option(min=1, help="Of the tests whether routing follows descent.")] = 999,
+    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+) -> None:
+    """Write a page with tables and pictures, the pictures, and all numbers as JSON."""
+    from lola_ft.routing.profile import read_profile
+    from lola_ft.routing.report import write_report
+
+    file = Path(profile)
+    folder = out or file.with_name(f"{file.stem}-report")
+    other = read_profile(second) if second else None
+    page = write_report(read_profile(file), folder, other, permutations, seed)
+    print(f"The report is in {page}.")
+
+
 @routing_app.command("select")
 def routing_select(
     profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
@@ -228,14 +247,17 @@ def routing_select(
     by: Annotated[str, typer.Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter whose size is predicted.")] = 8,
     random: Annotated[bool, typer.Option("--random", help="As many experts, drawn at random: a control.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the draw; 0 if left out.")] = None,
 ) -> None:
     """Choose the fewest experts of each layer that some languages' tokens mostly go to."""
     from lola_ft.routing.profile import read_profile
     from lola_ft.routing.relevance import describe_choice, save_choice, select_experts
 
+    if seed is not None and not random:
+        raise UserError("--seed is for --random; the choice by coverage has nothing random.")
     codes = [code.strip() for code in languages.split(",") if code.strip()]
-    choice = select_experts(read_profile(profile), codes, coverage, by, seed if random else None, rank)
+    draw = (seed or 0) if random else None
+    choice = select_experts(read_profile(profile), codes, coverage, by, draw, rank)
     save_choice(choice, out)
     print(f"{describe_choice(choice)}\nThe selection is in {out}.")
 

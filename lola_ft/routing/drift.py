@@ -15,6 +15,7 @@ class Drift:
     """What changed from a first profile to a second.
 
     Attributes:
+        layers: The MoE layers' places among all layers.
         languages: Those of both profiles.
         divergence_LM: Jensen-Shannon divergence of a language's shares, in bits.
         flips: For each language the share of its sampled tokens that go elsewhere, by layer (M,); None where the two
@@ -22,6 +23,7 @@ class Drift:
         left_out: Languages of one profile alone.
     """
 
+    layers: tuple[int, ...]
     languages: tuple[str, ...]
     divergence_LM: Tensor
     flips: dict[str, Tensor | None]
@@ -47,6 +49,7 @@ def compare(first: Profile, second: Profile) -> Drift:
         )
     shares = [profile.shares[profile.of(common)] for profile in (first, second)]
     return Drift(
+        first.about.layers,
         common,
         jensen_shannon(*shares),
         {language: _flips(first, second, language) for language in common},
