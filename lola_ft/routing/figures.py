@@ -21,8 +21,8 @@ _OTHER = "#777777"
 
 def family_colours(languages: Sequence[str]) -> dict[str, str]:
     """A colour for each family with two languages or more, the largest first; the others are grey."""
-    known = (language.family for code in languages if (language := find_language(code)) and language.family)
-    families = [family for family, count in Counter(known).most_common() if count > 1]
+    found = Counter(language.family for code in languages if (language := find_language(code)) and language.family)
+    families = [family for family, count in sorted(found.items(), key=lambda item: (-item[1], item[0])) if count > 1]
     # tab20's strong half first: neighbours in its order are two tones of one colour.
     order = [*range(0, 20, 2), *range(1, 20, 2)]
     order.remove(14)  # a grey
@@ -52,7 +52,7 @@ def heatmap(
     axes.set_xticks(range(count), columns, fontsize=_FONT)
     axes.set_yticks(range(rows), [describe(code) for code in languages], fontsize=_FONT)
     _colour_labels(axes.get_yticklabels(), languages)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labeltop=rows > 40)
     axes.set_xlabel(below, fontsize=_FONT + 1)
     axes.set_title(title, fontsize=_FONT + 2)
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 3 / (_ROW * max(rows, 6))), pad=0.02)
@@ -94,7 +94,7 @@ def principal_components(shares_LF: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def language_map(shares_LF: np.ndarray, languages: Sequence[str]) -> bytes:
     """The languages' first two principal components."""
     places_L2, parts = principal_components(shares_LF)
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8) if len(languages) < 60 else (16, 12), layout="constrained")
     axes = figure.add_subplot()
     colours = family_colours(languages)
     for language, (x, y) in zip(languages, places_L2, strict=True):
@@ -105,7 +105,7 @@ def language_map(shares_LF: np.ndarray, languages: Sequence[str]) -> bytes:
     axes.set_ylabel(f"second component ({parts[1]:.0%})", fontsize=_FONT + 1)
     axes.tick_params(labelsize=_FONT)
     axes.grid(alpha=0.2)
-    _legend(axes, colours)
+    _legend(axes, colours, "best")
     return _png(figure)
 
 
@@ -133,14 +133,14 @@ def dendrogram(linkage: np.ndarray, languages: Sequence[str]) -> bytes:
     axes.tick_params(axis="x", labelsize=_FONT)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    _legend(axes, colours)
+    _legend(axes, colours, "upper left")  # where the tree's root leaves room
     return _png(figure)
 
 
-def _legend(axes: Any, colours: dict[str, str]) -> None:
+def _legend(axes: Any, colours: dict[str, str], place: str) -> None:
     if colours:
         marks = [Line2D([], [], marker="s", linestyle="", color=colour) for colour in [*colours.values(), _OTHER]]
-        axes.legend(marks, [*colours, "other"], fontsize=_FONT, loc="best", framealpha=0.8)
+        axes.legend(marks, [*colours, "other"], fontsize=_FONT, loc=place, framealpha=0.8)
 
 
 def _colour_labels(labels: Any, languages: Sequence[str]) -> None:
