@@ -234,8 +234,8 @@ def routing_report(
     file = Path(profile)
     folder = out or file.with_name(f"{file.stem}-report")
     other = read_profile(second) if second else None
-    page = write_report(read_profile(file), folder, other, permutations, seed)
-    print(f"The report is in {page}.")
+    report = write_report(read_profile(file), folder, other, permutations, seed)
+    print(*report.headlines(), f"The report is in {report.page}.", sep="\n")
 
 
 @routing_app.command("select")

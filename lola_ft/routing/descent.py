@@ -82,6 +82,25 @@ def follow_descent(profile: Profile, permutations: int = 999, seed: int = 0) -> 
     }
 
 
+def describe_descent(found: dict[str, Any]) -> list[str]:
+    """The tests of all layers together, a line each."""
+    tests = found["layers"][ALL_LAYERS]
+    lines = [
+        f"  distance of routing against that of {name}: r {_number(test['r'])}, p {_number(test['p'])}"
+        for name, test in tests["mantel"].items()
+    ]
+    lines += [
+        f"  the nearest language has the same {name}: {_number(near['share'])} (by chance {_number(near['chance'])}, "
+        f"p {_number(near['p'])})"
+        for name, near in tests["neighbours"].items()
+    ]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.2g}" if 0 < value < 0.001 else f"{value:.3f}"
+
+
 def plain(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers as JSON has them: None for what is not one."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

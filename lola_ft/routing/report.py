@@ -13,11 +13,17 @@ import numpy as np
 from lola_ft.errors import UserError
 from lola_ft.files import replace_folder
 from lola_ft.routing import figures
-from lola_ft.routing.descent import ALL_LAYERS, MIN_LANGUAGES, follow_descent, routing_distances
+from lola_ft.routing.descent import (
+    ALL_LAYERS,
+    MIN_LANGUAGES,
+    describe_descent,
+    follow_descent,
+    routing_distances,
+)
 from lola_ft.routing.drift import Drift, compare
 from lola_ft.routing.families import describe
 from lola_ft.routing.profile import Profile
-from lola_ft.routing.summary import summarise, summarise_drift
+from lola_ft.routing.summary import describe_drift, summarise, summarise_drift
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -36,9 +42,30 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(self.data).decode("ascii")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Where the page is, and all numbers as `report.json` has them."""
+
+    page: Path
+    numbers: dict[str, Any]
+
+    def headlines(self) -> list[str]:
+        """The few numbers that a terminal shows."""
+        lines = []
+        for one in filter(None, (self.numbers["first"], self.numbers["second"])):
+            entropies = [layer["load_entropy"] for layer in one["layers"]]
+            dead = sum(len(layer["dead_experts"]) for layer in one["layers"])
+            lines.append(
+                f"{one['profile']['model']}: {len(one['languages'])} languages; entropy of the load "
+                f"{min(entropies):.3f} to {max(entropies):.3f}; {dead} dead experts"
+            )
+            lines += describe_descent(one["descent"]) if one["descent"] else []
+        return lines + (describe_drift(self.numbers["drift"]) if self.numbers["drift"] else [])
+
+
 def write_report(
     first: Profile, out: str | Path, second: Profile | None = None, permutations: int = 999, seed: int = 0
-) -> Path:
+) -> Report:
     """Write a report into a folder; an earlier report there is replaced.
 
     Args:
@@ -66,7 +93,7 @@ def write_report(
         text = json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / NUMBERS).write_text(text, encoding="utf-8")
         (partial / PAGE).write_text(_page(numbers, pictures), encoding="utf-8")
-    return folder / PAGE
+    return Report(folder / PAGE, numbers)
 
 
 def _pictures(profile: Profile) -> list[Picture]:

@@ -1,6 +1,7 @@
 """All numbers of a report, as plain values for JSON."""
 
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -64,6 +65,18 @@ def summarise_drift(drift: Drift) -> dict[str, Any]:
             for place, language in enumerate(drift.languages)
         },
     }
+
+
+def describe_drift(drift: dict[str, Any]) -> list[str]:
+    """The means over languages and layers."""
+    changes = drift["languages"].values()
+    flips = [fmean(change["flip_rate"]) for change in changes if change["flip_rate"] is not None]
+    line = (
+        f"  between the two: Jensen-Shannon divergence {fmean(fmean(c['jensen_shannon']) for c in changes):.4f} bits; "
+    )
+    if not flips:
+        return [line + "flips cannot be counted, the texts differ"]
+    return [line + f"{fmean(flips):.1%} of sampled tokens go elsewhere ({len(flips)} of {len(changes)} languages)"]
 
 
 def rounded(values: torch.Tensor) -> Any:
