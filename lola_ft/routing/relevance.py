@@ -66,6 +66,7 @@ def select_experts(
     Raises:
         UserError: A language that the profile does not have, or an impossible coverage.
     """
+    languages = list(dict.fromkeys(languages))
     if not 0 < coverage <= 1:
         raise UserError(f"--coverage {coverage}: must be above 0 and at most 1.")
     if not languages:
@@ -83,7 +84,7 @@ def select_experts(
     parameters = sum(map(len, experts)) * parameters_of_expert(profile, rank)
     return Choice(
         experts=experts,
-        languages=list(languages),
+        languages=languages,
         coverage=coverage,
         by=by,
         random_seed=seed,

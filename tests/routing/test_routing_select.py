@@ -50,6 +50,7 @@ def test_a_known_choice(made_profile: Make) -> None:
     both = select_experts(profile, ["a", "b"], 0.5)
     assert both.experts == [[0, 2], [3]]  # 7 + 7 of 20; equal ones, the lower number first; 10 of 20
     assert both.spill_over == {}
+    assert select_experts(profile, ["a", "b", "a"], 0.5) == both
     assert found.parameters == 2 * (2 * (64 + 128) + 2 * (128 + 64))
     assert found.bytes == 4 * found.parameters
 
