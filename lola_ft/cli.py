@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 130 stopped by Ctrl-C, 1 a bug.
 """
 
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ from lola_ft.errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lola_ft: list, show, copy.")
 app.add_typer(recipes_app, name="recipes")
+routing_app = typer.Typer(no_args_is_help=True, help="Which experts which languages use: profile, report, select.")
+app.add_typer(routing_app, name="routing")
 
 
 @app.callback()
@@ -173,6 +176,90 @@ def quantize(
     from lola_ft.quantization import quantize_base
 
     Console().print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
+
+
+@routing_app.command("texts")
+def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) -> None:
+    """Write names from Unicode CLDR in about 150 languages, a text file each: data for `routing profile`."""
+    from lola_ft.nano.corpus import write_texts
+
+    files = write_texts(Path(out))
+    print(f"{len(files)} languages in {out}.")
+
+
+@routing_app.command("profile")
+def routing_profile(
+    model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
+    data: Annotated[list[str], typer.Option(help="A file, folder or glob; can be given again.")],
+    out: Annotated[str, typer.Option(help="The profile to write, a safetensors file.")],
+    base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
+    format: Annotated[str, typer.Option(help="The files' format, as in a recipe.")] = "text",
+    language_column: Annotated[
+        str | None, typer.Option(help="Field that holds the language; else it stands in the file's name, as sw.txt.")
+    ] = None,
+    unit: Annotated[str | None, typer.Option(help="A text of .txt files: paragraph, line or file.")] = None,
+    template: Annotated[str | None, typer.Option(help="Renders prompts; the model's own, else alpaca.")] = None,
+    max_tokens_per_language: Annotated[int | None, typer.Option(min=1, help="The first so many of each.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens; the model's positions.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Tokens of a language whose single choices are kept.")] = 1000,
+) -> None:
+    """Count which experts the tokens of each language go to, in every MoE layer."""
+    from lola_ft.routing.profile import save_profile
+    from lola_ft.routing.profiling import profile_routing
+
+    began = time.perf_counter()
+    profile = profile_routing(
+        model, data, base, revision, quantization, format, language_column, unit, template,
+        max_tokens_per_language, max_length, sample,
+    )  # fmt: skip
+    save_profile(profile, out)
+    tokens, seconds = int(profile.tokens_L.sum()), time.perf_counter() - began
+    print(f"{tokens:,} tokens in {len(profile.languages)} languages, {seconds:.0f} s. The profile is in {out}.")
+
+
+@routing_app.command("report")
+def routing_report(
+    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
+    second: Annotated[str | None, typer.Argument(help="Another one, to show what changed.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write; PROFILE-report.")] = None,
+    permutations: Annotated[int, typer.Option(min=1, help="Of the tests whether routing follows descent.")] = 999,
+    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+) -> None:
+    """Write a page with tables and pictures, the pictures, and all numbers as JSON."""
+    from lola_ft.routing.profile import read_profile
+    from lola_ft.routing.report import write_report
+
+    file = Path(profile)
+    folder = out or file.with_name(f"{file.stem}-report")
+    other = read_profile(second) if second else None
+    report = write_report(read_profile(file), folder, other, permutations, seed)
+    print(*report.headlines(), f"The report is in {report.page}.", sep="\n")
+
+
+@routing_app.command("select")
+def routing_select(
+    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
+    languages: Annotated[str, typer.Option(help="Codes with commas between them, such as sw,rw.")],
+    out: Annotated[str, typer.Option(help="The JSON file to write, for a recipe's adapter.experts.select.")],
+    coverage: Annotated[float, typer.Option(help="Share of the languages' tokens that the experts must get.")] = 0.8,
+    by: Annotated[str, typer.Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter whose size is predicted.")] = 8,
+    random: Annotated[bool, typer.Option("--random", help="As many experts, drawn at random: a control.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the draw; 0 if left out.")] = None,
+) -> None:
+    """Choose the fewest experts of each layer that some languages' tokens mostly go to."""
+    from lola_ft.routing.profile import read_profile
+    from lola_ft.routing.relevance import describe_choice, save_choice, select_experts
+
+    if seed is not None and not random:
+        raise UserError("--seed is for --random; the choice by coverage has nothing random.")
+    codes = [code.strip() for code in languages.split(",") if code.strip()]
+    draw = (seed or 0) if random else None
+    choice = select_experts(read_profile(profile), codes, coverage, by, draw, rank)
+    save_choice(choice, out)
+    print(f"{describe_choice(choice)}\nThe selection is in {out}.")
 
 
 @app.command()

@@ -15,7 +15,7 @@ def text_rows(path: Path, unit: str = "paragraph") -> Rows:
             whole `file`.
     """
     with path.open("rb") as file:
-        for number, lines in _UNITS[unit](file):
+        for number, lines in _READERS[unit](file):
             where = f"{path}:{number}"
             try:
                 text = decode(lines, where).replace("\r\n", "\n").strip("\n")
@@ -52,4 +52,5 @@ def _whole(file: Iterator[bytes]) -> Units:
     yield 1, b"".join(file).removeprefix(BOM)
 
 
-_UNITS: dict[str, Callable[[Iterator[bytes]], Units]] = {"paragraph": _paragraphs, "line": _lines, "file": _whole}
+_READERS: dict[str, Callable[[Iterator[bytes]], Units]] = {"paragraph": _paragraphs, "line": _lines, "file": _whole}
+UNITS = tuple(_READERS)

@@ -10,7 +10,9 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from lola_ft.files import write_text
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
 
 HELD_OUT_SHARE = 0.06
@@ -67,6 +69,22 @@ def build_documents(
                     documents.append(document)
     rng.shuffle(documents)
     return documents
+
+
+def write_texts(folder: Path, seed: int = 0) -> list[Path]:
+    """Write the documents of each language into a file of its own (`sw.txt`), blank lines between them.
+
+    Every name is there once, those that pre-training never sees too: such text is for looking at a model.
+    """
+    terms_of: defaultdict[str, list[Term]] = defaultdict(list)
+    for term in load_terms():
+        terms_of[term.language].append(term)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for language, terms in terms_of.items():
+        files.append(folder / f"{language}.txt")
+        write_text(files[-1], "\n\n".join(build_documents(terms, 1, 1, seed)) + "\n")
+    return files
 
 
 def _answers() -> set[str]:

@@ -1,0 +1,65 @@
+"""How routing differs between two profiles, such as a base's and its adapter's."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lola_ft.errors import UserError
+from lola_ft.routing.measures import flip_rate, jensen_shannon
+from lola_ft.routing.profile import Profile
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What changed from a first profile to a second.
+
+    Attributes:
+        layers: The MoE layers' places among all layers.
+        languages: Those of both profiles.
+        divergence_LM: Jensen-Shannon divergence of a language's shares, in bits.
+        flips: For each language the share of its sampled tokens that go elsewhere, by layer (M,); None where the two
+            profiles did not sample the same tokens.
+        left_out: Languages of one profile alone.
+    """
+
+    layers: tuple[int, ...]
+    languages: tuple[str, ...]
+    divergence_LM: Tensor
+    flips: dict[str, Tensor | None]
+    left_out: tuple[str, ...]
+
+
+def compare(first: Profile, second: Profile) -> Drift:
+    """Compare two profiles of models with the same layers and experts.
+
+    Raises:
+        UserError: Other layers or experts, or no language in common.
+    """
+    if (first.about.layers, first.num_experts) != (second.about.layers, second.num_experts):
+        raise UserError(
+            f"{first.about.model} has {len(first.about.layers)} MoE layers of {first.num_experts} experts, "
+            f"{second.about.model} {len(second.about.layers)} of {second.num_experts}: they cannot be compared."
+        )
+    common = tuple(language for language in first.languages if language in second.languages)
+    if not common:
+        raise UserError(
+            f"no language is in both profiles: {', '.join(first.languages[:5])} against "
+            f"{', '.join(second.languages[:5])}."
+        )
+    shares = [profile.shares[profile.of(common)] for profile in (first, second)]
+    return Drift(
+        first.about.layers,
+        common,
+        jensen_shannon(*shares),
+        {language: _flips(first, second, language) for language in common},
+        tuple(sorted({*first.languages, *second.languages} - set(common))),
+    )
+
+
+def _flips(first: Profile, second: Profile, language: str) -> Tensor | None:
+    digests = {profile.sample_digests[profile.languages.index(language)] for profile in (first, second)}
+    chosen = [profile.choices(language) for profile in (first, second)]
+    if len(digests) > 1 or not len(chosen[0]):
+        return None
+    return flip_rate(*(choices.to(torch.int16) for choices in chosen))

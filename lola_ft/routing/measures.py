@@ -1,0 +1,77 @@
+"""Numbers that say how tokens are spread over experts: pure functions of counts, shares and choices.
+
+Shapes: E experts, last; whatever stands in front (languages, layers) is kept. A row without tokens gives NaN.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Each expert's share of the tokens.
+
+    Args:
+        counts: Tokens (or weights) by expert (..., E), none negative.
+
+    Returns:
+        float64 (..., E), each row with the sum 1.
+    """
+    weights = counts.double()
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def load_entropy(counts: Tensor) -> Tensor:
+    """How even the load is: its entropy over that of an even load.
+
+    Args:
+        counts: Tokens (or shares) by expert (..., E).
+
+    Returns:
+        float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
+    """
+    load = shares(counts)
+    entropy = torch.special.entr(load).sum(dim=-1)
+    num_experts = counts.shape[-1]
+    return entropy / math.log(num_experts) if num_experts > 1 else torch.ones_like(entropy)
+
+
+def largest_share(counts: Tensor) -> Tensor:
+    """The share of the expert that gets most (...), float64: from 1/E to 1."""
+    return shares(counts).amax(dim=-1)
+
+
+def dead_experts(counts: Tensor) -> Tensor:
+    """Which experts got no token (..., E), bool."""
+    return counts == 0
+
+
+def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
+    """The Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
+
+    Args:
+        first, second: Counts or shares (..., E); they broadcast against each other.
+
+    Returns:
+        float64 (...): 0 where they are equal, 1 where no expert is in both.
+    """
+    p, q = shares(first), shares(second)
+    middle = (p + q) / 2
+    entropy = torch.special.entr(torch.stack(torch.broadcast_tensors(middle, p, q))).sum(dim=-1)
+    bits = (entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)
+    return bits.clamp(min=0.0, max=1.0)  # rounding alone leaves the range
+
+
+def flip_rate(before: Tensor, after: Tensor) -> Tensor:
+    """The share of tokens that go to another expert than before.
+
+    Args:
+        before, after: Expert ids of the same tokens (T, ...), any integer dtype.
+
+    Returns:
+        float64 (...), a mean over the tokens.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"choices of {tuple(before.shape)} and {tuple(after.shape)} are not of the same tokens")
+    return (before != after).double().mean(dim=0)

@@ -1,0 +1,215 @@
+"""Profiling: each text goes once through the backbone, and the routers' choices are counted where they are made.
+
+Shapes: T real tokens of a batch, L languages, M MoE layers, E experts.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lola_ft.data import Template
+from lola_ft.errors import UserError
+from lola_ft.model.router import route
+from lola_ft.opening import open_model
+from lola_ft.routing.profile import About, Profile
+from lola_ft.routing.texts import Piece, Texts, sources_of
+
+SAMPLED = 1000
+_BATCH_TOKENS = 8192  # of one forward, padding included
+_WINDOW_TOKENS = 1 << 18  # sorted by length at a time
+
+
+def profile_routing(
+    model: str | Path,
+    data: Sequence[str | Path],
+    base: str | None = None,
+    revision: str | None = None,
+    quantization: str | None = "auto",
+    format: str = "text",
+    language_column: str | None = None,
+    unit: str | None = None,
+    template: str | None = None,
+    max_tokens_per_language: int | None = None,
+    max_length: int | None = None,
+    sample: int = SAMPLED,
+    device: str | None = None,
+) -> Profile:
+    """Profile a base, a run, an adapter or a merged model on files in many languages.
+
+    Args:
+        data: Files, folders or globs; a file's language stands in its name or in `language_column`.
+        format: As in a recipe; a format with prompts is rendered by `template`, else by the model's own, else Alpaca's.
+        max_length: Longest piece of text; the model's positions if left out.
+        sample: Tokens of each language whose single choices are kept, so that two profiles can be compared exactly.
+
+    Raises:
+        UserError: A model, a file or a row that cannot be used.
+    """
+    sources = sources_of(data, format, language_column, unit)
+    opened = open_model(model, base, revision, quantization, device=device)
+    backbone = _backbone(opened.model)
+    positions = backbone.config.n_positions
+    if max_length is not None and not 1 <= max_length <= positions:
+        raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")
+    rendered = opened.template if template is None and opened.template else Template.load(template or "alpaca")
+    texts = Texts(sources, opened.tokenizer, max_length or positions, max_tokens_per_language, rendered)
+    about = about_model(opened.model, opened.subject.name, opened.subject.kind, opened.fingerprint, texts.max_length)
+    return profile_texts(opened.model, texts, about, sample)
+
+
+def about_model(model: Any, name: str, kind: str, fingerprint: str, max_length: int) -> About:
+    """What a profile says of its model."""
+    config = _backbone(model).config
+    layers = tuple(filter(config.is_moe_layer, range(config.n_layer)))
+    return About(name, kind, fingerprint, layers, config.n_embd, config.n_inner, config.vocab_size, max_length)
+
+
+@torch.inference_mode()
+def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED) -> Profile:
+    """Profile a model in memory, with the adapter that is active on it."""
+    backbone = _backbone(model).eval()
+    tally = _Tally(len(about.layers), backbone.config.num_experts, sample, backbone.wte.weight.device)
+    for window in _windows(texts):
+        tally.expect(window)
+        for batch in _batches(window):
+            ids_BS = _padded([piece.ids for piece, _ in batch])
+            # Padding stands on the right, where causal attention keeps it from every real token: no mask is needed.
+            outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
+            tally.count(outputs.router_logits, batch, ids_BS.shape[1])
+    if not tally.languages:
+        raise UserError("the texts hold no token.")
+    return tally.profile(about, texts)
+
+
+class _Tally:
+    """Counts on the device; read once, at the end."""
+
+    def __init__(self, num_layers: int, num_experts: int, sample: int, device: torch.device) -> None:
+        self.device, self.sample = device, sample
+        self.languages: dict[str, int] = {}
+        self.token_ids: list[Counter[int]] = []
+        self.sampled: list[int] = []
+        self.digests: list[Any] = []
+        shape = (0, num_layers, num_experts)
+        self.counts_LME = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.probs_LME = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.gates_LME = torch.zeros(shape, dtype=torch.float64, device=device)
+        kind = torch.uint8 if num_experts <= 256 else torch.int16
+        self.choices_LSM = torch.zeros((0, sample, num_layers), dtype=kind, device=device)
+
+    def expect(self, window: list[tuple[Piece, int]]) -> None:
+        """Make room for a window's new languages."""
+        new = {piece.language: None for piece, _ in window if piece.language not in self.languages}
+        for language in new:
+            self.languages[language] = len(self.languages)
+            self.token_ids.append(Counter())
+            self.sampled.append(0)
+            self.digests.append(hashlib.sha256())
+        for name in ("counts_LME", "probs_LME", "gates_LME", "choices_LSM"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(len(new), *old.shape[1:])]))
+        for index, (piece, _) in enumerate(window):
+            place = self.languages[piece.language]
+            window[index] = (piece, self.sampled[place])
+            self.token_ids[place].update(piece.ids)
+            kept = np.array(piece.ids[: max(0, self.sample - self.sampled[place])], dtype=np.int64)
+            if kept.size:
+                self.digests[place].update(np.append(kept, -1).tobytes())
+                self.sampled[place] += len(kept)
+
+    def count(self, router_logits: Sequence[Tensor], batch: list[tuple[Piece, int]], width: int) -> None:
+        """Count one batch; nothing here waits for the device."""
+        real, language, slot = self._places(batch, width)
+        places = [torch.from_numpy(array).to(self.device, non_blocking=True) for array in (real, language)]
+        real_T, language_T = places
+        sampled = np.flatnonzero(slot < self.sample)
+        sampled_K = torch.from_numpy(sampled).to(self.device)
+        slot_K = torch.from_numpy(slot[sampled]).to(self.device)
+        num_layers, num_experts = self.counts_LME.shape[1:]
+        for layer, logits_TE in enumerate(router_logits):
+            routing = route(logits_TE[real_T])
+            cell_T = (language_T * num_layers + layer) * num_experts + routing.expert_ids_T
+            self.counts_LME.view(-1).index_add_(0, cell_T, torch.ones_like(cell_T))
+            self.gates_LME.view(-1).index_add_(0, cell_T, routing.probs_T.double())
+            self.probs_LME[:, layer].index_add_(0, language_T, routing.logits_TE.softmax(dim=-1).double())
+            chosen_K = routing.expert_ids_T[sampled_K].to(self.choices_LSM.dtype)
+            self.choices_LSM[language_T[sampled_K], slot_K, layer] = chosen_K
+
+    def _places(self, batch: list[tuple[Piece, int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each real token: its place in the padded batch, its language, and its place in the sample."""
+        lengths = np.array([len(piece.ids) for piece, _ in batch])
+        languages = np.array([self.languages[piece.language] for piece, _ in batch])
+        within = np.concatenate([np.arange(length) for length in lengths])
+        rows = np.repeat(np.arange(len(batch)), lengths)
+        first = np.repeat(np.array([start for _, start in batch]), lengths)
+        return rows * width + within, np.repeat(languages, lengths), first + within
+
+    def profile(self, about: About, texts: Texts) -> Profile:
+        """What was counted, languages in alphabetical order."""
+        names = tuple(sorted(self.languages))
+        order = [self.languages[name] for name in names]
+        tokens_L = torch.tensor([texts.tokens[name] for name in names])
+        per_token = tokens_L[:, None, None]
+        sampled = [self.sampled[place] for place in order]
+        choices = self.choices_LSM.cpu()
+        histograms = [sorted(self.token_ids[place].items()) for place in order]
+        pairs = torch.tensor([pair for histogram in histograms for pair in histogram], dtype=torch.int32)
+        return Profile(
+            about=about,
+            languages=names,
+            counts_LME=self.counts_LME.cpu()[order],
+            mean_probs_LME=(self.probs_LME.cpu()[order] / per_token).float(),
+            mean_gates_LME=(self.gates_LME.cpu()[order] / per_token).float(),
+            tokens_L=tokens_L,
+            bytes_L=torch.tensor([texts.bytes[name] for name in names]),
+            documents_L=torch.tensor([texts.documents[name] for name in names]),
+            token_kinds_L=torch.tensor([len(histogram) for histogram in histograms]),
+            token_ids=pairs[:, 0].clone(),
+            token_counts=pairs[:, 1].clone(),
+            choices_SM=torch.cat([choices[place, :kept] for place, kept in zip(order, sampled, strict=True)]),
+            sampled_L=torch.tensor(sampled),
+            sample_digests=tuple(self.digests[place].hexdigest()[:16] for place in order),
+        )
+
+
+def _backbone(model: Any) -> Any:
+    """The layers without the head, with an adapter's wrappers where there is one."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).transformer
+
+
+def _windows(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int]]]:
+    """Pieces in their order, some hundred thousand tokens at a time; each with a place for its sample's start."""
+    window: list[tuple[Piece, int]] = []
+    tokens = 0
+    for piece in pieces:
+        window.append((piece, 0))
+        tokens += len(piece.ids)
+        if tokens >= _WINDOW_TOKENS:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
+
+
+def _batches(window: list[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
+    """Pieces of like length, the longest first, so that little is padded."""
+    batch: list[tuple[Piece, int]] = []
+    for item in sorted(window, key=lambda item: -len(item[0].ids)):
+        if batch and (len(batch) + 1) * len(batch[0][0].ids) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(item)
+    yield batch
+
+
+def _padded(rows: list[list[int]]) -> Tensor:
+    """Token ids (B, S), zeros behind the shorter rows."""
+    width = len(rows[0])
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows])

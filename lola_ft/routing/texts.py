@@ -1,0 +1,118 @@
+"""The texts of a profile: files in many languages to pieces of token ids, each token once."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lola_ft.data import Example, Source, Template, encode_texts, files_of, read_examples
+from lola_ft.data.formats import FORMATS
+from lola_ft.data.text_files import UNITS
+from lola_ft.errors import DataError
+
+_BATCH = 256
+# "sw", "sw_part_0", "zh_Hans", "pt-BR.train": the code and, if it is one, the script behind it.
+_CODE = re.compile(r"^([a-z]{2,3}(?:[-_][A-Z][a-z]{3})?)(?:[-_.].*)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document's tokens, or a stretch of them where it is longer than the model reads at a time."""
+
+    language: str
+    ids: list[int]
+
+
+@dataclass
+class Texts:
+    """Reads sources piece by piece, and counts what it gave.
+
+    Attributes:
+        max_length: A longer document becomes several pieces, one after the other without overlap.
+        max_tokens: Tokens of each language, the first of its files; None takes all.
+        template: Renders the prompts of formats that have them.
+    """
+
+    sources: Sequence[Source]
+    tokenizer: Any
+    max_length: int
+    max_tokens: int | None = None
+    template: Template | None = None
+    tokens: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    documents: Counter[str] = field(default_factory=Counter)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for source in self.sources:
+            examples = read_examples([source])
+            while not self._is_full(source.language) and (batch := list(islice(examples, _BATCH))):
+                yield from self._pieces([example for example in batch if not self._is_full(example.language)])
+
+    def _pieces(self, batch: list[Example]) -> Iterator[Piece]:
+        """Pieces of a batch. Prompts and answers are tokenised apart, as in training."""
+        parts = [self._parts(example) for example in batch]
+        encoded = iter(encode_texts([text for texts in parts for text in texts], self.tokenizer))
+        for example, texts in zip(batch, parts, strict=True):
+            ids = [token for _ in texts for token in next(encoded)]
+            language = example.language
+            room = len(ids) if self.max_tokens is None else self.max_tokens - self.tokens[language]
+            kept = ids[:room]
+            if not kept:
+                continue
+            whole = len(kept) == len(ids)
+            self.tokens[language] += len(kept)
+            self.documents[language] += 1
+            self.bytes[language] += sum(len(text.encode()) for text in texts) if whole else self._bytes_of(kept)
+            for start in range(0, len(kept), self.max_length):
+                yield Piece(language, kept[start : start + self.max_length])
+
+    def _parts(self, example: Example) -> list[str]:
+        if example.prompt is None:
+            return [example.completion]
+        assert self.template is not None, "a format with prompts needs a template"
+        answers = [*(answer for _, answer in example.earlier), example.completion]
+        return [text for pair in zip(self.template.render(example), answers, strict=True) for text in pair]
+
+    def _bytes_of(self, ids: list[int]) -> int:
+        """Bytes of a text's beginning; exact but for a character that the cut falls into."""
+        return len(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
+
+    def _is_full(self, language: str | None) -> bool:
+        return language is not None and self.max_tokens is not None and self.tokens[language] >= self.max_tokens
+
+
+def sources_of(
+    paths: Iterable[str | Path], format: str = "text", language_column: str | None = None, unit: str | None = None
+) -> list[Source]:
+    """A source for each file of the paths; its language is in a column, or in the file's name.
+
+    Raises:
+        DataError: No such file, a name without a language, or an unknown format or unit.
+    """
+    for option, value, known in (("format", format, FORMATS), ("unit", unit or UNITS[0], UNITS)):
+        if value not in known:
+            raise DataError(f"--{option} {value}: there is {', '.join(known)}.")
+    files = [file for path in paths for file in files_of(str(path))]
+    return [
+        Source(
+            format=format,
+            path=str(file),
+            unit=unit,
+            language=None if language_column else _language_of(file),
+            language_column=language_column,
+        )
+        for file in files
+    ]
+
+
+def _language_of(file: Path) -> str:
+    match = _CODE.match(file.stem)
+    if match is None:
+        raise DataError(
+            f"{file}: its name does not begin with a language code, as sw.txt or sw_part1.jsonl do. Rename it, or name "
+            "the field that holds the language with --language-column."
+        )
+    return match[1]
