@@ -77,6 +77,27 @@ def preview(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="A GPU's memory, such as 8GB; this machine's own by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; steps stay unknown.")] = False,
+) -> None:
+    """Predict a recipe's memory by part, its steps and files, and what makes it fit; no weights are read."""
+    from lola_ft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from lola_ft.training.plan import plan as show
+
+    show(loaded, gpu, as_json, not no_data)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
     from lola_ft.recipe.json_schema import schema_text

@@ -154,6 +154,18 @@ def write_adapter(
     if not is_replaceable(path):
         raise UserError(f"{path}: already there and no adapter. Choose another folder.")
     state = to_state(weights, layout, num_experts)
+    metadata = file_metadata(weights, layout, num_experts)
+    config = config_for(weights, layout)
+    with replace_folder(path) as folder:
+        _write_tensors(folder / WEIGHTS_FILE, state, metadata)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if also is not None:
+            also(folder)
+    return Path(path)
+
+
+def file_metadata(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str, str]:
+    """What an adapter's file says about itself beside its tensors."""
     metadata = {"lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
     if weights.base_fingerprint:
         metadata["base_fingerprint"] = weights.base_fingerprint
@@ -163,13 +175,7 @@ def write_adapter(
         metadata["lola_ft_biases"] = json.dumps(weights.experts_with_biases(), sort_keys=True)
     if layout == "peft" and (experts_of := weights.experts_of(num_experts)):
         metadata["lola_ft_experts"] = json.dumps(experts_of, sort_keys=True)
-    config = config_for(weights, layout)
-    with replace_folder(path) as folder:
-        _write_tensors(folder / WEIGHTS_FILE, state, metadata)
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if also is not None:
-            also(folder)
-    return Path(path)
+    return metadata
 
 
 def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from peft import LoraConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from typing import TYPE_CHECKING
 
 from lola_ft.adapters.targets import EXPERT_TARGETS, GROUPS, NORM_MODULES, ROUTER_MODULE, Selection
 from lola_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class AdapterSettings:
         return self.dropouts.get(group, self.dropout)
 
 
-def lora_config(settings: AdapterSettings) -> LoraConfig:
+def lora_config(settings: AdapterSettings) -> "LoraConfig":
     """PEFT's config for these settings. (`attach` does what it has no place for: dropout by group, selection, biases.)
 
     Raises:
         UserError: If nothing would be trained, or two settings contradict each other.
     """
+    # Here, so that planning does without PEFT.
+    from peft import LoraConfig
+
     ranks = settings.ranks()
     trained_modules = [ROUTER_MODULE] * settings.tune_router + list(NORM_MODULES) * settings.tune_norms
     if not ranks and not trained_modules and not settings.tune_biases:
@@ -94,4 +98,6 @@ def lora_config(settings: AdapterSettings) -> LoraConfig:
 
 def linear_targets(targets: Mapping[str, object]) -> list[str] | str:
     """PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
     return sorted(target for target in targets if target not in EXPERT_TARGETS) if targets else DUMMY_TARGET_MODULES

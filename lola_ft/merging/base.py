@@ -13,7 +13,7 @@ from torch import Tensor
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.fingerprint import fingerprint
 from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.layout import EXPERT_PROJECTIONS, LINEAR_MODULES
+from lola_ft.model.layout import is_quantized
 from lola_ft.model.safetensors_file import Empty, TensorEntry
 
 
@@ -93,9 +93,3 @@ class CheckpointBase(MergeBase):
         from lola_ft.merging.rounding import nf4_rounded
 
         return nf4_rounded(entry.name, entry.read())
-
-
-def is_quantized(hub_key: str) -> bool:
-    """Whether 4-bit loading quantises this tensor."""
-    names = (*LINEAR_MODULES, *EXPERT_PROJECTIONS)
-    return any(hub_key.endswith(f"{name}.weight") for name in names)

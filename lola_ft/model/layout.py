@@ -42,6 +42,12 @@ def is_ignored(hub_key: str) -> bool:
     return any(re.search(pattern, hub_key) for pattern in IGNORED_KEYS)
 
 
+def is_quantized(hub_key: str) -> bool:
+    """Whether 4-bit loading quantises this tensor."""
+    names = (*LINEAR_MODULES, *EXPERT_PROJECTIONS)
+    return any(hub_key.endswith(f"{name}.weight") for name in names)
+
+
 def register_conversion() -> None:
     """Teach transformers the Hub layout, for `from_pretrained` and, reversed, `save_pretrained`."""
     # Here, because they bring most of transformers.

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +11,23 @@ import torch
 from torch import Tensor
 
 from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
+
+
+Outline = tuple[str, tuple[int, ...], torch.dtype]
+"""A tensor's name, shape and dtype."""
+
+
+def file_header(tensors: Iterable[Outline], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """What stands before the tensors of a file, and how many bytes follow."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    offset = 0
+    for name, shape, dtype in tensors:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offset
 
 
 class SafetensorsWriter:
@@ -30,23 +47,12 @@ class SafetensorsWriter:
             dtype: What every tensor is written in; None keeps each one's own.
             metadata: Of the file, beside its format.
         """
-        self._pending = [(entry.name, entry.shape, dtype or entry.dtype) for entry in reversed(entries)]
-        header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
-        offset = 0
-        for name, shape, tensor_dtype in reversed(self._pending):
-            size = torch.Size(shape).numel() * tensor_dtype.itemsize
-            header[name] = {
-                "dtype": DTYPE_NAMES[tensor_dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            offset += size
-        self.num_bytes = offset
+        tensors = [(entry.name, entry.shape, dtype or entry.dtype) for entry in entries]
+        self._pending = tensors[::-1]
+        header, self.num_bytes = file_header(tensors, metadata)
         self._written = 0  # values of the tensor that is being written
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
         self._handle = path.open("wb", buffering=0)
-        self._handle.write(struct.pack("<Q", len(text)) + text)
+        self._handle.write(header)
 
     def write(self, tensor: Tensor) -> None:
         """Write the next tensor, cast to its dtype."""

@@ -1,6 +1,7 @@
 """4-bit weights: the NF4 store, its layers, and the loader that fills them."""
 
-from lola_ft.quantization.audit import Audit, audit
+from lola_ft.model.parts import Audit
+from lola_ft.quantization.audit import audit
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
 from lola_ft.quantization.load import load_base, quantize_base

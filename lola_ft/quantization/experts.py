@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lola_ft.kernels.nf4_sizes import packed_sizes
 from lola_ft.kernels.stacks import NF4Stack, WeightStack
 from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import PROJECTIONS, LolaExperts
@@ -26,7 +27,6 @@ from lola_ft.quantization.nf4 import (
     dequantized_tiles,
     dynamic_code,
     nf4_code,
-    packed_sizes,
     quantize,
 )
 

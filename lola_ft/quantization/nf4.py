@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lola_ft.kernels.nf4_sizes import ABSMAX_BLOCK, BLOCK
 from lola_ft.kernels.stacks import NF4Stack
 from lola_ft.kernels.tiles import Tiles
 
-BLOCK = 64
-ABSMAX_BLOCK = 256
 # Weights of a chunk: few enough to stay in a core's cache, many enough that threads seldom wait for the interpreter.
 _CHUNK = 4096 * BLOCK
 _TILE = 1 << 20  # weights dequantised at a time on a CPU: 4 MB in float32
@@ -168,12 +167,6 @@ def dynamic_code() -> Tensor:
 def nf4_code(device: torch.device) -> Tensor:
     """The 16 values of NF4, float32."""
     return bnb.get_4bit_type("nf4", device=device)
-
-
-def packed_sizes(numel: int) -> tuple[int, int, int]:
-    """Lengths of `packed`, `absmax` and `absmax2` for a weight of `numel` values."""
-    blocks = -(-numel // BLOCK)
-    return -(-numel // 2), blocks, -(-blocks // ABSMAX_BLOCK)
 
 
 def quant_state(nf4: NF4, shape: torch.Size) -> bnb.QuantState:

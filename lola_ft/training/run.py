@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +45,7 @@ from lola_ft.training.resume import (
     rewind_metrics,
     with_stored_commits,
 )
+from lola_ft.training.steps import estimate_steps
 from lola_ft.training.stopping import Stopped, StopRequest
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
@@ -197,7 +197,7 @@ def _fit(
             output / run_folder.CHECKPOINTS_FOLDER,
             prepared.precision,
             prepared.device,
-            steps=_estimate_steps(recipe, data),
+            steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset)),
             evaluate=data.validation is not None,
         ),
         train_dataset=data.mix.dataset,
@@ -259,15 +259,6 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
     run_folder.write_manifest(output, manifest)
     plot_loss(read_metrics(output / run_folder.METRICS_FILE), output / run_folder.LOSS_PLOT)
     run_folder.write_card(output, manifest)
-
-
-def _estimate_steps(recipe: Recipe, data: RunData) -> int:
-    """Optimiser steps of the run, for the warm-up; packing is taken to be perfect."""
-    train = recipe.train
-    if train.max_steps:
-        return train.max_steps
-    rows = math.ceil(data.mix.tokens / recipe.data.max_length) if recipe.data.packing else len(data.mix.dataset)
-    return max(1, math.ceil(rows / (train.micro_batch_size * train.grad_accum_steps) * train.epochs))
 
 
 def _packing_line(trainer: LolaTrainer, data: RunData) -> str:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lola_ft.kernels.nf4_sizes import packed_sizes
 from lola_ft.quantization import nf4 as nf4_module
-from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, dynamic_code, packed_sizes, quantize
+from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, dynamic_code, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALIGNED = [(64, 64), (64, 192), (128, 64), (1, 64), (512, 320)]

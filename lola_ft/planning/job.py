@@ -1,0 +1,47 @@
+"""What a prediction is made for."""
+
+from dataclasses import dataclass
+
+from lola_ft.adapters.settings import AdapterSettings
+from lola_ft.model.config import LolaConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as far as its memory goes.
+
+    Attributes:
+        dtype: What is computed in, and what stays dense is held in: bfloat16, float16 or float32.
+        device: `cuda` or `cpu`; they save different things for backward.
+        length: Longest row of a batch in tokens.
+        packing: Rows hold several sequences; a batch is then one long row with a mask that keeps them apart.
+        optimizer: A recipe's name for it.
+        router_losses: How many losses of the routers there are.
+    """
+
+    config: LolaConfig
+    settings: AdapterSettings
+    quantization: str | None = "nf4"
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    micro_batch_size: int = 4
+    grad_accum_steps: int = 4
+    length: int = 1024
+    packing: bool = True
+    checkpointing: bool = True
+    optimizer: str = "adamw_8bit"
+    router_losses: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro batch, at most."""
+        return self.micro_batch_size * self.length
+
+    @property
+    def width(self) -> int:
+        """Bytes of a computed number; 2 means autocast."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device == "cuda"

@@ -1,0 +1,71 @@
+"""A prediction for people to read."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from lola_ft.planning.fit import Change
+from lola_ft.planning.job import Job
+from lola_ft.planning.predict import Prediction
+from lola_ft.planning.sizes import show_size
+
+_WHERE = {"cuda": "GPU memory", "cpu": "memory"}
+
+
+def memory_table(prediction: Prediction) -> Table:
+    """Bytes of each part at the peak, weights by part of the model and format."""
+    table = Table(title=f"Peak {_WHERE[prediction.job.device]}", title_justify="left")
+    for heading in ("part", "how"):
+        table.add_column(heading)
+    table.add_column("size", justify="right")
+    for name, (how, size) in _rows(prediction):
+        table.add_row(name, how, show_size(size))
+    table.add_section()
+    table.add_row("all", "", show_size(prediction.total))
+    return table
+
+
+def memory_lines(prediction: Prediction) -> list[str]:
+    """The same as lines of text."""
+    rows = [*_rows(prediction), ("all", ("", prediction.total))]
+    return [f"  {name:12} {show_size(size):>12}  {how}".rstrip() for name, (how, size) in rows]
+
+
+def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
+    job, fixed = prediction.job, prediction.fixed
+    sizes = prediction.parts
+    formats = {kind for _, kind in fixed.base.counts}
+    paged = f"; {show_size(fixed.optimizer.paged)} more is paged" if fixed.optimizer.paged else ""
+    how = {
+        "weights": " and ".join(sorted(formats, key=lambda kind: kind != "nf4")),
+        "adapter": f"{fixed.trained:,} trained parameters, float32",
+        "gradients": "float32",
+        "optimizer": f"{job.optimizer}{'' if fixed.optimizer.exact else ', an estimate'}{paged}",
+        "activations": f"{shape(job)}{', checkpointed' if job.checkpointing else ''}",
+        "work space": f"of the {prediction.moment}, an estimate",
+        "context": "CUDA and libraries, an estimate" if job.on_cuda else "Python and libraries, an estimate",
+    }
+    for name, size in sizes.items():
+        yield name, (how[name], size)
+
+
+def shape(job: Job) -> str:
+    """A micro batch in words."""
+    rows = f"{job.micro_batch_size} row{'s' * (job.micro_batch_size > 1)} of {job.length} tokens"
+    return rows + ", packed" * job.packing
+
+
+def verdict(prediction: Prediction, limit: int, change: Change | None) -> list[str]:
+    """Whether it fits; if not, what to write behind the recipe."""
+    need, room = show_size(prediction.total), show_size(limit)
+    if prediction.total <= limit:
+        return [f"It fits: {need} of {room}."]
+    lines = [f"It does not fit: {need} are needed, and there are {room}."]
+    if change is None:
+        hint = " Set base.quantization=nf4 first." if prediction.job.quantization is None else ""
+        return [*lines, f"No smaller batch, length or rank makes it fit.{hint}"]
+    return [
+        *lines,
+        f"The first change that fits, with {show_size(change.prediction.total)}:",
+        f"  {' '.join(change.overrides)}",
+    ]

@@ -1,0 +1,176 @@
+"""`lola-ft plan`: what a recipe will need and how long it is, from the base's config and the data."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from lola_ft.model.config import LolaConfig
+from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
+from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
+from lola_ft.planning.merged import merged_files
+from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
+from lola_ft.recipe import Recipe
+from lola_ft.training.adapter import adapter_settings
+from lola_ft.training.length import fit_length
+from lola_ft.training.precision import choose_precision
+from lola_ft.training.steps import estimate_steps
+
+_OUT_OF_MEMORY_SHARE = 0.9  # of what was predicted: what to look for where the prediction would have fitted
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Of an epoch of a recipe's training data, in tokens."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+
+def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True) -> None:
+    """Print a recipe's peak memory by part, its steps, the sizes of its files, and what to change if it does not fit.
+
+    Args:
+        gpu: Memory of a GPU, such as `8GB`; None for this machine's own, or its CPU.
+        as_json: Print one JSON object.
+        read_data: Read local data for the number of steps and the longest row.
+
+    Raises:
+        UserError: For a size that is none, a base without config, or data that cannot be used.
+    """
+    console = Console()
+    device, limit = target_machine(gpu)
+    folder = text_folder(recipe.base.model, recipe.base.revision)
+    config = read_config(folder)
+    recipe = fit_length(recipe, config, Console(stderr=True))
+    facts, note = _read_data(recipe, folder, config) if read_data else (None, "The data was not read (--no-data).")
+    job = job_of(recipe, config, device, facts.longest if facts else None)
+    prediction = predict(job)
+    change = None if prediction.total <= limit else first_fit(job, limit)
+    steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
+    merged = merged_files(folder, config)
+    if as_json:
+        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
+        return
+    console.print(memory_table(prediction))
+    sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
+    for line in [*_length_lines(job, steps, facts, note), f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> str:
+    """For a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
+
+    Args:
+        longest: Tokens of the longest row, if it is shorter than `data.max_length`.
+    """
+    device, limit = target_machine(None)
+    job = job_of(recipe, config, device, longest)
+    prediction = predict(job)
+    change = first_fit(job, min(limit, int(_OUT_OF_MEMORY_SHARE * prediction.total)))
+    lines = [f"{shape(job)} need about:", *memory_lines(prediction), f"There are {show_size(limit)} in all."]
+    if prediction.total <= limit:
+        lines.append("That should fit: other programs may hold memory, too.")
+    if change is None:
+        return "\n".join([*lines, "No smaller batch, length or rank would help."])
+    needs = show_size(change.prediction.total)
+    return "\n".join([*lines, f"Try this behind the recipe ({needs}):", f"  {' '.join(change.overrides)}"])
+
+
+def target_machine(gpu: str | None) -> tuple[str, int]:
+    """`cuda` or `cpu`, and its memory in bytes."""
+    if gpu is not None:
+        return "cuda", parse_size(gpu)
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.get_device_properties(0).total_memory
+    return "cpu", psutil.virtual_memory().total
+
+
+def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None = None) -> Job:
+    """What the planner needs to know of a recipe.
+
+    Args:
+        longest: Tokens of the longest row, if it is known.
+    """
+    train, router = recipe.train, recipe.router
+    dtype = recipe.base.dtype
+    if device == "cpu" or torch.cuda.is_available():
+        dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
+    return Job(
+        config=config,
+        settings=adapter_settings(recipe),
+        quantization=None if recipe.base.quantization == "none" else recipe.base.quantization,
+        dtype=dtype,
+        device=device,
+        micro_batch_size=train.micro_batch_size,
+        grad_accum_steps=train.grad_accum_steps,
+        length=min(longest or recipe.data.max_length, recipe.data.max_length),
+        packing=recipe.data.packing,
+        checkpointing=train.gradient_checkpointing,
+        optimizer=train.optimizer,
+        router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
+    )
+
+
+def _read_data(recipe: Recipe, folder: Path, config: LolaConfig) -> tuple[DataFacts | None, str]:
+    """The data's numbers; or None, and why."""
+    data = recipe.data
+    validation = data.validation if isinstance(data.validation, list) else []
+    if remote := [source.hub for source in [*data.sources, *validation] if source.hub]:
+        return None, f"The data was not read: {remote[0]} is on the Hub."
+    if not any(folder.glob("tokenizer*")):
+        return None, f"The data was not read: {folder} holds no tokenizer."
+    # Here, so that plans without data do without what reads it.
+    from lola_ft.training.dataset import prepare
+
+    mixed = prepare(data, load_tokenizer(folder, config), recipe.train.seed).mix
+    lengths = [len(ids) for ids in mixed.dataset["input_ids"]]
+    longest = sum(lengths) if data.packing else max(lengths)
+    return DataFacts(mixed.tokens, len(lengths), min(longest, data.max_length)), ""
+
+
+def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, note: str) -> list[str]:
+    tokens = _tokens_per_step(job, facts)
+    count = f"{steps:,} steps" if steps else "An unknown number of steps"
+    lines = [f"{count} of about {tokens:,} tokens ({job.grad_accum_steps} times {shape(job)})."]
+    if facts:
+        lines.append(f"An epoch has {facts.sequences:,} sequences, {facts.tokens:,} tokens.")
+    return lines + [note] * bool(note)
+
+
+def _tokens_per_step(job: Job, facts: DataFacts | None) -> int:
+    """Rows are full where they are packed, else as long as they are on average; at most, if the data is not known."""
+    rows = job.micro_batch_size * job.grad_accum_steps
+    if facts and not job.packing:
+        return round(rows * facts.tokens / facts.sequences)
+    return rows * job.length
+
+
+def _as_dict(
+    prediction: Prediction,
+    limit: int,
+    change: Change | None,
+    steps: int | None,
+    facts: DataFacts | None,
+    merged: dict[str, int],
+) -> dict[str, Any]:
+    job = prediction.job
+    suggestion = change and {"overrides": list(change.overrides), **change.prediction.as_dict()}
+    return {
+        "device": job.device,
+        "dtype": job.dtype,
+        "limit_bytes": limit,
+        "fits": prediction.total <= limit,
+        **prediction.as_dict(),
+        "tokens_per_step": _tokens_per_step(job, facts),
+        "steps": steps,
+        "epoch": facts and {"sequences": facts.sequences, "tokens": facts.tokens, "longest": facts.longest},
+        "adapter_file_bytes": prediction.fixed.adapter_file,
+        "merged_file_bytes": merged,
+        "suggestion": suggestion,
+    }
