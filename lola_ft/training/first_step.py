@@ -33,6 +33,10 @@ class FirstStepCheck(TrainerCallback):
             if isinstance(module, LolaMoe)
         ]
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self._handles:
+            self._used.clear()  # what was tried before training left no gradient
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if not self._handles:
             return

@@ -33,7 +33,9 @@ from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.first_step import FirstStepCheck
 from lola_ft.training.length import fit_length
 from lola_ft.training.lock import lock_folder
+from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_memory
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
+from lola_ft.training.plan import advice
 from lola_ft.training.precision import Precision, choose_precision
 from lola_ft.training.progress import Progress
 from lola_ft.training.resume import (
@@ -216,15 +218,17 @@ def _fit(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(check))
+    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
     console.print(_packing_line(trainer, data))
-    try:
-        outcome = trainer.train_from(checkpoint)
-    except Stopped:
-        console.print(f"Stopped after step {trainer.state.global_step}, saved. Go on with --resume.")
-        raise
-    results = {"steps": trainer.state.global_step, "mean_loss": outcome.training_loss}
-    if data.validation:
-        results["eval_loss"] = trainer.evaluate()["eval_loss"]
+    with explained_out_of_memory(lambda: advice(recipe, prepared.model.config)):
+        try:
+            outcome = trainer.train_from(checkpoint)
+        except Stopped:
+            console.print(f"Stopped after step {trainer.state.global_step}, saved. Go on with --resume.")
+            raise
+        results = {"steps": trainer.state.global_step, "mean_loss": outcome.training_loss}
+        if data.validation:
+            results["eval_loss"] = trainer.evaluate()["eval_loss"]
     results |= {"tokens": trainer.tokens_seen, "train_s": round(trainer.train_seconds, 1)}
     return trainer, results
 
