@@ -47,8 +47,14 @@ def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
 
 
 def padded_rows(count: int) -> int:
-    """Round a group's size up to a bucket: multiples of 32, of 64 above 256 rows, of 128 above 512, and so on."""
+    """Round a group's size up to a bucket."""
+    bucket = bucket_of(count)
+    return -(-count // bucket) * bucket
+
+
+def bucket_of(count: int) -> int:
+    """What a group's size is rounded to a multiple of: 32, 64 above 256 rows, 128 above 512, and so on."""
     bucket = _SMALLEST_BUCKET
     while count > _BUCKETS_BEFORE_DOUBLING * bucket:
         bucket *= 2
-    return -(-count // bucket) * bucket
+    return bucket

@@ -52,17 +52,7 @@ class HubCheckpoint:
             CheckpointError: Naming file and tensor.
         """
         folder = resolve_folder(path, revision)
-        config_json = _read_json(folder / "config.json")
-        model_type = config_json.get("model_type")
-        if model_type != LolaConfig.model_type:
-            raise CheckpointError(
-                f"{folder / 'config.json'}: model_type is '{model_type}', not '{LolaConfig.model_type}': this is not a "
-                "LOLA checkpoint. lola_ft fine-tunes LOLA, for instance dice-research/lola_v1."
-            )
-        try:
-            config = LolaConfig.from_dict(config_json)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}/{error}") from error
+        config_json, config = open_config(folder)
         files = weight_files(folder)
         found = _find_tensors(files)
         entries = {name: entry for name, entry in found.items() if not is_ignored(name)}
@@ -110,6 +100,25 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{text}: not a folder here, and the Hub cannot be reached ({reason}).") from error
+
+
+def open_config(folder: Path) -> tuple[dict[str, Any], LolaConfig]:
+    """A folder's config, as the file has it and checked.
+
+    Raises:
+        CheckpointError: There is none, or it is not a LOLA's.
+    """
+    config_json = _read_json(folder / "config.json")
+    model_type = config_json.get("model_type")
+    if model_type != LolaConfig.model_type:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is '{model_type}', not '{LolaConfig.model_type}': this is not a "
+            "LOLA checkpoint. lola_ft fine-tunes LOLA, for instance dice-research/lola_v1."
+        )
+    try:
+        return config_json, LolaConfig.from_dict(config_json)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

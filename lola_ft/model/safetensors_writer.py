@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
 
-
 Outline = tuple[str, tuple[int, ...], torch.dtype]
 """A tensor's name, shape and dtype."""
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lola_ft.errors import CheckpointError
 from lola_ft.model.config import LolaConfig
-from lola_ft.model.hub_checkpoint import resolve_folder
+from lola_ft.model.hub_checkpoint import open_config, resolve_folder
 from lola_ft.repo_id import is_repo_id
 
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
@@ -32,12 +32,9 @@ def read_config(folder: Path) -> LolaConfig:
     """The base's config.
 
     Raises:
-        CheckpointError: There is none that can be read.
+        CheckpointError: There is none that can be read, or it is not a LOLA's.
     """
-    try:
-        return LolaConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no config.json that can be read ({str(error).splitlines()[0]}).") from error
+    return open_config(folder)[1]
 
 
 def load_tokenizer(folder: Path, config: LolaConfig) -> PreTrainedTokenizerFast:

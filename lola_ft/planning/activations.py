@@ -8,11 +8,13 @@ Letters: T tokens, D hidden, F inner, E experts, H heads, R rank.
 
 from dataclasses import dataclass
 
+from lola_ft.kernels.device_grouping import fitting_tile_rows
+from lola_ft.kernels.grouping import bucket_of
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
 _INDEX = 8
-_BUCKET = 32  # rows that a CPU pads each expert's group to: `kernels/grouping.py`
+_RANK_MULTIPLE = 8  # a GPU's products pad ranks to it: `kernels/device_experts.py`
 
 
 @dataclass(frozen=True)
@@ -173,25 +175,16 @@ class _Walk:
             chosen: How many experts have LoRA.
         """
         settings, config = self.settings, self.config
-        hidden, inner, rows = config.n_embd, config.n_inner, self.grouped_rows
-        saved = rows * (hidden + inner) + self.tokens * hidden
+        hidden, inner, rows = config.n_embd, config.n_inner, grouped_rows(self.job)
+        saved = (rows * (hidden + inner) + self.tokens * hidden) * self.width
         if chosen:
             rank = settings.expert_rank or 0
-            saved += 2 * rows * rank + chosen * 2 * rank * (hidden + inner)
+            if self.cuda:  # all experts in one product, their ranks padded
+                chosen, rank = config.num_experts, -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+            saved += (2 * rows * rank + chosen * 2 * rank * (hidden + inner)) * self.width
             if settings.dropout_of("experts"):
-                saved += rows * (hidden + inner)
-        return saved * self.width
-
-    @property
-    def grouped_rows(self) -> int:
-        """Rows of the experts' buffer; on a CPU each group is padded, by half a bucket on average."""
-        if self.cuda:
-            return self.tokens
-        experts = self.config.num_experts
-        bucket = _BUCKET
-        while self.tokens / experts > 8 * bucket:
-            bucket *= 2
-        return self.tokens + min(experts, self.tokens) * bucket // 2
+                saved += rows * (hidden + inner) * (1 if self.cuda else self.width)
+        return saved
 
     def _chosen(self, layer_idx: int) -> int:
         settings = self.settings
@@ -200,3 +193,12 @@ class _Walk:
         if settings.selection is None:
             return self.config.num_experts
         return len(settings.selection[layer_idx // 2])
+
+
+def grouped_rows(job: Job) -> int:
+    """Rows of the experts' buffer: a GPU's is the largest that could be needed, a CPU's half a bucket an expert more."""
+    experts = min(job.config.num_experts, job.tokens)
+    if job.on_cuda:
+        tile = fitting_tile_rows(job.tokens, job.config.num_experts)
+        return (job.tokens // tile + experts) * tile
+    return job.tokens + experts * bucket_of(job.tokens // experts) // 2

@@ -4,6 +4,7 @@ Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 """
 
 from lola_ft.kernels.nf4_sizes import BLOCK
+from lola_ft.planning.activations import grouped_rows
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -29,24 +30,36 @@ def backward_work(job: Job) -> int:
         length, batch = (job.tokens, 1) if job.packing else (job.length, job.micro_batch_size)
         attention += 2 * batch * config.n_head * length**2 * job.width
     mlp = 3 * job.tokens * config.n_inner * job.width
-    return stream + dense_tile(job) + max(attention, mlp, _experts_work(job))
+    return stream + max(attention + _linear_tile(job), mlp + _linear_tile(job), _experts_work(job))
 
 
-def dense_tile(job: Job) -> int:
-    """What of a 4-bit weight is dense at a time: all of the largest one; on a CPU in float32 a tile."""
+def _linear_tile(job: Job) -> int:
+    """What of the largest linear layer's 4-bit weight is dense at a time: all of it; on a CPU in float32 a tile."""
     if job.quantization != "nf4":
         return 0
     config = job.config
     numbers = config.n_embd * max(config.n_inner, 3 * config.n_embd)
-    scales = -(-numbers // BLOCK) * _FLOAT
     if not job.on_cuda and job.width == _FLOAT:
-        return min(numbers, _CPU_TILE) * _FLOAT + scales
-    return numbers * (_FLOAT if job.settings.dora else job.width) + scales
+        return min(numbers, _CPU_TILE) * _FLOAT + _scales(numbers)
+    return numbers * (_FLOAT if job.settings.dora else job.width) + _scales(numbers)
 
 
 def _experts_work(job: Job) -> int:
-    """Gradients of grouped rows, four arrays of one expert's rows (it may have half of all tokens), of LoRA's factors."""
+    """Gradients of grouped rows and of LoRA's factors; copies of the inner rows; what is dense of the weights.
+
+    A CPU takes one expert after another; half of all tokens are taken to be one's. A GPU takes all at once, and dense
+    if it finds that faster than decoding them on the way.
+    """
     config, rank = job.config, job.settings.expert_rank or 0
-    rows = 3 * job.tokens * config.n_embd + 4 * (job.tokens // 2) * config.n_inner
-    factors = config.num_experts * 2 * rank * (config.n_embd + config.n_inner)
-    return rows * job.width + factors * (job.width + _FLOAT)
+    hidden, inner = config.n_embd, config.n_inner
+    factors = config.num_experts * 2 * rank * (hidden + inner) * (job.width + _FLOAT)
+    if not job.on_cuda:
+        rows = 3 * job.tokens * hidden + 4 * (job.tokens // 2) * inner
+        return rows * job.width + factors + _linear_tile(job)
+    rows = grouped_rows(job) * (3 * hidden + 4 * inner)
+    weights = config.num_experts * hidden * inner if job.quantization == "nf4" else 0
+    return rows * job.width + factors + weights * job.width + _scales(weights)
+
+
+def _scales(numbers: int) -> int:
+    return -(-numbers // BLOCK) * _FLOAT

@@ -9,6 +9,7 @@ from lola_ft.model.parts import Audit, part_of
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
 
+
 def audit(model: nn.Module) -> Audit:
     """Count every parameter and every scale of a model, tied weights once."""
     result = Audit()

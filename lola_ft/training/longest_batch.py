@@ -61,7 +61,9 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
     with untouched_rng():
         inputs = trainer.data_collator(rows)
         tokens = inputs["input_ids"].numel()
-        room = torch.empty(0 if trainer.optimizer and trainer.optimizer.state else state, dtype=torch.uint8, device=device)
+        room = torch.empty(
+            0 if trainer.optimizer and trainer.optimizer.state else state, dtype=torch.uint8, device=device
+        )
         try:
             trainer.training_step(trainer.model_wrapped, inputs, tokens)
         finally:

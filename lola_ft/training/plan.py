@@ -59,7 +59,11 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
         return
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
-    for line in [*_length_lines(job, steps, facts, note), f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
+    for line in [
+        *_length_lines(job, steps, facts, note),
+        f"The adapter takes {sizes}.",
+        *verdict(prediction, limit, change),
+    ]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -98,7 +102,7 @@ def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None 
         longest: Tokens of the longest row, if it is known.
     """
     train, router = recipe.train, recipe.router
-    dtype = recipe.base.dtype
+    dtype: str = recipe.base.dtype
     if device == "cpu" or torch.cuda.is_available():
         dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
     return Job(

@@ -1,12 +1,15 @@
 """Activations as planned against what autograd saves in a forward pass of the adapted model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lola_ft.adapters import AdapterSettings
+from lola_ft.kernels import experts
+from lola_ft.kernels.device_experts import run_on_device
 from lola_ft.planning import Job
 from lola_ft.planning.activations import activations
 from tests.planning.conftest import Batch, adapted
@@ -25,7 +28,13 @@ CASES: dict[str, tuple[str | None, str, dict[str, Any], Batch, float]] = {
     "some experts": ("nf4", "float32", {"expert_rank": 8, "selection": ((0, 2), ())}, Batch(), 0.0),
     "no experts": (None, "float32", {"attention_rank": 32}, Batch(4, 32, packing=False), 0.0),
     "every dropout": ("nf4", "float32", {**ALL, "dropout": 0.1}, Batch(), 0.1),
-    "router and norms": ("nf4", "float32", {"attention_rank": 4, "tune_router": True, "tune_norms": True}, Batch(), 0.0),
+    "router and norms": (
+        "nf4",
+        "float32",
+        {"attention_rank": 4, "tune_router": True, "tune_norms": True},
+        Batch(),
+        0.0,
+    ),
     "router LoRA": (None, "float32", {"router_rank": 4, "dropout": 0.1}, Batch(), 0.0),
     "dora": ("nf4", "float32", {"attention_rank": 4, "mlp_rank": 8, "dora": True, "dropout": 0.1}, Batch(), 0.0),
     "dense dora": (None, "float32", {"attention_rank": 4, "mlp_rank": 8, "dora": True}, Batch(), 0.0),
@@ -37,13 +46,35 @@ CASES: dict[str, tuple[str | None, str, dict[str, Any], Batch, float]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_saved_tensors_are_as_planned(name: str, odd_base: Path, saved_bytes: Callable[[Any, Batch, bool], int]) -> None:
+def test_saved_tensors_are_as_planned(
+    name: str, odd_base: Path, saved_bytes: Callable[[Any, Batch, bool], int]
+) -> None:
     quantization, dtype, given, batch, dropout = CASES[name]
     settings = AdapterSettings(**given)
     model = adapted(odd_base, quantization, dtype, settings, dropout)
     job = _job(model.config, settings, quantization, dtype, batch)
     planned = activations(job).saved
     assert planned == pytest.approx(saved_bytes(model, batch, dtype == "bfloat16"), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("selection", [None, ((0, 2), (1,))])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_gpus_way_with_the_experts_is_as_planned_to_the_byte(
+    selection: Any,
+    dropout: float,
+    odd_base: Path,
+    saved_bytes: Callable[[Any, Batch, bool], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its code runs on a CPU, too; in float32 and without other dropout, the rest of a layer saves the same on both."""
+    given = {"attention_rank": 4, "mlp_rank": 8, "expert_rank": 12, "selection": selection}
+    settings = AdapterSettings(**given, dropouts={"experts": dropout})
+    monkeypatch.setattr(experts, "run_loop", run_on_device)
+    batch = Batch(3, 50)
+    model = adapted(odd_base, None, "float32", settings)
+    job = replace(_job(model.config, settings, None, "float32", batch), device="cuda")
+    loss_mask = 3 * 50 - 1 + 8  # the labels' mask and the divisor
+    assert saved_bytes(model, batch, False) == activations(job).saved - (3 * 50 + 64 * 4) + loss_mask
 
 
 def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(

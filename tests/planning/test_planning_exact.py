@@ -60,7 +60,8 @@ def test_adapter_and_gradients_are_planned_to_the_byte(
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "rmsprop", "adagrad", "sgd"]
+    "optimizer",
+    ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit", "rmsprop", "adagrad", "sgd"],
 )
 def test_optimiser_state_is_planned_to_the_byte(optimizer: str, odd_base: Path, tmp_path: Path) -> None:
     settings = SETTINGS["some experts"]
@@ -94,9 +95,7 @@ def test_paged_state_is_what_may_leave_a_gpu(make_config: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_merged_files_are_planned_to_the_byte(
-    dtype: str, tiny_base: Path, tiny_adapter: Path, tmp_path: Path
-) -> None:
+def test_merged_files_are_planned_to_the_byte(dtype: str, tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     merge(tiny_base, tiny_adapter, tmp_path / "merged", dtype=dtype, check="none")
     config = LolaConfig.from_pretrained(tiny_base)
     wanted = None if dtype == "auto" else torch.bfloat16
