@@ -179,7 +179,9 @@ class _Walk:
         saved = (rows * (hidden + inner) + self.tokens * hidden) * self.width
         if chosen:
             rank = settings.expert_rank or 0
-            if self.cuda:  # all experts in one product, their ranks padded
+            if self.cuda:  # all experts in one product, zeros for those without LoRA, and ranks padded
+                if chosen < config.num_experts:
+                    saved += chosen * (2 * rank * (hidden + inner) * _FLOAT + 2 * _INDEX)
                 chosen, rank = config.num_experts, -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
             saved += (2 * rows * rank + chosen * 2 * rank * (hidden + inner)) * self.width
             if settings.dropout_of("experts"):
@@ -196,7 +198,7 @@ class _Walk:
 
 
 def grouped_rows(job: Job) -> int:
-    """Rows of the experts' buffer: a GPU's is the largest that could be needed, a CPU's half a bucket an expert more."""
+    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket an expert more."""
     experts = min(job.config.num_experts, job.tokens)
     if job.on_cuda:
         tile = fitting_tile_rows(job.tokens, job.config.num_experts)
