@@ -83,7 +83,9 @@ def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> st
     if change is None:
         return "\n".join([*lines, "No smaller batch, length or rank would help."])
     needs = show_size(change.prediction.total)
-    return "\n".join([*lines, f"Try this behind the recipe, with another `output` ({needs}):", f"  {' '.join(change.overrides)}"])
+    return "\n".join(
+        [*lines, f"Try this behind the recipe, with another `output` ({needs}):", f"  {' '.join(change.overrides)}"]
+    )
 
 
 def target_machine(gpu: str | None) -> tuple[str, int]:
