@@ -58,7 +58,7 @@ class _Walk:
         self.tokens, self.width = job.tokens, job.width
         self.half, self.cuda = job.width == 2, job.on_cuda
         self.norm_width = _FLOAT if self.half and self.cuda else job.width
-        self.x_grad = x_grad or job.settings.tune_norms
+        self.x_grad = x_grad or job.settings.tune_norms or job.settings.tune_biases
 
     @property
     def mask_numbers(self) -> int:

@@ -23,7 +23,7 @@ def adapter_outline(config: LolaConfig, settings: AdapterSettings) -> AdapterWei
     """
     moe_layers = [layer for layer in range(config.n_layer) if config.is_moe_layer(layer)]
     selected = dict.fromkeys(moe_layers, tuple(range(config.num_experts)))
-    if settings.selection is not None and settings.expert_rank is not None:
+    if settings.selection is not None and (settings.expert_rank is not None or settings.tune_biases):
         check_selection(settings.selection, len(moe_layers), config.num_experts)
         selected = dict(zip(moe_layers, settings.selection, strict=True))
     weights = AdapterWeights({}, base_fingerprint="0" * 16, starts_at_rounding_error=settings.init == "loftq")
@@ -32,8 +32,10 @@ def adapter_outline(config: LolaConfig, settings: AdapterSettings) -> AdapterWei
         rank = _rank_of(module, settings, selected)
         if rank is not None and kind == "weight":
             weights.pairs[module] = _pair(module, shape, rank, settings)
-        if _is_trained(module, settings):
+        if _is_trained(module, kind, settings, selected):
             weights.trained[name] = torch.empty(shape, device="meta")
+        elif kind == "bias" and settings.tune_biases:
+            weights.base_biases[name] = torch.empty(shape, device="meta")
     return weights
 
 
@@ -83,8 +85,11 @@ def _pair(module: str, shape: tuple[int, ...], rank: int, settings: AdapterSetti
     )
 
 
-def _is_trained(module: str, settings: AdapterSettings) -> bool:
-    """Whether a module's own weights are trained."""
+def _is_trained(module: str, kind: str, settings: AdapterSettings, selected: dict[int, tuple[int, ...]]) -> bool:
+    """Whether a module's own weight or bias is trained."""
+    if settings.tune_biases and kind == "bias":
+        expert = EXPERT_MODULE.match(module)
+        return expert is None or int(expert["expert"]) in selected[int(module.split(".")[2])]
     if settings.tune_router and module.endswith(GROUPS["router"]):
         return True
     return settings.tune_norms and module.rpartition(".")[2] in NORM_MODULES

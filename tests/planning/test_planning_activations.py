@@ -36,6 +36,7 @@ CASES: dict[str, tuple[str | None, str, dict[str, Any], Batch, float]] = {
         0.0,
     ),
     "router LoRA": (None, "float32", {"router_rank": 4, "dropout": 0.1}, Batch(), 0.0),
+    "biases": ("nf4", "float32", {"expert_rank": 4, "tune_biases": True}, Batch(), 0.0),
     "dora": ("nf4", "float32", {"attention_rank": 4, "mlp_rank": 8, "dora": True, "dropout": 0.1}, Batch(), 0.0),
     "dense dora": (None, "float32", {"attention_rank": 4, "mlp_rank": 8, "dora": True}, Batch(), 0.0),
     "bfloat16": ("nf4", "bfloat16", {**ALL, "dropout": 0.1}, Batch(), 0.0),

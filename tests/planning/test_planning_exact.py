@@ -26,6 +26,8 @@ SETTINGS: dict[str, AdapterSettings] = {
     "router tuned": AdapterSettings(expert_rank=16, tune_router=True),
     "router LoRA": AdapterSettings(attention_rank=2, router_rank=8),
     "norms": AdapterSettings(attention_rank=2, tune_norms=True),
+    "biases": AdapterSettings(tune_biases=True),
+    "some biases": AdapterSettings(expert_rank=8, tune_biases=True, tune_norms=True, selection=((0, 2), (1,))),
     "dora": AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=8, dora=True),
     "dora, some experts": AdapterSettings(mlp_rank=4, expert_rank=8, dora=True, selection=((0,), (1, 2))),
 }
