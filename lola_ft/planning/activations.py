@@ -122,12 +122,16 @@ class _Walk:
             return 0
         settings, tokens = self.settings, self.tokens
         probability = settings.dropout_of(group)
-        to_float = self.half and (not self.cuda or self.job.quantization is None)
-        saved = self.dropout(probability, tokens * size_in, _FLOAT if to_float else x_width)
+        one_pass = self.job.quantization is not None and not settings.dora  # LoRA inside the 4-bit layer's own pass
+        to_float = self.half and not one_pass and (not self.cuda or self.job.quantization is None)
+        noise_width = self.width if one_pass else _FLOAT if to_float else x_width
+        saved = self.dropout(probability, tokens * size_in, noise_width)
         if probability or not kept or to_float:
             saved += tokens * size_in * self.width
         saved += tokens * rank * self.width
-        if self.half:  # A and B are cast
+        if one_pass:  # B is scaled, and both are cast
+            saved += rank * self.width * (size_out + size_in * self.half)
+        elif self.half:  # A and B are cast
             saved += rank * self.width * (size_out + size_in * self.x_grad)
         if settings.dora:
             saved += 2 * tokens * size_out * self.width + 3 * size_out * _FLOAT

@@ -15,8 +15,7 @@ from lola_ft.planning.activations import activations
 from tests.planning.conftest import Batch, adapted
 
 # On a CPU the experts' rows are padded to multiples of 32, and how many that are depends on the router.
-# NF4 with dropout in half precision keeps less since its LoRA is one pass; the plan is on the safe side there.
-TOLERANCE = 0.15
+TOLERANCE = 0.05
 
 ALL = {"attention_rank": 4, "mlp_rank": 8, "expert_rank": 4}
 CASES: dict[str, tuple[str | None, str, dict[str, Any], Batch, float]] = {
@@ -56,7 +55,8 @@ def test_saved_tensors_are_as_planned(
     model = adapted(odd_base, quantization, dtype, settings, dropout)
     job = _job(model.config, settings, quantization, dtype, batch)
     planned = activations(job).saved
-    assert planned == pytest.approx(saved_bytes(model, batch, dtype == "bfloat16"), rel=TOLERANCE)
+    real = saved_bytes(model, batch, dtype == "bfloat16")
+    assert planned == pytest.approx(real, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("selection", [None, ((0, 2), (1,))])
@@ -92,7 +92,7 @@ def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(
     pair = whole[4] - whole[2]  # a dense layer and one with experts
     job = _job(model.config, settings, "nf4", "float32", Batch(checkpointing=True))
     block_input = job.tokens * job.config.n_embd * 4
-    assert 0.45 * pair < activations(job).recomputed + block_input < pair
+    assert 0.48 * pair < activations(job).recomputed + block_input < pair
 
 
 def _job(config: Any, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch) -> Job:
