@@ -155,6 +155,33 @@ def merge(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this, printed as it comes.")] = None,
+    file: Annotated[str | None, typer.Option(help="Answer each line of a .txt or .jsonl file.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation at the terminal.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Of a run or an adapter, if it is not where training found it.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="A run or an adapter to put on a base.")] = None,
+    template: Annotated[str | None, typer.Option(help="A prompt template other than the model's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file answered at a time.")] = 32,
+    out: Annotated[str | None, typer.Option(help="A .jsonl file to write, one object a prompt.")] = None,
+) -> None:
+    """Let a model answer: a prompt, a file of prompts, or a person."""
+    from lola_ft.generation import Sampling
+    from lola_ft.generation.command import generate_command
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    generate_command(model, base, adapter, prompt, file, chat, template, sampling, quantization, batch_size, out)
+
+
+@app.command()
 def convert(
     adapter: Annotated[str, typer.Argument(help="The adapter's folder, either layout.")],
     base: Annotated[str, typer.Option(help="The base's folder or Hub id.")],

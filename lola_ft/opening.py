@@ -64,17 +64,22 @@ class OpenModel:
     fingerprint: str
 
 
-def find_subject(path: str | Path, base: str | None = None, revision: str | None = None) -> Subject:
+def find_subject(
+    path: str | Path, base: str | None = None, revision: str | None = None, adapter: str | Path | None = None
+) -> Subject:
     """Tell what a path or a Hub id is.
 
     Args:
         base: The base to use instead of the one that a run or an adapter names.
+        adapter: A run or an adapter to put on `path`, which is then a base or a merged model.
 
     Raises:
         UserError: No such folder, a run that did not end, or an adapter whose base nothing names.
         AdapterError: A damaged adapter.
     """
     given, name = Path(path), str(path)
+    if adapter is not None:
+        return _with_adapter(given, name, base, revision, adapter)
     if (given / "manifest.json").is_file() or (given / "recipe.yaml").is_file():
         return _run(given, name, base, revision)
     if (given / CONFIG_FILE).is_file():
@@ -97,6 +102,7 @@ def open_model(
     dtype: str | torch.dtype = "bfloat16",
     device: str | torch.device | None = None,
     quiet: bool = True,
+    adapter: str | Path | None = None,
 ) -> OpenModel:
     """Load a base, a run, an adapter (either layout) or a merged model for evaluation.
 
@@ -104,11 +110,12 @@ def open_model(
         base: Of a run or an adapter, if it is not where training found it.
         quantization: "nf4", "none", or "auto": what a run trained on, else not quantised.
         dtype: bfloat16 becomes float32 where the machine only emulates it.
+        adapter: A run or an adapter to put on a base.
 
     Raises:
         UserError: Nothing that can be opened; also a tokenizer that does not belong to the model.
     """
-    subject = find_subject(path, base, revision)
+    subject = find_subject(path, base, revision, adapter)
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
     model = load_base(subject.base, wanted, _possible(dtype, target), target, subject.revision, quiet)
@@ -120,6 +127,20 @@ def open_model(
     template = subject.folder / TEMPLATE_FILE
     saved = Template.load(str(template)) if template.is_file() else None
     return OpenModel(subject, model.eval(), tokenizer, saved, fingerprint)
+
+
+def _with_adapter(given: Path, name: str, base: str | None, revision: str | None, adapter: str | Path) -> Subject:
+    if base is not None:
+        raise UserError("Give a base and --adapter, or a run or an adapter and --base; not both.")
+    if _is_adapted(given):
+        raise UserError(f"--adapter goes on a base or a merged model; {name} is a run or an adapter itself.")
+    if not _is_adapted(Path(adapter)):
+        raise UserError(f"{adapter}: is no run's and no adapter's folder.")
+    return find_subject(adapter, name, revision)
+
+
+def _is_adapted(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("manifest.json", "recipe.yaml", CONFIG_FILE))
 
 
 def _run(folder: Path, name: str, base: str | None, revision: str | None) -> Subject:

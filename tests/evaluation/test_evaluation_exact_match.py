@@ -1,6 +1,7 @@
 """Exact match counts what it should, on a model whose answers are written down."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ class Scripted(nn.Module):
     """Says for each prompt what its script says, by the prompt's real tokens; keeps what it was shown."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(n_positions=128, vocab_size=320)
 
     def __init__(self, script: dict[tuple[int, ...], list[int]]) -> None:
         super().__init__()

@@ -1,0 +1,142 @@
+"""Answers to prompts of token ids: padded on the left, with the cache of keys and values, up to the end of text."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lola_ft.errors import DataError, UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Longest answer, its end of text included.
+        temperature: 0 takes the likeliest token.
+        top_p: Sample among the likeliest tokens that have this probability together.
+        seed: Of the sampling; the same prompts in batches of the same size get the same answers.
+
+    Raises:
+        UserError: A number out of its range, or one that would be ignored.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature is {self.temperature}; it must be 0 or more.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}; it must be above 0 and at most 1.")
+        given = [name for name, value in (("--top-p", self.top_p), ("--seed", self.seed)) if value is not None]
+        if given and not self.temperature:
+            raise UserError(f"{given[0]} does nothing at --temperature 0. Give a temperature, or leave it out.")
+
+    def options(self) -> dict[str, Any]:
+        """As transformers' `generate` takes them."""
+        if not self.temperature:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: Without the end of text.
+        ended: Whether the model ended it by itself.
+        tokens: How many it took, the end of text included.
+    """
+
+    text: str
+    ended: bool
+    tokens: int
+
+
+def check_room(ids: Sequence[int], positions: int, where: str = "The prompt") -> None:
+    """Refuse a prompt that leaves no position for an answer.
+
+    Raises:
+        DataError: Beginning with `where`.
+    """
+    if not ids:
+        raise DataError(f"{where} is empty. Write something.")
+    if len(ids) >= positions:
+        raise DataError(
+            f"{where} has {len(ids)} tokens, and the model has {positions} positions for prompt and answer together. "
+            "Shorten it."
+        )
+
+
+def answer_one(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, streamer: Any = None) -> Answer:
+    """Answer a prompt; the streamer gets each token as it comes."""
+    _seed(sampling)
+    return _answer_batch(model, tokenizer, [ids], sampling, streamer)[0]
+
+
+def answer_all(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int = 32
+) -> Iterator[tuple[int, Answer]]:
+    """Answer prompts, those of like length together.
+
+    Yields:
+        A prompt's place and its answer, in the order in which they are done.
+    """
+    _seed(sampling)
+    for places in _batches(prompts, model.config.n_positions - sampling.max_new_tokens, batch_size):
+        batch = [prompts[place] for place in places]
+        yield from zip(places, _answer_batch(model, tokenizer, batch, sampling), strict=True)
+
+
+def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> list[list[int]]:
+    """Places of prompts, shortest first; one that leaves less room than an answer may take goes alone."""
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    roomy = [place for place in order if len(prompts[place]) <= longest]
+    alone = [[place] for place in order if len(prompts[place]) > longest]
+    return [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)] + alone
+
+
+def _seed(sampling: Sampling) -> None:
+    if sampling.temperature:
+        torch.manual_seed(sampling.seed or 0)
+
+
+@torch.no_grad()
+def _answer_batch(
+    model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, streamer: Any = None
+) -> list[Answer]:
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise UserError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    pad = eos if pad is None else pad
+    width = max(map(len, prompts))
+    for ids in prompts:
+        check_room(ids, model.config.n_positions)
+    unnamed = list(range(len(tokenizer), model.config.vocab_size))  # rows that only round the vocabulary up
+    generated = model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]).to(model.device),
+        max_new_tokens=min(sampling.max_new_tokens, model.config.n_positions - width),
+        eos_token_id=eos,
+        pad_token_id=pad,
+        use_cache=True,
+        suppress_tokens=unnamed or None,
+        streamer=streamer,
+        **sampling.options(),
+    )
+    return [_answer(ids, tokenizer) for ids in generated[:, width:].tolist()]
+
+
+def _answer(ids: list[int], tokenizer: Any) -> Answer:
+    ended = tokenizer.eos_token_id in ids
+    said = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+    text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(text, ended, len(said) + ended)

@@ -1,0 +1,69 @@
+"""A conversation at the terminal."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lola_ft.data import Template
+from lola_ft.data.example import Exchange, Fields, prompt_fields
+from lola_ft.errors import UserError
+from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
+from lola_ft.generation.prompts import conversation_ids, request
+from lola_ft.generation.streaming import Typed
+
+HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
+
+
+def chat(
+    model: Any,
+    tokenizer: Any,
+    template: Template,
+    sampling: Sampling,
+    read: Callable[[str], str] = input,
+    answer: Callable[..., Answer] = answer_one,
+) -> None:
+    """Ask and answer until the user ends it. What was said is rendered by the template, as in training.
+
+    Raises:
+        UserError: The template cannot render more than one request.
+    """
+    if not template.renders_turns:
+        raise UserError(
+            f"Template {template.name} renders a single request, so it cannot hold a conversation: the model would "
+            "not see what was said. Use --prompt, or a model that was trained with chatml (or another template that "
+            "uses `messages`)."
+        )
+    print(HELP, file=sys.stderr)
+    said = list[Exchange]()
+    while True:
+        try:
+            line = read("> ").strip()
+        except EOFError:
+            return
+        if line == "/end":
+            return
+        if line == "/new":
+            said = []
+        elif line:
+            fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
+            said, ids = _fitting(said, fields, template, tokenizer, model.config.n_positions, sampling)
+            given = answer(model, tokenizer, ids, sampling, Typed(tokenizer))
+            if not given.ended:
+                print(f"(cut after {given.tokens} tokens)", file=sys.stderr)
+            said = [*said, (fields, given.text)]
+
+
+def _fitting(
+    said: list[Exchange], fields: Fields, template: Template, tokenizer: Any, positions: int, sampling: Sampling
+) -> tuple[list[Exchange], list[int]]:
+    """As much of what was said, the latest, as leaves room for an answer; and its token ids."""
+    kept = said
+    while True:
+        ids = conversation_ids(request(fields, earlier=kept), template, tokenizer)
+        if not kept or len(ids) + sampling.max_new_tokens <= positions:
+            break
+        kept = kept[1:]
+    check_room(ids, positions, "What was written")
+    if len(kept) < len(said):
+        print(f"({len(said) - len(kept)} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
+    return kept, ids

@@ -1,0 +1,115 @@
+"""`lola-ft generate`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from lola_ft.data import Template
+from lola_ft.data.example import prompt_fields
+from lola_ft.errors import UserError
+from lola_ft.files import write_text
+from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
+from lola_ft.generation.chat import chat as talk
+from lola_ft.generation.prompts import conversation_ids, read_prompts, request
+from lola_ft.generation.streaming import Typed
+from lola_ft.opening import OpenModel, open_model
+
+
+def generate_command(
+    model: str,
+    base: str | None = None,
+    adapter: str | None = None,
+    prompt: str | None = None,
+    file: str | None = None,
+    chat: bool = False,
+    template: str | None = None,
+    sampling: Sampling | None = None,
+    quantization: str = "auto",
+    batch_size: int = 32,
+    out: str | None = None,
+) -> None:
+    """Answer one prompt, a file of prompts, or a person.
+
+    Raises:
+        UserError: What is asked for does not fit together; or as `open_model`.
+    """
+    if sum((prompt is not None, file is not None, chat)) != 1:
+        raise UserError("Give one of --prompt TEXT, --file FILE and --chat.")
+    if out and chat:
+        raise UserError("--out does nothing with --chat. Leave it out.")
+    sampling = sampling or Sampling()
+    asked = read_prompts(file) if file else []
+    given = Template.load(template) if template else None
+    opened = open_model(model, base, quantization=quantization, adapter=adapter)
+    template_used = template_of(opened, given)
+    if chat:
+        talk(opened.model, opened.tokenizer, template_used, sampling)
+        return
+    if prompt is not None:
+        rows = [{"prompt": prompt}]
+        ids = conversation_ids(request(prompt_fields(prompt)), template_used, opened.tokenizer)
+        answers = [_streamed(opened, ids, sampling)]
+    else:
+        rows = [entry.row for entry in asked]
+        ids_of = [conversation_ids(entry.example, template_used, opened.tokenizer) for entry in asked]
+        for entry, ids in zip(asked, ids_of, strict=True):
+            check_room(ids, opened.model.config.n_positions, f"{entry.example.where}: the prompt")
+        answers = _answered(opened, ids_of, sampling, batch_size)
+    _write(rows, answers, out, printed=prompt is not None)
+
+
+def template_of(opened: OpenModel, given: Template | None) -> Template:
+    """The template to talk to a model with: the given one, or the one it was trained with; `plain` for a base."""
+    if given or opened.template:
+        return given or opened.template  # type: ignore[return-value]
+    print(f"{opened.subject.name} has no prompt template: prompts are given as they are (plain).", file=sys.stderr)
+    return Template.load("plain")
+
+
+def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
+    positions = opened.model.config.n_positions
+    check_room(ids, positions)
+    answer = answer_one(opened.model, opened.tokenizer, ids, sampling, Typed(opened.tokenizer))
+    if not answer.ended:
+        cause = (
+            f"the model's {positions} positions are used up"
+            if len(ids) + answer.tokens >= positions
+            else "raise --max-new-tokens to read on"
+        )
+        print(f"(cut after {answer.tokens} tokens, before the model ended its answer: {cause})", file=sys.stderr)
+    return answer
+
+
+def _answered(opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int) -> list[Answer]:
+    """The answers in the order of the prompts."""
+    found = dict(
+        track(
+            answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size),
+            "Answering",
+            total=len(ids_of),
+            console=Console(stderr=True),
+            transient=True,
+        )
+    )
+    return [found[place] for place in range(len(ids_of))]
+
+
+def _write(rows: list[dict[str, Any]], answers: list[Answer], out: str | None, printed: bool) -> None:
+    """One JSON object a prompt, to the file or, where nothing was printed yet, to stdout."""
+    lines = [
+        json.dumps(row | {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens}, ensure_ascii=False)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    cut = sum(not answer.ended for answer in answers)
+    if cut and not printed:
+        print(f"{cut} of {len(answers)} answers were cut before the model ended them.", file=sys.stderr)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, "".join(f"{line}\n" for line in lines))
+    elif not printed:
+        print("\n".join(lines))

@@ -1,0 +1,80 @@
+"""Prompts as a model learned to read them: written by its template, tokenised as in training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lola_ft.data import Example, Row, Source, Template, encode_texts, read_rows
+from lola_ft.data.conversations import read_conversation
+from lola_ft.data.example import UNKNOWN_LANGUAGE, Exchange, Fields, prompt_fields
+from lola_ft.data.fields import checked_text, found_fields
+from lola_ft.errors import DataError
+
+ADDED = ("answer", "ended", "tokens")
+"""What an output line has beside the row's own fields."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request of a file.
+
+    Attributes:
+        row: The fields that it came with.
+        example: Its completion is not known, and empty.
+    """
+
+    row: dict[str, Any]
+    example: Example
+
+
+def conversation_ids(example: Example, template: Template, tokenizer: Any) -> list[int]:
+    """Token ids of all that stands in front of an example's last answer, as training has them."""
+    prompts = encode_texts(template.render(example), tokenizer)
+    answers = encode_texts([answer for _, answer in example.earlier], tokenizer)
+    ids = list[int]()
+    for prompt, answer in zip(prompts[:-1], answers, strict=True):
+        ids += [*prompt, *answer, tokenizer.eos_token_id]
+    return ids + prompts[-1]
+
+
+def request(fields: Fields, where: str = "The prompt", earlier: Sequence[Exchange] = ()) -> Example:
+    """An example whose answer is to come."""
+    return Example(fields, "", UNKNOWN_LANGUAGE, where, tuple(earlier))
+
+
+def read_prompts(path: str) -> list[Asked]:
+    """The requests of a .txt file, one a line, or of a .jsonl file, one an object.
+
+    An object has `prompt`; or `instruction` and perhaps `input`; or `messages`, the last one the user's.
+
+    Raises:
+        DataError: Naming file and line.
+    """
+    if Path(path).suffix.lower() not in (".txt", ".jsonl"):
+        raise DataError(f"{path}: prompts are read from .txt (one a line) or .jsonl (one an object).")
+    lines = Path(path).suffix.lower() == ".txt"
+    rows = read_rows(Source("text", path=path, unit="line" if lines else None))
+    return [Asked(row.fields, _request(row, "text" if lines else "prompt")) for row in rows]
+
+
+def _request(row: Row, prompt: str) -> Example:
+    fields, where = row.fields, row.where
+    if taken := [name for name in ADDED if name in fields]:
+        raise DataError(f"{where}: field '{taken[0]}' would be overwritten by the answer's. Rename it.")
+    if prompt in fields:
+        return request(prompt_fields(checked_text(fields[prompt], f"field '{prompt}'", where)), where)
+    if "instruction" in fields:
+        instruction = checked_text(fields["instruction"], "field 'instruction'", where)
+        given = fields.get("input")
+        return request(prompt_fields(instruction, checked_text(given, "field 'input'", where) if given else ""), where)
+    if isinstance(fields.get("messages"), list):
+        return _open_conversation(row)
+    raise DataError(f"{where}: has no field prompt, instruction or messages (found: {found_fields(row)}).")
+
+
+def _open_conversation(row: Row) -> Example:
+    """Read it as training does, with an answer put at its end for the while."""
+    messages = [*row.fields["messages"], {"role": "assistant", "content": "?"}]
+    *earlier, (last, _) = read_conversation(Row({"messages": messages}, row.where), Source("messages"))
+    return request(last, row.where, earlier)
