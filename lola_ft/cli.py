@@ -321,6 +321,18 @@ def nano(
 
 
 @app.command()
+def doctor(
+    online: Annotated[bool, typer.Option("--online", help="Ask the Hub too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions and hardware, and try what fine-tuning is made of; exit code 1 if it does not work here."""
+    from lola_ft.doctor import doctor as look
+
+    if not look(online, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     recipe: Annotated[str, typer.Argument(help="The demo's recipe.")] = "recipes/demo.yaml",
 ) -> None:

@@ -28,6 +28,7 @@ LEVELS = {
     "model": 8,
     "kernels": 9,
     "recipe": 9,
+    "environment": 10,
     "files": 10,
     "memory": 10,
     "repo_id": 10,

@@ -14,6 +14,8 @@ class Typed(TextStreamer):
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.next_tokens_are_prompt: bool = True
+        self.print_len: int = 0
 
     def put(self, value: Any) -> None:
         if self.next_tokens_are_prompt:

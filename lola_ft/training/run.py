@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
@@ -151,7 +152,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
     return {
         "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
-        "versions": run_folder.library_versions(),
+        "versions": library_versions(),
     }
 
 
@@ -245,8 +246,8 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
     save_adapter(model, output / run_folder.ADAPTER_FOLDER, fitting_layout(model), also=write_companions)
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
-        "versions": run_folder.library_versions(),
-        "hardware": run_folder.hardware(),
+        "versions": library_versions(),
+        "hardware": hardware(),
         "base": {
             "id": base.base_id,
             "fingerprint": base.base_fingerprint,

@@ -1,12 +1,8 @@
 """The run folder: who may write there, the manifest, the model card's draft."""
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
@@ -16,7 +12,6 @@ from lola_ft.training.lock import LOCK_FILE, is_locked
 
 RECIPE_FILE, MANIFEST_FILE, METRICS_FILE, LOSS_PLOT = "recipe.yaml", "manifest.json", "metrics.jsonl", "loss.png"
 ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CARD_FILE = "adapter", "checkpoints", "README.md"
-_PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 
 
 def refuse_taken(output: Path) -> None:
@@ -41,23 +36,6 @@ def refuse_taken(output: Path) -> None:
 def is_finished(output: Path) -> bool:
     """Whether a run has written all that it writes; the card is the last."""
     return (output / MANIFEST_FILE).exists() and (output / CARD_FILE).exists()
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python, lola_ft and the libraries that decide a run's numbers."""
-    versions = {"python": platform.python_version()}
-    for package in ("lola-ft", *_PACKAGES):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def hardware() -> dict[str, Any]:
-    """What the run computed on."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from lola_ft.environment import hardware, library_versions
 from lola_ft.merging import merge
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
@@ -80,8 +81,8 @@ def run(tiny_adapter: Path, tiny_base: Path, rows_file: Path, tmp_path: Path) ->
     counts = {"kept": 40, "trained_tokens": 1234}
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
-        "versions": run_folder.library_versions(),
-        "hardware": run_folder.hardware(),
+        "versions": library_versions(),
+        "hardware": hardware(),
         "base": {"id": str(tiny_base), "fingerprint": "0123456789abcdef", "dtype": "float32", "parts": {}},
         "trained": {"attention": {"tensors": 16, "parameters": 4096}},
         "data": {

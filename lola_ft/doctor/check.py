@@ -1,0 +1,56 @@
+"""One thing that is looked at: how it went, and how to mend it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from huggingface_hub import get_token
+
+Status = Literal["ok", "missing", "failed"]
+_LONGEST = 300
+
+
+@dataclass(frozen=True)
+class Check:
+    """How one thing is.
+
+    Attributes:
+        detail: What was seen, in a line.
+        mend: What to do where it is not ok; empty where it is.
+        core: Whether fine-tuning needs it.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    mend: str = ""
+    core: bool = False
+
+
+def examine(name: str, look: Callable[[], str], mend: str, core: bool) -> Check:
+    """Run a probe. What it returns is the detail; whatever it raises means that it failed.
+
+    Args:
+        look: Raises `MissingError` where something is not there, rather than broken.
+    """
+    try:
+        return Check(name, "ok", look(), core=core)
+    except MissingError as missing:
+        return Check(name, "missing", without_token(str(missing)), mend, core)
+    except Exception as error:  # a probe is there to find out what goes wrong
+        return Check(name, "failed", without_token(_one_line(error)), mend, core)
+
+
+class MissingError(Exception):
+    """Something is not there, or there is not enough of it."""
+
+
+def without_token(text: str) -> str:
+    """Text that may be shown: a Hub token in it is taken out."""
+    token = get_token()
+    return text.replace(token, "[token]") if token else text
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST]}" if text else type(error).__name__

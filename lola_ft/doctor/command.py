@@ -1,0 +1,136 @@
+"""`lola-ft doctor`."""
+
+import json
+from dataclasses import asdict
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lola_ft.doctor import probes
+from lola_ft.doctor.check import Check, MissingError, examine
+from lola_ft.doctor.machine import machine
+from lola_ft.environment import PACKAGES, library_versions, version_of
+
+EXTRAS = {
+    "evaluate": ("sacrebleu", "chrF and BLEU of `lola-ft evaluate --task generate`"),
+    "harness": ("lm_eval", "the benchmarks of `lola-ft evaluate --suite`"),
+    "dev": ("pytest", "the tests"),
+}
+"""Optional extras: a module that each brings, and what it is for."""
+_SHOWN = {"ok": "green", "missing": "yellow", "failed": "red"}
+
+
+def doctor(online: bool = False, as_json: bool = False, console: Console | None = None) -> bool:
+    """Look at everything and print it; returns whether all that fine-tuning needs works.
+
+    Args:
+        online: Ask the Hub too.
+    """
+    facts, checks = machine(), [*_packages(), *_core(), *_room(), *_extras()]
+    if online:
+        mend = "Look at the network and at HF_ENDPOINT; without the Hub, give folders in place of ids."
+        checks.append(examine("Hub", probes.hub_answers, mend, core=False))
+    works = all(check.status == "ok" for check in checks if check.core)
+    if as_json:
+        report = {"versions": library_versions(), "machine": facts, "checks": [asdict(check) for check in checks]}
+        print(json.dumps(report | {"works": works}, indent=2, ensure_ascii=False))
+    else:
+        _show(facts, checks, works, console or Console())
+    return works
+
+
+def _packages() -> list[Check]:
+    def installed(package: str) -> str:
+        if version_of(package) is None:
+            raise MissingError("not installed")
+        import_module(package)
+        return str(version_of(package))
+
+    mend = "Install lola_ft again: pip install -c constraints.txt -e ."
+    return [examine(name, lambda name=name: installed(name), mend, core=True) for name in PACKAGES]  # type: ignore[misc]
+
+
+def _core() -> list[Check]:
+    return [
+        examine(
+            "4-bit weights",
+            probes.nf4_round_trip,
+            "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none.",
+            core=True,
+        ),
+        examine(
+            "training step",
+            probes.tiny_training_step,
+            "Install the versions of constraints.txt; if that does not help, report the line above.",
+            core=True,
+        ),
+        examine(
+            "cache folder",
+            probes.cache_is_writable,
+            "Set LOLA_FT_CACHE to a folder that you may write to.",
+            core=True,
+        ),
+    ]
+
+
+def _room() -> list[Check]:
+    """For LOLA at full size; a smaller base needs less, so that a lack is no failure."""
+    disk = "Free some space, or set LOLA_FT_CACHE and HF_HOME to a larger disk."
+    memory = "Close what else uses it, or take a machine with more; the nano base (`lola-ft nano`) needs little."
+    return [
+        examine("disk", probes.disk_space, disk, core=False),
+        examine("memory", probes.free_memory, memory, core=False),
+        examine("GPU", _gpu, "Training LOLA at full size wants one GPU; a CPU does for the nano base.", core=False),
+    ]
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MissingError("no CUDA device that torch can use")
+    return str(torch.cuda.get_device_name(0))
+
+
+def _extras() -> list[Check]:
+    def there(module: str, purpose: str) -> str:
+        if find_spec(module) is None:
+            raise MissingError(f"not installed: {purpose}")
+        return purpose
+
+    return [
+        examine(
+            f"extra {extra}",
+            lambda module=module, purpose=purpose: there(module, purpose),  # type: ignore[misc]
+            f"pip install 'lola-ft[{extra}]' (in a checkout: pip install -c constraints.txt -e '.[{extra}]')",
+            core=False,
+        )
+        for extra, (module, purpose) in EXTRAS.items()
+    ]
+
+
+def _show(facts: dict[str, Any], checks: list[Check], works: bool, console: Console) -> None:
+    versions = library_versions()
+    console.print(f"lola_ft {versions['lola-ft']}, Python {versions['python']}, {facts['system']}", highlight=False)
+    units = "with" if facts["cpu_bfloat16"] else "without"
+    console.print(
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB, {units} bfloat16 units"
+        + ("" if facts["cpu_bfloat16"] else " (computes in float32)"),
+        highlight=False,
+    )
+    if gpu := facts["gpu"]:
+        bfloat16 = "with" if gpu["bfloat16"] else "without"
+        console.print(f"{gpu['name']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {bfloat16} bfloat16", highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "", "seen"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        detail = check.detail if check.status == "ok" else f"{check.detail}\n→ {check.mend}"
+        table.add_row(check.name, f"[{_SHOWN[check.status]}]{check.status}[/]", escape(detail))
+    console.print(table)
+    failing = [check.name for check in checks if check.core and check.status != "ok"]
+    console.print("Fine-tuning works here." if works else f"Fine-tuning does not work here: {', '.join(failing)}.")

@@ -1,0 +1,137 @@
+"""Small real runs of what fine-tuning is made of."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lola_ft.doctor.check import MissingError
+
+BASE_BYTES = 4_200_000_000
+"""LOLA in 4 bit, in memory and in the cache."""
+_DOWNLOAD_BYTES = 29_800_000_000
+_HUB_BASE = "dice-research/lola_v1"
+# Half the widest gap between NF4's codes is 0.152 of a block's scale; the scale itself is rounded to 8 bits.
+_NF4_ERROR = 0.16
+
+
+def nf4_round_trip() -> str:
+    """Quantise a weight on the device and make it dense again; each value must come back within half a code."""
+    import torch
+
+    from lola_ft.quantization.load import default_device
+    from lola_ft.quantization.nf4 import BLOCK, dequantize, dynamic_code, quantize
+
+    device = default_device()
+    weight = torch.randn(256, 192, generator=torch.Generator().manual_seed(0)).to(device)
+    back = dequantize(quantize(weight), dynamic_code().to(device), (256, 192), torch.float32)
+    error = ((back - weight).view(-1, BLOCK).abs() / weight.view(-1, BLOCK).abs().amax(dim=1, keepdim=True)).max()
+    if not error <= _NF4_ERROR:
+        raise ArithmeticError(f"a value came back {float(error):.3f} of its block's scale away, not at most 0.152")
+    return f"largest error {float(error):.3f} of a block's scale, on {device}"
+
+
+def tiny_training_step() -> str:
+    """Load a tiny LOLA in 4 bit, put LoRA on attention, MLP and experts, and go forward and backward once."""
+    import torch
+
+    from lola_ft.adapters import AdapterSettings, attach, lora_config
+    from lola_ft.kernels.precision import has_bfloat16
+    from lola_ft.model import LolaConfig, LolaForCausalLM
+    from lola_ft.quantization import load_base
+    from lola_ft.quantization.load import default_device
+
+    device = default_device()
+    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
+    config = LolaConfig(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2, n_inner=128, num_experts=4)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        torch.manual_seed(0)
+        with without_progress_bars():
+            LolaForCausalLM(config).save_pretrained(folder)
+        base = load_base(folder, "nf4", dtype, device, quiet=True)
+        settings = AdapterSettings(attention_rank=8, mlp_rank=8, expert_rank=8, alpha=8.0, dropout=0.0)
+        model = attach(base, lora_config(settings)).train()
+        ids = torch.arange(24, device=device).view(1, -1)
+        loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and ".lora_B." in name}
+    dead = [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+    if dead or not gradients or not torch.isfinite(loss):
+        raise ArithmeticError(f"{len(dead)} of {len(gradients)} gradients are empty or not finite: {dead[:2]}")
+    return (
+        f"loss {float(loss.detach()):.3f}, {len(gradients)} gradients, {str(dtype).removeprefix('torch.')} on {device}"
+    )
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for work of milliseconds."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def cache_is_writable() -> str:
+    """Write a safetensors file where quantised bases go, and read it back."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from lola_ft.quantization.cache import cache_root
+
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    tensor = torch.arange(1000, dtype=torch.int32)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".doctor") as folder:
+        save_file({"tensor": tensor}, Path(folder) / "probe.safetensors")
+        if not torch.equal(load_file(Path(folder) / "probe.safetensors")["tensor"], tensor):
+            raise OSError("the file did not come back as it was written")
+    return f"safetensors written and read in {root}"
+
+
+def disk_space() -> str:
+    """Room for LOLA's 4-bit form and for its download, where each goes."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from lola_ft.quantization.cache import cache_root
+
+    own, hub = _free_disk(cache_root()), _free_disk(Path(HF_HUB_CACHE))
+    detail = f"{own / 1e9:.1f} GB free in the cache, {hub / 1e9:.1f} GB where the Hub's files go"
+    if own < BASE_BYTES or hub < _DOWNLOAD_BYTES:
+        raise MissingError(f"{detail}; LOLA takes {BASE_BYTES / 1e9:.1f} GB in 4 bit, and its download 29.8 GB")
+    return detail
+
+
+def free_memory() -> str:
+    """Memory for LOLA's 4-bit base, on the GPU or, without one, in the machine."""
+    import psutil
+    import torch
+
+    where = "on the GPU" if torch.cuda.is_available() else "in the machine"
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    detail = f"{free / 1e9:.1f} GB free {where}"
+    if free < BASE_BYTES:
+        raise MissingError(f"{detail}; LOLA's 4-bit base alone takes {BASE_BYTES / 1e9:.1f} GB")
+    return f"{detail}; LOLA's 4-bit base takes {BASE_BYTES / 1e9:.1f} GB"
+
+
+def hub_answers() -> str:
+    """Ask the Hub for LOLA; says whether there is a token, and never which."""
+    from huggingface_hub import HfApi, get_token
+
+    info = HfApi().model_info(_HUB_BASE, timeout=10)
+    return f"{_HUB_BASE} at {str(info.sha)[:8]}; {'a' if get_token() else 'no'} token is set"
+
+
+def _free_disk(folder: Path) -> int:
+    """Free bytes where a folder is, or would be made."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,49 @@
+"""What lola_ft runs with and on: versions and hardware."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
+"""The libraries that decide a run's numbers."""
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, lola_ft and the libraries that decide a run's numbers."""
+    versions = {"python": platform.python_version()}
+    for package in ("lola-ft", *PACKAGES):
+        versions[package] = version_of(package) or "not installed"
+    return versions
+
+
+def version_of(package: str) -> str | None:
+    """An installed package's version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """What a run computed on."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker writes it, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
