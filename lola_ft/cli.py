@@ -182,6 +182,56 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Bases, runs, adapters or merged models.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Held-out rows: a file, folder or glob; again for more.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="loss (nats per token, bits per byte), generate or choice.")] = "loss",
+    format: Annotated[str | None, typer.Option(help="Of the rows, as in a recipe, or choices; text for .txt.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Of all files; or again, one for each.")] = None,
+    language_column: Annotated[str | None, typer.Option(help="The field that has each row's language.")] = None,
+    field: Annotated[list[str] | None, typer.Option(metavar="STANDARD=NAME", help="Map a field of the format.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="LABEL=WORD", help="The word for a label.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The request, as in a recipe.")] = None,
+    source_language: Annotated[str | None, typer.Option(help="Of format translation.")] = None,
+    target_language: Annotated[str | None, typer.Option(help="Of format translation.")] = None,
+    unit: Annotated[str | None, typer.Option(help="What a row of a .txt file is: paragraph, line or file.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each language, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of task generate.")] = 128,
+    stride: Annotated[int | None, typer.Option(help="Of the windows over long texts; half the positions.")] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    base: Annotated[
+        str | None, typer.Option(help="Of runs and adapters, if it is not where training found it.")
+    ] = None,
+    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
+    template: Annotated[str | None, typer.Option(help="A prompt template other than the models' own.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for JSON, picture and rows.")] = None,
+) -> None:
+    """Compare models side by side, by language, with bootstrap intervals."""
+    from lola_ft.evaluation.command import TaskOptions, evaluate_rows
+    from lola_ft.evaluation.rows import RowOptions
+
+    rows = RowOptions(
+        files=data or [],
+        format=format,
+        languages=language or [],
+        language_column=language_column,
+        fields=field or [],
+        labels=label or [],
+        instruction=instruction,
+        max_rows=max_rows,
+        unit=unit,
+        source_language=source_language,
+        target_language=target_language,
+    )
+    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed)
+    evaluate_rows(models, rows, options, base, quantization, template, out)
+
+
+@app.command()
 def convert(
     adapter: Annotated[str, typer.Argument(help="The adapter's folder, either layout.")],
     base: Annotated[str, typer.Option(help="The base's folder or Hub id.")],

@@ -132,14 +132,15 @@ def open_model(
 def _with_adapter(given: Path, name: str, base: str | None, revision: str | None, adapter: str | Path) -> Subject:
     if base is not None:
         raise UserError("Give a base and --adapter, or a run or an adapter and --base; not both.")
-    if _is_adapted(given):
+    if is_adapted(given):
         raise UserError(f"--adapter goes on a base or a merged model; {name} is a run or an adapter itself.")
-    if not _is_adapted(Path(adapter)):
+    if not is_adapted(Path(adapter)):
         raise UserError(f"{adapter}: is no run's and no adapter's folder.")
     return find_subject(adapter, name, revision)
 
 
-def _is_adapted(folder: Path) -> bool:
+def is_adapted(folder: Path) -> bool:
+    """Whether a folder is a run's or an adapter's."""
     return any((folder / file).is_file() for file in ("manifest.json", "recipe.yaml", CONFIG_FILE))
 
 

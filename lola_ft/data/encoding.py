@@ -82,7 +82,7 @@ def encode(
     shortest = None
     for batch in _batches(examples):
         sequences: list[Sequence] = []
-        for row in _tokenize(batch, tokenizer, template, eos):
+        for row in tokenize(batch, tokenizer, template, eos):
             counts = report.of(row.example.language)
             fitted = [row.whole] if row.length <= max_length else fit(row, max_length, counts)
             _count(counts, row, fitted)
@@ -148,9 +148,10 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
-def _tokenize(
+def tokenize(
     batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: Template, eos: int
 ) -> Iterator[TokenizedRow]:
+    """The token ids of examples, whole whatever their length."""
     prompts = iter(
         encode_texts([p for row in batch if row.prompt is not None for p in template.render(row)], tokenizer)
     )

@@ -15,7 +15,7 @@ from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
 from lola_ft.generation.chat import chat as talk
-from lola_ft.generation.prompts import conversation_ids, read_prompts, request
+from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
 from lola_ft.generation.streaming import Typed
 from lola_ft.opening import OpenModel, open_model
 
@@ -61,14 +61,6 @@ def generate_command(
             check_room(ids, opened.model.config.n_positions, f"{entry.example.where}: the prompt")
         answers = _answered(opened, ids_of, sampling, batch_size)
     _write(rows, answers, out, printed=prompt is not None)
-
-
-def template_of(opened: OpenModel, given: Template | None) -> Template:
-    """The template to talk to a model with: the given one, or the one it was trained with; `plain` for a base."""
-    if given or opened.template:
-        return given or opened.template  # type: ignore[return-value]
-    print(f"{opened.subject.name} has no prompt template: prompts are given as they are (plain).", file=sys.stderr)
-    return Template.load("plain")
 
 
 def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:

@@ -1,5 +1,6 @@
 """Prompts as a model learned to read them: written by its template, tokenised as in training."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
 from lola_ft.errors import DataError
+from lola_ft.opening import OpenModel
 
 ADDED = ("answer", "ended", "tokens")
 """What an output line has beside the row's own fields."""
@@ -78,3 +80,11 @@ def _open_conversation(row: Row) -> Example:
     messages = [*row.fields["messages"], {"role": "assistant", "content": "?"}]
     *earlier, (last, _) = read_conversation(Row({"messages": messages}, row.where), Source("messages"))
     return request(last, row.where, earlier)
+
+
+def template_of(opened: OpenModel, given: Template | None) -> Template:
+    """The template to talk to a model with: the given one, or the one it was trained with; `plain` for a base."""
+    if given or opened.template:
+        return given or opened.template  # type: ignore[return-value]
+    print(f"{opened.subject.name} has no prompt template: prompts are given as they are (plain).", file=sys.stderr)
+    return Template.load("plain")

@@ -39,6 +39,27 @@ def labelled_cross_entropy(
     return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
 
 
+@torch.no_grad()
+def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
+    """What each labelled token costs: minus the log of its probability. Without gradient.
+
+    Args:
+        x_BSD, labels_BS: As for `labelled_cross_entropy`.
+
+    Returns:
+        Float32 (N,), in the order of the labels, row by row.
+    """
+    targets = labels_BS[:, 1:]
+    mask = targets != IGNORE
+    rows_ND, targets_N = x_BSD[:, :-1][mask], targets[mask]
+    nats_N = rows_ND.new_empty(targets_N.shape, dtype=torch.float32)
+    for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
+        chunk = slice(start, start + _CHUNK_ROWS)
+        logits = (rows_ND[chunk].to(head_VD.dtype) @ head_VD.t()).float()
+        nats_N[chunk] = F.cross_entropy(logits, targets_N[chunk], reduction="none")
+    return nats_N
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """Sum over rows; forms d_rows in forward, and d_head only if the head is trained."""
 

@@ -1,0 +1,115 @@
+"""`lola-ft evaluate` on held-out rows."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lola_ft.data import Template
+from lola_ft.environment import hardware, library_versions
+from lola_ft.errors import UserError
+from lola_ft.evaluation.answering import AnswerTask
+from lola_ft.evaluation.asking import Opening, ask_each
+from lola_ft.evaluation.choice import ChoiceTask
+from lola_ft.evaluation.comparison import Comparison, compare
+from lola_ft.evaluation.loss import LossTask
+from lola_ft.evaluation.plot import plot
+from lola_ft.evaluation.rows import RowOptions, read_for_scoring, read_questions
+from lola_ft.evaluation.table import NOTE, tables
+from lola_ft.evaluation.task import Measured, Task
+from lola_ft.files import write_text
+
+TASKS = ("loss", "generate", "choice")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How to ask, as the command's options say.
+
+    Attributes:
+        stride: Task `loss`: of the windows over texts longer than the model's positions.
+        resamples, seed: Of the bootstrap.
+    """
+
+    task: str = "loss"
+    batch_size: int = 8
+    max_new_tokens: int = 128
+    stride: int | None = None
+    resamples: int = 1000
+    seed: int = 0
+
+
+def evaluate_rows(
+    models: Sequence[str],
+    rows: RowOptions,
+    options: TaskOptions,
+    base: str | None = None,
+    quantization: str = "auto",
+    template: str | None = None,
+    out: str | None = None,
+    console: Console | None = None,
+) -> Comparison:
+    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder.
+
+    Raises:
+        UserError: As reading the rows and opening the models.
+    """
+    console = console or Console()
+    opening = Opening(base, quantization, Template.load(template) if template else None)
+    task = make_task(rows, options)
+    measured, facts = ask_each(models, opening, task.run, console)
+    comparison = compare(models, measured, task.measures, task.languages, options.resamples, options.seed)
+    for table in tables(comparison):
+        console.print(table)
+    console.print(NOTE, highlight=False, markup=False)
+    if out:
+        settings = {"rows": asdict(rows), "task": asdict(options)}
+        _write(Path(out), task, comparison, measured, facts, settings)
+        console.print(
+            f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return comparison
+
+
+def make_task(rows: RowOptions, options: TaskOptions) -> Task:
+    """Read the rows that a task needs.
+
+    Raises:
+        UserError: An unknown task; or as reading the rows.
+    """
+    if options.task not in TASKS:
+        raise UserError(f"--task '{options.task}' is unknown; there are {', '.join(TASKS)}.")
+    if options.stride is not None and options.task != "loss":
+        raise UserError(f"--stride does nothing in --task {options.task}. Leave it out.")
+    if options.task == "choice":
+        return ChoiceTask(read_questions(rows), options.batch_size)
+    examples = read_for_scoring(rows)
+    if options.task == "generate":
+        return AnswerTask(examples, options.batch_size, options.max_new_tokens)
+    return LossTask(examples, options.batch_size, options.stride)
+
+
+def _write(
+    folder: Path,
+    task: Task,
+    comparison: Comparison,
+    measured: Sequence[Measured],
+    facts: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    """Numbers, picture, and what each model did on each row."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"models": facts, "results": comparison.as_dict(), "settings": settings}
+    report |= {"versions": library_versions(), "hardware": hardware()}
+    write_text(folder / f"{task.name}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    lines = []
+    for place, (where, language) in enumerate(zip(task.places, task.languages, strict=True)):
+        by_model = {model: one.rows[place] for model, one in zip(comparison.models, measured, strict=True)}
+        lines.append(json.dumps({"where": where, "language": language, "models": by_model}, ensure_ascii=False))
+    write_text(folder / f"{task.name}_rows.jsonl", "".join(f"{line}\n" for line in lines))
+    plot(comparison, folder / f"{task.name}.png")

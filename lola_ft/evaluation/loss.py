@@ -1,0 +1,91 @@
+"""Task `loss`: nats per token and bits per byte.
+
+`loss` is what training calls loss: of an answer all its tokens and its end of text under the model's template, of a
+text all tokens but the first, and its end of text. `bits_per_byte` does not depend on the tokenizer: what the tokens
+of the answer or text cost, without the end of text, over their bytes in UTF-8. The first token of a text has nothing in
+front of it that would predict it: it is context, and its bytes are not counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import log
+from typing import Any
+
+import numpy as np
+
+from lola_ft.data import Example, Template
+from lola_ft.data.encoding import MASKED, TokenizedRow, tokenize
+from lola_ft.errors import UserError
+from lola_ft.evaluation.bootstrap import ratio
+from lola_ft.evaluation.scoring import score
+from lola_ft.evaluation.task import Measure, Measured
+from lola_ft.opening import OpenModel
+
+_ROWS = 256
+
+
+class LossTask:
+    """Scores each row's answers, or its text."""
+
+    name = "loss"
+    measures: Mapping[str, Measure] = {
+        "bits_per_byte": Measure("bits per byte", ratio, lower_is_better=True),
+        "loss": Measure("loss (nats per token)", ratio, lower_is_better=True),
+    }
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, stride: int | None = None) -> None:
+        self.examples, self.batch_size, self.stride = examples, batch_size, stride
+        self.languages = [example.language for example in examples]
+        self.places = [example.where for example in examples]
+
+    def run(self, opened: OpenModel, template: Template) -> Measured:
+        """Score every row.
+
+        Raises:
+            UserError: A stride that leaves no context; a tokenizer that does not keep every byte.
+        """
+        _check_stride(self.stride, opened.model.config.n_positions)
+        bits, loss = list[tuple[float, int]](), list[tuple[float, int]]()
+        for chunk in _chunks(self.examples):
+            rows = list(tokenize(chunk, opened.tokenizer, template, opened.tokenizer.eos_token_id))
+            nats = score(opened.model, [row.whole for row in rows], self.batch_size, self.stride)
+            for row, own in zip(rows, nats, strict=True):
+                loss.append((own.sum(), len(own)))
+                bits.append((own[_is_text(row)].sum() / log(2), predicted_bytes(row, opened.tokenizer)))
+        written = [{"nats": one[0], "tokens": one[1], "bytes": two[1]} for one, two in zip(loss, bits, strict=True)]
+        return Measured({"bits_per_byte": np.array(bits), "loss": np.array(loss)}, written)
+
+
+def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:
+    """Bytes of the tokens that are scored, each counted once.
+
+    Raises:
+        UserError: The tokens are not the text's bytes, so that a token's share of them is not known.
+    """
+    total = 0
+    texts = [*(answer for _, answer in row.example.earlier), row.example.completion]
+    for text, (prompt, answer) in zip(texts, row.exchanges, strict=True):
+        sizes = [len(piece) for piece in tokenizer.convert_ids_to_tokens(answer[:-1])]
+        size = len(text.encode())
+        if sum(sizes) != size:
+            raise UserError(
+                f"{row.example.where}: the tokenizer makes {sum(sizes)} bytes of a text of {size}. Bits per byte needs "
+                "one that keeps every byte, as LOLA's does (byte-level BPE)."
+            )
+        total += size if prompt else size - sizes[0]
+    return total
+
+
+def _is_text(row: TokenizedRow) -> np.ndarray:
+    """Of the labelled tokens, which are text and no end of text."""
+    ends = [flag for prompt, answer in row.exchanges for flag in [*[False] * (len(prompt) + len(answer) - 1), True]]
+    return np.array([not end for end, label in zip(ends, row.whole.labels, strict=True) if label != MASKED], dtype=bool)
+
+
+def _check_stride(stride: int | None, positions: int) -> None:
+    if stride is not None and not 0 < stride < positions:
+        raise UserError(f"--stride is {stride}; it must be between 1 and {positions - 1} for this model.")
+
+
+def _chunks(examples: Sequence[Example]) -> list[list[Example]]:
+    """Rows that are tokenised at a time."""
+    return [list(examples[start : start + _ROWS]) for start in range(0, len(examples), _ROWS)]

@@ -1,0 +1,75 @@
+"""What the tokens of sequences cost a model, in nats; the logits of a whole batch never exist."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from lola_ft.data.encoding import MASKED
+from lola_ft.data.encoding import Sequence as Tokens
+from lola_ft.evaluation.windows import windows
+from lola_ft.kernels.loss import label_nats
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A window of a sequence: its ids, and the labels of what it scores."""
+
+    place: int
+    ids: list[int]
+    labels: list[int]
+
+    @property
+    def scored(self) -> int:
+        return len(self.labels) - self.labels.count(MASKED)
+
+
+def score(model: Any, sequences: Sequence[Tokens], batch_size: int = 8, stride: int | None = None) -> list[Floats]:
+    """The nats of each sequence's labelled tokens, in their order.
+
+    Sequences of like length are read together. They are padded on the right, where causal attention sees nothing of
+    it, so that neither batch size nor padding changes a number beyond rounding.
+
+    Args:
+        stride: Of the windows over sequences longer than the model's positions; half of these if not given.
+    """
+    positions = model.config.n_positions
+    pieces = list(_pieces(sequences, positions, stride or positions // 2))
+    order = sorted(range(len(pieces)), key=lambda number: len(pieces[number].ids))
+    nats: dict[int, Floats] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        found = _batch_nats(model, [pieces[number] for number in batch])
+        nats |= dict(zip(batch, found, strict=True))
+    parts: list[list[Floats]] = [[] for _ in sequences]
+    for number, piece in enumerate(pieces):
+        parts[piece.place].append(nats[number])
+    return [np.concatenate([np.empty(0), *own]) for own in parts]
+
+
+def _pieces(sequences: Sequence[Tokens], positions: int, stride: int) -> Iterator[_Piece]:
+    """The windows of all sequences, those that score nothing left out."""
+    for place, (ids, labels) in enumerate(sequences):
+        for begin, end, scored in windows(len(ids), positions, stride):
+            masked = [MASKED] * (scored - begin) + labels[scored:end]
+            piece = _Piece(place, ids[begin:end], masked)
+            if piece.scored:
+                yield piece
+
+
+@torch.no_grad()
+def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    width = max(len(piece.ids) for piece in batch)
+    ids_BS = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in batch])
+    labels_BS = torch.tensor([piece.labels + [MASKED] * (width - len(piece.labels)) for piece in batch])
+    device = causal.lm_head.weight.device
+    x_BSD = causal.transformer(ids_BS.to(device), use_cache=False).last_hidden_state
+    nats_N = label_nats(x_BSD, causal.lm_head.weight, labels_BS.to(device)).double().cpu().numpy()
+    return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
