@@ -209,8 +209,27 @@ def evaluate(
     quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
     template: Annotated[str | None, typer.Option(help="A prompt template other than the models' own.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for JSON, picture and rows.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Run benchmarks in place of --data: lola-paper.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks or tasks of the suite, with commas between.")] = None,
+    languages: Annotated[str | None, typer.Option(help="Languages of the suite, with commas between.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task of the suite.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples before each question of the suite.")] = 0,
+    include_path: Annotated[str | None, typer.Option(help="Folder with the harness's YAML of your own tasks.")] = None,
 ) -> None:
     """Compare models side by side, by language, with bootstrap intervals."""
+    of_suite = {"--tasks": tasks, "--languages": languages, "--limit": limit, "--shots": shots}
+    of_rows = {"--data": data, "--format": format, "--template": template, "--max-rows": max_rows, "--stride": stride}
+    for option, value in (of_rows if suite else of_suite | {"--include-path": include_path}).items():
+        if value:
+            raise UserError(f"{option} does nothing {'with' if suite else 'without'} --suite. Leave it out.")
+    if suite is not None:
+        from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
+
+        options_of_suite = SuiteOptions(
+            suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size
+        )
+        evaluate_suite(models, options_of_suite, out, base, quantization)
+        return
     from lola_ft.evaluation.command import TaskOptions, evaluate_rows
     from lola_ft.evaluation.rows import RowOptions
 
@@ -390,6 +409,11 @@ def demo(
     from lola_ft.demo import run_demo
 
     run_demo(recipe)
+
+
+def _listed(text: str | None) -> list[str]:
+    """What stands between commas."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def main(arguments: list[str] | None = None) -> None:

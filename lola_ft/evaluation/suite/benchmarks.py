@@ -1,0 +1,155 @@
+"""The benchmarks that LOLA's authors judge it by (arXiv 2409.11272), by the harness's own task names."""
+
+from dataclasses import dataclass
+from functools import cache
+
+from lola_ft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark in many languages.
+
+    Attributes:
+        category: The paper's kind of task.
+        pattern: The harness's name of a language's task.
+        languages: As the harness writes them.
+        metric: The number that a table shows.
+    """
+
+    name: str
+    category: str
+    pattern: str
+    languages: tuple[str, ...]
+    metric: str = "acc"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The harness's task names."""
+        return [self.pattern.format(language) for language in self.languages]
+
+
+_OKAPI = "ar bn ca da de es eu fr gu hi hr hu hy id it kn ml mr ne nl pt ro ru sk sr sv ta te uk vi"
+_MGSM = "bn de en es fr ja ru sw te th zh"  # ten languages and English
+_BELEBELE = """
+acm_Arab afr_Latn als_Latn amh_Ethi apc_Arab arb_Arab arb_Latn ars_Arab ary_Arab arz_Arab asm_Beng azj_Latn bam_Latn
+ben_Beng ben_Latn bod_Tibt bul_Cyrl cat_Latn ceb_Latn ces_Latn ckb_Arab dan_Latn deu_Latn ell_Grek eng_Latn est_Latn
+eus_Latn fin_Latn fra_Latn fuv_Latn gaz_Latn grn_Latn guj_Gujr hat_Latn hau_Latn heb_Hebr hin_Deva hin_Latn hrv_Latn
+hun_Latn hye_Armn ibo_Latn ilo_Latn ind_Latn isl_Latn ita_Latn jav_Latn jpn_Jpan kac_Latn kan_Knda kat_Geor kaz_Cyrl
+kea_Latn khk_Cyrl khm_Khmr kin_Latn kir_Cyrl kor_Hang lao_Laoo lin_Latn lit_Latn lug_Latn luo_Latn lvs_Latn mal_Mlym
+mar_Deva mkd_Cyrl mlt_Latn mri_Latn mya_Mymr nld_Latn nob_Latn npi_Deva npi_Latn nso_Latn nya_Latn ory_Orya pan_Guru
+pbt_Arab pes_Arab plt_Latn pol_Latn por_Latn ron_Latn rus_Cyrl shn_Mymr sin_Latn sin_Sinh slk_Latn slv_Latn sna_Latn
+snd_Arab som_Latn sot_Latn spa_Latn srp_Cyrl ssw_Latn sun_Latn swe_Latn swh_Latn tam_Taml tel_Telu tgk_Cyrl tgl_Latn
+tha_Thai tir_Ethi tsn_Latn tso_Latn tur_Latn ukr_Cyrl urd_Arab urd_Latn uzn_Latn vie_Latn war_Latn wol_Latn xho_Latn
+yor_Latn zho_Hans zho_Hant zsm_Latn zul_Latn
+"""
+_QA, _REASONING, _NLI, _READING = "Q&A", "reasoning", "natural language inference", "reading comprehension"
+
+
+def _benchmark(name: str, category: str, pattern: str, languages: str, metric: str = "acc") -> Benchmark:
+    return Benchmark(name, category, pattern, tuple(languages.split()), metric)
+
+
+LOLA_PAPER = {
+    benchmark.name: benchmark
+    for benchmark in (
+        _benchmark("arc", _QA, "arc_{}", f"{_OKAPI} zh"),
+        _benchmark("m_mmlu", _QA, "m_mmlu_{}", f"{_OKAPI} en is nb zh"),
+        _benchmark("truthfulqa_mc1", _QA, "truthfulqa_{}_mc1", f"{_OKAPI} zh"),
+        _benchmark("hellaswag", _REASONING, "hellaswag_{}", _OKAPI),
+        _benchmark("mgsm_direct", _REASONING, "mgsm_direct_{}", _MGSM, "exact_match"),
+        _benchmark("mgsm_native_cot", _REASONING, "mgsm_native_cot_{}", _MGSM, "exact_match"),
+        _benchmark("xcopa", _REASONING, "xcopa_{}", "et ht id it qu sw ta th tr vi zh"),
+        _benchmark("xstorycloze", _REASONING, "xstorycloze_{}", "ar en es eu hi id my ru sw te zh"),
+        _benchmark("xwinograd", _REASONING, "xwinograd_{}", "en fr jp pt ru zh"),
+        _benchmark("paws", _NLI, "paws_{}", "de en es fr ja ko zh"),
+        _benchmark("xnli", _NLI, "xnli_{}", "ar bg de el en es fr hi ru sw th tr ur vi zh"),
+        _benchmark("belebele", _READING, "belebele_{}", _BELEBELE),
+        _benchmark("lambada", _READING, "lambada_openai_mt_stablelm_{}", "en fr es de it"),
+    )
+}
+SUITES = {"lola-paper": LOLA_PAPER}
+
+_ALSO_CALLED = (
+    ("xwinograd_jp", "xwinograd_ja"),
+    ("paws_", "pawsx_"),
+    ("lambada_openai_mt_stablelm_", "lambada_openai_mt_"),
+    ("mgsm_native_cot_", "mgsm_cot_native_"),
+)
+"""Other versions' names of a task, by how they begin."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One of the harness's tasks that is to be run.
+
+    Attributes:
+        wanted: The name that the suite has for it; differs where the harness has renamed it.
+        benchmark: None for a task of the user's own.
+    """
+
+    task: str
+    wanted: str
+    language: str
+    benchmark: Benchmark | None = None
+
+
+def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
+    """The tasks of a suite that are asked for, under the suite's names.
+
+    Args:
+        tasks: Benchmarks, or single tasks, also such as the suite does not have; none for the whole suite.
+        languages: Codes, in two letters or as the harness writes them; none for all.
+
+    Raises:
+        UserError: An unknown suite, or nothing left.
+    """
+    if suite not in SUITES:
+        raise UserError(f"--suite '{suite}' is unknown; there are {', '.join(SUITES)}.")
+    benchmarks = SUITES[suite]
+    every = [
+        Chosen(benchmark.pattern.format(code), benchmark.pattern.format(code), code, benchmark)
+        for benchmark in benchmarks.values()
+        for code in benchmark.languages
+    ]
+    by_name = {one.task: one for one in every}
+    chosen = []
+    for name in tasks or benchmarks:
+        if name in benchmarks:
+            chosen += [one for one in every if one.benchmark and one.benchmark.name == name]
+        else:
+            chosen.append(by_name.get(name, Chosen(name, name, "")))
+    kept = [one for one in chosen if not languages or not one.language or spoken(one.language) & set(languages)]
+    if not kept:
+        raise UserError(f"No task of {suite} is in {', '.join(languages)}; leave --languages out to see what there is.")
+    return list(dict.fromkeys(kept))
+
+
+def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[str]]:
+    """The tasks under the names that the harness has for them, and those that it does not have.
+
+    Args:
+        known: All names of the harness.
+    """
+    there, missing = list[Chosen](), list[str]()
+    for one in chosen:
+        names = [
+            one.wanted,
+            *(new + one.wanted.removeprefix(old) for old, new in _ALSO_CALLED if one.wanted.startswith(old)),
+        ]
+        found = next((name for name in names if name in known), None)
+        if found:
+            there.append(Chosen(found, one.wanted, one.language, one.benchmark))
+        else:
+            missing.append(one.wanted)
+    return there, missing
+
+
+@cache
+def spoken(code: str) -> frozenset[str]:
+    """The codes under which a language of the harness is found: its own, without the script, and in two letters."""
+    from babel.core import get_global
+
+    language = code.split("_")[0]
+    short = "ja" if code == "jp" else str(get_global("language_aliases").get(language, language)).split("_")[0]
+    return frozenset((code, language, short))

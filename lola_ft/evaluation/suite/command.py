@@ -1,0 +1,152 @@
+"""`lola-ft evaluate --suite`: each task's result is kept, so that a run that was stopped goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lola_ft.data import Template
+from lola_ft.errors import UserError
+from lola_ft.evaluation.asking import Opening, ask_each
+from lola_ft.evaluation.suite.benchmarks import Chosen, choose, resolve
+from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
+from lola_ft.evaluation.suite.report import plan_table, result_table
+from lola_ft.files import write_text
+from lola_ft.opening import OpenModel
+
+Results = dict[str, dict[str, Any]]
+"""What the harness said, by task."""
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """What to run.
+
+    Attributes:
+        tasks, languages: A part of the suite; empty for all.
+        limit: Documents of each task; None for all.
+        shots: Examples in front of each question.
+        include_path: A folder with tasks of the user's own.
+    """
+
+    suite: str
+    tasks: Sequence[str] = ()
+    languages: Sequence[str] = ()
+    limit: int | None = None
+    shots: int = 0
+    include_path: str | None = None
+    batch_size: int = 8
+
+
+def evaluate_suite(
+    models: Sequence[str],
+    options: SuiteOptions,
+    out: str | None,
+    base: str | None = None,
+    quantization: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Results]:
+    """Run the harness on every model; print a table, keep one JSON file a task.
+
+    Raises:
+        UserError: The harness is missing, nothing to run, or tasks that failed; those that did not are kept.
+    """
+    console = console or Console()
+    if out is None:
+        raise UserError("--suite keeps each task's result, so that a stopped run goes on: give a folder with --out.")
+    version = require_harness()
+    wanted = choose(options.suite, list(options.tasks), list(options.languages))
+    manager = manager_for([one.task for one in wanted], options.include_path)
+    chosen, missing = resolve(wanted, set(manager.all_tasks))
+    console.print(plan_table(chosen, missing))
+    if not chosen:
+        raise UserError(f"lm_eval {version} has none of the tasks: {', '.join(missing)}.")
+    common = {"lm_eval": version, "limit": options.limit, "shots": options.shots, "include_path": options.include_path}
+    failures = list[str]()
+
+    def ask(opened: OpenModel, _: Template) -> Results:
+        settings = common | _identity(opened)
+        folder = Path(out) / _slug(opened.subject.name)
+        results, failed = _run_all(opened, chosen, manager, options, folder, settings, console)
+        failures.extend(f"{opened.subject.name}: {task} ({reason})" for task, reason in failed.items())
+        return results
+
+    found, facts = ask_each(models, Opening(base, quantization, Template.load("plain")), ask, console)
+    by_model = dict(zip(models, found, strict=True))
+    console.print(result_table(by_model, chosen))
+    report = {"models": facts, "settings": common, "missing": missing, "results": by_model}
+    write_text(Path(out) / f"{options.suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    if failures:
+        raise UserError(
+            f"{len(failures)} tasks failed; run the same command again for these alone:\n  " + "\n  ".join(failures)
+        )
+    return by_model
+
+
+def _run_all(
+    opened: OpenModel,
+    chosen: list[Chosen],
+    manager: Any,
+    options: SuiteOptions,
+    folder: Path,
+    settings: dict[str, Any],
+    console: Console,
+) -> tuple[Results, dict[str, str]]:
+    """The results of a model's tasks, those that are there already from their files; and why others failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    results, failed, model = Results(), dict[str, str](), None
+    for one in chosen:
+        file = folder / f"{one.task}.json"
+        kept = _kept(file, settings)
+        if kept is None:
+            model = model or harness_model(opened, options.batch_size)
+            try:
+                kept = run_task(model, one.task, manager, options.limit, options.shots)
+            except Exception as error:  # a dataset that is not to be had must not lose the other tasks
+                failed[one.task] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                continue
+            written = {"task": one.task, "settings": settings, **kept}
+            write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
+        else:
+            console.print(f"{one.task}: kept from {file}", highlight=False, markup=False, soft_wrap=True)
+        results[one.task] = kept
+    return results, failed
+
+
+def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A result that is there from the same settings."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return (
+            {key: found[key] for key in ("metrics", "documents", "version")} if found["settings"] == settings else None
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _identity(opened: OpenModel) -> dict[str, Any]:
+    """What tells one model from another: the base's weights, the adapter's files, and how it was loaded."""
+    causal = opened.model.get_base_model() if opened.subject.adapter else opened.model
+    return {
+        "base_fingerprint": opened.fingerprint,
+        "adapter": _sha256(opened.subject.adapter) if opened.subject.adapter else None,
+        "quantization": getattr(causal, "quantization", None) or "none",
+        "dtype": str(causal.dtype).removeprefix("torch."),
+    }
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("adapter_*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _slug(name: str) -> str:
+    """A model's name as a folder's; two that look alike stay apart."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.')[-60:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

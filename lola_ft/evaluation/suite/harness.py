@@ -1,0 +1,93 @@
+"""EleutherAI's lm-evaluation-harness (optional extra `harness`), given the native model."""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lola_ft.environment import version_of
+from lola_ft.errors import UserError
+from lola_ft.opening import OpenModel
+
+
+def require_harness() -> str:
+    """The harness's version.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    version = version_of("lm_eval")
+    if version is None:
+        raise UserError(
+            "--suite runs EleutherAI's lm-evaluation-harness, which is not installed. Install it: "
+            "pip install 'lola-ft[harness]' (or, in a checkout, -c constraints.txt -e '.[harness]')."
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return version
+
+
+@cache
+def task_manager(include_path: str | None = None, defaults: bool = True) -> Any:
+    """The harness's register of tasks; reading all that come with it takes half a minute.
+
+    Raises:
+        UserError: `include_path` is no folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include-path {include_path}: no such folder. Give one with the tasks' YAML files.")
+    return TaskManager(include_path=include_path, include_defaults=defaults)
+
+
+def manager_for(tasks: list[str], include_path: str | None) -> Any:
+    """A register that has the tasks: the user's folder alone if all are there, else everything."""
+    if include_path is not None:
+        own = task_manager(include_path, False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    return task_manager(include_path, True)
+
+
+def harness_model(opened: OpenModel, batch_size: int) -> Any:
+    """The model as the harness asks it: dense or in 4 bit, an adapter in place.
+
+    Nothing is put before a text but, where a context is empty, the end of text, as between pre-training documents.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    causal = opened.model.get_base_model() if opened.subject.adapter else opened.model
+    return HFLM(
+        pretrained=causal,
+        tokenizer=opened.tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        max_length=causal.config.n_positions,
+        add_bos_token=False,
+        prefix_token_id=opened.tokenizer.eos_token_id,
+    )
+
+
+def run_task(model: Any, task: str, manager: Any, limit: int | None, shots: int) -> dict[str, Any]:
+    """Run one task; returns its metrics by the harness's names, and how many documents were asked."""
+    from lm_eval.evaluator import simple_evaluate
+
+    found = simple_evaluate(
+        model=model,
+        tasks=[task],
+        num_fewshot=shots,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    metrics = {
+        key: value
+        for key, value in found["results"][task].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
+    }
+    return {
+        "metrics": metrics,
+        "documents": found["n-samples"][task]["effective"],
+        "version": found["versions"].get(task),
+    }
