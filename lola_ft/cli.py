@@ -209,6 +209,9 @@ def evaluate(
     quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
     template: Annotated[str | None, typer.Option(help="A prompt template other than the models' own.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for JSON, picture and rows.")] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="After a base, runs: what training on one language did to others.")
+    ] = False,
     suite: Annotated[str | None, typer.Option(help="Run benchmarks in place of --data: lola-paper.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Benchmarks or tasks of the suite, with commas between.")] = None,
     languages: Annotated[str | None, typer.Option(help="Languages of the suite, with commas between.")] = None,
@@ -219,6 +222,7 @@ def evaluate(
     """Compare models side by side, by language, with bootstrap intervals."""
     of_suite = {"--tasks": tasks, "--languages": languages, "--limit": limit, "--shots": shots}
     of_rows = {"--data": data, "--format": format, "--template": template, "--max-rows": max_rows, "--stride": stride}
+    of_rows["--transfer"] = transfer
     for option, value in (of_rows if suite else of_suite | {"--include-path": include_path}).items():
         if value:
             raise UserError(f"{option} does nothing {'with' if suite else 'without'} --suite. Leave it out.")
@@ -246,7 +250,7 @@ def evaluate(
         source_language=source_language,
         target_language=target_language,
     )
-    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed)
+    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed, transfer)
     evaluate_rows(models, rows, options, base, quantization, template, out)
 
 

@@ -37,8 +37,8 @@ class AnswerTask:
         self.places = [example.where for example in examples]
         self.measures: Mapping[str, Measure] = {
             "exact_match": Measure("exact match", ratio, percent=True),
-            "chrf": Measure("chrF", _score_of(_chrf())),
-            "bleu": Measure("BLEU", _score_of(_bleu("13a"))),
+            "chrf": Measure("chrF", _score_of(_chrf()), digits=1),
+            "bleu": Measure("BLEU", _score_of(_bleu("13a")), digits=1),
             "ended": Measure("ended by itself", ratio, percent=True),
         }
 

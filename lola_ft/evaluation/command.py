@@ -20,6 +20,7 @@ from lola_ft.evaluation.plot import plot
 from lola_ft.evaluation.rows import RowOptions, read_for_scoring, read_questions
 from lola_ft.evaluation.table import NOTE, tables
 from lola_ft.evaluation.task import Measured, Task
+from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
 from lola_ft.files import write_text
 
 TASKS = ("loss", "generate", "choice")
@@ -32,6 +33,7 @@ class TaskOptions:
     Attributes:
         stride: Task `loss`: of the windows over texts longer than the model's positions.
         resamples, seed: Of the bootstrap.
+        transfer: Also show what training on one language did to the others.
     """
 
     task: str = "loss"
@@ -40,6 +42,7 @@ class TaskOptions:
     stride: int | None = None
     resamples: int = 1000
     seed: int = 0
+    transfer: bool = False
 
 
 def evaluate_rows(
@@ -59,15 +62,20 @@ def evaluate_rows(
     """
     console = console or Console()
     opening = Opening(base, quantization, Template.load(template) if template else None)
+    trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
     measured, facts = ask_each(models, opening, task.run, console)
     comparison = compare(models, measured, task.measures, task.languages, options.resamples, options.seed)
     for table in tables(comparison):
         console.print(table)
+    if trained:
+        console.print(transfer_table(comparison, trained))
     console.print(NOTE, highlight=False, markup=False)
     if out:
         settings = {"rows": asdict(rows), "task": asdict(options)}
         _write(Path(out), task, comparison, measured, facts, settings)
+        if trained:
+            _write_transfer(Path(out), comparison, trained)
         console.print(
             f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl.",
             highlight=False,
@@ -86,6 +94,8 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
         raise UserError(f"--task '{options.task}' is unknown; there are {', '.join(TASKS)}.")
     if options.stride is not None and options.task != "loss":
         raise UserError(f"--stride does nothing in --task {options.task}. Leave it out.")
+    if options.transfer and options.task != "loss":
+        raise UserError(f"--transfer shows changes in bits per byte, which --task {options.task} does not measure.")
     if options.task == "choice":
         return ChoiceTask(read_questions(rows), options.batch_size)
     examples = read_for_scoring(rows)
@@ -113,3 +123,9 @@ def _write(
         lines.append(json.dumps({"where": where, "language": language, "models": by_model}, ensure_ascii=False))
     write_text(folder / f"{task.name}_rows.jsonl", "".join(f"{line}\n" for line in lines))
     plot(comparison, folder / f"{task.name}.png")
+
+
+def _write_transfer(folder: Path, comparison: Comparison, trained: dict[str, list[str]]) -> None:
+    matrix = json.dumps(transfer_dict(comparison, trained), indent=2, ensure_ascii=False)
+    write_text(folder / "transfer.json", f"{matrix}\n")
+    plot_transfer(comparison, trained, folder / "transfer.png")

@@ -34,16 +34,18 @@ def tables(comparison: Comparison) -> Iterator[Table]:
 
 def _cells(line: Line, measure: Measure) -> Iterator[str]:
     for place, (value, difference) in enumerate(zip(line.values, line.differences, strict=True)):
-        yield shown(value, measure.percent)
+        yield shown(value, measure.percent, digits=measure.digits)
         if place:
-            yield shown(difference, measure.percent, signed=True) + ("*" if difference.beyond_zero else "")
+            yield shown(difference, measure.percent, signed=True, digits=measure.digits) + (
+                "*" if difference.beyond_zero else ""
+            )
 
 
-def shown(estimate: Estimate, percent: bool, signed: bool = False) -> str:
+def shown(estimate: Estimate, percent: bool, signed: bool = False, digits: int = 3) -> str:
     """A value and its interval, such as `1.234 [1.201 to 1.267]`."""
     if estimate.value != estimate.value:
         return "–"
-    scale, digits = (100, 1) if percent else (1, 3)
+    scale, digits = (100, 1) if percent else (1, digits)
     unit = "%" if percent and not signed else ""
     value, low, high = (
         f"{scale * number:{'+' if signed else ''}.{digits}f}"

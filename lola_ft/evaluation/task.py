@@ -17,12 +17,14 @@ class Measure:
         value: From the rows' summed parts.
         percent: Shown as a percentage.
         lower_is_better: For the reader.
+        digits: Shown after the point, where it is no percentage.
     """
 
     title: str
     value: Value
     percent: bool = False
     lower_is_better: bool = False
+    digits: int = 3
 
 
 @dataclass(frozen=True)

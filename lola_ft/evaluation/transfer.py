@@ -1,0 +1,109 @@
+"""The transfer matrix: what training on one language did to the others, as a change in bits per byte."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from lola_ft.errors import UserError
+from lola_ft.evaluation.comparison import Comparison, Line
+from lola_ft.evaluation.plot import pyplot
+from lola_ft.evaluation.table import shown
+
+MEASURE = "bits_per_byte"
+_NAMED = 3
+
+
+def trained_languages(run: str) -> list[str]:
+    """The languages that a run was trained on, those with most tokens first.
+
+    Raises:
+        UserError: It is no run, or its manifest does not tell.
+    """
+    file = Path(run) / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"--transfer needs a base and then runs; {run} has no manifest.json that tells its languages.")
+    try:
+        counts = json.loads(file.read_text(encoding="utf-8"))["data"]["train"]["languages"]
+        return sorted(counts, key=lambda code: (-counts[code]["trained_tokens"], code))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: does not tell which languages the run was trained on ({error!r}).") from error
+
+
+def transfer_rows(models: Sequence[str]) -> dict[str, list[str]]:
+    """The languages of every run after the base.
+
+    Raises:
+        UserError: No run, or one that does not tell.
+    """
+    if len(models) < 2:
+        raise UserError("--transfer compares runs with their base: give the base first, then at least one run.")
+    return {run: trained_languages(run) for run in models[1:]}
+
+
+def transfer_table(comparison: Comparison, trained: dict[str, list[str]]) -> Table:
+    """A line for each run, a column for each language that was tested."""
+    tested = comparison.lines[MEASURE]
+    table = Table(title="Change in bits per byte, trained × tested (below zero is better)", title_justify="left")
+    for heading in ("trained on", "run"):
+        table.add_column(heading, overflow="fold")
+    for language in tested:
+        table.add_column(language, justify="right")
+    for place, (run, languages) in enumerate(trained.items(), start=1):
+        table.add_row(Text(few(languages)), Text(run), *(_cell(line, place) for line in tested.values()))
+    return table
+
+
+def transfer_dict(comparison: Comparison, trained: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """The matrix for JSON: of each run the languages and the changes."""
+    return [
+        {
+            "run": run,
+            "trained": languages,
+            "change": {tested: line.differences[place].as_dict() for tested, line in comparison.lines[MEASURE].items()},
+        }
+        for place, (run, languages) in enumerate(trained.items(), start=1)
+    ]
+
+
+def plot_transfer(comparison: Comparison, trained: dict[str, list[str]], path: Path) -> None:
+    """Draw the matrix: blue is better than the base, red worse; a star where the interval leaves out zero."""
+    plt = pyplot()
+    tested = comparison.lines[MEASURE]
+    changes = np.array(
+        [[line.differences[place].value for line in tested.values()] for place in range(1, len(trained) + 1)]
+    )
+    limit = float(np.nanmax(np.abs(changes))) or 1.0
+    size = (2.5 + 0.75 * len(tested), 1.6 + 0.5 * len(trained))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(changes, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    for row, column in np.ndindex(changes.shape):
+        difference = list(tested.values())[column].differences[row + 1]
+        star = "*" if difference.beyond_zero else ""
+        dark = abs(changes[row, column]) > 0.6 * limit
+        axes.text(
+            column, row, f"{changes[row, column]:+.2f}{star}", ha="center", va="center", fontsize=8,
+            color="white" if dark else "black",
+        )  # fmt: skip
+    axes.set_xticks(range(len(tested)), tested)
+    axes.set_yticks(range(len(trained)), [few(languages) for languages in trained.values()])
+    axes.set_xlabel("tested on")
+    axes.set_ylabel("trained on")
+    figure.colorbar(image, label="change in bits per byte")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def few(languages: list[str]) -> str:
+    """The first languages, and how many there are besides."""
+    rest = len(languages) - _NAMED
+    return ", ".join(languages[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _cell(line: Line, place: int) -> str:
+    difference = line.differences[place]
+    return shown(difference, percent=False, signed=True) + ("*" if difference.beyond_zero else "")
