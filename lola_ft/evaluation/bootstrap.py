@@ -20,7 +20,7 @@ _CELLS = 4_000_000  # counts drawn at a time: 32 MB
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; NaN where there is nothing to measure."""
+    """A value with its 95 % interval; NaN where there is nothing to measure, the interval also of a single row."""
 
     value: float
     low: float
@@ -47,9 +47,10 @@ def bootstrap(
     Returns:
         Each model's value; and each model's difference to the first one, from the same resamples.
     """
-    drawn = [np.empty(resamples) for _ in parts]
-    done = 0
-    for counts in _draws(len(parts[0]), resamples, np.random.default_rng(seed)):
+    drawn = [np.full(resamples, np.nan) for _ in parts]
+    done, rows = 0, len(parts[0])
+    # One row tells nothing of how much rows differ: it has no interval.
+    for counts in _draws(rows, resamples, np.random.default_rng(seed)) if rows > 1 else ():
         for own, values in zip(parts, drawn, strict=True):
             values[done : done + len(counts)] = value(counts @ own)
         done += len(counts)

@@ -1,6 +1,7 @@
 """The comparison as tables, one a measure."""
 
 from collections.abc import Iterator
+from math import isnan
 
 from rich.table import Table
 from rich.text import Text
@@ -42,8 +43,8 @@ def _cells(line: Line, measure: Measure) -> Iterator[str]:
 
 
 def shown(estimate: Estimate, percent: bool, signed: bool = False, digits: int = 3) -> str:
-    """A value and its interval, such as `1.234 [1.201 to 1.267]`."""
-    if estimate.value != estimate.value:
+    """A value and its interval, such as `1.234 [1.201 to 1.267]`; a single row has none."""
+    if isnan(estimate.value):
         return "–"
     scale, digits = (100, 1) if percent else (1, digits)
     unit = "%" if percent and not signed else ""
@@ -51,4 +52,4 @@ def shown(estimate: Estimate, percent: bool, signed: bool = False, digits: int =
         f"{scale * number:{'+' if signed else ''}.{digits}f}"
         for number in (estimate.value, estimate.low, estimate.high)
     )
-    return f"{value}{unit} \\[{low} to {high}]"
+    return f"{value}{unit}" if isnan(estimate.low) else f"{value}{unit} \\[{low} to {high}]"

@@ -56,6 +56,13 @@ def test_nothing_to_measure_is_no_number() -> None:
     assert json.dumps(estimate.as_dict()) == '{"value": null, "low": null, "high": null}'
 
 
+def test_one_row_has_no_interval() -> None:
+    (one, two), (_, difference) = bootstrap([np.array([[3.0, 2.0]]), np.array([[5.0, 2.0]])], ratio)
+    assert (one.value, two.value, difference.value) == (1.5, 2.5, 1.0)
+    assert shown(two, percent=False) == "2.500"
+    assert not difference.beyond_zero
+
+
 def test_languages_are_measured_apart_and_together() -> None:
     values = [np.array([1.0, 2.0, 30.0]), np.array([2.0, 3.0, 10.0])]
     measured = [Measured({"bits": parts(one)}, [{}] * 3) for one in values]
