@@ -16,6 +16,17 @@ class RecipeError(UserError):
     """A recipe that cannot be run; the message lists all its mistakes, one a line."""
 
 
+class WriteError(UserError):
+    """A file or folder that the disk did not take; nothing partial is left, and what was there before is untouched."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(
+            f"{path}: cannot be written ({reason}). What was there is as it was. Make room, give permission, or choose "
+            "another place."
+        )
+        self.reason = reason
+
+
 class DataError(UserError):
     """A data file or row that cannot be used; names file and line."""
 

@@ -1,24 +1,36 @@
 """Writing so that nothing is ever half-written: beside, then renamed."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from lola_ft.errors import WriteError
+
+_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Give a new folder to fill; put it in place of `path` when the block ends well, remove it when it does not."""
+    """Give a new folder to fill; put it in place of `path` when the block ends well, remove it when it does not.
+
+    Raises:
+        WriteError: The disk did not take it.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _named(target, partial):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -33,18 +45,39 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        WriteError: The disk did not take it.
+    """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
+    with _named(target, partial):
+        try:
+            with partial.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _named(target: Path, partial: Path) -> Iterator[None]:
+    """Turn what a full or closed disk raises while `partial` is written into a message that names the target."""
     try:
-        with partial.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        elsewhere = error.filename is not None and partial.name not in Path(os.fsdecode(error.filename)).parts
+        if elsewhere or error.errno not in _DISK:
+            raise
+        raise WriteError(target, error.strerror) from error
+    except SafetensorError as error:
+        if "I/O error" not in str(error):
+            raise
+        raise WriteError(target, str(error)) from error
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

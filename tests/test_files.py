@@ -1,9 +1,13 @@
 """Nothing is ever half-written: a crash leaves what was there, and leftovers of an earlier crash do no harm."""
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import pytest
 
+from lola_ft.errors import WriteError
 from lola_ft.files import replace_folder, write_text
 
 
@@ -97,3 +101,30 @@ def test_a_leftover_of_a_killed_process_is_not_taken_over(tmp_path: Path) -> Non
     write_text(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "new"
     assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
+def test_what_the_disk_does_not_take_is_named(old: Path, reason: int) -> None:
+    with pytest.raises(WriteError, match=f"{re.escape(str(old))}: cannot be written"), replace_folder(old):
+        raise OSError(reason, "it is full")
+    assert names(old) == ["old"]
+    assert names(old.parent) == ["out"]
+
+
+def test_another_files_error_is_not_taken_for_it(old: Path) -> None:
+    with pytest.raises(PermissionError), replace_folder(old):
+        raise PermissionError(errno.EACCES, "not yours", "/elsewhere/base.safetensors")
+    with pytest.raises(FileNotFoundError), replace_folder(old):
+        (old / "missing").read_text()
+
+
+def test_a_file_in_a_folder_that_is_not_there_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"a: cannot be written \(No space left on device\)"):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lola_ft.errors import UserError
+from lola_ft.errors import UserError, WriteError
 from lola_ft.files import replace_folder
 from lola_ft.training.state_file import read_state
 
@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
             fill(partial)
             _write_sums(partial)
             _sync(partial)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, WriteError) as error:
         raise UserError(_not_written(target, error)) from error
     existing = checkpoints(folder)
     upto = [path for path in existing if step_of(path) <= step]
@@ -139,7 +139,7 @@ def _sync(folder: Path) -> None:
 
 
 def _not_written(target: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
     earlier = [path.name for path in checkpoints(target.parent) if path != target]
     kept = f"Earlier ones are untouched, the newest is {earlier[-1]}" if earlier else "There is no earlier one"
     return (

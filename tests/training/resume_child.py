@@ -1,9 +1,11 @@
 """Runs verbs in a process of its own, which may be killed at a moment that a test chooses."""
 
+import faulthandler
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0,
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    faulthandler.enable()  # a crash says in which thread, and where
     os.environ["COLUMNS"] = "200"
     if moment:
         MOMENTS[moment](step, ACTS[act])
@@ -50,7 +53,21 @@ def _no_room() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def _clock_jump(seconds: float) -> Callable[[], None]:
+    """From now on the time of day is another; what measures durations is not touched, as on a real machine."""
+
+    def jump() -> None:
+        real = time.time
+        time.time = lambda: real() + seconds  # type: ignore[method-assign]
+
+    return jump
+
+
+_YEAR = 365 * 86400.0
+
 ACTS: dict[str, Callable[[], None]] = {
+    "a year back": _clock_jump(-_YEAR),
+    "a year ahead": _clock_jump(_YEAR),
     "kill": _signal(signal.SIGKILL),
     "ctrl-c": _signal(signal.SIGINT),
     "ctrl-c twice": _signal(signal.SIGINT, signal.SIGINT),
