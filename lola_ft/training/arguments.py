@@ -53,6 +53,6 @@ def sft_config(
         packing=data.packing,
         packing_strategy="bfd",
         router_aux_loss_coef=0.0,
-        report_to="none",
+        report_to=list(train.report_to) or "none",
         disable_tqdm=False,
     )

@@ -4,14 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
+from lola_ft.training.by_language import EvaluatesLanguages
+from lola_ft.training.nonfinite import SkipsNonFinite
 from lola_ft.training.resumable import ResumableTrainer
+from lola_ft.training.router_load import RouterLoad
+from lola_ft.training.router_probe import RouterProbe
 
 
-class LolaTrainer(ResumableTrainer):
-    """Trains an adapter on token ids and labels."""
+class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
+    """Trains an adapter on token ids and labels.
+
+    Attributes:
+        router_load: Counts the tokens of each expert while training, for the log lines.
+        router_probe: Says at evaluations and checkpoints how many choices of experts have changed.
+    """
 
     def __init__(
         self,
@@ -29,6 +39,8 @@ class LolaTrainer(ResumableTrainer):
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
         self.lora_plus_ratio = lora_plus_ratio
+        self.router_load: RouterLoad | None = None
+        self.router_probe: RouterProbe | None = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """LoRA+ (arXiv 2402.12354): B's factors in groups of their own, with a higher learning rate."""
@@ -52,6 +64,8 @@ class LolaTrainer(ResumableTrainer):
         """
         training = model.training
         routers = training and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
+        if self.router_load is not None:
+            self.router_load.token_mask_T = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
         outputs = model(
             **inputs,
             use_cache=False,
@@ -67,6 +81,19 @@ class LolaTrainer(ResumableTrainer):
             mask = inputs.get("attention_mask")
             self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.router_load is not None and "loss" in logs:
+            logs |= self.router_load.read()
+        super().log(logs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.router_probe is not None and (self.control.should_evaluate or self.control.should_save):
+            wanted = self.control.should_log
+            # transformers' own: TRL's would take what it has gathered for the next line of losses into this one
+            Trainer.log(self, {"router_flip_rate": self.router_probe.flip_rate()})
+            self.control.should_log = wanted
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _router_losses(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """The weighted sum of the losses that the recipe asks for, each logged by itself."""
