@@ -160,7 +160,7 @@ def test_overrides_leave_the_files_data_alone() -> None:
 
 def test_the_schema_is_also_json_schema() -> None:
     properties = Recipe.model_json_schema()["properties"]
-    assert list(properties) == ["base", "adapter", "router", "data", "train", "hub", "output"]
+    assert list(properties) == ["base", "adapter", "router", "data", "train", "guards", "hub", "output"]
 
 
 def test_overriding_max_steps_takes_the_place_of_the_files_epochs(tmp_path: Path) -> None:
