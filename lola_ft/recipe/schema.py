@@ -376,8 +376,8 @@ class Guards(Section):
     router_flips: bool = Field(
         default=True, description="log the share of a probe text's tokens that no longer go to the base's expert"
     )
-    forgetting: float | None = Field(
-        default=0.1, ge=0, description="rise of a language's validation loss in nats that is reported; null: never"
+    forgetting: float = Field(
+        default=0.1, ge=0, description="rise of a language's validation loss in nats that is reported; 0: never"
     )
 
 

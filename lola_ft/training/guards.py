@@ -45,7 +45,7 @@ def add_guards(trainer: LolaTrainer, guards: Guards, train: Train, metrics: Metr
         add("router_collapse", collapse)
     if guards.router_flips:
         trainer.router_probe = RouterProbe(model, trainer.processing_class)
-    if trainer.eval_dataset is not None and train.eval_every and guards.forgetting is not None:
+    if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
         add("forgetting", Forgetting(trainer, guards.forgetting, alarm("forgetting")))
     if train.early_stopping or train.keep_best:
         stopping = train.early_stopping
