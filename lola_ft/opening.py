@@ -1,4 +1,7 @@
-"""Opening what a user points at: a base, a run, an adapter or a merged model, with its tokenizer and template."""
+"""Opening what a user points at: a base, a run, an adapter or a merged model, with its tokenizer and template.
+
+The base is LOLA or a dense baseline.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,15 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
+from lola_ft.baseline.either import load_adapter, load_base
 from lola_ft.data.templates import Template
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, resolve_folder
 from lola_ft.model.tokenizer import load_tokenizer
-from lola_ft.quantization import load_base
 from lola_ft.quantization.cache import is_cache
 from lola_ft.quantization.load import default_device
 

@@ -21,6 +21,7 @@ LEVELS = {
     "routing": 4,
     "planning": 4,
     "opening": 5,
+    "baseline": 5.5,
     "adapters": 6,
     "data": 6,
     "card": 6,

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
+from lola_ft.baseline.families import family_of
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
@@ -51,6 +52,11 @@ def merge(
     """
     checks = check if isinstance(check, str) else ("full" if check else "none")
     _check_options(dtype, rounding, checks, out)
+    if family := family_of(base, revision):
+        # Here, because it brings whole models.
+        from lola_ft.merging.dense import merge_dense
+
+        return merge_dense(family, base, adapter, out, dtype, rounding, revision, allow_other_base, checks)
     stored = read_adapter(adapter)
     source = _open_base(base, revision, _own_rounding(stored, rounding), stored)
     deltas = Deltas(stored, source)

@@ -10,7 +10,7 @@ from lola_ft.merging.outputs import Outputs
 
 # Largest logit difference allowed, as a share of the largest logit. Rounding every merged weight to 16 bits moves
 # logits by a per cent or two; float32 leaves only the order of summation.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def compare(reference: list[Outputs], result: list[Outputs], weights_dtype: torc
     logits, merged_logits, scores, merged_scores = _comparable(reference, result)
     for what, a, b in (("router scores", scores, merged_scores), ("logits", logits, merged_logits)):
         difference, largest = (a - b).abs().max().item(), a.abs().max().item()
-        if not difference <= _TOLERANCE[weights_dtype] * largest:  # false for NaN, too
+        if not difference <= TOLERANCE[weights_dtype] * largest:  # false for NaN, too
             raise AdapterError(
                 f"The merged model's {what} differ from base plus adapter by {difference:.3g} (largest {largest:.3g}), "
                 f"more than {weights_dtype} rounding explains. Nothing was written."

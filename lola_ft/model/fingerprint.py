@@ -3,17 +3,24 @@
 import hashlib
 import json
 import os
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.safetensors_file import TensorEntry
 
 _SAMPLES = 64
 
 
-def fingerprint(checkpoint: HubCheckpoint) -> str:
+class Checkpoint(Protocol):
+    """What has tensors by name."""
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]: ...
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
     """Sixteen hex digits over every weight's name, shape and 64 values spread over it.
 
     Values are compared in bfloat16, so that a float32 checkpoint and its bfloat16 copy have the same identity.

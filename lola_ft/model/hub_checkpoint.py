@@ -113,7 +113,8 @@ def open_config(folder: Path) -> tuple[dict[str, Any], LolaConfig]:
     if model_type != LolaConfig.model_type:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is '{model_type}', not '{LolaConfig.model_type}': this is not a "
-            "LOLA checkpoint. lola_ft fine-tunes LOLA, for instance dice-research/lola_v1."
+            "LOLA checkpoint. lola_ft fine-tunes LOLA, for instance dice-research/lola_v1, and, to compare with it, "
+            "dense models of type gpt2 and bloom."
         )
     try:
         return config_json, LolaConfig.from_dict(config_json)

@@ -63,7 +63,14 @@ def part_of(name: str) -> str:
         return "head"
     if ".moe.gate" in name:
         return "adapter" if "modules_to_save" in name else "router"
-    for marker, part in ((".attn", "attention"), (".mlp", "dense mlp"), (".experts", "experts"), (".ln_", "norms")):
-        if marker in name:
-            return part
-    return "embeddings"
+    return next((part for marker, part in _MARKERS if marker in name), "embeddings")
+
+
+_MARKERS = (
+    (".attn", "attention"),
+    (".self_attention", "attention"),  # BLOOM's names (baseline/families.py)
+    (".mlp", "dense mlp"),
+    (".experts", "experts"),
+    (".ln_", "norms"),
+    ("layernorm", "norms"),
+)

@@ -62,11 +62,7 @@ def load_base(
             the embeddings, or if a weight stayed dense that should not.
         UserError: For an unknown quantization, dtype or head.
     """
-    if quantization == "none":
-        quantization = None
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"quantization '{quantization}' is not known; use 'nf4' or None.")
-    torch_dtype = _known_dtype(dtype)
+    quantization, torch_dtype = known_quantization(quantization), known_dtype(dtype)
     if head not in HEADS:
         raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
     target = torch.device(device) if device else default_device()
@@ -109,14 +105,31 @@ def quantize_base(
     Raises:
         CheckpointError: As `load_base`; also if the cache cannot be written. Nothing partial is left.
     """
-    torch_dtype = _known_dtype(dtype)
+    torch_dtype = known_dtype(dtype)
     checkpoint = HubCheckpoint.open(path, revision)
     model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
     identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
     return matching_cache(identity) or write_cache(model, identity, checkpoint.folder)
 
 
-def _known_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def known_quantization(quantization: str | None) -> str | None:
+    """The quantization by its name; "none" is None.
+
+    Raises:
+        UserError: One that is not known.
+    """
+    wanted = None if quantization == "none" else quantization
+    if wanted not in QUANTIZATIONS:
+        raise UserError(f"quantization '{wanted}' is not known; use 'nf4' or None.")
+    return wanted
+
+
+def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype by its name.
+
+    Raises:
+        UserError: One that weights cannot be held in.
+    """
     known = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if known is None or known not in DTYPES.values():
         raise UserError(f"dtype '{dtype}' is not known; use one of {', '.join(DTYPES)}.")

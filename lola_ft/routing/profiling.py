@@ -55,6 +55,8 @@ def profile_routing(
     sources = sources_of(data, format, language_column, unit)
     opened = open_model(model, base, revision, quantization, device=device)
     backbone = _backbone(opened.model)
+    if not hasattr(backbone.config, "num_experts"):
+        raise UserError(f"{model}: a dense model ({backbone.config.model_type}) has no experts to profile.")
     positions = backbone.config.n_positions
     if max_length is not None and not 1 <= max_length <= positions:
         raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")

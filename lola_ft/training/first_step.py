@@ -38,7 +38,7 @@ class FirstStepCheck(TrainerCallback):
             self._used.clear()  # what was tried before training left no gradient
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if not self._handles:
+        if self.summary:
             return
         for handle in self._handles:
             handle.remove()
@@ -88,4 +88,5 @@ def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
     finite = all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)
     note = "" if finite else " Some gradients are not finite."
-    return f"First step: all {trainable} trainable tensors got a gradient, {experts} experts were reached.{note}"
+    reached = f", {experts} experts were reached" if used else ""  # a dense model has none
+    return f"First step: all {trainable} trainable tensors got a gradient{reached}.{note}"

@@ -1,13 +1,14 @@
 """How long a sequence may be: the recipe's wish within the base's positions."""
 
+from typing import Any
+
 from rich.console import Console
 
 from lola_ft.errors import UserError
-from lola_ft.model.config import LolaConfig
 from lola_ft.recipe import Recipe
 
 
-def fit_length(recipe: Recipe, config: LolaConfig, console: Console) -> Recipe:
+def fit_length(recipe: Recipe, config: Any, console: Console) -> Recipe:
     """Hold sequences to the base's positions: an error if the recipe asks for more, a note if only the default does."""
     wanted, most = recipe.data.max_length, config.n_positions
     if wanted <= most:

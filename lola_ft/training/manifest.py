@@ -7,6 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.baseline.either import family_in_memory
+from lola_ft.baseline.families import FAMILY_KEY
 from lola_ft.environment import hardware, library_versions
 from lola_ft.recipe import Recipe
 from lola_ft.repo_id import is_repo_id
@@ -55,6 +57,7 @@ def manifest_of(
             "fingerprint": base.base_fingerprint,
             "dtype": str(prepared.precision.dtype).removeprefix("torch."),
             "parts": prepared.audit,
+            **({FAMILY_KEY: family.name} if (family := family_in_memory(base)) else {}),
         },
         "trained": {
             group: {"tensors": tensors, "parameters": parameters}

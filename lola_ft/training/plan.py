@@ -9,6 +9,8 @@ import psutil
 import torch
 from rich.console import Console
 
+from lola_ft.baseline.families import family_in
+from lola_ft.errors import UserError
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
@@ -46,6 +48,11 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
+    if family := family_in(folder):
+        raise UserError(
+            f"{recipe.base.model}: the plan follows LOLA's layers; it knows nothing of a dense model ({family.name}). "
+            "See what the data becomes with `lola-ft preview`, and what is trained with `--dry-run`."
+        )
     config = read_config(folder)
     recipe = fit_length(recipe, config, Console(stderr=True))
     facts, note = _read_data(recipe, folder, config) if read_data else (None, "The data was not read (--no-data).")
@@ -73,6 +80,8 @@ def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> st
     Args:
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
+    if not isinstance(config, LolaConfig):  # a dense baseline, which the planner does not know
+        return "Lower train.micro_batch_size (and raise train.grad_accum_steps), or data.max_length."
     device, limit = target_machine(None)
     job = job_of(recipe, config, device, longest)
     prediction = predict(job)

@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.baseline.either import read_config
 from lola_ft.data.encoding import MASKED
-from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
+from lola_ft.model.tokenizer import load_tokenizer, text_folder
 from lola_ft.recipe import Recipe
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import pin, prepare
+from lola_ft.training.fit_base import fit_base
 from lola_ft.training.length import fit_length
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def preview(recipe: Recipe, examples: int, languages: int, console: Console | No
     console = console or Console()
     folder = text_folder(recipe.base.model, recipe.base.revision)
     config = read_config(folder)
-    recipe = fit_length(recipe, config, console)
+    recipe = fit_length(fit_base(recipe, config, console), config, console)
     tokenizer = load_tokenizer(folder, config)
     data = prepare(pin(recipe.data), tokenizer, recipe.train.seed)
     print_report(data, console)

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
-from lola_ft.adapters import fitting_layout, save_adapter
+from lola_ft.adapters import fitting_layout
+from lola_ft.baseline.either import save_adapter
 from lola_ft.errors import UserError
 from lola_ft.training.best import Best
 from lola_ft.training.checkpoint import PREFIX, Checkpoint, write_checkpoint

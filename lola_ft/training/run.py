@@ -12,14 +12,15 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
+from lola_ft.adapters import fitting_layout
 from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.baseline.either import add_adapter, load_base, open_checkpoint, save_adapter
 from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
 from lola_ft.model.tokenizer import load_tokenizer
-from lola_ft.quantization import audit, load_base
+from lola_ft.quantization import audit
 from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import run_folder
@@ -32,6 +33,7 @@ from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import RunData, pin, prepare, training_examples
 from lola_ft.training.energy import EnergyMeter, refuse_without_codecarbon
 from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.fit_base import fit_base
 from lola_ft.training.guards import add_guards, refuse_unknown_metric
 from lola_ft.training.length import fit_length
 from lola_ft.training.lock import lock_folder
@@ -161,8 +163,8 @@ def _prepare(
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)
-    checkpoint = HubCheckpoint.open(recipe.base.model, recipe.base.revision)
-    recipe = fit_length(recipe, checkpoint.config, console)
+    checkpoint = open_checkpoint(recipe.base.model, recipe.base.revision)
+    recipe = fit_length(fit_base(recipe, checkpoint.config, console), checkpoint.config, console)
     if earlier:
         recipe = with_stored_commits(recipe, earlier.recipe)
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config)
@@ -179,6 +181,7 @@ def _prepare(
     settings = adapter_settings(recipe)
     model = add_adapter(base, settings)
     if settings.init == "loftq":
+        assert isinstance(checkpoint, HubCheckpoint), "loftq is refused for a dense base"
         console.print(start_at_rounding_error(model, checkpoint))
     trained = count_trainable(model)
     console.print(trainable_table(trained, settings.ranks()))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lola_ft.baseline.card import write_dense_card
+from lola_ft.baseline.families import FAMILIES, FAMILY_KEY
 from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
@@ -46,6 +48,9 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
 def write_card(output: Path, manifest: dict[str, Any]) -> None:
     """Write the run's README from its manifest alone."""
     base = manifest["recipe"]["base"]
+    if family := FAMILIES.get(manifest["base"].get(FAMILY_KEY)):
+        write_dense_card(output, manifest, family, base["model"])
+        return
     facts = CardFacts(
         title=output.name,
         kind="adapter",

@@ -6,12 +6,12 @@ from rich.table import Table
 from torch import nn
 
 GROUPS = (
-    ("attention", ".attn."),
-    ("mlp", ".mlp."),
-    ("experts", ".experts."),
-    ("router", ".gate."),
-    ("norms", ".ln_"),
-    ("biases", ".trained_bias."),
+    ("attention", (".attn.", ".self_attention.")),
+    ("mlp", (".mlp.",)),
+    ("experts", (".experts.",)),
+    ("router", (".gate.",)),
+    ("norms", (".ln_",)),
+    ("biases", (".trained_bias.",)),
 )
 
 
@@ -21,7 +21,7 @@ def count_trainable(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Last first: a bias lies in a module of another group.
-            group = next(label for label, marker in reversed(GROUPS) if marker in name)
+            group = next(label for label, markers in reversed(GROUPS) if any(marker in name for marker in markers))
             tensors, parameters = counts[group]
             counts[group] = (tensors + 1, parameters + parameter.numel())
     return dict(counts)

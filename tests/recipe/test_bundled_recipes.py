@@ -12,6 +12,7 @@ from lola_ft.recipe.json_schema import SCHEMA_FILE, schema_text
 from lola_ft.recipe.keys import all_keys
 
 NAMES = {
+    "baseline_dense",
     "classification",
     "demo",
     "instruct",
@@ -36,7 +37,7 @@ def test_every_recipe_is_listed_with_its_purpose() -> None:
 def test_an_unknown_recipe_gets_a_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"^there is no recipe 'translate'\. Did you mean 'translation'\?$"):
         find_recipe("translate")
-    with pytest.raises(RecipeError, match=r"there is no recipe 'zzz'\. There is classification, demo, instruct,"):
+    with pytest.raises(RecipeError, match=r"there is no recipe 'zzz'\. There is baseline_dense, classification, demo,"):
         find_recipe("zzz")
 
 

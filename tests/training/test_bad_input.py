@@ -51,9 +51,9 @@ def test_bad_rows(case: str, recipe_file: Callable[..., Path], verb: Callable[..
 
 
 def test_base_of_another_family(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
-    other = tmp_path / "gpt2"
+    other = tmp_path / "llama"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    (other / "config.json").write_text('{"model_type": "llama"}')
     check_refused(verb("train", recipe_file(base={"model": str(other)})), "not a LOLA checkpoint", tmp_path)
 
 

@@ -1,0 +1,73 @@
+"""Tiny random GPT-2 and BLOOM bases with a tokenizer, and recipes for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from lola_ft.nano.tokenizer import train_tokenizer
+
+TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
+
+
+def make_dense(folder: Path, kind: str) -> Path:
+    """Write a random two-layer model; biases are random too, since a fresh model's are zero."""
+    torch.manual_seed(3)
+    tokens = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1, "initializer_range": 0.1}
+    if kind == "gpt2":
+        quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **tokens, **quiet))
+    else:
+        model = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    model.save_pretrained(folder)
+    train_tokenizer(TEXT, vocab_size=320, max_length=128).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family; read only."""
+    root = tmp_path_factory.mktemp("dense")
+    return {kind: make_dense(root / kind, kind) for kind in ("gpt2", "bloom")}
+
+
+def write_recipe(path: Path, base: Path, rows: Path, **changes: Any) -> Path:
+    """A quick recipe; `changes` are merged into its sections."""
+    recipe: dict[str, Any] = {
+        "base": {"model": str(base), "dtype": "float32"},
+        "adapter": {"attention": {"rank": 4}, "mlp": {"rank": 8, "alpha": 4}, "alpha": 8, "dropout": 0.0},
+        "data": {
+            "sources": [{"path": str(rows), "format": "alpaca", "language_column": "language"}],
+            "max_length": 128,
+            "validation": 0.2,
+        },
+        "train": {
+            "max_steps": 12,
+            "micro_batch_size": 4,
+            "grad_accum_steps": 1,
+            "learning_rate": 0.01,
+            "save_every": 6,
+        },
+        "output": str(path.parent / "run"),
+    }
+    for section, keys in changes.items():
+        recipe[section] = recipe.get(section, {}) | keys if isinstance(keys, dict) else keys
+    YAML().dump(recipe, path)
+    return path
+
+
+@pytest.fixture
+def dense_recipe(tmp_path: Path, dense_bases: dict[str, Path], rows_file: Path) -> Callable[..., Path]:
+    """Write a recipe for a family; its run goes to `tmp_path/run`."""
+
+    def write(kind: str = "gpt2", **changes: Any) -> Path:
+        return write_recipe(tmp_path / "recipe.yaml", dense_bases[kind], rows_file, **changes)
+
+    return write

@@ -1,0 +1,238 @@
+"""A dense model through the same path as LOLA: trained, stored, opened, merged; what only LOLA has is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lola_ft.baseline.load import load_dense
+from lola_ft.errors import CheckpointError, UserError
+from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.opening import open_model
+from lola_ft.quantization import NF4Linear
+from lola_ft.quantization.nf4 import quantize
+from lola_ft.recipe import load_recipe
+from lola_ft.training import train
+from lola_ft.training.metrics import read_metrics
+from tests.baseline.conftest import write_recipe
+
+KINDS = ("gpt2", "bloom")
+IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def run(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    dense_bases: dict[str, Path],
+    rows_file: Path,
+) -> tuple[Path, Path]:
+    """A finished run on a 4-bit base, and the base."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = dense_bases[request.param]
+    return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
+
+
+def test_it_learns(run: tuple[Path, Path]) -> None:
+    folder, base = run
+    losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 12
+    assert losses[-1] < 0.75 * losses[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["base"]["family"] == base.name
+    assert manifest["trained"]["attention"]["parameters"] == 2 * 4 * (64 + 192 + 64 + 64)
+    assert manifest["trained"]["mlp"]["parameters"] == 2 * 8 * 2 * (64 + 256)
+    assert manifest["base"]["parts"]["attention nf4"]["parameters"] == 2 * 4 * 64 * 64
+    assert (folder / "checkpoints" / "step-12" / "adapter" / "adapter_config.json").is_file()
+    assert "CC BY" not in (folder / "README.md").read_text()  # LOLA's licence is not this base's
+
+
+def test_stock_peft_gets_the_same_logits(run: tuple[Path, Path]) -> None:
+    folder, base = run
+    stock = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter").eval()
+    ours = open_model(folder, quantization="none", dtype="float32", device="cpu").model
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS).logits, stock(IDS).logits)
+        assert (ours(IDS).logits - plain(IDS).logits).abs().max() > 0.1
+
+
+def test_merge_equals_base_plus_adapter(run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+    folder, base = run
+    outcome = verb("merge", folder, "--out", tmp_path / "merged")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["applied"] == report["adapter_tensors"] == 16
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    adapted = open_model(folder, quantization="none", dtype="float32", device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+    opened = open_model(tmp_path / "merged", dtype="float32", device="cpu")
+    assert opened.subject.kind == "merged"
+    assert opened.template is not None
+    again = verb("merge", folder, "--out", tmp_path / "other", "--rounding", "nf4")
+    assert (again.code, "is for LOLA" in again.err) == (2, True)
+
+
+def test_what_training_saw_is_what_is_opened(run: tuple[Path, Path]) -> None:
+    opened = open_model(run[0], dtype="float32", device="cpu")
+    layers = [module for module in opened.model.modules() if isinstance(module, NF4Linear)]
+    assert len(layers) == 8
+    assert opened.model.get_base_model().quantization == "nf4"
+
+
+def test_evaluate_and_generate(
+    run: tuple[Path, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, base = run
+    common = ("--data", rows_file, "--format", "alpaca", "--task", "loss", "--out", tmp_path / "evaluation")
+    outcome = verb("evaluate", folder, base, *common)
+    assert outcome.code == 0, outcome.err
+    said = verb("generate", folder, "--prompt", "Name 3", "--max-new-tokens", "4")
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_bit_layers_hold_what_is_stored(kind: str, dense_bases: dict[str, Path]) -> None:
+    """Each layer's dense weight is the rounded one, in its own orientation (a square one hides a transposition)."""
+    model = load_dense(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
+    plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind])
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    assert len(layers) == 8
+    for name, layer in layers.items():
+        stored = plain.get_submodule(name).weight.data
+        expected = stored.t() if kind == "gpt2" else stored
+        assert torch.equal(layer.stored().packed, quantize(expected).packed), name
+        torch.testing.assert_close(layer.dense_weight(torch.float32), expected, atol=0.12, rtol=0)  # 4-bit rounding
+        assert torch.equal(layer.bias, plain.get_submodule(name).bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_that_of_the_labelled_rows(kind: str, dense_bases: dict[str, Path]) -> None:
+    model = load_dense(dense_bases[kind], None, "float32", "cpu", quiet=True)
+    plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind]).eval()
+    labels = torch.tensor([[-100, -100, 40, 50, -100, 70]])
+    with torch.no_grad():
+        loss = model(input_ids=IDS, labels=labels, skip_logits=True).loss
+        torch.testing.assert_close(loss, plain(input_ids=IDS, labels=labels).loss)
+        halved = model(input_ids=IDS, labels=labels, skip_logits=True, num_items_in_batch=6)
+    torch.testing.assert_close(halved.loss, loss / 2)
+    assert halved.logits is None
+
+
+def test_packed_documents_do_not_see_each_other(dense_bases: dict[str, Path]) -> None:
+    model = load_dense(dense_bases["gpt2"], "nf4", "float32", "cpu", quiet=True)
+    second = torch.tensor([[81, 82, 83, 84]])
+    packed, positions = torch.cat([IDS, second], 1), torch.tensor([[*range(6), *range(4)]])
+    labels = torch.cat([torch.full_like(IDS, -100), second], 1)
+    labels[0, 6] = -100
+    with torch.no_grad():
+        together = model(
+            input_ids=packed, position_ids=positions, labels=labels, use_cache=False, skip_logits=True
+        ).loss
+        x_BSD = model.transformer(second, use_cache=False).last_hidden_state
+        alone = labelled_cross_entropy(x_BSD, model.lm_head.weight, second)
+    torch.testing.assert_close(together, alone)
+
+
+def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb: Callable[..., Any]) -> None:
+    outcome = verb("train", dense_recipe("bloom"), "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "Rows are not packed" in outcome.out
+    refused = verb("train", dense_recipe("bloom"), "data.packing=true", "--dry-run")
+    assert refused.code == 2
+    assert "data.packing: the attention of bloom models" in refused.err
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "experts": (
+        {"adapter": {"experts": {"rank": 4}}},
+        "adapter.experts: the base is a dense model (gpt2), which has no",
+    ),
+    "router": ({"router": {"mode": "tuned"}}, "router.mode: the base is a dense model (gpt2), which has no experts"),
+    "both": ({"router": {"mode": "lora"}, "adapter": {"experts": {"rank": 4}}}, "adapter.experts and router.mode: "),
+    "aux loss": ({"router": {"aux_loss": 0.01}}, "router.aux_loss: the base is a dense model"),
+    "z loss": ({"router": {"z_loss": 0.01}}, "router.z_loss: the base is a dense model"),
+    "norms": ({"adapter": {"norms": True}}, "adapter.norms: for LOLA alone"),
+    "biases": ({"adapter": {"biases": True}}, "adapter.biases: for LOLA alone"),
+    "dora": ({"adapter": {"variant": "dora"}}, "adapter.variant: dora: for LOLA alone"),
+    "loftq": ({"adapter": {"init": "loftq"}}, "adapter.init: loftq: for LOLA alone"),
+    "hub": ({"hub": {"repo": "me/model", "base_id": "me/base"}}, "hub: what is published is LOLA's"),
+    "too long": ({"data": {"max_length": 256}}, "more than the 128 learned positions"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_only_lola_has_is_refused(case: str, dense_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    changes, expected = REFUSED[case]
+    with pytest.raises(UserError) as caught:
+        train(load_recipe(dense_recipe("gpt2", **changes)), dry_run=True)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_kinds_of_models_are_refused(
+    dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    (llama / "config.json").write_text('{"model_type": "llama"}')
+    for outcome in (
+        verb("train", dense_recipe(), f"base.model={llama}"),
+        verb("merge", tmp_path, "--base", llama, "--out", tmp_path / "merged"),
+        verb("evaluate", llama, "--data", "rows.jsonl"),
+    ):
+        assert outcome.code == 2
+        assert "Traceback" not in outcome.err
+    with pytest.raises(CheckpointError, match=r"not a LOLA checkpoint.*dense models of type gpt2 and bloom"):
+        open_model(llama)
+
+
+def test_plan_and_routing_say_that_they_are_for_lola(
+    dense_recipe: Callable[..., Path], dense_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    planned = verb("plan", dense_recipe("bloom"))
+    assert (planned.code, "knows nothing of a dense model (bloom)" in planned.err) == (2, True)
+    (tmp_path / "en.txt").write_text("one two three\n")
+    profiled = verb("routing", "profile", dense_bases["gpt2"], "--data", tmp_path / "en.txt", "--out", tmp_path / "p")
+    assert (profiled.code, "no experts" in profiled.err) == (2, True)
+    shown = verb("preview", dense_recipe("bloom"))
+    assert shown.code == 0, shown.err
+
+
+def test_damaged_weights_are_named(dense_bases: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(dense_bases["gpt2"], broken)
+    state = load_file(broken / "model.safetensors")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    save_file(
+        {key: value for key, value in state.items() if key != name}, broken / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=f"1 weights that config.json calls for are missing: {name}"):
+        load_dense(broken, None, "float32", "cpu", quiet=True)
+    state[name][0, 0] = float("nan")
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}' holds NaN"):
+        load_dense(broken, "nf4", "float32", "cpu", quiet=True)
+
+
+def test_an_adapter_of_another_base_is_refused(
+    run: tuple[Path, Path], dense_bases: dict[str, Path], verb: Callable[..., Any]
+) -> None:
+    folder, base = run
+    other = next(path for kind, path in dense_bases.items() if kind != base.name)
+    outcome = verb("merge", folder, "--base", other, "--out", folder / "other")
+    assert outcome.code == 2
+    assert "was trained on base" in outcome.err
+    assert not (folder / "other").exists()
+    allowed = verb("merge", folder, "--base", other, "--out", folder / "other", "--allow-other-base")
+    assert allowed.code == 2
+    assert "does not fit this base" in allowed.err
