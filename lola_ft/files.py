@@ -39,6 +39,12 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def cache_root() -> Path:
+    """`$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
+    own = os.environ.get("LOLA_FT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lola_ft"
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all."""
     write_bytes(path, text.encode("utf-8"))

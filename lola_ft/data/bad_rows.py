@@ -35,6 +35,20 @@ class BadRows:
         """The message of a source's first bad row."""
         return self._first[source.name]
 
+    def stored(self) -> dict[str, Any]:
+        """Everything, in plain values, for `restored`."""
+        return {
+            "counts": dict(self.counts),
+            "messages": self.messages,
+            "first": self._first,
+            "portable": self._portable,
+        }
+
+    @classmethod
+    def restored(cls, stored: dict[str, Any]) -> "BadRows":
+        """What `stored` gave."""
+        return cls(Counter(stored["counts"]), stored["messages"], stored["first"], stored["portable"])
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest, which may be published: local files go by their names, without their folders."""
         return {"total": self.counts.total(), "messages": self._portable}

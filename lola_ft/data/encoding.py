@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lola_ft.data.example import Example
+from lola_ft.data.parallel import in_order
 from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.table_store import TableSink
 from lola_ft.data.templates import Template
 from lola_ft.errors import DataError
 
@@ -52,8 +55,11 @@ def encode(
     template: Template,
     max_length: int,
     overlong: str = "drop",
+    file: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
 ) -> Encoded:
-    """Encode examples in their order. The texts of one batch are held at a time; the result lies in memory.
+    """Encode examples in their order. The texts of a few batches are held at a time.
 
     Args:
         examples: Any iterable, a generator too.
@@ -67,6 +73,9 @@ def encode(
             split: a text becomes several sequences. They overlap by one token, so that every token is learned
                 once and none without a predecessor. A row with a prompt is refused: without its prompt the rest of
                 an answer teaches nothing, and with it each piece but the last would lack its EOS.
+        file: Where the sequences are written; they are then mapped from there. None keeps them in memory.
+        workers: Threads that tokenise; the result does not depend on it.
+        progress: Told, after each batch, how many rows were in it.
 
     Raises:
         DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
@@ -75,29 +84,64 @@ def encode(
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
-    fit = _POLICIES[overlong]
-    report = EncodingReport()
-    chunks = []
-    languages: list[str] = []
-    shortest = None
-    for batch in _batches(examples):
-        sequences: list[Sequence] = []
-        for row in tokenize(batch, tokenizer, template, eos):
-            counts = report.of(row.example.language)
-            fitted = [row.whole] if row.length <= max_length else fit(row, max_length, counts)
-            _count(counts, row, fitted)
-            sequences += fitted
-            languages += [sys.intern(row.example.language)] * len(fitted)
-            shortest = row.length if shortest is None else min(shortest, row.length)
-        chunks.append(_arrow(sequences))
+    report, shortest = EncodingReport(), list[int]()
+    encoder = Encoder(tokenizer, template, max_length, overlong)
+    with TableSink(file) as sink:
+        for batch in in_order(encoder, _batches(examples), workers):
+            report.add(batch.report)
+            shortest.append(batch.shortest)
+            sink.write(batch.table)
+            if progress:
+                progress(batch.report.total.rows)
     if not report.languages:
         raise DataError("there are no rows to encode.")
     if not report.total.kept:
         raise DataError(
-            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
-            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
+            f"none of the {report.total.rows} rows is left: the shortest has {min(shortest)} tokens, data.max_length "
+            f"is {max_length}. Raise data.max_length, or set data.overlong to truncate."
         )
-    return Encoded(_dataset(chunks), languages, report)
+    return encoded_of(sink.table, report)
+
+
+class EncodedBatch(NamedTuple):
+    """Some examples' sequences, what became of the rows, and the tokens of the shortest row."""
+
+    table: "pyarrow.Table"
+    report: EncodingReport
+    shortest: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What one batch of examples becomes."""
+
+    tokenizer: "PreTrainedTokenizerFast"
+    template: Template
+    max_length: int
+    overlong: str
+
+    def __call__(self, batch: list[Example]) -> EncodedBatch:
+        """Encode a batch of at least one example.
+
+        Raises:
+            DataError: As `encode`.
+        """
+        fit, report = _POLICIES[self.overlong], EncodingReport()
+        sequences, languages, lengths = list[Sequence](), list[str](), list[int]()
+        for row in tokenize(batch, self.tokenizer, self.template, self.tokenizer.eos_token_id):
+            counts = report.of(row.example.language)
+            fitted = [row.whole] if row.length <= self.max_length else fit(row, self.max_length, counts)
+            _count(counts, row, fitted)
+            sequences += fitted
+            languages += [row.example.language] * len(fitted)
+            lengths.append(row.length)
+        return EncodedBatch(_arrow(sequences, languages), report, min(lengths))
+
+
+def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
+    """Encoded rows from their columns, in memory or mapped."""
+    languages = [sys.intern(code) for code in table["language"].to_pylist()]
+    return Encoded(_dataset(table.drop_columns("language")), languages, report)
 
 
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -225,7 +269,7 @@ def _count(counts: Counts, row: TokenizedRow, fitted: list[Sequence]) -> None:
     counts.answer_words += sum(len(answer.split()) for answer in answers)
 
 
-def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
+def _arrow(sequences: list[Sequence], languages: list[str]) -> "pyarrow.Table":
     """Sequences as 32-bit columns: about 8 bytes a token in all, where Python lists take 70."""
     import pyarrow
 
@@ -233,19 +277,21 @@ def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
     columns: dict[str, Any] = {
         "input_ids": pyarrow.array([sequence.ids for sequence in sequences], kind),
         "labels": pyarrow.array([sequence.labels for sequence in sequences], kind),
+        "language": pyarrow.array(languages, pyarrow.string()),
     }
     return pyarrow.table(columns)
 
 
-def _dataset(chunks: "list[pyarrow.Table]") -> "Dataset":
-    """A dataset over tables in memory: no file is written, and the same rows get the same fingerprint."""
+def _dataset(table: "pyarrow.Table") -> "Dataset":
+    """A dataset over a table; the same rows get the same fingerprint.
+
+    Mapped or not, `datasets` takes it for a table in memory, so that what it derives leaves no files.
+    """
     import hashlib
 
-    import pyarrow
     from datasets import Dataset
     from datasets.table import InMemoryTable
 
-    table = pyarrow.concat_tables(chunks)
     digest = hashlib.sha256()
     for column in table.columns:
         for chunk in column.chunks:

@@ -67,6 +67,11 @@ class EncodingReport:
             total.add(counts)
         return total
 
+    def add(self, other: "EncodingReport") -> None:
+        """Add what became of further rows."""
+        for language, counts in other.languages.items():
+            self.of(language).add(counts)
+
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: `total`, and `languages` in the order of their codes."""
         return {

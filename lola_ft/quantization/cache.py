@@ -7,7 +7,6 @@ and merged into without its source.
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
-from lola_ft.files import copy_files, replace_folder
+from lola_ft.files import cache_root, copy_files, replace_folder
 from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 from lola_ft.model.modeling import LolaPreTrainedModel
 from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
@@ -30,12 +29,6 @@ FORMAT = 2
 NF4_PARTS = ("packed", "absmax", "absmax2", "offset")
 WEIGHTS_FILE, SOURCE_FILE = "nf4.safetensors", "source.json"
 _COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-
-
-def cache_root() -> Path:
-    """`$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
-    own = os.environ.get("LOLA_FT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lola_ft"
 
 
 def cache_folder(identity: dict[str, Any]) -> Path:

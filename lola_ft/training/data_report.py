@@ -15,6 +15,8 @@ _BAD_ROWS_SHOWN = 3
 
 def print_report(data: RunData, console: Console) -> None:
     """Tables of training and validation data, the mix where there is one, and a line for whatever was left out."""
+    if data.note:
+        console.print(data.note, markup=False, highlight=False, soft_wrap=True)
     console.print(data_table(data.train.report, "Training data"))
     if data.mix.changed:
         console.print(mix_table(data.mix))

@@ -1,12 +1,17 @@
 """A run's data: from the recipe's sources to encoded training and validation sets, with what became of each row."""
 
+import contextlib
 import hashlib
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.data import (
@@ -26,8 +31,16 @@ from lola_ft.data import (
     read_examples,
     without_duplicates,
 )
+from lola_ft.data.encoded_cache import Damaged, StoredRows, find_entry, keep, key_of, new_folder, table_file
+from lola_ft.data.parallel import usable_cores
+from lola_ft.environment import version_of
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DECIDES_NO_ROW = ("packing", "language_temperature", "max_per_language", "max_repeats")
+_LIBRARIES = ("lola-ft", "tokenizers", "jinja2", "babel", "pyarrow", "datasets")
+_MOST_THREADS = 4  # more only wait: tokenising uses all cores by itself
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class RunData:
         bad_rows: What was skipped; None where a bad row is an error.
         duplicates: Training rows left out, by language; None where they stay.
         leaks: The comparison with validation sources; None without such.
+        note: Where the encoded rows come from, if not from the sources themselves; "" else.
     """
 
     train: Encoded
@@ -51,6 +65,7 @@ class RunData:
     bad_rows: BadRows | None
     duplicates: Counter[str] | None
     leaks: LeakCheck | None
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -76,29 +91,68 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
         DataError: Naming file and line.
     """
     template = Template.load(data.template)
+    hashes = _hashes(data)
+    key = rows_key(data, tokenizer, template, hashes, seed)
+    stored, note = (None, "") if key is None else _find(key)
+    if stored is None:
+        stored = _encode(data, tokenizer, template, seed, key)
+    facts = stored.facts
+    bad_rows = BadRows.restored(facts["bad_rows"]) if facts["bad_rows"] is not None else None
+    duplicates = Counter(facts["duplicates"]) if facts["duplicates"] is not None else None
+    leaks = LeakCheck([], **facts["leaks"]) if facts["leaks"] else None
+    mixed = mix(stored.train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
+    return RunData(
+        stored.train, mixed, stored.validation, template, hashes, _commits(data), bad_rows, duplicates, leaks, note
+    )
+
+
+def _find(key: str) -> tuple[StoredRows | None, str]:
+    """The rows in the cache, if they are there and whole, and what to say of it."""
+    try:
+        stored = find_entry(key)
+    except Damaged as error:
+        return None, f"Encoded rows in the cache were damaged ({error}); they were made anew."
+    return stored, "Encoded rows from cache." if stored else ""
+
+
+def _encode(
+    data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, seed: int, key: str | None
+) -> StoredRows:
+    """Read, split and encode the rows, and keep them under a key."""
     bad_rows = BadRows() if data.on_bad_row == "skip" else None
+    workers = min(usable_cores(), _MOST_THREADS)
 
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
         return read_examples(map(_source, sources), bad_rows, data.normalize)
 
-    def encoded(examples: Iterable[Example]) -> Encoded:
-        return encode(examples, tokenizer, template, data.max_length, data.overlong)
+    with new_folder() as (folder, keepable), shown_progress() as progress:
 
-    held_out, leaks = list[Example](), None
-    duplicates = Counter[str]() if data.deduplicate else None
-    examples = read(data.sources)
-    if duplicates is not None:
-        examples = without_duplicates(examples, duplicates)
-    if isinstance(data.validation, list):
-        held_out = list(read(data.validation))
-        leaks = LeakCheck(held_out, data.leakage)
-        examples = leaks.checked(examples)
-    elif data.validation:
-        examples = hold_out(examples, data.validation, seed, held_out)
-    train = encoded(examples)  # reads the rows as it goes; what is held out is known only afterwards
-    validation = encoded(held_out) if held_out else None
-    mixed = mix(train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
-    return RunData(train, mixed, validation, template, _hashes(data), _commits(data), bad_rows, duplicates, leaks)
+        def encoded(examples: Iterable[Example], side: str) -> Encoded:
+            file = table_file(folder, side)
+            return encode(examples, tokenizer, template, data.max_length, data.overlong, file, workers, progress)
+
+        held_out, leaks = list[Example](), None
+        duplicates = Counter[str]() if data.deduplicate else None
+        examples = read(data.sources)
+        if duplicates is not None:
+            examples = without_duplicates(examples, duplicates)
+        if isinstance(data.validation, list):
+            held_out = list(read(data.validation))
+            leaks = LeakCheck(held_out, data.leakage)
+            examples = leaks.checked(examples)
+        elif data.validation:
+            examples = hold_out(examples, data.validation, seed, held_out)
+        train = encoded(examples, "train")  # reads the rows as it goes; what is held out is known only afterwards
+        validation = encoded(held_out, "validation") if held_out else None
+        facts = {
+            "bad_rows": bad_rows.stored() if bad_rows else None,
+            "duplicates": None if duplicates is None else dict(duplicates),
+            "leaks": leaks.as_dict() if leaks else None,
+        }
+        rows = StoredRows(train, validation, facts)
+        if key is not None and keepable:
+            keep(folder, key, rows)
+    return rows
 
 
 def training_examples(data: Data) -> Iterator[Example]:
@@ -129,6 +183,36 @@ def _all_sources(data: Data) -> list[RecipeSource]:
 
 def _commits(data: Data) -> dict[str, str]:
     return {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
+
+
+def rows_key(
+    data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
+) -> str | None:
+    """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
+    if any(source.hub and not _COMMIT.fullmatch(source.revision or "") for source in _all_sources(data)):
+        return None
+    settings = {key: value for key, value in data.model_dump(mode="json").items() if key not in _DECIDES_NO_ROW}
+    words = tokenizer.backend_tokenizer.to_str()
+    return key_of(
+        {
+            "data": settings,
+            "files": hashes,
+            "template": template.source,
+            "tokenizer": [hashlib.sha256(words.encode()).hexdigest(), tokenizer.eos_token_id, type(tokenizer).__name__],
+            "seed": seed if isinstance(data.validation, float) and data.validation else None,
+            "versions": [unicodedata.unidata_version, *map(version_of, _LIBRARIES)],
+        }
+    )
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr: rows, and rows a second."""
+    columns = (TextColumn("Encoding rows"), BarColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda rows: bar.advance(task, rows)
 
 
 def _hashes(data: Data) -> dict[str, str]:

@@ -1,0 +1,130 @@
+"""Reading and encoding rows of Alpaca's size: speed and memory, then again from the cache. `--help` for its options.
+
+Rows are made of words drawn at random, as long as Alpaca's on average. Memory is the process's own and its children's
+(anonymous), sampled while it encodes; the mapped result is the file's. Prints one JSON line last.
+"""
+
+import argparse
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.recipe.schema import Data
+from lola_ft.training import dataset
+
+_SYLLABLES = ("ka", "mu", "ndi", "to", "le", "shi", "ra", "wen", "pol", "ti", "an", "ber", "sa", "ko", "gri", "ust")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--workers", type=int, default=0, help="threads; 0 for what a run takes")
+    parser.add_argument("--vocab", type=int, default=16384)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        os.environ["LOLA_FT_CACHE"] = str(Path(folder) / "cache")
+        print(json.dumps(measure(Path(folder), args.rows, args.workers, args.vocab)))
+
+
+def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]:
+    """Encode a generated file twice."""
+    words = make_words()
+    tokenizer = train_tokenizer(texts(words, 3000), vocab_size=vocab, max_length=2048)
+    file = write_rows(folder / "rows.jsonl", words, rows)
+    data = Data.model_validate({"sources": [{"path": str(file), "format": "alpaca", "language": "en"}]})
+    if workers:
+        dataset._MOST_THREADS = workers
+    before = own_memory()
+    first_s, peak, made = timed(lambda: dataset.prepare(data, tokenizer, seed=0))
+    again_s, peak_again, found = timed(lambda: dataset.prepare(data, tokenizer, seed=0))
+    assert found.note, "the second time the rows come from the cache"
+    assert found.train.dataset._fingerprint == made.train.dataset._fingerprint, "the cache holds other rows"
+    return {
+        "rows": rows,
+        "file_mb": round(file.stat().st_size / 1e6, 1),
+        "tokens": made.mix.tokens,
+        "workers": min(dataset.usable_cores(), dataset._MOST_THREADS),
+        "encode_s": round(first_s, 1),
+        "rows_per_s": round(rows / first_s),
+        "before_mb": round(before / 1e6),
+        "peak_mb": round(peak / 1e6),
+        "from_cache_s": round(again_s, 1),
+        "from_cache_peak_mb": round(peak_again / 1e6),
+    }
+
+
+def make_words() -> list[str]:
+    """Four thousand words, the frequent ones short."""
+    draw = random.Random(0)
+    return sorted({"".join(draw.choices(_SYLLABLES, k=draw.randint(1, 4))) for _ in range(4000)}, key=len)
+
+
+def texts(words: list[str], count: int) -> list[str]:
+    draw = random.Random(1)
+    weights = [1 / (place + 5) for place in range(len(words))]
+    return [" ".join(draw.choices(words, weights, k=60)) for _ in range(count)]
+
+
+def write_rows(file: Path, words: list[str], rows: int) -> Path:
+    """Instructions of ten words, inputs of eight in every third row, answers of fifty on average, as in Alpaca."""
+    draw = random.Random(2)
+    pool = draw.choices(words, [1 / (place + 5) for place in range(len(words))], k=200_000)
+
+    def some(count: int) -> str:
+        start = draw.randrange(len(pool) - count)
+        return " ".join(pool[start : start + count])
+
+    with file.open("w", encoding="utf-8") as out:
+        for number in range(rows):
+            row = {
+                "instruction": f"{number} {some(10)}",
+                "input": some(8) if number % 3 == 0 else "",
+                "output": some(draw.randint(5, 95)),
+            }
+            out.write(json.dumps(row) + "\n")
+    return file
+
+
+def timed(work: Any) -> tuple[float, int, Any]:
+    """Seconds, peak memory while it worked, result."""
+    done, peak = threading.Event(), [own_memory()]
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            peak[0] = max(peak[0], own_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        result = work()
+    finally:
+        done.set()
+        watcher.join()
+    return time.perf_counter() - began, max(peak[0], own_memory()), result
+
+
+def own_memory() -> int:
+    """Anonymous bytes of this process and its children."""
+    this = psutil.Process()
+    return sum(anonymous(process.pid) for process in [this, *this.children(recursive=True)])
+
+
+def anonymous(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:  # it has just ended
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+if __name__ == "__main__":
+    main()
