@@ -33,6 +33,7 @@ LEVELS = {
     "files": 10,
     "memory": 10,
     "repo_id": 10,
+    "row_formats": 10,
     "errors": 11,
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

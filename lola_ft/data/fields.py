@@ -6,16 +6,7 @@ from typing import Any
 from lola_ft.data.rows import Row
 from lola_ft.data.sources import Source
 from lola_ft.errors import DataError
-
-STANDARD_FIELDS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-    "messages": ("messages",),
-    "classification": ("text", "text_pair", "label"),
-    "translation": ("source", "target", "source_language", "target_language"),
-}
-"""The fields of each format by their standard names."""
+from lola_ft.row_formats import FORMAT_FIELDS
 
 _ABSENT = object()
 
@@ -86,7 +77,7 @@ def _value_at(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _missing(row: Row, source: Source, standard: str) -> str:
-    taken = {*STANDARD_FIELDS[source.format], *source.fields.values(), source.language_column}
+    taken = {*FORMAT_FIELDS[source.format], *source.fields.values(), source.language_column}
     spare = [other for other in row.fields if other not in taken]
     return (
         f"{row.where}: field '{field_name(source, standard)}' is missing (found: {found_fields(row)}). "

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from lola_ft.data.bad_rows import BadRows
 from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
-from lola_ft.data.fields import STANDARD_FIELDS, checked_text, found_fields, text_field
+from lola_ft.data.fields import checked_text, found_fields, text_field
 from lola_ft.data.rows import BadRow, Row
 from lola_ft.data.sources import Source, scan_rows
 from lola_ft.data.tasks import read_classification, read_translation, translation_language
 from lola_ft.errors import DataError
+from lola_ft.row_formats import FORMAT_FIELDS
 
 
 def read_examples(
@@ -105,7 +106,7 @@ _READERS: dict[str, Reader] = {
     "classification": lambda row, source: [read_classification(row, source)],
     "translation": lambda row, source: [read_translation(row, source)],
 }
-FORMATS = {name: Format(STANDARD_FIELDS[name], read) for name, read in _READERS.items()}
+FORMATS = {name: Format(FORMAT_FIELDS[name], read) for name, read in _READERS.items()}
 
 
 def _language(row: Row, source: Source) -> str:

@@ -4,16 +4,6 @@ from typing import Literal
 
 Format = Literal["alpaca", "prompt_completion", "text", "messages", "classification", "translation"]
 
-FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-    "messages": ("messages",),
-    "classification": ("text", "text_pair", "label"),
-    "translation": ("source", "target", "source_language", "target_language"),
-}
-"""The standard fields of each format, as `lola_ft.data` reads them."""
-
 INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "text_pair", "labels"),
     "translation": ("source", "source_language", "target_language"),

@@ -15,8 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import FORMAT_FIELDS, INSTRUCTION_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
+from lola_ft.row_formats import FORMAT_FIELDS
 
 LOLA_POSITIONS = 2048
 """LOLA has one learned vector a position, so no sequence can be longer."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -10,7 +10,8 @@ from lola_ft.data import Example, Row, Source, Template, read_examples, to_examp
 from lola_ft.data.example import prompt_fields
 from lola_ft.data.formats import FORMATS
 from lola_ft.errors import DataError
-from lola_ft.recipe.names import FORMAT_FIELDS
+from lola_ft.recipe.names import Format
+from lola_ft.row_formats import FORMAT_FIELDS
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "data" / "alpaca_sample.jsonl"
 
@@ -31,7 +32,7 @@ def read(fields: dict[str, Any], format: str, /, **keys: Any) -> Example:
 
 
 def test_the_recipe_schema_knows_the_same_formats() -> None:
-    assert {name: form.fields for name, form in FORMATS.items()} == FORMAT_FIELDS
+    assert set(get_args(Format)) == set(FORMATS) == set(FORMAT_FIELDS)
 
 
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None}, {"input": " \n"}])

@@ -1,0 +1,11 @@
+"""The formats that a source's rows may have, and each one's fields: what a recipe may name and what data reads."""
+
+FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "messages": ("messages",),
+    "classification": ("text", "text_pair", "label"),
+    "translation": ("source", "target", "source_language", "target_language"),
+}
+"""The fields of each format by their standard names."""
