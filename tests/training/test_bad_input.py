@@ -17,6 +17,72 @@ BAD_ROWS = {
     "wrong type": ('{"instruction": "a", "output": 3}\n', "rows.jsonl:1:"),
     "empty answer": ('{"instruction": "a", "output": ""}\n', "rows.jsonl:1:"),
 }
+ONE = b'{"instruction": "a", "output": "b"}\n'
+BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
+    # What is wrong: the file's name, its bytes, its format, the message.
+    "latin-1": ("r.jsonl", ONE + b'{"instruction": "caf\xe9", "output": "b"}\n', "alpaca", "r.jsonl:2: not UTF-8 text"),
+    "utf-16": ("r.jsonl", ONE.decode().encode("utf-16"), "alpaca", "r.jsonl:1: the file is UTF-16"),
+    "NaN": ("r.jsonl", b'{"instruction": "a", "output": NaN}\n', "alpaca", "r.jsonl:1: broken JSON: NaN is not JSON"),
+    "a list in a line": ("r.jsonl", b"[1, 2]\n", "alpaca", "r.jsonl:1: expected an object"),
+    "a list over lines": (
+        "r.jsonl",
+        b'[\n{"instruction": "a"}\n]\n',
+        "alpaca",
+        "A file that is one JSON list is named .json",
+    ),
+    "deep nesting": ("r.jsonl", b"[" * 100_000 + b"\n", "alpaca", "r.jsonl:1: nested too deeply"),
+    "null answer": (
+        "r.jsonl",
+        ONE + b'{"instruction": "a", "output": null}\n',
+        "alpaca",
+        "r.jsonl:2: field 'output' must",
+    ),
+    "blank answer": ("r.jsonl", b'{"instruction": "a", "output": " \\n"}\n', "alpaca", "field 'output' is empty"),
+    "half a surrogate": ("r.jsonl", b'{"instruction": "a", "output": "\\ud800"}\n', "alpaca", "half a surrogate pair"),
+    "blank lines alone": ("r.jsonl", b"\n\n \n", "alpaca", "holds no rows"),
+    "lines in .json": ("r.json", ONE + ONE, "alpaca", "A file with one object a line is named .jsonl"),
+    "object in .json": ("r.json", b"{}", "alpaca", "r.json: expected a list of objects; found an object"),
+    "number in .json": ("r.json", b"[3]", "alpaca", "r.json:[0]: expected an object"),
+    "cut .json": ("r.json", b'[{"instruction": "a"', "alpaca", "r.json:1: broken JSON at column"),
+    "header alone": ("r.csv", b"instruction,output\n", "alpaca", "holds no rows"),
+    "two equal columns": ("r.csv", b"output,output\na,b\n", "alpaca", "two columns are named 'output'"),
+    "nameless column": ("r.csv", b"instruction,,output\na,b,c\n", "alpaca", "column 2 has no name"),
+    "too many cells": ("r.csv", b"instruction,output\na,b,c\n", "alpaca", "r.csv:2: 3 cells; the header has 2"),
+    "open quote": ("r.csv", b'instruction,output\na,"b\n', "alpaca", "broken table"),
+    "commas in .tsv": ("r.tsv", b"instruction,output\na,b\n", "alpaca", "field 'instruction' is missing"),
+    "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "not a Parquet file that can be read"),
+    "empty parquet": ("r.parquet", b"", "alpaca", "holds no rows"),
+    "unknown kind": ("r.xlsx", b"PK", "alpaca", "unknown kind of file '.xlsx'"),
+    "pickle": ("r.pkl", b"\x80\x04N.", "alpaca", "unknown kind of file '.pkl'"),
+    "blank text": ("r.txt", b"\n \n", "text", "holds no rows"),
+    "binary text": ("r.txt", b"\xff\xfe\x00x", "text", "r.txt:1: the file is UTF-16"),
+    "text as alpaca": ("r.txt", b"one two\n", "alpaca", "r.txt:1: field 'instruction' is missing (found: text)"),
+    "messages as text": ("r.jsonl", b'{"messages": "hi"}\n', "messages", "must be a list of messages"),
+    "no messages": ("r.jsonl", b'{"messages": []}\n', "messages", "must be a list of messages"),
+    "unknown role": (
+        "r.jsonl",
+        b'{"messages": [{"role": "bot", "content": "a"}]}\n',
+        "messages",
+        "role must be system",
+    ),
+    "no content": ("r.jsonl", b'{"messages": [{"role": "user"}]}\n', "messages", "messages[0] has no content"),
+    "question last": (
+        "r.jsonl",
+        b'{"messages": [{"role": "user", "content": "a"}]}\n',
+        "messages",
+        "messages ends with the user's turn",
+    ),
+    "answer first": (
+        "r.jsonl",
+        b'{"messages": [{"role": "assistant", "content": "a"}]}\n',
+        "messages",
+        "the assistant answers before the user has asked",
+    ),
+    "number as label": ("r.jsonl", b'{"text": "a", "label": 1}\n', "classification", "Say what it means with `labels:"),
+    "no label": ("r.jsonl", b'{"text": "a"}\n', "classification", "field 'label' is missing"),
+    "no target": ("r.jsonl", b'{"source": "a"}\n', "translation", "field 'target' is missing"),
+    "no completion": ("r.jsonl", b'{"prompt": "a"}\n', "prompt_completion", "field 'completion' is missing"),
+}
 BAD_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt key": (
         {"train": {"learnin_rate": 1.0}},
@@ -30,6 +96,17 @@ BAD_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "every row too long": ({"data": {"max_length": 16}}, "none of the 80 rows is left"),
     "one row too long": ({"data": {"max_length": 80, "overlong": "error"}}, "more than data.max_length 80"),
     "no such base": ({"base": {"model": "./nowhere"}}, "no such folder"),
+    "unknown template": ({"data": {"template": "alpacca"}}, "template 'alpacca' is unknown"),
+    "missing template": ({"data": {"template": "nowhere.jinja"}}, "nowhere.jinja: no such template"),
+    "rank too large": ({"adapter": {"mlp": {"rank": 4096}}}, "adapter.mlp.rank: must be at most 1024"),
+    "no rows of a language": (
+        {"data": {"validation": 0.999999}},
+        "leaves no training row",
+    ),
+    "expert that is not there": ({"adapter": {"experts": {"rank": 4, "select": [[0], [9]]}}}, "there is no expert 9"),
+    "too few lists": ({"adapter": {"experts": {"rank": 4, "select": [[0]]}}}, "the base has 2 MoE layers"),
+    "no selection file": ({"adapter": {"experts": {"rank": 4, "select": "no.json"}}}, "no.json: cannot be read"),
+    "answers cannot be split": ({"data": {"overlong": "split"}}, "`split` cuts plain text only"),
     "float16 on a CPU": ({"base": {"dtype": "float16"}}, "float16 needs a GPU"),
 }
 
@@ -48,6 +125,19 @@ def test_bad_rows(case: str, recipe_file: Callable[..., Path], verb: Callable[..
     rows.write_text(text, encoding="utf-8")
     changes = {"data": {"sources": [{"path": str(rows), "format": "alpaca"}]}}
     check_refused(verb("train", recipe_file(**changes)), expected, tmp_path)
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+    name, content, format, expected = BAD_FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content)
+    changes = {"data": {"sources": [{"path": str(file), "format": format}]}}
+    check_refused(verb("train", recipe_file(**changes)), expected, tmp_path)
+
+
+def test_there_are_enough_bad_files_and_recipes() -> None:
+    assert len(BAD_ROWS) + len(BAD_FILES) + len(BAD_RECIPES) >= 60
 
 
 def test_base_of_another_family(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
