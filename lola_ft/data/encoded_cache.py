@@ -6,11 +6,13 @@ two processes may do the same at once; the newest few stay.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from lola_ft.data.encoding import Encoded, encoded_of
 from lola_ft.data.report import Counts, EncodingReport
 from lola_ft.data.table_store import map_table
+from lola_ft.errors import UserError
 from lola_ft.files import cache_root
 
 VERSION = 1
@@ -26,6 +29,7 @@ VERSION = 1
 KEPT = 8
 _FACTS = "facts.json"
 _PARTIAL = ".partial-"
+_DAY = 24 * 3600  # no process fills a folder for so long: the one that began it was killed
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def new_folder() -> Iterator[tuple[Path, bool]]:
     """A folder to fill, and whether it can be kept: in the cache, or where that cannot be written, a temporary one.
 
     It is removed at the end, if `keep` did not move it away; what is mapped from it stays readable.
+
+    Raises:
+        UserError: There is no room.
     """
     try:
         _root().mkdir(parents=True, exist_ok=True)
@@ -89,6 +96,12 @@ def new_folder() -> Iterator[tuple[Path, bool]]:
         folder, keepable = Path(tempfile.mkdtemp(prefix="lola_ft-rows-")), False
     try:
         yield folder, keepable
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder.parent}: no room for the encoded rows. Make room, or set LOLA_FT_CACHE to a larger disk."
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -106,8 +119,10 @@ def keep(folder: Path, key: str, rows: StoredRows) -> None:
     (folder / _FACTS).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     with contextlib.suppress(OSError):  # another process made the same entry; either will do
         folder.rename(_root() / key)
-    entries = [path for path in _root().iterdir() if path.is_dir() and not path.name.startswith(_PARTIAL)]
-    for old in sorted(entries, key=_age, reverse=True)[KEPT:]:
+    folders = [path for path in _root().iterdir() if path.is_dir()]
+    entries = sorted((path for path in folders if not path.name.startswith(_PARTIAL)), key=_used, reverse=True)
+    left_behind = [path for path in folders if path.name.startswith(_PARTIAL) and _used(path) < time.time() - _DAY]
+    for old in [*entries[KEPT:], *left_behind]:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -127,7 +142,7 @@ def _read(folder: Path) -> StoredRows:
     return StoredRows(sides["train"], sides.get("validation"), content["rows"])
 
 
-def _age(folder: Path) -> float:
+def _used(folder: Path) -> float:
     try:
         return folder.stat().st_mtime
     except OSError:  # another process has just removed it

@@ -26,6 +26,7 @@ _FREE = (
     "hub",
     "output",
 )
+_FITTED = ("max_length", "packing")  # of the data section, to what the base can do
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOTHING = object()
 
@@ -74,7 +75,7 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
 
     Args:
         allowed: Keys that may differ; `data` stands for everything in that section.
-        fitted: Whether the recipe's max_length has been fitted to the base yet, as the stored one has.
+        fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
 
     Raises:
         UserError: Listing every differing key with both values, or naming an allowed key that does not exist.
@@ -84,8 +85,8 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
         if not any(_covers(key, known) for known in old | new):
             raise UserError(f"--allow-changed {key}: a recipe has no such key.")
     free = [*_FREE, *allowed]
-    if not fitted and "max_length" not in recipe.data.model_fields_set:
-        free.append("data.max_length")
+    if not fitted:
+        free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]
     changed = [
         f"  {key}: {_shown(old.get(key, _NOTHING))} there, {_shown(new.get(key, _NOTHING))} now"
         for key in [*old, *(key for key in new if key not in old)]

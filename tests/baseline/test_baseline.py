@@ -152,6 +152,19 @@ def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb:
     assert "data.packing: the attention of bloom models" in refused.err
 
 
+def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
+    folder, base = run
+    shutil.copytree(folder, tmp_path / "run")
+    for name in ("manifest.json", "README.md", "loss.png"):
+        (tmp_path / "run" / name).unlink()
+    for name in ("adapter", "checkpoints/step-12"):
+        shutil.rmtree(tmp_path / "run" / name)
+    again = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", base, rows_file)), resume=True)
+    assert json.loads((again / "manifest.json").read_text())["results"]["resumed_from_step"] == 6
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (again / file).read_bytes() == (folder / file).read_bytes()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         {"adapter": {"experts": {"rank": 4}}},

@@ -1,5 +1,6 @@
 """Encoded rows on disk: found again by everything that decides them, mended when damaged, the same in each case."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.data import encoded_cache
+from lola_ft.errors import UserError
 from lola_ft.files import cache_root
 from lola_ft.model.tokenizer import load_tokenizer, read_config
 from lola_ft.recipe.schema import Data
@@ -141,6 +143,22 @@ def test_only_the_newest_entries_stay(
     assert len(entries()) == 2
     assert not prepare(section(rows_file, max_length=100), tokenizer, 0).note
     assert prepare(section(rows_file, max_length=102), tokenizer, 0).note
+
+
+def test_what_killed_processes_left_is_removed(tokenizer: PreTrainedTokenizerFast, rows_file: Path) -> None:
+    root = cache_root() / "rows"
+    for name in (".partial-old", ".partial-new"):
+        (root / name).mkdir(parents=True)
+    os.utime(root / ".partial-old", (1000, 1000))
+    prepare(section(rows_file), tokenizer, 0)
+    names = {path.name for path in entries()}
+    assert (".partial-old" in names, ".partial-new" in names, len(names)) == (False, True, 2)
+
+
+def test_a_full_disk_is_the_users_to_know() -> None:
+    with pytest.raises(UserError, match="no room for the encoded rows"), encoded_cache.new_folder() as (folder, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not folder.exists()
 
 
 def test_without_a_cache_to_write_to_it_works_all_the_same(
