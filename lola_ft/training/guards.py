@@ -33,7 +33,8 @@ def add_guards(trainer: LolaTrainer, guards: Guards, train: Train, metrics: Metr
     model = trainer.model
     if guards.loss_spike:
         add("loss_spike", LossSpike(guards.loss_spike, alarm("loss_spike")))
-    if guards.router_collapse != "off":
+    routed = hasattr(model.config, "num_experts")  # a dense baseline has no routers to guard
+    if routed and guards.router_collapse != "off":
         trainer.router_load = trainer.kept["router_load"] = RouterLoad(model)
         collapse = RouterCollapse(
             guards.min_load_entropy,
@@ -43,7 +44,7 @@ def add_guards(trainer: LolaTrainer, guards: Guards, train: Train, metrics: Metr
             alarm("router_collapse"),
         )
         add("router_collapse", collapse)
-    if guards.router_flips:
+    if routed and guards.router_flips:
         trainer.router_probe = RouterProbe(model, trainer.processing_class)
     if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
         add("forgetting", Forgetting(trainer, guards.forgetting, alarm("forgetting")))
