@@ -21,7 +21,7 @@ def sft_config(
         steps: Optimiser steps of the whole run, to turn the warm-up share into steps.
         evaluate: Whether there is validation data.
     """
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(checkpoints),
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
@@ -55,4 +55,8 @@ def sft_config(
         router_aux_loss_coef=0.0,
         report_to="none",
         disable_tqdm=False,
+        ddp_find_unused_parameters=False,  # every trained tensor gets a gradient; the first step's check makes sure
+        ddp_broadcast_buffers=False,  # the scales of the 4-bit base are the same in every process
     )
+    config._n_gpu = min(config.n_gpu, 1)  # one process computes on one GPU; several are a launcher's affair
+    return config

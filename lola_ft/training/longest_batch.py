@@ -69,7 +69,7 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
         finally:
             del room
             trainer.model.zero_grad(set_to_none=True)
-    trainer.tokens_seen = counted
+    trainer.tokens_seen, trainer.own_tokens = counted, 0
     trainer._metrics["train"].clear()
     trainer._metrics["train"].update(metrics)
     return tokens

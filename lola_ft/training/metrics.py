@@ -22,6 +22,8 @@ class MetricsFile(TrainerCallback):
         self._last = (self.trainer.tokens_seen, time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:  # noqa: ARG002
+        if not state.is_world_process_zero:
+            return
         line: dict[str, Any] = {"step": state.global_step}
         line |= {
             _RENAMED.get(key, key): round(value, 6) for key, value in logs.items() if isinstance(value, int | float)

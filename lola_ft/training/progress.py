@@ -17,7 +17,7 @@ class Progress(ProgressCallback):
         self._said = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._said and self._check.summary:
+        if state.is_world_process_zero and not self._said and self._check.summary:
             self._said = True
             Console(stderr=True).print(f"\n{self._check.summary}")
         super().on_step_end(args, state, control, **kwargs)

@@ -23,9 +23,8 @@ from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
 from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization import audit, load_base
-from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
-from lola_ft.training import run_folder
+from lola_ft.training import processes, run_folder
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import sft_config
 from lola_ft.training.checkpoint import Checkpoint
@@ -48,6 +47,7 @@ from lola_ft.training.resume import (
     rewind_metrics,
     with_stored_commits,
 )
+from lola_ft.training.state_file import read_state
 from lola_ft.training.steps import estimate_steps
 from lola_ft.training.stopping import Stopped, StopRequest
 from lola_ft.training.trainables import count_trainable, trainable_table
@@ -80,32 +80,34 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         UserError: For anything in the recipe, the data or the base that cannot work.
         KeyboardInterrupt: Somebody stopped the run; it was saved if it had begun to train.
     """
-    console = Console()
+    device = processes.join()
+    console = Console(quiet=not processes.is_main())
     output = Path(recipe.output)
     with StopRequest() as stop, contextlib.ExitStack() as held:
-        earlier = _earlier_run(recipe, output, resume, allow_changed)
+        earlier = processes.on_main(lambda: _earlier_run(recipe, output, resume, allow_changed))
         if earlier and not earlier.finished and not dry_run:
-            held.enter_context(lock_folder(output))
-            earlier = find_run(output)  # the process that held the lock until now may have finished it
+            earlier = processes.on_main(lambda: _locked_run(output, held))
         if earlier and earlier.finished:
             console.print(f"The run in {output} is finished; nothing is left to do.")
             return output
+        console.print(_processes_line(recipe), end="")
         began = time.perf_counter()
-        prepared = _prepare(recipe, console, earlier, allow_changed)
+        prepared = _prepare(recipe, device, console, earlier, allow_changed)
         if dry_run:
             console.print("Dry run: everything is in order; nothing was trained or written.")
             return output
         if earlier is None:
-            held.enter_context(lock_folder(output))
-            run_folder.refuse_taken(output)
+            processes.on_main(lambda: _take_folder(output, held))
         checkpoint = _restart_point(prepared, earlier, allow_changed, console)
-        write_text(output / run_folder.RECIPE_FILE, render_recipe(prepared.recipe))
+        text = render_recipe(prepared.recipe)
+        processes.on_main(lambda: write_text(output / run_folder.RECIPE_FILE, text))
         prepare_s = time.perf_counter() - began
         trainer, results = _fit(prepared, output, checkpoint, stop, console)
         results["prepare_s"] = round(prepare_s, 1)
         if checkpoint:
             results["resumed_from_step"] = checkpoint.step
-        _finish(prepared, trainer, output, results)
+        processes.on_main(lambda: _finish(prepared, trainer, output, results))
+        processes.leave()
     console.print(f"Done. The adapter is in {output / run_folder.ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
@@ -125,6 +127,27 @@ def _earlier_run(recipe: Recipe, output: Path, resume: bool, allow_changed: Sequ
     return earlier
 
 
+def _locked_run(output: Path, held: contextlib.ExitStack) -> EarlierRun | None:
+    """The run in the folder, read again once it is locked: who held the lock until now may have finished it."""
+    held.enter_context(lock_folder(output))
+    return find_run(output)
+
+
+def _take_folder(output: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder of a new run; whatever it holds is refused."""
+    held.enter_context(lock_folder(output))
+    run_folder.refuse_taken(output)
+
+
+def _processes_line(recipe: Recipe) -> str:
+    """What a step is, with several processes."""
+    micro, accumulated = recipe.train.micro_batch_size, recipe.train.grad_accum_steps
+    if processes.count() == 1:
+        return ""
+    rows = processes.count() * micro * accumulated
+    return f"{processes.count()} processes: a step is {processes.count()} x {micro} x {accumulated} = {rows} rows.\n"
+
+
 def _restart_point(
     prepared: Prepared, earlier: EarlierRun | None, allow_changed: Sequence[str], console: Console
 ) -> Checkpoint | None:
@@ -135,14 +158,22 @@ def _restart_point(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    checkpoint = restart_point(earlier.folder, say)
-    if checkpoint:
-        refuse_other_facts(checkpoint, _facts(prepared), allow_changed, say)
-        say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
-    else:
-        say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
-    rewind_metrics(earlier.folder, checkpoint)
-    return checkpoint
+    def find() -> Path | None:
+        checkpoint = restart_point(earlier.folder, say)
+        if checkpoint:
+            refuse_other_facts(checkpoint, _facts(prepared), allow_changed, say)
+            say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
+        else:
+            say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
+        rewind_metrics(earlier.folder, checkpoint)
+        found.append(checkpoint)
+        return checkpoint.folder if checkpoint else None
+
+    found = list[Checkpoint | None]()
+    folder = processes.on_main(find)
+    if folder is None or found:
+        return found[0] if found else None
+    return Checkpoint(folder, read_state(folder))
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
@@ -153,13 +184,17 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "versions": library_versions(),
+        "processes": processes.count(),
     }
 
 
 def _prepare(
-    recipe: Recipe, console: Console, earlier: EarlierRun | None = None, allow_changed: Sequence[str] = ()
+    recipe: Recipe,
+    device: torch.device,
+    console: Console,
+    earlier: EarlierRun | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Prepared:
-    device = default_device()
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)
@@ -175,7 +210,9 @@ def _prepare(
     print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
-    base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
+    base = load_base(
+        recipe.base.model, quantization, precision.dtype, device, recipe.base.revision, quiet=console.quiet
+    )
     sizes = audit(base).as_dict()
     settings = adapter_settings(recipe)
     model = add_adapter(base, settings)
@@ -200,7 +237,7 @@ def _fit(
             output / run_folder.CHECKPOINTS_FOLDER,
             prepared.precision,
             prepared.device,
-            steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset)),
+            steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset), processes.count()),
             evaluate=data.validation is not None,
         ),
         train_dataset=data.mix.dataset,
@@ -247,7 +284,7 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
     manifest = {
         "recipe": recipe.model_dump(mode="json"),
         "versions": library_versions(),
-        "hardware": hardware(),
+        "hardware": hardware() | {"processes": processes.count()},
         "base": {
             "id": base.base_id,
             "fingerprint": base.base_fingerprint,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
+from lola_ft.training import processes
 from lola_ft.training.resumable import ResumableTrainer
 
 
@@ -47,7 +48,8 @@ class LolaTrainer(ResumableTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Cross-entropy of the labelled tokens, plus the weighted losses of the routers while training.
 
-        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1. The routers' losses
+        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1; DDP divides by the
+        processes again, which is undone here. The routers' losses
         are means over each micro batch's own tokens, averaged over the micro batches: they do depend on the split.
         """
         training = model.training
@@ -60,12 +62,14 @@ class LolaTrainer(ResumableTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         loss = outputs.loss
+        if num_items_in_batch is not None:
+            loss = loss * processes.count()
         if routers:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self._router_losses(outputs, inputs) / steps
         if training:
             mask = inputs.get("attention_mask")
-            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.own_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return (loss, outputs) if return_outputs else loss
 
     def _router_losses(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
@@ -78,7 +82,7 @@ class LolaTrainer(ResumableTrainer):
         ):
             if coef > 0:
                 value = function(outputs.router_logits, mask)
-                self._metrics["train"][name].append(value.item())
+                self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
                 total = total + coef * value
         return total
 
