@@ -80,7 +80,7 @@ def encode(
     chunks = []
     languages: list[str] = []
     shortest = None
-    for batch in _batches(examples):
+    for batch in batches(examples):
         sequences: list[Sequence] = []
         for row in tokenize(batch, tokenizer, template, eos):
             counts = report.of(row.example.language)
@@ -97,7 +97,7 @@ def encode(
             f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
             f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
         )
-    return Encoded(_dataset(chunks), languages, report)
+    return Encoded(dataset_of(chunks), languages, report)
 
 
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -142,7 +142,8 @@ def _joined(exchanges: list[tuple[list[int], list[int]]]) -> Sequence:
     return Sequence(ids, [MASKED, *labels[1:]])
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in portions that fit into memory as text."""
     iterator = iter(examples)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
@@ -171,8 +172,13 @@ def _drop(_row: TokenizedRow, _max_length: int, counts: Counts) -> list[Sequence
 
 
 def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequence]:
-    raise DataError(
-        f"{row.example.where}: {row.length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
+    raise too_long(row.example, row.length, max_length)
+
+
+def too_long(example: Example, length: int, max_length: int) -> DataError:
+    """The error for a row over the limit, where that is an error."""
+    return DataError(
+        f"{example.where}: {length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
         "data.max_length, or set data.overlong to drop or truncate."
     )
 
@@ -237,7 +243,7 @@ def _arrow(sequences: list[Sequence]) -> "pyarrow.Table":
     return pyarrow.table(columns)
 
 
-def _dataset(chunks: "list[pyarrow.Table]") -> "Dataset":
+def dataset_of(chunks: "list[pyarrow.Table]") -> "Dataset":
     """A dataset over tables in memory: no file is written, and the same rows get the same fingerprint."""
     import hashlib
 

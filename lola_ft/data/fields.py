@@ -14,6 +14,8 @@ STANDARD_FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "classification": ("text", "text_pair", "label"),
     "translation": ("source", "target", "source_language", "target_language"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
 """The fields of each format by their standard names."""
 
@@ -108,6 +110,8 @@ _ALSO_CALLED = {
     "input": ("input", "context"),
     "output": ("output", "answer", "response", "completion", "target", "reply"),
     "prompt": ("prompt", "question", "instruct", "query", "source", "input"),
+    "chosen": ("chosen", "preferred", "winner", "better", "positive", "accepted"),
+    "rejected": ("reject", "dispreferred", "loser", "worse", "negative"),
     "completion": ("completion", "answer", "response", "output", "target", "reply"),
     "text": ("text", "content", "document", "sentence", "premise", "review"),
     "messages": ("messages", "conversation", "dialog", "chat", "turns"),

@@ -2,7 +2,16 @@
 
 from typing import Literal
 
-Format = Literal["alpaca", "prompt_completion", "text", "messages", "classification", "translation"]
+Format = Literal[
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "messages",
+    "classification",
+    "translation",
+    "preference",
+    "unpaired_preference",
+]
 
 FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
@@ -11,8 +20,33 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "classification": ("text", "text_pair", "label"),
     "translation": ("source", "target", "source_language", "target_language"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
 """The standard fields of each format, as `lola_ft.data` reads them."""
+
+OBJECTIVE_FORMATS: dict[str, str] = {"dpo": "preference", "kto": "unpaired_preference"}
+"""The format that an objective learns from; sft learns from all others."""
+
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "nca_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""TRL's loss types that need no setting of their own, its default first."""
+
+PREFERENCE_LOSS_TYPES = tuple(name for names in PREFERENCE_LOSSES.values() for name in names)
 
 INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "text_pair", "labels"),

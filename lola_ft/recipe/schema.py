@@ -13,9 +13,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from lola_ft.recipe import unsupported
+from lola_ft.recipe import preference, unsupported
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import FORMAT_FIELDS, INSTRUCTION_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+from lola_ft.recipe.names import (
+    FORMAT_FIELDS,
+    INSTRUCTION_FIELDS,
+    OPTIMIZERS,
+    PREFERENCE_LOSS_TYPES,
+    SCHEDULERS,
+    Format,
+)
 from lola_ft.repo_id import is_repo_id
 
 LOLA_POSITIONS = 2048
@@ -305,6 +312,12 @@ class Train(Section):
     keep: int = Field(default=2, ge=1, description="checkpoints kept on disk")
     eval_every: int = Field(default=200, ge=0, description="steps between evaluations; 0: only at the end")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="dpo and kto: how strongly the model is held to the base (0.1)"
+    )
+    loss_type: Literal[PREFERENCE_LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
+        default=None, description="dpo: sigmoid, hinge, ipo, ...; kto: kto or apo_zero_unpaired"
+    )
     resume: Literal["never", "auto"] = Field(
         default="never", description="auto: go on with an unfinished run of the same recipe in the output folder"
     )
@@ -341,6 +354,9 @@ class Hub(Section):
 class Recipe(Section):
     """Everything a run needs to know."""
 
+    objective: Literal["sft", "dpo", "kto"] = Field(
+        default="sft", description="what is learned: answers, which of two is better, or which are good"
+    )
     base: Base = Field(description="the model that is fine-tuned")
     adapter: Adapter = Field(default=Adapter(), description="which weights get LoRA")
     router: Router = Field(default=Router(), description="what happens to the routers")
@@ -348,6 +364,11 @@ class Recipe(Section):
     train: Train = Field(default=Train(), description="how long, how fast, in which portions")
     hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
     output: Name = Field(description="folder of the run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_preference(cls, given: Any) -> Any:
+        return preference.with_defaults(given)
 
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
@@ -366,4 +387,5 @@ class Recipe(Section):
                 ("hub", "base_id"),
                 f"the base is a folder of this machine ({base}), which nobody else has. Give its Hub id, owner/name",
             )
+        yield from preference.problems(self.model_dump())
         yield from unsupported.find(self.model_dump())

@@ -20,12 +20,14 @@ from lola_ft.data import (
     Template,
     commit_of,
     encode,
+    encode_judged,
     files_of,
     hold_out,
     mix,
     read_examples,
     without_duplicates,
 )
+from lola_ft.recipe.names import OBJECTIVE_FORMATS
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
 
@@ -81,8 +83,10 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
         return read_examples(map(_source, sources), bad_rows, data.normalize)
 
+    judged = data.sources[0].format in OBJECTIVE_FORMATS.values()
+
     def encoded(examples: Iterable[Example]) -> Encoded:
-        return encode(examples, tokenizer, template, data.max_length, data.overlong)
+        return (encode_judged if judged else encode)(examples, tokenizer, template, data.max_length, data.overlong)
 
     held_out, leaks = list[Example](), None
     duplicates = Counter[str]() if data.deduplicate else None

@@ -46,7 +46,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
+def plot_loss(metrics: list[dict[str, Any]], path: Path, label_of_loss: str = "loss (nats a trained token)") -> None:
     """Draw training and validation loss over the steps."""
     import matplotlib as mpl
 
@@ -59,7 +59,7 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("loss (nats a trained token)")
+    axes.set_ylabel(label_of_loss)
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()

@@ -9,6 +9,7 @@ import psutil
 import torch
 from rich.console import Console
 
+from lola_ft.errors import UserError
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
@@ -43,6 +44,8 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     Raises:
         UserError: For a size that is none, a base without config, or data that cannot be used.
     """
+    if recipe.objective != "sft":
+        raise UserError(f"Plans are made for objective sft; the memory of {recipe.objective} is not predicted yet.")
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
@@ -73,6 +76,8 @@ def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> st
     Args:
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
+    if recipe.objective != "sft":
+        return "Halve train.micro_batch_size and double train.grad_accum_steps, or lower data.max_length."
     device, limit = target_machine(None)
     job = job_of(recipe, config, device, longest)
     prediction = predict(job)

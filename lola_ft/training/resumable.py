@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
 
 from lola_ft.adapters import fitting_layout, save_adapter
 from lola_ft.errors import UserError
@@ -24,8 +23,8 @@ from lola_ft.training.state_file import write_state
 from lola_ft.training.stopping import EvaluationStopped, Stopped, StopRequest
 
 
-class ResumableTrainer(SFTTrainer):
-    """Saves and restores itself exactly; stops between two steps when asked to.
+class ResumableTrainer(Trainer):
+    """What stands before one of TRL's trainers: saves and restores it exactly, stops between two steps when asked to.
 
     Attributes:
         tokens_seen: Tokens of all training batches of all processes, padding left out; counted after each step.
@@ -42,7 +41,7 @@ class ResumableTrainer(SFTTrainer):
         facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take what SFTTrainer takes.
+        """Take what TRL's trainer takes.
 
         Args:
             stop: Whether somebody asked to stop.

@@ -26,7 +26,7 @@ from lola_ft.quantization import audit, load_base
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import processes, run_folder
 from lola_ft.training.adapter import adapter_settings
-from lola_ft.training.arguments import sft_config
+from lola_ft.training.arguments import training_arguments
 from lola_ft.training.checkpoint import Checkpoint
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import RunData, pin, prepare
@@ -37,7 +37,9 @@ from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_m
 from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
 from lola_ft.training.plan import advice
 from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.preference import DpoTrainer, KtoTrainer
 from lola_ft.training.progress import Progress
+from lola_ft.training.resumable import ResumableTrainer
 from lola_ft.training.resume import (
     EarlierRun,
     find_run,
@@ -225,15 +227,15 @@ def _prepare(
 
 def _fit(
     prepared: Prepared, output: Path, checkpoint: Checkpoint | None, stop: StopRequest, console: Console
-) -> tuple[LolaTrainer, dict[str, Any]]:
+) -> tuple[ResumableTrainer, dict[str, Any]]:
     recipe, data = prepared.recipe, prepared.data
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
-    trainer = LolaTrainer(
+    kind, own_settings = _trainer_of(recipe)
+    trainer = kind(
         model=prepared.model,
-        args=sft_config(
-            recipe.train,
-            recipe.data,
+        args=training_arguments(
+            recipe,
             output / run_folder.CHECKPOINTS_FOLDER,
             prepared.precision,
             prepared.device,
@@ -244,8 +246,7 @@ def _fit(
         eval_dataset=data.validation.dataset if data.validation else None,
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check],
-        aux_loss_coef=recipe.router.aux_loss,
-        z_loss_coef=recipe.router.z_loss,
+        **own_settings,
         lora_plus_ratio=recipe.train.lora_plus_ratio,
         stop=stop,
         keep_checkpoints=recipe.train.keep,
@@ -271,7 +272,7 @@ def _fit(
     return trainer, results
 
 
-def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dict[str, Any]) -> None:
+def _finish(prepared: Prepared, trainer: ResumableTrainer, output: Path, results: dict[str, Any]) -> None:
     """Write the adapter with tokenizer and template, the manifest, the plot and the card."""
     recipe, model = prepared.recipe, trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model()
@@ -299,14 +300,24 @@ def _finish(prepared: Prepared, trainer: LolaTrainer, output: Path, results: dic
         "results": results,
     }
     run_folder.write_manifest(output, manifest)
-    plot_loss(read_metrics(output / run_folder.METRICS_FILE), output / run_folder.LOSS_PLOT)
+    label = {} if recipe.objective == "sft" else {"label_of_loss": f"loss ({recipe.objective})"}
+    plot_loss(read_metrics(output / run_folder.METRICS_FILE), output / run_folder.LOSS_PLOT, **label)
     run_folder.write_card(output, manifest)
 
 
-def _packing_line(trainer: LolaTrainer, data: RunData) -> str:
+def _trainer_of(recipe: Recipe) -> tuple[type[ResumableTrainer], dict[str, Any]]:
+    """The objective's trainer, and what it alone takes."""
+    if recipe.objective == "dpo":
+        return DpoTrainer, {}
+    if recipe.objective == "kto":
+        return KtoTrainer, {}
+    return LolaTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
+
+
+def _packing_line(trainer: ResumableTrainer, data: RunData) -> str:
     """How many rows there are and how full they are."""
     rows, sequences, tokens = len(trainer.train_dataset), len(data.mix.dataset), data.mix.tokens
-    if not trainer.args.packing:
+    if not getattr(trainer.args, "packing", False):
         return f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed."
     full = tokens / (rows * trainer.args.max_length)
     return f"{sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."

@@ -4,14 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trl import SFTTrainer
 
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
 from lola_ft.training import processes
+from lola_ft.training.lora_plus import LoraPlus
 from lola_ft.training.resumable import ResumableTrainer
 
 
-class LolaTrainer(ResumableTrainer):
+class LolaTrainer(LoraPlus, ResumableTrainer, SFTTrainer):
     """Trains an adapter on token ids and labels."""
 
     def __init__(
@@ -19,7 +21,6 @@ class LolaTrainer(ResumableTrainer):
         *args: Any,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
-        lora_plus_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
@@ -29,15 +30,6 @@ class LolaTrainer(ResumableTrainer):
         model.config.router_aux_loss_coef, model.config.output_router_logits = own_coef, False
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
-        self.lora_plus_ratio = lora_plus_ratio
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """LoRA+ (arXiv 2402.12354): B's factors in groups of their own, with a higher learning rate."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and self.lora_plus_ratio != 1:
-            raise_rate_of_b(optimizer, self.model, self.lora_plus_ratio)
-        return optimizer
 
     def compute_loss(
         self,
@@ -85,13 +77,3 @@ class LolaTrainer(ResumableTrainer):
                 self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
                 total = total + coef * value
         return total
-
-
-def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
-    """Move every LoRA B to a group with `ratio` times the learning rate of the one that it was in."""
-    factors = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
-    for group in list(optimizer.param_groups):
-        chosen = [parameter for parameter in group["params"] if id(parameter) in factors]
-        if chosen:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
-            optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * ratio})
