@@ -30,8 +30,15 @@ def hardware() -> dict[str, Any]:
     """What a run computed on."""
     import torch
 
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu}
+    has_gpu = torch.cuda.is_available()
+    return {
+        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "cpus": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(0) if has_gpu else None,
+        "gpu_memory_mb": torch.cuda.get_device_properties(0).total_memory // 2**20 if has_gpu else None,
+    }
 
 
 def cpu_name() -> str:

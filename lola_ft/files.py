@@ -73,7 +73,7 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
         elsewhere = error.filename is not None and partial.name not in Path(os.fsdecode(error.filename)).parts
         if elsewhere or error.errno not in _DISK:
             raise
-        raise WriteError(target, error.strerror) from error
+        raise WriteError(target, error.strerror or str(error)) from error
     except SafetensorError as error:
         if "I/O error" not in str(error):
             raise

@@ -24,10 +24,21 @@ _TOKENIZER = (
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "prompt_template.jinja"),
 )
 _MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", REPORT_FILE)
-_RUN = ("metrics.jsonl", "loss.png")
+_RUN = ("metrics.jsonl", "loss.png", "languages.png", "routing.png")
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
-_MANIFEST_KEYS = ("versions", "hardware", "base", "trained", "data", "results", "routing", "energy")
+_MANIFEST_KEYS = (
+    "versions",
+    "hardware",
+    "base",
+    "trained",
+    "data",
+    "results",
+    "timings",
+    "memory",
+    "routing",
+    "energy",
+)
 
 
 @dataclass(frozen=True)

@@ -288,6 +288,24 @@ class Data(Section):
             )
 
 
+class EarlyStopping(Section):
+    """When to end a run that no longer gets better."""
+
+    metric: Name = Field(
+        default="eval_loss", description="what is watched: eval_loss, or eval_loss_by_language/sw for one language"
+    )
+    patience: int = Field(default=3, ge=1, description="evaluations in a row without a better one that end the run")
+    min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
+
+
+class Energy(Section):
+    """How the energy is estimated (the extra `energy`; nothing is asked of the network)."""
+
+    country: Annotated[str, Field(pattern="^[A-Z]{3}$")] = Field(
+        description="ISO 3166 code of three letters, such as DEU: whose electricity it was"
+    )
+
+
 class Train(Section):
     """How long, how fast, in which portions."""
 
@@ -311,6 +329,16 @@ class Train(Section):
     save_every: int = Field(default=200, ge=0, description="steps between checkpoints; 0: only at the end")
     keep: int = Field(default=2, ge=1, description="checkpoints kept on disk")
     eval_every: int = Field(default=200, ge=0, description="steps between evaluations; 0: only at the end")
+    early_stopping: EarlyStopping | None = Field(
+        default=None, description="end the run when the validation loss no longer falls"
+    )
+    keep_best: bool = Field(
+        default=False, description="keep the checkpoint with the lowest validation loss, and end with its adapter"
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default=[], description="trackers that get the metrics as well"
+    )
+    energy: Energy | None = Field(default=None, description="estimate energy and emissions with codecarbon")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
     beta: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="dpo and kto: how strongly the model is held to the base (0.1)"
@@ -334,6 +362,36 @@ class Train(Section):
             yield ("max_steps",), "train.epochs and train.max_steps both say when to stop. Give one of them"
         if self.scheduler == "constant" and self.warmup_ratio > 0:
             yield ("warmup_ratio",), "scheduler constant has no warm-up. Choose constant_with_warmup, or set this to 0"
+
+
+class Guards(Section):
+    """What is watched while training, and what happens then."""
+
+    max_nonfinite: int = Field(
+        default=3,
+        ge=1,
+        description="steps in a row with a loss or gradient that is not finite, each skipped, that end the run",
+    )
+    loss_spike: float = Field(
+        default=6.0,
+        ge=0,
+        description="a loss so many deviations above the running median is reported; 0: never",
+    )
+    router_collapse: Literal["warn", "stop", "off"] = Field(
+        default="warn", description="what happens when a router sends nearly everything to few experts"
+    )
+    min_load_entropy: float = Field(
+        default=0.2, ge=0, le=1, description="a MoE layer has collapsed below this entropy of its load (1: even)"
+    )
+    max_load_share: float = Field(
+        default=0.9, gt=0, le=1, description="a MoE layer has collapsed if one expert gets more than this share"
+    )
+    router_flips: bool = Field(
+        default=True, description="log the share of a probe text's tokens that no longer go to the base's expert"
+    )
+    forgetting: float = Field(
+        default=0.1, ge=0, description="rise of a language's validation loss in nats that is reported; 0: never"
+    )
 
 
 class Hub(Section):
@@ -362,6 +420,7 @@ class Recipe(Section):
     router: Router = Field(default=Router(), description="what happens to the routers")
     data: Data = Field(description="what the model learns from")
     train: Train = Field(default=Train(), description="how long, how fast, in which portions")
+    guards: Guards = Field(default=Guards(), description="what is watched while training")
     hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
     output: Name = Field(description="folder of the run")
 
@@ -381,6 +440,11 @@ class Recipe(Section):
             yield ("router", "mode"), "dora acts on attention and mlp alone. Choose tuned or frozen, or another variant"
         if self.adapter.init == "loftq" and self.base.quantization == "none":
             yield ("adapter", "init"), "loftq starts at the error of a 4-bit base, and this base is not quantised"
+        for key in ("early_stopping", "keep_best"):
+            if getattr(self.train, key) and not self.data.validation:
+                yield ("train", key), "needs validation data to choose by. Set data.validation"
+            elif getattr(self.train, key) and not self.train.eval_every:
+                yield ("train", key), "needs evaluations during the run. Set train.eval_every"
         base = self.base.model
         if self.hub and self.hub.base_id is None and (Path(base).is_dir() or not is_repo_id(base)):
             yield (

@@ -69,7 +69,7 @@ def _shared(
         "use_cpu": device.type == "cpu",
         "dataloader_pin_memory": device.type != "cpu",
         "router_aux_loss_coef": 0.0,
-        "report_to": "none",
+        "report_to": list(train.report_to) or "none",
         "disable_tqdm": False,
         "ddp_find_unused_parameters": False,  # every trained tensor gets a gradient; the first step's check makes sure
         "ddp_broadcast_buffers": False,  # the scales of the 4-bit base are the same in every process

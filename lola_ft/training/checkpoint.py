@@ -48,12 +48,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep: int, best: int | None = None) -> Path:
     """Write `step-N` whole or not at all, then remove what is older than the newest few.
 
     Args:
         fill: Writes the checkpoint's files into the folder that it is given.
         keep: How many stay. Those of later steps do not: they were damaged, or belong to what was left behind.
+        best: The step of one that stays besides.
 
     Raises:
         UserError: It could not be written; every earlier checkpoint is still there.
@@ -69,7 +70,8 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     existing = checkpoints(folder)
     upto = [path for path in existing if step_of(path) <= step]
     for old in [*upto[:-keep], *existing[len(upto) :]]:
-        shutil.rmtree(old, ignore_errors=True)
+        if step_of(old) != best:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 

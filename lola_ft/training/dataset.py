@@ -105,6 +105,11 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     return RunData(train, mixed, validation, template, _hashes(data), _commits(data), bad_rows, duplicates, leaks)
 
 
+def training_examples(data: Data) -> Iterator[Example]:
+    """The rows of the training sources once more, bad ones left out; what is held out is among them."""
+    return read_examples(map(_source, data.sources), BadRows(), data.normalize)
+
+
 def pin(data: Data) -> Data:
     """The data section with the commit in place of each Hub dataset's branch or tag, so that it can be run again."""
     pinned: dict[str, Any] = {"sources": list(map(_pinned, data.sources))}

@@ -57,6 +57,7 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
     device = trainer.args.device
     state = optimizer_bytes(optimizer, numels, device.type == "cuda").state
     counted, metrics = trainer.tokens_seen, {name: list(values) for name, values in trainer._metrics["train"].items()}
+    load_ME = None if trainer.router_load is None else trainer.router_load.counts_ME.clone()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # the loop sets it later
     with untouched_rng():
         inputs = trainer.data_collator(rows)
@@ -69,7 +70,10 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
         finally:
             del room
             trainer.model.zero_grad(set_to_none=True)
+            trainer.forget_micro_batches()
     trainer.tokens_seen, trainer.own_tokens = counted, 0
+    if trainer.router_load is not None and load_ME is not None:
+        trainer.router_load.counts_ME.copy_(load_ME)
     trainer._metrics["train"].clear()
     trainer._metrics["train"].update(metrics)
     return tokens

@@ -1,17 +1,24 @@
-"""What a run writes down while it goes: `metrics.jsonl`, and the loss curve at the end."""
+"""What a run writes down while it goes: `metrics.jsonl`."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from lola_ft.training import processes
+
 _RENAMED = {"train_loss": "mean_loss"}
+_OBJECTS = ("eval_loss_by_language", "router_")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object for each log line to `metrics.jsonl`, readable while the run goes."""
+    """Appends one JSON object for each log line to `metrics.jsonl`, readable while the run goes.
+
+    A number that is not finite is written as null: JSON has no other word for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,46 +29,38 @@ class MetricsFile(TrainerCallback):
         self._last = (self.trainer.tokens_seen, time.perf_counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:  # noqa: ARG002
-        if not state.is_world_process_zero:
-            return
-        line: dict[str, Any] = {"step": state.global_step}
-        line |= {
-            _RENAMED.get(key, key): round(value, 6) for key, value in logs.items() if isinstance(value, int | float)
-        }
+        line: dict[str, Any] = {}
+        for key, value in logs.items():
+            if isinstance(value, int | float):
+                _put(line, _RENAMED.get(key, key), round(value, 6) if math.isfinite(value) else None)
         if "learning_rate" in logs:
             line["learning_rate"] = logs["learning_rate"]
         if "loss" in logs:
             now = (self.trainer.tokens_seen, time.perf_counter())
             line["tokens_per_s"] = round((now[0] - self._last[0]) / max(now[1] - self._last[1], 1e-9), 1)
             line["tokens"] = now[0]
+        self.write(state.global_step, line)
+
+    def write(self, step: int, line: dict[str, Any]) -> None:
+        """Append a line; of several processes the main one does."""
+        if not processes.is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step} | line, ensure_ascii=False) + "\n")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self._last = (self.trainer.tokens_seen, time.perf_counter())  # time of an evaluation is not training time
 
 
+def _put(line: dict[str, Any], key: str, value: float | None) -> None:
+    """`a/b` of languages and layers becomes b within a: one object for all of them."""
+    outer, _, inner = key.partition("/")
+    if inner and outer.startswith(_OBJECTS):
+        line.setdefault(outer, {})[inner] = value
+    else:
+        line[key] = value
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def plot_loss(metrics: list[dict[str, Any]], path: Path, label_of_loss: str = "loss (nats a trained token)") -> None:
-    """Draw training and validation loss over the steps."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
-        points = [(line["step"], line[key]) for line in metrics if key in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.2)
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel(label_of_loss)
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

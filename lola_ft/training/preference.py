@@ -14,6 +14,7 @@ from transformers import Trainer
 from trl import DPOTrainer, KTOTrainer
 
 from lola_ft.training.lora_plus import LoraPlus
+from lola_ft.training.nonfinite import SkipsNonFinite
 from lola_ft.training.resumable import ResumableTrainer
 
 
@@ -33,14 +34,14 @@ class _Judged(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-class DpoTrainer(LoraPlus, ResumableTrainer, _Judged, DPOTrainer):
+class DpoTrainer(SkipsNonFinite, LoraPlus, ResumableTrainer, _Judged, DPOTrainer):
     """Raises the chosen answers' probability over that of the rejected ones (arXiv 2305.18290)."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:  # noqa: ARG002
         return dataset
 
 
-class KtoTrainer(LoraPlus, ResumableTrainer, _Judged, KTOTrainer):
+class KtoTrainer(SkipsNonFinite, LoraPlus, ResumableTrainer, _Judged, KTOTrainer):
     """Raises good answers' probability and lowers that of bad ones (arXiv 2402.01306).
 
     Each micro batch pairs its prompts with its own answers in turn, to estimate how far the model has moved. So the

@@ -100,6 +100,11 @@ def total(number: int) -> int:
     return int(reduce(torch.tensor(int(number), device=PartialState().device), reduction="sum"))
 
 
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of a tensor that each has."""
+    return reduce(tensor, reduction="sum") if count() > 1 else tensor
+
+
 def of_all(value: T) -> list[T]:
     """Every process's value, in the processes' order."""
     return list(gather_object([value])) if count() > 1 else [value]

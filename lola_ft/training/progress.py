@@ -1,20 +1,35 @@
-"""The progress bar: one line with loss and speed in place of a printed dictionary a step."""
+"""The progress bar: one line with loss, speed, time left and memory in place of a printed dictionary a step."""
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from transformers.trainer_callback import ProgressCallback
 
 from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.peak_memory import memory_now
 
 
 class Progress(ProgressCallback):
     """transformers' bar, with the numbers in it; says once what the first step's check found."""
 
-    def __init__(self, check: FirstStepCheck) -> None:
+    def __init__(self, check: FirstStepCheck, tokens: Callable[[], int]) -> None:
+        """Show a run's progress.
+
+        Args:
+            tokens: How many tokens were seen so far.
+        """
         super().__init__()
+        self._tokens = tokens
+        self._last = (0, time.perf_counter())
         self._check = check
         self._said = False
+        self._evaluated: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = (self._tokens(), time.perf_counter())
+        super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not self._said and self._check.summary:
@@ -22,7 +37,19 @@ class Progress(ProgressCallback):
             Console(stderr=True).print(f"\n{self._check.summary}")
         super().on_step_end(args, state, control, **kwargs)
 
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.prediction_bar is not None and eval_dataloader is not self._evaluated:
+            self.prediction_bar.reset(total=len(eval_dataloader))  # another language
+        self._evaluated = eval_dataloader
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:  # noqa: ARG002
         if self.training_bar is not None and "loss" in logs:
-            shown = {key: f"{logs[key]:.3g}" for key in ("loss", "learning_rate", "grad_norm") if key in logs}
+            shown: dict[str, str] = {key: f"{logs[key]:.3g}" for key in ("loss", "learning_rate") if key in logs}
+            now = (self._tokens(), time.perf_counter())
+            speed = (now[0] - self._last[0]) / max(now[1] - self._last[1], 1e-9)
+            self._last = now
+            shown |= {"tokens/s": f"{speed:,.0f}", "memory": memory_now()}
             self.training_bar.set_postfix(shown)

@@ -7,20 +7,30 @@ of losses) is put back when training begins, the random numbers' states after th
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lola_ft.adapters import fitting_layout, save_adapter
 from lola_ft.errors import UserError
 from lola_ft.training import processes
-from lola_ft.training.checkpoint import Checkpoint, write_checkpoint
+from lola_ft.training.best import Best
+from lola_ft.training.checkpoint import PREFIX, Checkpoint, write_checkpoint
 from lola_ft.training.rng import rng_state, set_rng_state, untouched_rng
 from lola_ft.training.run_folder import METRICS_FILE
-from lola_ft.training.state_file import write_state
+from lola_ft.training.state_file import read_state, write_state
 from lola_ft.training.stopping import EvaluationStopped, Stopped, StopRequest
+
+
+class Kept(Protocol):
+    """Something with a state of its own, which decides what the next steps do or write."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class ResumableTrainer(Trainer):
@@ -30,6 +40,9 @@ class ResumableTrainer(Trainer):
         tokens_seen: Tokens of all training batches of all processes, padding left out; counted after each step.
         own_tokens: Those of this process since the last step.
         train_seconds: Time spent in training, that before a resume included.
+        best: Follows the evaluations, if somebody wants to know the best.
+        keep_best: Whether the best evaluation's checkpoint is written and kept.
+        kept: By name, what else has a state that checkpoints hold.
     """
 
     def __init__(
@@ -53,6 +66,9 @@ class ResumableTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.metrics_file = metrics_file
         self.facts = facts or {}
+        self.kept: dict[str, Kept] = {}
+        self.best: Best | None = None
+        self.keep_best = False
         self.tokens_seen = 0
         self.own_tokens = 0
         self._resumed: Checkpoint | None = None
@@ -85,6 +101,13 @@ class ResumableTrainer(Trainer):
             self._save_checkpoint(self.model, None)
             raise Stopped
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation of the loop's own; the best one is worth a checkpoint."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.keep_best and self.best is not None and self.best.step == self.state.global_step:
+            self.control.should_save = True
+        return metrics
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluating draws no random numbers from training, so that it may be done more or less often, or again."""
         with untouched_rng():
@@ -92,7 +115,7 @@ class ResumableTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """No batches after the last step: transformers would do one more on resuming a run that had done them all."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or (self.best is not None and self.best.stopped):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
@@ -103,11 +126,11 @@ class ResumableTrainer(Trainer):
         if step == self._saved_step:
             return
         own = processes.of_all({"rng": rng_state(), "loop": self._loop_state()})
+        best = self.best.step if self.best is not None and self.keep_best else None
 
         def write() -> None:
-            write_checkpoint(
-                Path(self.args.output_dir), step, lambda folder: self._fill(folder, own), self.keep_checkpoints
-            )
+            folder = Path(self.args.output_dir)
+            write_checkpoint(folder, step, lambda partial: self._fill(partial, own), self.keep_checkpoints, best)
 
         processes.on_main(write)
         self._saved_step = step
@@ -132,6 +155,7 @@ class ResumableTrainer(Trainer):
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
             "evaluation_due": self._evaluation_due,
+            "kept": {name: kept.state() for name, kept in self.kept.items()},
         }
 
     def _loop_state(self) -> dict[str, Any]:
@@ -150,11 +174,33 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:  # noqa: ARG002
         """Put the trained weights back, every one of them."""
-        stored, trained = self._of(resume_from_checkpoint).pop("weights"), dict(self._trained())
+        self._put_back(self._of(resume_from_checkpoint).pop("weights"), resume_from_checkpoint)
+
+    def use_best(self) -> int | None:
+        """Put the weights of the best evaluation back, when training is over; returns its step.
+
+        Raises:
+            UserError: Its checkpoint cannot be read.
+        """
+        if self.best is None or not self.keep_best or self.best.step is None:
+            return None
+        if self.best.step != self.state.global_step:
+            folder = Path(self.args.output_dir) / f"{PREFIX}-{self.best.step}"
+            try:
+                stored = read_state(folder)["weights"]
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                raise UserError(
+                    f"{folder}: the best checkpoint cannot be read ({error}). Set train.keep_best: false."
+                ) from error
+            self._put_back(stored, str(folder))
+        return self.best.step
+
+    def _put_back(self, stored: dict[str, Tensor], where: str) -> None:
+        trained = dict(self._trained())
         fits = stored.keys() == trained.keys() and all(stored[name].shape == trained[name].shape for name in stored)
         if not fits:
             raise UserError(
-                f"{resume_from_checkpoint}: this checkpoint holds other weights than the recipe trains. Go on with "
+                f"{where}: this checkpoint holds other weights than the recipe trains. Go on with "
                 "the recipe that the run was started with."
             )
         for name, parameter in trained.items():
@@ -186,6 +232,9 @@ class ResumableTrainer(Trainer):
         if self._resumed is None:
             processes.draw_apart(self.args.seed)
             return
+        for name, state in self._resumed.state.get("kept", {}).items():
+            if name in self.kept:
+                self.kept[name].restore(state)
         loop = self._resumed.state["processes"][processes.index()]["loop"]
         self._tr_loss.fill_(loop["loss"])
         self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]

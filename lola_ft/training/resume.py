@@ -14,7 +14,18 @@ from lola_ft.training import run_folder
 from lola_ft.training.checkpoint import Checkpoint, checkpoints, newest_whole, remove_leftovers
 
 # These do not decide any number that is trained.
-_FREE = ("train.save_every", "train.keep", "train.eval_every", "train.log_every", "train.resume", "hub", "output")
+_FREE = (
+    "train.save_every",
+    "train.keep",
+    "train.eval_every",
+    "train.log_every",
+    "train.resume",
+    "train.report_to",
+    "train.energy",
+    "guards",
+    "hub",
+    "output",
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOTHING = object()
 

@@ -5,19 +5,17 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.adapters import add_adapter, fitting_layout, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
-from lola_ft.environment import hardware, library_versions
+from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
@@ -27,16 +25,23 @@ from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import processes, run_folder
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import training_arguments
+from lola_ft.training.batch_rows import Document, find_rows
+from lola_ft.training.by_language import BY_LANGUAGE, by_language
 from lola_ft.training.checkpoint import Checkpoint
 from lola_ft.training.data_report import print_report
-from lola_ft.training.dataset import RunData, pin, prepare
+from lola_ft.training.dataset import RunData, pin, prepare, training_examples
+from lola_ft.training.energy import EnergyMeter, refuse_without_codecarbon
 from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.guards import add_guards, refuse_unknown_metric
 from lola_ft.training.length import fit_length
 from lola_ft.training.lock import lock_folder
 from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_memory
-from lola_ft.training.metrics import MetricsFile, plot_loss, read_metrics
+from lola_ft.training.manifest import Prepared, manifest_of, timings_of
+from lola_ft.training.metrics import MetricsFile, read_metrics
+from lola_ft.training.peak_memory import PeakMemory
 from lola_ft.training.plan import advice
-from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.plots import plot_run
+from lola_ft.training.precision import choose_precision
 from lola_ft.training.preference import DpoTrainer, KtoTrainer
 from lola_ft.training.progress import Progress
 from lola_ft.training.resumable import ResumableTrainer
@@ -49,25 +54,13 @@ from lola_ft.training.resume import (
     rewind_metrics,
     with_stored_commits,
 )
+from lola_ft.training.routing_results import routing_results
 from lola_ft.training.state_file import read_state
 from lola_ft.training.steps import estimate_steps
 from lola_ft.training.stopping import Stopped, StopRequest
+from lola_ft.training.trackers import refuse_missing_trackers
 from lola_ft.training.trainables import count_trainable, trainable_table
 from lola_ft.training.trainer import LolaTrainer
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that must be right before the first byte is written."""
-
-    recipe: Recipe
-    device: torch.device
-    precision: Precision
-    tokenizer: PreTrainedTokenizerFast
-    data: RunData
-    model: PeftModel
-    audit: dict[str, dict[str, int]]
-    trained: dict[str, tuple[int, int]]
 
 
 def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_changed: Sequence[str] = ()) -> Path:
@@ -104,11 +97,14 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         text = render_recipe(prepared.recipe)
         processes.on_main(lambda: write_text(output / run_folder.RECIPE_FILE, text))
         prepare_s = time.perf_counter() - began
-        trainer, results = _fit(prepared, output, checkpoint, stop, console)
-        results["prepare_s"] = round(prepare_s, 1)
-        if checkpoint:
-            results["resumed_from_step"] = checkpoint.step
-        processes.on_main(lambda: _finish(prepared, trainer, output, results))
+        memory = PeakMemory()
+        trainer, results = _fit(prepared, output, checkpoint, stop, console, memory)
+        resumed_from = checkpoint.step if checkpoint else None
+        timings = timings_of(prepare_s, trainer.train_seconds, trainer.tokens_seen, resumed_from)
+        measured = {"timings": timings, "memory": memory.as_dict()}
+        if isinstance(meter := trainer.kept.get("energy"), EnergyMeter):
+            measured["energy"] = meter.as_dict()
+        processes.on_main(lambda: _finish(prepared, trainer, output, results, measured))
         processes.leave()
     console.print(f"Done. The adapter is in {output / run_folder.ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
@@ -197,6 +193,9 @@ def _prepare(
     earlier: EarlierRun | None = None,
     allow_changed: Sequence[str] = (),
 ) -> Prepared:
+    refuse_missing_trackers(recipe.train.report_to)
+    if recipe.train.energy:
+        refuse_without_codecarbon(recipe.train.energy.country)
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)
@@ -209,6 +208,7 @@ def _prepare(
     if earlier:
         refuse_changes(recipe, earlier.recipe, earlier.folder, allow_changed)
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
+    refuse_unknown_metric(recipe.train, data)
     print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
@@ -226,12 +226,17 @@ def _prepare(
 
 
 def _fit(
-    prepared: Prepared, output: Path, checkpoint: Checkpoint | None, stop: StopRequest, console: Console
-) -> tuple[ResumableTrainer, dict[str, Any]]:
+    prepared: Prepared,
+    output: Path,
+    checkpoint: Checkpoint | None,
+    stop: StopRequest,
+    console: Console,
+    memory: PeakMemory,
+) -> tuple[LolaTrainer | DpoTrainer | KtoTrainer, dict[str, Any]]:
     recipe, data = prepared.recipe, prepared.data
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
-    kind, own_settings = _trainer_of(recipe)
+    kind, own_settings = _trainer_of(prepared)
     trainer = kind(
         model=prepared.model,
         args=training_arguments(
@@ -243,38 +248,66 @@ def _fit(
             evaluate=data.validation is not None,
         ),
         train_dataset=data.mix.dataset,
-        eval_dataset=data.validation.dataset if data.validation else None,
+        eval_dataset=_validation(recipe, data),
         processing_class=prepared.tokenizer,
-        callbacks=[metrics, check],
+        callbacks=[metrics, check, memory],
         **own_settings,
         lora_plus_ratio=recipe.train.lora_plus_ratio,
         stop=stop,
         keep_checkpoints=recipe.train.keep,
+        max_nonfinite=recipe.guards.max_nonfinite,
         metrics_file=metrics.path,
         facts=_facts(prepared),
     )
     metrics.trainer = trainer
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(check))
-    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
+    trainer.add_callback(Progress(check, lambda: trainer.tokens_seen))
+    if recipe.train.energy and processes.is_main():
+        trainer.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, lambda: trainer.tokens_seen)
+        trainer.add_callback(meter)
+    add_guards(trainer, recipe.guards, recipe.train, metrics)
+    if isinstance(trainer, LolaTrainer):
+        trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
     console.print(_packing_line(trainer, data))
     with explained_out_of_memory(lambda: advice(recipe, prepared.model.config)):
         try:
-            outcome = trainer.train_from(checkpoint)
+            trainer.train_from(checkpoint)
         except Stopped:
-            console.print(f"Stopped after step {trainer.state.global_step}, saved. Go on with --resume.")
+            step = trainer.state.global_step
+            console.print(
+                f"Stopped {f'after step {step}, saved' if step else 'before the first step'}. Go on with --resume."
+            )
             raise
-        results = {"steps": trainer.state.global_step, "mean_loss": outcome.training_loss}
+        results = {"steps": trainer.state.global_step, "mean_loss": trainer.mean_loss}
+        if trainer.skipped.total:
+            results["skipped_steps"] = trainer.skipped.total
+        if (best := trainer.use_best()) is not None:
+            results["best_step"] = best
+            console.print(f"The adapter is that of step {best}, the best evaluation.")
         if data.validation:
-            results["eval_loss"] = trainer.evaluate()["eval_loss"]
-    results |= {"tokens": trainer.tokens_seen, "train_s": round(trainer.train_seconds, 1)}
+            results |= _of_evaluation(trainer.evaluate())
+    results["tokens"] = trainer.tokens_seen
     return trainer, results
 
 
-def _finish(prepared: Prepared, trainer: ResumableTrainer, output: Path, results: dict[str, Any]) -> None:
-    """Write the adapter with tokenizer and template, the manifest, the plot and the card."""
-    recipe, model = prepared.recipe, trainer.accelerator.unwrap_model(trainer.model)
+def _rows_of(documents: list[Document], prepared: Prepared) -> list[str]:
+    data = prepared.recipe.data
+    examples = training_examples(data)
+    return find_rows(documents, examples, prepared.tokenizer, prepared.data.template, data.max_length, data.overlong)
+
+
+def _of_evaluation(metrics: dict[str, float]) -> dict[str, Any]:
+    """What of the last evaluation belongs to the results."""
+    losses = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{BY_LANGUAGE}/")}
+    return {"eval_loss": metrics["eval_loss"]} | ({BY_LANGUAGE: losses} if losses else {})
+
+
+def _finish(
+    prepared: Prepared, trainer: ResumableTrainer, output: Path, results: dict[str, Any], measured: dict[str, Any]
+) -> None:
+    """Write the adapter with tokenizer and template, the manifest, the plots and the card."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     base = model.get_base_model()
 
     def write_companions(folder: Path) -> None:
@@ -282,36 +315,35 @@ def _finish(prepared: Prepared, trainer: ResumableTrainer, output: Path, results
         (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
 
     save_adapter(model, output / run_folder.ADAPTER_FOLDER, fitting_layout(model), also=write_companions)
-    manifest = {
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": library_versions(),
-        "hardware": hardware() | {"processes": processes.count()},
-        "base": {
-            "id": base.base_id,
-            "fingerprint": base.base_fingerprint,
-            "dtype": str(prepared.precision.dtype).removeprefix("torch."),
-            "parts": prepared.audit,
-        },
-        "trained": {
-            group: {"tensors": tensors, "parameters": parameters}
-            for group, (tensors, parameters) in prepared.trained.items()
-        },
-        "data": prepared.data.as_dict(),
-        "results": results,
-    }
+    metrics = read_metrics(output / run_folder.METRICS_FILE)
+    if routing := routing_results(metrics):
+        results["routing"] = routing
+    manifest = manifest_of(prepared, base, results, measured)
     run_folder.write_manifest(output, manifest)
-    label = {} if recipe.objective == "sft" else {"label_of_loss": f"loss ({recipe.objective})"}
-    plot_loss(read_metrics(output / run_folder.METRICS_FILE), output / run_folder.LOSS_PLOT, **label)
+    objective = prepared.recipe.objective
+    plot_run(metrics, output, *([] if objective == "sft" else [objective]))
     run_folder.write_card(output, manifest)
 
 
-def _trainer_of(recipe: Recipe) -> tuple[type[ResumableTrainer], dict[str, Any]]:
+def _trainer_of(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
     """The objective's trainer, and what it alone takes."""
+    recipe = prepared.recipe
     if recipe.objective == "dpo":
         return DpoTrainer, {}
     if recipe.objective == "kto":
         return KtoTrainer, {}
-    return LolaTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
+    return LolaTrainer, {
+        "aux_loss_coef": recipe.router.aux_loss,
+        "z_loss_coef": recipe.router.z_loss,
+        "name_rows": lambda documents: _rows_of(documents, prepared),
+    }
+
+
+def _validation(recipe: Recipe, data: RunData) -> Any:
+    """What is evaluated: each language by itself, but preferences all together."""
+    if data.validation is None or recipe.objective != "sft":
+        return data.validation.dataset if data.validation else None
+    return by_language(data.validation.dataset, data.validation.languages)
 
 
 def _packing_line(trainer: ResumableTrainer, data: RunData) -> str:

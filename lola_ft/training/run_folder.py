@@ -10,7 +10,7 @@ from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training.lock import LOCK_FILE, is_locked
 
-RECIPE_FILE, MANIFEST_FILE, METRICS_FILE, LOSS_PLOT = "recipe.yaml", "manifest.json", "metrics.jsonl", "loss.png"
+RECIPE_FILE, MANIFEST_FILE, METRICS_FILE = "recipe.yaml", "manifest.json", "metrics.jsonl"
 ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CARD_FILE = "adapter", "checkpoints", "README.md"
 
 

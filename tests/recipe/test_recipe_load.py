@@ -160,7 +160,7 @@ def test_overrides_leave_the_files_data_alone() -> None:
 
 def test_the_schema_is_also_json_schema() -> None:
     properties = Recipe.model_json_schema()["properties"]
-    assert list(properties) == ["objective", "base", "adapter", "router", "data", "train", "hub", "output"]
+    assert list(properties) == ["objective", "base", "adapter", "router", "data", "train", "guards", "hub", "output"]
 
 
 def test_overriding_max_steps_takes_the_place_of_the_files_epochs(tmp_path: Path) -> None:
@@ -209,6 +209,8 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
         "max_steps",
         "beta",
         "loss_type",
+        "early_stopping",
+        "energy",
     }
 
 
@@ -280,7 +282,7 @@ def test_every_key_is_described() -> None:
 
 def test_every_section_is_closed_frozen_and_strict() -> None:
     sections = [*Section.__subclasses__(), *GroupLora.__subclasses__()]
-    assert len(sections) == 10
+    assert len(sections) == 13
     for section in sections:
         config = section.model_config
         assert (config["extra"], config["frozen"], config["strict"]) == ("forbid", True, True)

@@ -65,7 +65,7 @@ def test_run_learns_and_logs_every_step(run: Path) -> None:
     assert losses[-1] < 0.75 * losses[0]
     step = next(line for line in lines if "loss" in line)
     assert {"step", "loss", "learning_rate", "tokens_per_s", "grad_norm", "aux_loss", "z_loss", "tokens"} <= set(step)
-    assert [line["step"] for line in lines if "eval_loss" in line][:2] == [6, 12]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6, 12, 12]
 
 
 def test_run_folder_is_complete(run: Path) -> None:
@@ -77,6 +77,8 @@ def test_run_folder_is_complete(run: Path) -> None:
         "manifest.json",
         "metrics.jsonl",
         "loss.png",
+        "languages.png",
+        "routing.png",
         "README.md",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

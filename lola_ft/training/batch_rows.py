@@ -1,0 +1,76 @@
+"""From which rows the sequences of a batch come: they are found again by their tokens.
+
+Nothing is carried along for this while training, however the rows are packed, mixed and repeated; naming them reads
+the sources once more, when a run is over anyway.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from lola_ft.data import Example, Template, encode
+from lola_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Document = tuple[int, ...]
+"""Token ids of one sequence of a batch."""
+
+_BATCH = 500
+
+
+def documents_of(inputs: dict[str, Any]) -> list[Document]:
+    """The sequences of a batch, packed or padded, without padding; each once."""
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    documents = list[Document]()
+    for row, ids in enumerate(inputs["input_ids"].tolist()):
+        real = [True] * len(ids) if mask is None else mask[row].bool().tolist()
+        starts = [place == 0 for place in range(len(ids))] if positions is None else (positions[row] == 0).tolist()
+        document = list[int]()
+        for token, is_real, starts_here in zip(ids, real, starts, strict=True):
+            if starts_here or not is_real:
+                documents.append(tuple(document))
+                document = []
+            if is_real:
+                document.append(token)
+        documents.append(tuple(document))
+    return list(dict.fromkeys(document for document in documents if document))
+
+
+def find_rows(
+    documents: list[Document],
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    max_length: int,
+    overlong: str,
+) -> list[str]:
+    """The places (`file:line`) of the first row that became each sequence, in the sequences' order.
+
+    Args:
+        examples: What training read; the rest as for `encode`.
+    """
+    places: dict[Document, str] = {}
+    wanted = set(documents)
+
+    def encoded(rows: list[Example]) -> set[Document]:
+        try:
+            return set(map(tuple, encode(rows, tokenizer, template, max_length, overlong).dataset["input_ids"]))
+        except DataError:  # none of these rows is kept
+            return set()
+
+    for batch in _batches(examples):
+        if encoded(batch) & (wanted - places.keys()):
+            for example in batch:
+                for document in encoded([example]) & (wanted - places.keys()):
+                    places[document] = example.where
+        if len(places) == len(wanted):
+            break
+    return [places[document] for document in documents if document in places]
+
+
+def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    iterator = iter(examples)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch

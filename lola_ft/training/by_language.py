@@ -1,0 +1,75 @@
+"""Evaluation by language: one loss for each, and their mean over all trained tokens.
+
+Each language's rows are evaluated apart, so that no batch and no packed row holds two. Losses are sums over tokens,
+divided at the end: they do not depend on how rows are packed or put into batches.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
+
+from lola_ft.training.rng import untouched_rng
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+BY_LANGUAGE = "eval_loss_by_language"
+
+
+class EvaluatesLanguages(Trainer):
+    """Goes in front of a trainer class whose `eval_dataset` is a dictionary of datasets by language code."""
+
+    control: Any
+    _sums = torch.zeros(2)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if args or kwargs.get("eval_dataset") is not None or not isinstance(self.eval_dataset, dict):
+            return super().evaluate(*args, **kwargs)
+        with untouched_rng():
+            return self._evaluate_languages(self.eval_dataset)
+
+    def _evaluate_languages(self, datasets: "dict[str, Dataset]") -> dict[str, float]:
+        began, rows, batches = time.time(), 0, 0
+        sums: dict[str, Tensor] = {}
+        for code, dataset in datasets.items():
+            self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            loader = self.get_eval_dataloader(code)
+            self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True)
+            sums[code] = self.accelerator.reduce(self._sums, reduction="sum")
+            rows, batches = rows + len(dataset), batches + len(loader)
+        losses = {code: (total / labels.clamp(min=1)).item() for code, (total, labels) in sums.items()}
+        total, labels = torch.stack(list(sums.values())).sum(dim=0)
+        metrics = {"eval_loss": (total / labels.clamp(min=1)).item()}
+        metrics |= {f"{BY_LANGUAGE}/{code}": loss for code, loss in losses.items()}
+        metrics |= speed_metrics("eval", began, num_samples=rows, num_steps=batches)
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            total = self.compute_loss(model, inputs, num_items_in_batch=torch.ones((), device=self.args.device))
+        labels = (inputs["labels"][:, 1:] != -100).sum()
+        self._sums += torch.stack([total.double(), labels.double()])
+        return total / labels.clamp(min=1), None, None
+
+
+def by_language(dataset: "Dataset", languages: list[str]) -> "dict[str, Dataset]":
+    """A dataset's rows by language code, in alphabetical order of the codes."""
+    places: dict[str, list[int]] = {}
+    for place, code in enumerate(languages):
+        places.setdefault(code, []).append(place)
+    return {code: dataset.select(places[code]) for code in sorted(places)}
