@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 the user's input is wrong, 130 stopped by Ctrl-C, 1 a bug.
 """
 
+import os
 import sys
 import time
 import warnings
@@ -54,7 +55,7 @@ def train(
         folder = run(loaded, dry_run, resume, allow_changed or [])
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    if hub and not dry_run:
+    if hub and not dry_run and os.environ.get("RANK", "0") == "0":
         publish_run(folder, hub.repo, hub.private, hub.layout, hub.base_id)
 
 
@@ -427,7 +428,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="lola-ft")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):  # of several processes the first alone
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

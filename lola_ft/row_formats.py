@@ -7,5 +7,7 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "classification": ("text", "text_pair", "label"),
     "translation": ("source", "target", "source_language", "target_language"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
 }
 """The fields of each format by their standard names."""

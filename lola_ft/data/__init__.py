@@ -3,6 +3,7 @@
 from lola_ft.data.bad_rows import BadRows
 from lola_ft.data.duplicates import LeakCheck, without_duplicates
 from lola_ft.data.encoding import Encoded, encode, encode_texts
+from lola_ft.data.encoding_judged import encode_judged
 from lola_ft.data.example import Example
 from lola_ft.data.formats import read_examples, to_example
 from lola_ft.data.hub_rows import commit_of
@@ -27,6 +28,7 @@ __all__ = [
     "Template",
     "commit_of",
     "encode",
+    "encode_judged",
     "encode_texts",
     "files_of",
     "hold_out",

@@ -87,7 +87,7 @@ def encode(
     report, shortest = EncodingReport(), list[int]()
     encoder = Encoder(tokenizer, template, max_length, overlong)
     with TableSink(file) as sink:
-        for batch in in_order(encoder, _batches(examples), workers):
+        for batch in in_order(encoder, batches(examples), workers):
             report.add(batch.report)
             shortest.append(batch.shortest)
             sink.write(batch.table)
@@ -141,7 +141,7 @@ class Encoder:
 def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
     """Encoded rows from their columns, in memory or mapped."""
     languages = [sys.intern(code) for code in table["language"].to_pylist()]
-    return Encoded(_dataset(table.drop_columns("language")), languages, report)
+    return Encoded(dataset_of(table.drop_columns("language")), languages, report)
 
 
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -186,7 +186,8 @@ def _joined(exchanges: list[tuple[list[int], list[int]]]) -> Sequence:
     return Sequence(ids, [MASKED, *labels[1:]])
 
 
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples in portions that fit into memory as text."""
     iterator = iter(examples)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
@@ -215,8 +216,13 @@ def _drop(_row: TokenizedRow, _max_length: int, counts: Counts) -> list[Sequence
 
 
 def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequence]:
-    raise DataError(
-        f"{row.example.where}: {row.length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
+    raise too_long(row.example, row.length, max_length)
+
+
+def too_long(example: Example, length: int, max_length: int) -> DataError:
+    """The error for a row over the limit, where that is an error."""
+    return DataError(
+        f"{example.where}: {length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
         "data.max_length, or set data.overlong to drop or truncate."
     )
 
@@ -282,7 +288,7 @@ def _arrow(sequences: list[Sequence], languages: list[str]) -> "pyarrow.Table":
     return pyarrow.table(columns)
 
 
-def _dataset(table: "pyarrow.Table") -> "Dataset":
+def dataset_of(table: "pyarrow.Table") -> "Dataset":
     """A dataset over a table; the same rows get the same fingerprint.
 
     Mapped or not, `datasets` takes it for a table in memory, so that what it derives leaves no files.

@@ -25,6 +25,10 @@ class Example:
     where: str
     earlier: tuple[Exchange, ...] = ()
     """The exchanges of a conversation before the last one; their answers are learned too."""
+    rejected: str | None = None
+    """The answer that `completion` was preferred to."""
+    desirable: bool | None = None
+    """Whether the completion was judged good, where it was judged by itself."""
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
@@ -44,7 +48,9 @@ class Example:
     @property
     def identity(self) -> str:
         """What the row says: equal for two rows that ask and answer the same, and for no others."""
-        return f"{len(self.request)}\n{self.request}\n{self.completion}"
+        said = f"{len(self.request)}\n{self.request}\n{self.completion}"
+        judged = "" if self.rejected is None else f"\n{len(self.completion)}\n{self.rejected}"
+        return said + judged + ("" if self.desirable is None else f"\n{self.desirable}")
 
 
 def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:

@@ -99,6 +99,8 @@ _ALSO_CALLED = {
     "input": ("input", "context"),
     "output": ("output", "answer", "response", "completion", "target", "reply"),
     "prompt": ("prompt", "question", "instruct", "query", "source", "input"),
+    "chosen": ("chosen", "preferred", "winner", "better", "positive", "accepted"),
+    "rejected": ("reject", "dispreferred", "loser", "worse", "negative"),
     "completion": ("completion", "answer", "response", "output", "target", "reply"),
     "text": ("text", "content", "document", "sentence", "premise", "review"),
     "messages": ("messages", "conversation", "dialog", "chat", "turns"),

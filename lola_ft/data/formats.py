@@ -2,12 +2,13 @@
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lola_ft.data.bad_rows import BadRows
 from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields, text_field
+from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
 from lola_ft.data.rows import BadRow, Row
 from lola_ft.data.sources import Source, scan_rows
 from lola_ft.data.tasks import read_classification, read_translation, translation_language
@@ -53,14 +54,20 @@ def to_example(row: Row, source: Source) -> Example:
         DataError: A field is missing, empty, or not what the format needs.
     """
     *earlier, (prompt, completion) = FORMATS[source.format].read(row, source)
-    return Example(prompt, completion, _language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
+    example = Example(prompt, completion, _language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
+    if source.format == "preference":
+        return replace(example, rejected=read_rejected(row, source))
+    if source.format == "unpaired_preference":
+        return replace(example, desirable=read_label(row, source))
+    return example
 
 
 def composed(example: Example) -> Example:
     """The example with every text in Unicode's form C."""
     earlier = tuple((_composed(fields), _nfc(answer)) for fields, answer in example.earlier)
     prompt = None if example.prompt is None else _composed(example.prompt)
-    return Example(prompt, _nfc(example.completion), example.language, example.where, earlier)
+    rejected = None if example.rejected is None else _nfc(example.rejected)
+    return replace(example, prompt=prompt, completion=_nfc(example.completion), earlier=earlier, rejected=rejected)
 
 
 def _composed(fields: Fields) -> Fields:
@@ -105,6 +112,8 @@ _READERS: dict[str, Reader] = {
     "messages": read_conversation,
     "classification": lambda row, source: [read_classification(row, source)],
     "translation": lambda row, source: [read_translation(row, source)],
+    "preference": read_chosen,
+    "unpaired_preference": read_answer,
 }
 FORMATS = {name: Format(FORMAT_FIELDS[name], read) for name, read in _READERS.items()}
 

@@ -2,7 +2,39 @@
 
 from typing import Literal
 
-Format = Literal["alpaca", "prompt_completion", "text", "messages", "classification", "translation"]
+Format = Literal[
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "messages",
+    "classification",
+    "translation",
+    "preference",
+    "unpaired_preference",
+]
+
+OBJECTIVE_FORMATS: dict[str, str] = {"dpo": "preference", "kto": "unpaired_preference"}
+"""The format that an objective learns from; sft learns from all others."""
+
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        "sigmoid",
+        "hinge",
+        "ipo",
+        "nca_pair",
+        "sppo_hard",
+        "aot",
+        "aot_unpaired",
+        "apo_zero",
+        "apo_down",
+        "discopop",
+        "sigmoid_norm",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""TRL's loss types that need no setting of their own, its default first."""
+
+PREFERENCE_LOSS_TYPES = tuple(name for names in PREFERENCE_LOSSES.values() for name in names)
 
 INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "text_pair", "labels"),

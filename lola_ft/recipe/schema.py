@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from lola_ft.recipe import unsupported
+from lola_ft.recipe import preference, unsupported
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, SCHEDULERS, Format
+from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
 from lola_ft.row_formats import FORMAT_FIELDS
 
@@ -334,6 +334,12 @@ class Train(Section):
     )
     energy: Energy | None = Field(default=None, description="estimate energy and emissions with codecarbon")
     log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    beta: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="dpo and kto: how strongly the model is held to the base (0.1)"
+    )
+    loss_type: Literal[PREFERENCE_LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
+        default=None, description="dpo: sigmoid, hinge, ipo, ...; kto: kto or apo_zero_unpaired"
+    )
     resume: Literal["never", "auto"] = Field(
         default="never", description="auto: go on with an unfinished run of the same recipe in the output folder"
     )
@@ -400,6 +406,9 @@ class Hub(Section):
 class Recipe(Section):
     """Everything a run needs to know."""
 
+    objective: Literal["sft", "dpo", "kto"] = Field(
+        default="sft", description="what is learned: answers, which of two is better, or which are good"
+    )
     base: Base = Field(description="the model that is fine-tuned")
     adapter: Adapter = Field(default=Adapter(), description="which weights get LoRA")
     router: Router = Field(default=Router(), description="what happens to the routers")
@@ -408,6 +417,11 @@ class Recipe(Section):
     guards: Guards = Field(default=Guards(), description="what is watched while training")
     hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
     output: Name = Field(description="folder of the run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_preference(cls, given: Any) -> Any:
+        return preference.with_defaults(given)
 
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
@@ -431,4 +445,5 @@ class Recipe(Section):
                 ("hub", "base_id"),
                 f"the base is a folder of this machine ({base}), which nobody else has. Give its Hub id, owner/name",
             )
+        yield from preference.problems(self.model_dump())
         yield from unsupported.find(self.model_dump())

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lola_ft.training import processes
 from lola_ft.training.metrics import MetricsFile
 
 
@@ -24,7 +25,9 @@ class Alarm:
         if begins:
             self.on.add(what)
             self._metrics.write(step, {"warning": self.kind, "message": text})
-            Console(stderr=True).print(f"\nStep {step}: {text}", markup=False, highlight=False, soft_wrap=True)
+            Console(stderr=True, quiet=not processes.is_main()).print(
+                f"\nStep {step}: {text}", markup=False, highlight=False, soft_wrap=True
+            )
         elif not happens:
             self.on.discard(what)
         return begins

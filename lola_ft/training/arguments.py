@@ -1,58 +1,76 @@
 """A recipe's training section as TRL's arguments."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl import DPOConfig, KTOConfig, SFTConfig
 
-from lola_ft.recipe.schema import Data, Train
+from lola_ft.recipe import Recipe
+from lola_ft.recipe.schema import Train
 from lola_ft.training.precision import Precision
 
 # Names of ours that transformers spells differently; every other name is transformers' own.
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 
-def sft_config(
-    train: Train, data: Data, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
-) -> SFTConfig:
-    """TRL's arguments.
+def training_arguments(
+    recipe: Recipe, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
+) -> SFTConfig | DPOConfig | KTOConfig:
+    """TRL's arguments for the recipe's objective.
 
     Args:
         steps: Optimiser steps of the whole run, to turn the warm-up share into steps.
         evaluate: Whether there is validation data.
     """
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
-        per_device_train_batch_size=train.micro_batch_size,
-        per_device_eval_batch_size=train.micro_batch_size,
-        gradient_accumulation_steps=train.grad_accum_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.scheduler,
-        warmup_steps=round(train.warmup_ratio * steps),
-        optim=_OPTIMIZERS.get(train.optimizer, train.optimizer),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=train.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if train.save_every else "no",
-        save_steps=train.save_every or 500,
-        eval_strategy="steps" if evaluate and train.eval_every else "no",
-        eval_steps=train.eval_every or None,
-        seed=train.seed,
-        data_seed=train.seed,
-        bf16=precision.bf16,
-        fp16=precision.fp16,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-        max_length=data.max_length,
-        packing=data.packing,
-        packing_strategy="bfd",
-        router_aux_loss_coef=0.0,
-        report_to=list(train.report_to) or "none",
-        disable_tqdm=False,
-    )
+    train, data = recipe.train, recipe.data
+    shared = _shared(train, checkpoints, precision, device, steps, evaluate) | {"max_length": data.max_length}
+    config: SFTConfig | DPOConfig | KTOConfig
+    if recipe.objective == "dpo":
+        config = DPOConfig(**shared, beta=train.beta, loss_type=[train.loss_type])
+    elif recipe.objective == "kto":
+        config = KTOConfig(**shared, beta=train.beta, loss_type=train.loss_type, train_sampling_strategy="sequential")
+    else:
+        config = SFTConfig(**shared, packing=data.packing, packing_strategy="bfd")
+    config._n_gpu = min(config.n_gpu, 1)  # one process computes on one GPU; several are a launcher's affair
+    return config
+
+
+def _shared(
+    train: Train, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
+) -> dict[str, Any]:
+    """What does not depend on the objective."""
+    return {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": train.micro_batch_size,
+        "per_device_eval_batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": train.grad_accum_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": round(train.warmup_ratio * steps),
+        "optim": _OPTIMIZERS.get(train.optimizer, train.optimizer),
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_steps": train.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps" if train.save_every else "no",
+        "save_steps": train.save_every or 500,
+        "eval_strategy": "steps" if evaluate and train.eval_every else "no",
+        "eval_steps": train.eval_every or None,
+        "seed": train.seed,
+        "data_seed": train.seed,
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type != "cpu",
+        "router_aux_loss_coef": 0.0,
+        "report_to": list(train.report_to) or "none",
+        "disable_tqdm": False,
+        "ddp_find_unused_parameters": False,  # every trained tensor gets a gradient; the first step's check makes sure
+        "ddp_broadcast_buffers": False,  # the scales of the 4-bit base are the same in every process
+    }

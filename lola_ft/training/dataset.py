@@ -25,6 +25,7 @@ from lola_ft.data import (
     Template,
     commit_of,
     encode,
+    encode_judged,
     files_of,
     hold_out,
     mix,
@@ -34,6 +35,7 @@ from lola_ft.data import (
 from lola_ft.data.encoded_cache import Damaged, StoredRows, find_entry, keep, key_of, new_folder, table_file
 from lola_ft.data.parallel import usable_cores
 from lola_ft.environment import version_of
+from lola_ft.recipe.names import OBJECTIVE_FORMATS
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
 
@@ -92,7 +94,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     """
     template = Template.load(data.template)
     hashes = _hashes(data)
-    key = rows_key(data, tokenizer, template, hashes, seed)
+    key = None if _judged(data) else rows_key(data, tokenizer, template, hashes, seed)
     stored, note = (None, "") if key is None else _find(key)
     if stored is None:
         stored = _encode(data, tokenizer, template, seed, key)
@@ -104,6 +106,11 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     return RunData(
         stored.train, mixed, stored.validation, template, hashes, _commits(data), bad_rows, duplicates, leaks, note
     )
+
+
+def _judged(data: Data) -> bool:
+    """Whether the rows are judged answers; these are few and are encoded in memory, every time."""
+    return data.sources[0].format in OBJECTIVE_FORMATS.values()
 
 
 def _find(key: str) -> tuple[StoredRows | None, str]:
@@ -128,6 +135,8 @@ def _encode(
     with new_folder() as (folder, keepable), shown_progress() as progress:
 
         def encoded(examples: Iterable[Example], side: str) -> Encoded:
+            if _judged(data):
+                return encode_judged(examples, tokenizer, template, data.max_length, data.overlong)
             file = table_file(folder, side)
             return encode(examples, tokenizer, template, data.max_length, data.overlong, file, workers, progress)
 

@@ -11,13 +11,18 @@ from lola_ft.training.dataset import RunData
 from lola_ft.training.forgetting import Forgetting
 from lola_ft.training.loss_spike import LossSpike
 from lola_ft.training.metrics import MetricsFile
+from lola_ft.training.preference import DpoTrainer, KtoTrainer
 from lola_ft.training.router_load import RouterCollapse, RouterLoad
 from lola_ft.training.router_probe import RouterProbe
 from lola_ft.training.trainer import LolaTrainer
 
 
-def add_guards(trainer: LolaTrainer, guards: Guards, train: Train, metrics: MetricsFile) -> None:
+def add_guards(
+    trainer: LolaTrainer | DpoTrainer | KtoTrainer, guards: Guards, train: Train, metrics: MetricsFile
+) -> None:
     """Put on what the recipe asks for. The order matters: the metrics' line is written before a guard speaks of it.
+
+    What looks at tokens of one kind (routers, languages) is for text and answers, not for preferences.
 
     Args:
         trainer: With its adapter as it is before the first step.
@@ -30,29 +35,28 @@ def add_guards(trainer: LolaTrainer, guards: Guards, train: Train, metrics: Metr
     def alarm(kind: str) -> Alarm:
         return Alarm(kind, metrics)
 
-    model = trainer.model
     if guards.loss_spike:
         add("loss_spike", LossSpike(guards.loss_spike, alarm("loss_spike")))
-    routed = hasattr(model.config, "num_experts")  # a dense baseline has no routers to guard
-    if routed and guards.router_collapse != "off":
-        trainer.router_load = trainer.kept["router_load"] = RouterLoad(model)
-        collapse = RouterCollapse(
-            guards.min_load_entropy,
-            guards.max_load_share,
-            model.config.num_experts,
-            guards.router_collapse == "stop",
-            alarm("router_collapse"),
-        )
-        add("router_collapse", collapse)
-    if routed and guards.router_flips:
-        trainer.router_probe = RouterProbe(model, trainer.processing_class)
-    if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
-        add("forgetting", Forgetting(trainer, guards.forgetting, alarm("forgetting")))
+    routed = hasattr(trainer.model.config, "num_experts")  # a dense baseline has no routers to guard
+    if isinstance(trainer, LolaTrainer):
+        if routed and guards.router_collapse != "off":
+            add("router_collapse", _watch_load(trainer, guards, alarm("router_collapse")))
+        if routed and guards.router_flips:
+            trainer.router_probe = RouterProbe(trainer.model, trainer.processing_class)
+        if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
+            add("forgetting", Forgetting(trainer, guards.forgetting, alarm("forgetting")))
     if train.early_stopping or train.keep_best:
         stopping = train.early_stopping
         best = Best(stopping.metric, stopping.patience, stopping.min_delta) if stopping else Best()
         trainer.best, trainer.keep_best = best, train.keep_best
         add("best", best)
+
+
+def _watch_load(trainer: LolaTrainer, guards: Guards, alarm: Alarm) -> RouterCollapse:
+    """Count from now on where tokens go; returns who looks at the counts."""
+    trainer.router_load = trainer.kept["router_load"] = RouterLoad(trainer.model)
+    stop, num_experts = guards.router_collapse == "stop", trainer.model.config.num_experts
+    return RouterCollapse(guards.min_load_entropy, guards.max_load_share, num_experts, stop, alarm)
 
 
 def refuse_unknown_metric(train: Train, data: RunData) -> None:

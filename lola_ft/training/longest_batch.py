@@ -71,7 +71,7 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
             del room
             trainer.model.zero_grad(set_to_none=True)
             trainer.forget_micro_batches()
-    trainer.tokens_seen = counted
+    trainer.tokens_seen, trainer.own_tokens = counted, 0
     if trainer.router_load is not None and load_ME is not None:
         trainer.router_load.counts_ME.copy_(load_ME)
     trainer._metrics["train"].clear()

@@ -12,6 +12,7 @@ from lola_ft.baseline.families import FAMILY_KEY
 from lola_ft.environment import hardware, library_versions
 from lola_ft.recipe import Recipe
 from lola_ft.repo_id import is_repo_id
+from lola_ft.training import processes
 from lola_ft.training.dataset import RunData
 from lola_ft.training.precision import Precision
 from lola_ft.training.working_copy import git_state
@@ -49,7 +50,7 @@ def manifest_of(
         "recipe": recipe.model_dump(mode="json"),
         "code": git_state(),
         "versions": library_versions(),
-        "hardware": hardware(),
+        "hardware": hardware() | {"processes": processes.count()},
         "seeds": {"train": recipe.train.seed, "data": recipe.train.seed},
         "base": {
             "id": base.base_id,

@@ -8,7 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lola_ft.training import processes
+
 _RENAMED = {"train_loss": "mean_loss"}
+_OBJECTS = ("eval_loss_by_language", "router_")
 
 
 class MetricsFile(TrainerCallback):
@@ -39,7 +42,9 @@ class MetricsFile(TrainerCallback):
         self.write(state.global_step, line)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line; of several processes the main one does."""
+        if not processes.is_main():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | line, ensure_ascii=False) + "\n")
 
@@ -48,9 +53,9 @@ class MetricsFile(TrainerCallback):
 
 
 def _put(line: dict[str, Any], key: str, value: float | None) -> None:
-    """`a/b` becomes b within a: one object for all languages, one for all layers."""
-    outer, slash, inner = key.partition("/")
-    if slash:
+    """`a/b` of languages and layers becomes b within a: one object for all of them."""
+    outer, _, inner = key.partition("/")
+    if inner and outer.startswith(_OBJECTS):
         line.setdefault(outer, {})[inner] = value
     else:
         line[key] = value

@@ -121,8 +121,9 @@ class SkipsNonFinite(Trainer):
         """End the run. Neither weights nor checkpoints have anything of the skipped steps."""
         bad = [inputs for inputs, loss in self._micro_batches if not torch.isfinite(loss).item()]
         batches = bad or [inputs for inputs, _ in self._micro_batches]
-        documents = [document for inputs in batches for document in documents_of(inputs)]
-        rows = self._name_rows(documents) if self._name_rows else []
+        rows: list[str] = []
+        if self._name_rows:
+            rows = self._name_rows([document for inputs in batches for document in documents_of(inputs)])
         more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
         held = f"The last batch held {', '.join(rows[:_ROWS_NAMED])}{more}. " if rows else ""
         raise UserError(

@@ -45,6 +45,8 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     Raises:
         UserError: For a size that is none, a base without config, or data that cannot be used.
     """
+    if recipe.objective != "sft":
+        raise UserError(f"Plans are made for objective sft; the memory of {recipe.objective} is not predicted yet.")
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
@@ -80,8 +82,8 @@ def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> st
     Args:
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
-    if not isinstance(config, LolaConfig):  # a dense baseline, which the planner does not know
-        return "Lower train.micro_batch_size (and raise train.grad_accum_steps), or data.max_length."
+    if recipe.objective != "sft" or not isinstance(config, LolaConfig):  # what the planner does not know
+        return "Halve train.micro_batch_size and double train.grad_accum_steps, or lower data.max_length."
     device, limit = target_machine(None)
     job = job_of(recipe, config, device, longest)
     prediction = predict(job)

@@ -17,9 +17,9 @@ Metrics = list[dict[str, Any]]
 _LANGUAGES_NAMED = 12
 
 
-def plot_run(metrics: Metrics, folder: Path) -> list[Path]:
+def plot_run(metrics: Metrics, folder: Path, loss: str = "nats a trained token") -> list[Path]:
     """Draw whatever the metrics have something for; returns the pictures."""
-    drawn = [plot_loss(metrics, folder / "loss.png")]
+    drawn = [plot_loss(metrics, folder / "loss.png", loss)]
     if any(BY_LANGUAGE in line for line in metrics):
         drawn.append(plot_languages(metrics, folder / "languages.png"))
     if any(ENTROPY in line for line in metrics):
@@ -27,13 +27,13 @@ def plot_run(metrics: Metrics, folder: Path) -> list[Path]:
     return drawn
 
 
-def plot_loss(metrics: Metrics, path: Path) -> Path:
+def plot_loss(metrics: Metrics, path: Path, unit: str = "nats a trained token") -> Path:
     """Training and validation loss over the steps, with the learning rate below."""
     figure, (losses, rate) = plt.subplots(2, figsize=(8, 5.5), layout="constrained", sharex=True, height_ratios=(4, 1))
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         _draw(losses, metrics, key, style, label)
     _draw(rate, metrics, "learning_rate", "-", "learning rate")
-    losses.set_ylabel("loss (nats a trained token)")
+    losses.set_ylabel(f"loss ({unit})")
     rate.set_ylabel("learning rate")
     rate.set_xlabel("optimiser step")
     if losses.has_data():

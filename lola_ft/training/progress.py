@@ -32,7 +32,7 @@ class Progress(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._said and self._check.summary:
+        if state.is_world_process_zero and not self._said and self._check.summary:
             self._said = True
             Console(stderr=True).print(f"\n{self._check.summary}")
         super().on_step_end(args, state, control, **kwargs)

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
 
 from lola_ft.adapters import fitting_layout
 from lola_ft.baseline.either import save_adapter
 from lola_ft.errors import UserError
+from lola_ft.training import processes
 from lola_ft.training.best import Best
 from lola_ft.training.checkpoint import PREFIX, Checkpoint, write_checkpoint
 from lola_ft.training.rng import rng_state, set_rng_state, untouched_rng
@@ -34,11 +34,12 @@ class Kept(Protocol):
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
-class ResumableTrainer(SFTTrainer):
-    """Saves and restores itself exactly; stops between two steps when asked to.
+class ResumableTrainer(Trainer):
+    """What stands before one of TRL's trainers: saves and restores it exactly, stops between two steps when asked to.
 
     Attributes:
-        tokens_seen: Tokens of all training batches, padding left out.
+        tokens_seen: Tokens of all training batches of all processes, padding left out; counted after each step.
+        own_tokens: Those of this process since the last step.
         train_seconds: Time spent in training, that before a resume included.
         best: Follows the evaluations, if somebody wants to know the best.
         keep_best: Whether the best evaluation's checkpoint is written and kept.
@@ -54,7 +55,7 @@ class ResumableTrainer(SFTTrainer):
         facts: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take what SFTTrainer takes.
+        """Take what TRL's trainer takes.
 
         Args:
             stop: Whether somebody asked to stop.
@@ -70,6 +71,7 @@ class ResumableTrainer(SFTTrainer):
         self.best: Best | None = None
         self.keep_best = False
         self.tokens_seen = 0
+        self.own_tokens = 0
         self._resumed: Checkpoint | None = None
         self._saved_step = 0
         self._evaluation_due = False
@@ -90,11 +92,13 @@ class ResumableTrainer(SFTTrainer):
     # What transformers' loop calls
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.tokens_seen += processes.total(self.own_tokens)
+        self.own_tokens = 0
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except EvaluationStopped:
             self._evaluation_due = True
-        if self.stop.requested:
+        if processes.total(self.stop.requested):  # one was asked, all stop
             self._save_checkpoint(self.model, None)
             raise Stopped
 
@@ -122,19 +126,25 @@ class ResumableTrainer(SFTTrainer):
         step = self.state.global_step
         if step == self._saved_step:
             return
+        own = processes.of_all({"rng": rng_state(), "loop": self._loop_state()})
         best = self.best.step if self.best is not None and self.keep_best else None
-        write_checkpoint(Path(self.args.output_dir), step, self._fill, self.keep_checkpoints, best)
+
+        def write() -> None:
+            folder = Path(self.args.output_dir)
+            write_checkpoint(folder, step, lambda partial: self._fill(partial, own), self.keep_checkpoints, best)
+
+        processes.on_main(write)
         self._saved_step = step
 
-    def _fill(self, folder: Path) -> None:
+    def _fill(self, folder: Path, own: list[dict[str, Any]]) -> None:
         model = self.accelerator.unwrap_model(self.model)
         save_adapter(model, folder / "adapter", fitting_layout(model))
-        write_state(folder, self._state())
+        write_state(folder, self._state(own))
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         if self.metrics_file is not None and self.metrics_file.exists():
             shutil.copyfile(self.metrics_file, folder / METRICS_FILE)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, own: list[dict[str, Any]]) -> dict[str, Any]:
         scaler = getattr(self.accelerator, "scaler", None)
         return {
             "facts": self.facts,
@@ -142,19 +152,21 @@ class ResumableTrainer(SFTTrainer):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "rng": rng_state(),
+            "processes": own,
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
             "evaluation_due": self._evaluation_due,
             "kept": {name: kept.state() for name, kept in self.kept.items()},
-            "loop": {
-                "loss": self._tr_loss.item(),
-                "total_loss": self._total_loss_scalar,
-                "last_logged": self._globalstep_last_logged,
-                "flos": self.current_flos,
-                "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-                "total_train_tokens": self._total_train_tokens,
-            },
+        }
+
+    def _loop_state(self) -> dict[str, Any]:
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "flos": self.current_flos,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "total_train_tokens": self._total_train_tokens,
         }
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -214,16 +226,17 @@ class ResumableTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_rng_state(self._of(checkpoint)["rng"])
+            set_rng_state(self._of(checkpoint)["processes"][processes.index()]["rng"])
 
     def restore_loop(self) -> None:
         """Put back what the loop has just reset, and do the evaluation that the stop left out."""
         if self._resumed is None:
+            processes.draw_apart(self.args.seed)
             return
         for name, state in self._resumed.state.get("kept", {}).items():
             if name in self.kept:
                 self.kept[name].restore(state)
-        loop = self._resumed.state["loop"]
+        loop = self._resumed.state["processes"][processes.index()]["loop"]
         self._tr_loss.fill_(loop["loss"])
         self._total_loss_scalar, self._globalstep_last_logged = loop["total_loss"], loop["last_logged"]
         self._initial_global_step = 0  # the mean loss is that of all steps

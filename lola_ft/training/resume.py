@@ -128,6 +128,12 @@ def refuse_other_facts(
 ) -> None:
     """Refuse base weights or data that are not the run's; say so if only a library's version is another."""
     before, names = checkpoint.state["facts"], list(allowed)
+    if before["processes"] != facts["processes"]:
+        raise UserError(
+            f"{checkpoint.folder}: the number of processes was {before['processes']} when this run was started and is "
+            f"{facts['processes']} now. Rows and random numbers are divided among the processes, so it cannot go on "
+            f"exactly. Launch {before['processes']} again, or choose another `output`."
+        )
     for section, what in (("base", "the base's weights have"), ("data", "the data has")):
         if before[section] != facts[section] and not any(_covers(section, name) for name in names):
             raise UserError(

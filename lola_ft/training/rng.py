@@ -10,24 +10,24 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's on the CPU (dropout on a CPU draws from it) and on every GPU."""
+    """Python's, numpy's, torch's on the CPU (dropout on a CPU draws from it) and on this process's GPU."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
         "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on from what `rng_state` returned; GPUs that are not here any more are left out."""
+    """Go on from what `rng_state` returned, on this process's GPU."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
-    for device, device_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(device_state, device)
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 @contextlib.contextmanager

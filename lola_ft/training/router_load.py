@@ -15,6 +15,7 @@ from lola_ft.errors import UserError
 from lola_ft.model.layers import LolaMoe
 from lola_ft.model.router import route
 from lola_ft.routing.measures import dead_experts, largest_share, load_entropy
+from lola_ft.training import processes
 from lola_ft.training.alarm import Alarm
 
 ENTROPY, SHARE, DEAD = "router_load_entropy", "router_largest_share", "router_dead_experts"
@@ -44,7 +45,7 @@ class RouterLoad:
 
     def read(self) -> dict[str, float]:
         """The measures for a log line, worst layer first, then each by its layer; the counts begin again."""
-        counts_ME = self.counts_ME.to("cpu", copy=True)
+        counts_ME = processes.summed(self.counts_ME.clone()).cpu()
         if not counts_ME.sum(dim=1).all():
             return {}
         self.counts_ME.zero_()

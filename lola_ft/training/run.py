@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -21,11 +22,10 @@ from lola_ft.files import write_text
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
 from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization import audit
-from lola_ft.quantization.load import default_device
 from lola_ft.recipe import Recipe, render_recipe
-from lola_ft.training import run_folder
+from lola_ft.training import processes, run_folder
 from lola_ft.training.adapter import adapter_settings
-from lola_ft.training.arguments import sft_config
+from lola_ft.training.arguments import training_arguments
 from lola_ft.training.batch_rows import Document, find_rows
 from lola_ft.training.by_language import BY_LANGUAGE, by_language
 from lola_ft.training.checkpoint import Checkpoint
@@ -44,7 +44,9 @@ from lola_ft.training.peak_memory import PeakMemory
 from lola_ft.training.plan import advice
 from lola_ft.training.plots import plot_run
 from lola_ft.training.precision import choose_precision
+from lola_ft.training.preference import DpoTrainer, KtoTrainer
 from lola_ft.training.progress import Progress
+from lola_ft.training.resumable import ResumableTrainer
 from lola_ft.training.resume import (
     EarlierRun,
     find_run,
@@ -55,6 +57,7 @@ from lola_ft.training.resume import (
     with_stored_commits,
 )
 from lola_ft.training.routing_results import routing_results
+from lola_ft.training.state_file import read_state
 from lola_ft.training.steps import estimate_steps
 from lola_ft.training.stopping import Stopped, StopRequest
 from lola_ft.training.trackers import refuse_missing_trackers
@@ -74,26 +77,27 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         UserError: For anything in the recipe, the data or the base that cannot work.
         KeyboardInterrupt: Somebody stopped the run; it was saved if it had begun to train.
     """
-    console = Console()
+    device = processes.join()
+    console = Console(quiet=not processes.is_main())
     output = Path(recipe.output)
     with StopRequest() as stop, contextlib.ExitStack() as held:
-        earlier = _earlier_run(recipe, output, resume, allow_changed)
+        earlier = processes.on_main(lambda: _earlier_run(recipe, output, resume, allow_changed))
         if earlier and not earlier.finished and not dry_run:
-            held.enter_context(lock_folder(output))
-            earlier = find_run(output)  # the process that held the lock until now may have finished it
+            earlier = processes.on_main(lambda: _locked_run(output, held))
         if earlier and earlier.finished:
             console.print(f"The run in {output} is finished; nothing is left to do.")
             return output
+        console.print(_processes_line(recipe), end="")
         began = time.perf_counter()
-        prepared = _prepare(recipe, console, earlier, allow_changed)
+        prepared = _prepare(recipe, device, console, earlier, allow_changed)
         if dry_run:
             console.print("Dry run: everything is in order; nothing was trained or written.")
             return output
         if earlier is None:
-            held.enter_context(lock_folder(output))
-            run_folder.refuse_taken(output)
+            processes.on_main(lambda: _take_folder(output, held))
         checkpoint = _restart_point(prepared, earlier, allow_changed, console)
-        write_text(output / run_folder.RECIPE_FILE, render_recipe(prepared.recipe))
+        text = render_recipe(prepared.recipe)
+        processes.on_main(lambda: write_text(output / run_folder.RECIPE_FILE, text))
         prepare_s = time.perf_counter() - began
         memory = PeakMemory()
         trainer, results = _fit(prepared, output, checkpoint, stop, console, memory)
@@ -102,7 +106,8 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         measured = {"timings": timings, "memory": memory.as_dict()}
         if isinstance(meter := trainer.kept.get("energy"), EnergyMeter):
             measured["energy"] = meter.as_dict()
-        _finish(prepared, trainer, output, results, measured)
+        processes.on_main(lambda: _finish(prepared, trainer, output, results, measured))
+        processes.leave()
     console.print(f"Done. The adapter is in {output / run_folder.ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
@@ -122,6 +127,27 @@ def _earlier_run(recipe: Recipe, output: Path, resume: bool, allow_changed: Sequ
     return earlier
 
 
+def _locked_run(output: Path, held: contextlib.ExitStack) -> EarlierRun | None:
+    """The run in the folder, read again once it is locked: who held the lock until now may have finished it."""
+    held.enter_context(lock_folder(output))
+    return find_run(output)
+
+
+def _take_folder(output: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder of a new run; whatever it holds is refused."""
+    held.enter_context(lock_folder(output))
+    run_folder.refuse_taken(output)
+
+
+def _processes_line(recipe: Recipe) -> str:
+    """What a step is, with several processes."""
+    micro, accumulated = recipe.train.micro_batch_size, recipe.train.grad_accum_steps
+    if processes.count() == 1:
+        return ""
+    rows = processes.count() * micro * accumulated
+    return f"{processes.count()} processes: a step is {processes.count()} x {micro} x {accumulated} = {rows} rows.\n"
+
+
 def _restart_point(
     prepared: Prepared, earlier: EarlierRun | None, allow_changed: Sequence[str], console: Console
 ) -> Checkpoint | None:
@@ -132,14 +158,22 @@ def _restart_point(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    checkpoint = restart_point(earlier.folder, say)
-    if checkpoint:
-        refuse_other_facts(checkpoint, _facts(prepared), allow_changed, say)
-        say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
-    else:
-        say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
-    rewind_metrics(earlier.folder, checkpoint)
-    return checkpoint
+    def find() -> Path | None:
+        checkpoint = restart_point(earlier.folder, say)
+        if checkpoint:
+            refuse_other_facts(checkpoint, _facts(prepared), allow_changed, say)
+            say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
+        else:
+            say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
+        rewind_metrics(earlier.folder, checkpoint)
+        found.append(checkpoint)
+        return checkpoint.folder if checkpoint else None
+
+    found = list[Checkpoint | None]()
+    folder = processes.on_main(find)
+    if folder is None or found:
+        return found[0] if found else None
+    return Checkpoint(folder, read_state(folder))
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
@@ -150,16 +184,20 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "versions": library_versions(),
+        "processes": processes.count(),
     }
 
 
 def _prepare(
-    recipe: Recipe, console: Console, earlier: EarlierRun | None = None, allow_changed: Sequence[str] = ()
+    recipe: Recipe,
+    device: torch.device,
+    console: Console,
+    earlier: EarlierRun | None = None,
+    allow_changed: Sequence[str] = (),
 ) -> Prepared:
     refuse_missing_trackers(recipe.train.report_to)
     if recipe.train.energy:
         refuse_without_codecarbon(recipe.train.energy.country)
-    device = default_device()
     precision = choose_precision(recipe.base.dtype, device)
     if precision.note:
         console.print(precision.note)
@@ -176,7 +214,9 @@ def _prepare(
     print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
-    base = load_base(recipe.base.model, quantization, precision.dtype, device, recipe.base.revision)
+    base = load_base(
+        recipe.base.model, quantization, precision.dtype, device, recipe.base.revision, quiet=console.quiet
+    )
     sizes = audit(base).as_dict()
     settings = adapter_settings(recipe)
     model = add_adapter(base, settings)
@@ -195,32 +235,30 @@ def _fit(
     stop: StopRequest,
     console: Console,
     memory: PeakMemory,
-) -> tuple[LolaTrainer, dict[str, Any]]:
+) -> tuple[LolaTrainer | DpoTrainer | KtoTrainer, dict[str, Any]]:
     recipe, data = prepared.recipe, prepared.data
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
-    trainer = LolaTrainer(
+    kind, own_settings = _trainer_of(prepared)
+    trainer = kind(
         model=prepared.model,
-        args=sft_config(
-            recipe.train,
-            recipe.data,
+        args=training_arguments(
+            recipe,
             output / run_folder.CHECKPOINTS_FOLDER,
             prepared.precision,
             prepared.device,
-            steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset)),
+            steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset), processes.count()),
             evaluate=data.validation is not None,
         ),
         train_dataset=data.mix.dataset,
-        eval_dataset=by_language(data.validation.dataset, data.validation.languages) if data.validation else None,
+        eval_dataset=_validation(recipe, data),
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check, memory],
-        aux_loss_coef=recipe.router.aux_loss,
-        z_loss_coef=recipe.router.z_loss,
+        **own_settings,
         lora_plus_ratio=recipe.train.lora_plus_ratio,
         stop=stop,
         keep_checkpoints=recipe.train.keep,
         max_nonfinite=recipe.guards.max_nonfinite,
-        name_rows=lambda documents: _rows_of(documents, prepared),
         metrics_file=metrics.path,
         facts=_facts(prepared),
     )
@@ -228,11 +266,12 @@ def _fit(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress(check, lambda: trainer.tokens_seen))
-    if recipe.train.energy:
+    if recipe.train.energy and processes.is_main():
         trainer.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, lambda: trainer.tokens_seen)
         trainer.add_callback(meter)
     add_guards(trainer, recipe.guards, recipe.train, metrics)
-    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
+    if isinstance(trainer, LolaTrainer):
+        trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
     console.print(_packing_line(trainer, data))
     with explained_out_of_memory(lambda: advice(recipe, prepared.model.config)):
         try:
@@ -264,11 +303,11 @@ def _rows_of(documents: list[Document], prepared: Prepared) -> list[str]:
 def _of_evaluation(metrics: dict[str, float]) -> dict[str, Any]:
     """What of the last evaluation belongs to the results."""
     losses = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{BY_LANGUAGE}/")}
-    return {"eval_loss": metrics["eval_loss"], BY_LANGUAGE: losses}
+    return {"eval_loss": metrics["eval_loss"]} | ({BY_LANGUAGE: losses} if losses else {})
 
 
 def _finish(
-    prepared: Prepared, trainer: LolaTrainer, output: Path, results: dict[str, Any], measured: dict[str, Any]
+    prepared: Prepared, trainer: ResumableTrainer, output: Path, results: dict[str, Any], measured: dict[str, Any]
 ) -> None:
     """Write the adapter with tokenizer and template, the manifest, the plots and the card."""
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -284,14 +323,36 @@ def _finish(
         results["routing"] = routing
     manifest = manifest_of(prepared, base, results, measured)
     run_folder.write_manifest(output, manifest)
-    plot_run(metrics, output)
+    objective = prepared.recipe.objective
+    plot_run(metrics, output, *([] if objective == "sft" else [objective]))
     run_folder.write_card(output, manifest)
 
 
-def _packing_line(trainer: LolaTrainer, data: RunData) -> str:
+def _trainer_of(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
+    """The objective's trainer, and what it alone takes."""
+    recipe = prepared.recipe
+    if recipe.objective == "dpo":
+        return DpoTrainer, {}
+    if recipe.objective == "kto":
+        return KtoTrainer, {}
+    return LolaTrainer, {
+        "aux_loss_coef": recipe.router.aux_loss,
+        "z_loss_coef": recipe.router.z_loss,
+        "name_rows": lambda documents: _rows_of(documents, prepared),
+    }
+
+
+def _validation(recipe: Recipe, data: RunData) -> Any:
+    """What is evaluated: each language by itself, but preferences all together."""
+    if data.validation is None or recipe.objective != "sft":
+        return data.validation.dataset if data.validation else None
+    return by_language(data.validation.dataset, data.validation.languages)
+
+
+def _packing_line(trainer: ResumableTrainer, data: RunData) -> str:
     """How many rows there are and how full they are."""
     rows, sequences, tokens = len(trainer.train_dataset), len(data.mix.dataset), data.mix.tokens
-    if not trainer.args.packing:
+    if not getattr(trainer.args, "packing", False):
         return f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed."
     full = tokens / (rows * trainer.args.max_length)
     return f"{sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."

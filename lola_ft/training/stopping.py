@@ -8,6 +8,8 @@ from typing import Any, Self
 
 from transformers import TrainerCallback
 
+from lola_ft.training import processes
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -51,7 +53,8 @@ class StopRequest(TrainerCallback):
         self._training = False
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if self.requested and self._training:
+        # One of several processes must not leave what the others are doing with it.
+        if self.requested and self._training and processes.count() == 1:
             raise EvaluationStopped
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
@@ -60,5 +63,6 @@ class StopRequest(TrainerCallback):
         self.requested = True
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)  # the second is the system's: it ends even a long kernel
-        # Not through a stream: the signal may have come in the middle of one's work.
-        os.write(2, b"\nStopping: this step is finished and saved. Ctrl-C again stops at once.\n")
+        if processes.is_main():
+            # Not through a stream: the signal may have come in the middle of one's work.
+            os.write(2, b"\nStopping: this step is finished and saved. Ctrl-C again stops at once.\n")

@@ -5,17 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from trl import SFTTrainer
 
 from lola_ft.model.modeling import real_tokens
 from lola_ft.model.router import load_balancing_loss, router_z_loss
+from lola_ft.training import processes
 from lola_ft.training.by_language import EvaluatesLanguages
+from lola_ft.training.lora_plus import LoraPlus
 from lola_ft.training.nonfinite import SkipsNonFinite
 from lola_ft.training.resumable import ResumableTrainer
 from lola_ft.training.router_load import RouterLoad
 from lola_ft.training.router_probe import RouterProbe
 
 
-class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
+class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, LoraPlus, ResumableTrainer, SFTTrainer):
     """Trains an adapter on token ids and labels.
 
     Attributes:
@@ -28,7 +31,6 @@ class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
         *args: Any,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
-        lora_plus_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
@@ -38,17 +40,8 @@ class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
         model.config.router_aux_loss_coef, model.config.output_router_logits = own_coef, False
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
-        self.lora_plus_ratio = lora_plus_ratio
         self.router_load: RouterLoad | None = None
         self.router_probe: RouterProbe | None = None
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """LoRA+ (arXiv 2402.12354): B's factors in groups of their own, with a higher learning rate."""
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and self.lora_plus_ratio != 1:
-            raise_rate_of_b(optimizer, self.model, self.lora_plus_ratio)
-        return optimizer
 
     def compute_loss(
         self,
@@ -59,8 +52,9 @@ class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Cross-entropy of the labelled tokens, plus the weighted losses of the routers while training.
 
-        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1. The routers' losses
-        are means over each micro batch's own tokens, averaged over the micro batches: they do depend on the split.
+        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1; DDP divides by the
+        processes again, which is undone here. The routers' losses are means over each micro batch's own tokens,
+        averaged over the micro batches: they do depend on the split.
         """
         training = model.training
         routers = training and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
@@ -74,12 +68,14 @@ class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
             num_items_in_batch=num_items_in_batch,
         )
         loss = outputs.loss
+        if num_items_in_batch is not None and training:
+            loss = loss * processes.count()
         if routers:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self._router_losses(outputs, inputs) / steps
         if training:
             mask = inputs.get("attention_mask")
-            self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self.own_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -105,16 +101,6 @@ class LolaTrainer(SkipsNonFinite, EvaluatesLanguages, ResumableTrainer):
         ):
             if coef > 0:
                 value = function(outputs.router_logits, mask)
-                self._metrics["train"][name].append(value.item())
+                self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
                 total = total + coef * value
         return total
-
-
-def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
-    """Move every LoRA B to a group with `ratio` times the learning rate of the one that it was in."""
-    factors = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
-    for group in list(optimizer.param_groups):
-        chosen = [parameter for parameter in group["params"] if id(parameter) in factors]
-        if chosen:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
-            optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * ratio})

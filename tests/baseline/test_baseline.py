@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Pa
     for name in ("adapter", "checkpoints/step-12"):
         shutil.rmtree(tmp_path / "run" / name)
     again = train(load_recipe(write_recipe(tmp_path / "recipe.yaml", base, rows_file)), resume=True)
-    assert json.loads((again / "manifest.json").read_text())["results"]["resumed_from_step"] == 6
+    assert json.loads((again / "manifest.json").read_text())["timings"]["resumed_from_step"] == 6
     file = Path("adapter") / "adapter_model.safetensors"
     assert (again / file).read_bytes() == (folder / file).read_bytes()
 

@@ -19,6 +19,8 @@ NAMES = {
     "instruct_multilingual",
     "low_resource_text",
     "nli",
+    "preference_dpo",
+    "preference_kto",
     "question_answering",
     "summarisation",
     "translation",

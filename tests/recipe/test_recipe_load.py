@@ -160,7 +160,7 @@ def test_overrides_leave_the_files_data_alone() -> None:
 
 def test_the_schema_is_also_json_schema() -> None:
     properties = Recipe.model_json_schema()["properties"]
-    assert list(properties) == ["base", "adapter", "router", "data", "train", "guards", "hub", "output"]
+    assert list(properties) == ["objective", "base", "adapter", "router", "data", "train", "guards", "hub", "output"]
 
 
 def test_overriding_max_steps_takes_the_place_of_the_files_epochs(tmp_path: Path) -> None:
@@ -207,6 +207,8 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
     assert rendered["train"]["optimizer"] == "adamw_8bit"
     assert set(rendered["train"]) == set(load_recipe(minimal).train.model_dump()) - {
         "max_steps",
+        "beta",
+        "loss_type",
         "early_stopping",
         "energy",
     }

@@ -127,7 +127,7 @@ CHOICES = [
         3,
         "data: {sources: [{path: a, format: csv}]}",
         "data.sources.0.format: expected one of alpaca, prompt_completion, text, messages, classification, "
-        "translation; got 'csv'.",
+        "translation, preference, unpaired_preference; got 'csv'.",
     ),
 ]
 

@@ -13,7 +13,7 @@ from lola_ft.data import encode_texts
 from lola_ft.model import LolaForCausalLM
 from lola_ft.recipe import load_recipe
 from lola_ft.recipe.schema import Recipe
-from lola_ft.training.arguments import sft_config
+from lola_ft.training.arguments import training_arguments
 from lola_ft.training.dataset import RunData, prepare
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainer import LolaTrainer
@@ -43,7 +43,7 @@ def feed(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> tuple[RunD
     data = prepare(recipe.data, tokenizer, seed=0)
     device = torch.device("cpu")
     precision = choose_precision("float32", device)
-    arguments = sft_config(recipe.train, recipe.data, folder, precision, device, steps=1, evaluate=False)
+    arguments = training_arguments(recipe, folder, precision, device, steps=1, evaluate=False)
     model = LolaForCausalLM.from_pretrained(base)
     trainer = LolaTrainer(model=model, args=arguments, train_dataset=data.mix.dataset, processing_class=tokenizer)
     return data, list(trainer.get_train_dataloader())

@@ -15,12 +15,15 @@ EOS = 5
 # What a recipe's first answer and languages are, read off its sample by eye.
 EXPECTED = {
     "instruct": ("A young tree, a spade and water.", {"en"}),
+    "baseline_dense": ("A young tree, a spade and water.", {"en"}),
     "instruct_multilingual": ("It replaces what the body lost during the night.", {"eng", "swa", "yor", "hin", "arb"}),
     "translation": ("ढोका खुला छ।", {"ne", "en"}),
     "nli": ("yes", {"en", "ur", "sw"}),
     "question_answering": ("1871", {"en", "sw", "de", "ar", "hi", "zh"}),
     "summarisation": ("Neighbours dug deeper and found water in the dry village well.", {"en", "sw", "hi", "ar"}),
     "classification": ("politics", {"en", "sw", "de", "hi", "ar"}),
+    "preference_dpo": ("A week has seven days.", {"en", "sw", "de"}),
+    "preference_kto": ("A week has seven days.", {"en", "sw", "de"}),
     "low_resource_text": (
         "Mto ni maji yanayotiririka kutoka milimani hadi ziwani au baharini. Mito hutoa maji ya kunywa na ya "
         "kumwagilia mashamba.\n\nMito mikubwa hupitika kwa mashua.",
@@ -36,7 +39,7 @@ def test_every_recipe_for_the_full_model_has_a_sample() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_data_section_runs_on_its_sample(name: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    sample = f"recipes/data/{'alpaca' if name == 'instruct' else name}_sample.jsonl"
+    sample = f"recipes/data/{'alpaca' if name in ('instruct', 'baseline_dense') else name}_sample.jsonl"
     assert (REPOSITORY / sample).is_file()
     path = recipes_folder() / f"{name}.yaml"
     written = load_recipe(path)
@@ -54,12 +57,13 @@ def test_the_data_section_runs_on_its_sample(name: str, tiny_base: Path, monkeyp
     learned = [label for label in first["labels"] if label != -100]
     assert learned[-1] == EOS
     start = 1 if name == "low_resource_text" else 0  # nothing precedes a text's first token, so it is not learned
-    assert tokenizer.decode(learned[:-1]).strip() == answer[start:]
+    assert tokenizer.decode(learned[: learned.index(EOS)]).strip() == answer[start:]
 
 
+PREFERENCE = ("preference_dpo", "preference_kto")
 COMMAND = re.compile(r"#   lola-ft preview recipes/(\w+)\.yaml ?(.*)")
 COMMANDS = [found.groups() for recipe in bundled_recipes().values() for found in COMMAND.finditer(recipe.text)]
-AS_THEY_ARE = [(name, "") for name in ("question_answering", "summarisation", "classification")]
+AS_THEY_ARE = [(name, "") for name in ("question_answering", "summarisation", "classification", *PREFERENCE)]
 
 
 def test_recipes_of_the_hub_say_how_to_try_them_on_their_sample() -> None:

@@ -1,0 +1,125 @@
+"""Judged answers as token ids: a pair for DPO, one answer and its label for KTO.
+
+Prompt and answers are tokenised as for `encode`, each answer with its EOS; the answers before the last one of a
+conversation belong to the prompt. A pair counts as the two sequences that it is. The columns `input_ids` and `labels`
+hold a row's sequences one after the other, for counting, mixing and showing; the others are what TRL trains on.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from lola_ft.data.encoding import MASKED, Encoded, TokenizedRow, batches, dataset_of, encode_texts, tokenize, too_long
+from lola_ft.data.example import Example
+from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.templates import Template
+from lola_ft.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Judged = tuple[list[int], list[list[int]]]
+"""A prompt's ids, and those of its answers: chosen and rejected, or the one that has a label."""
+
+
+def encode_judged(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    template: Template,
+    max_length: int,
+    overlong: str = "drop",
+) -> Encoded:
+    """Encode pairs, or answers with labels, in their order.
+
+    Args:
+        examples: All with a rejected answer, or all with a label.
+        max_length: Longest sequence in tokens: prompt and the longer answer with its EOS.
+        overlong: drop, error, or truncate: the prompt loses its beginning, then an answer its end; EOS stays.
+
+    Raises:
+        DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    report, languages, shortest = EncodingReport(), list[str](), sys.maxsize
+    columns: dict[str, list[Any]] = {}
+    for batch in batches(examples):
+        rejected = iter(encode_texts([row.rejected for row in batch if row.rejected is not None], tokenizer))
+        for row in tokenize(batch, tokenizer, template, eos):
+            other = [[*next(rejected), eos]] if row.example.rejected is not None else []
+            prompt, answers = _judged(row, other)
+            counts = report.of(row.example.language)
+            length = len(prompt) + max(map(len, answers))
+            shortest = min(shortest, length)
+            whole = (prompt, answers)
+            fitted = whole if length <= max_length else _fit(row, whole, max_length, overlong, counts)
+            _count(counts, row.example, answers, fitted)
+            if fitted is None:
+                continue
+            languages.append(sys.intern(row.example.language))
+            for name, value in _columns(row.example, *fitted).items():
+                columns.setdefault(name, []).append(value)
+    if not report.languages:
+        raise DataError("there are no rows to encode.")
+    if not languages:
+        raise DataError(
+            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
+            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
+        )
+    return Encoded(dataset_of(_table(columns)), languages, report)
+
+
+def _judged(row: TokenizedRow, other: list[list[int]]) -> Judged:
+    *earlier, (prompt, answer) = row.exchanges
+    before = [token for pair in earlier for part in pair for token in part]
+    return [*before, *prompt], [answer, *other]
+
+
+def _fit(row: TokenizedRow, whole: Judged, max_length: int, overlong: str, counts: Counts) -> Judged | None:
+    """A row that is too long, as the policy wants it; None if it is left out."""
+    prompt, answers = whole
+    length = len(prompt) + max(map(len, answers))
+    if overlong == "error":
+        raise too_long(row.example, length, max_length)
+    if overlong == "drop":
+        counts.dropped += 1
+        return None
+    counts.truncated += 1
+    counts.answers_cut += any(len(answer) > max_length for answer in answers)
+    cut = [answer if len(answer) <= max_length else [*answer[: max_length - 1], answer[-1]] for answer in answers]
+    room = max_length - max(map(len, cut))
+    return prompt[len(prompt) - room :] if room else [], cut
+
+
+def _count(counts: Counts, example: Example, answers: list[list[int]], fitted: Judged | None) -> None:
+    texts = [example.completion, *([] if example.rejected is None else [example.rejected])]
+    counts.rows += 1
+    counts.kept += fitted is not None
+    counts.answer_tokens += sum(len(answer) - 1 for answer in answers)
+    counts.answer_bytes += sum(len(text.encode()) for text in texts)
+    counts.answer_words += sum(len(text.split()) for text in texts)
+    if fitted is not None:
+        prompt, kept = fitted
+        trained = sum(map(len, kept))
+        counts.sequences += len(kept)
+        counts.tokens += len(prompt) * len(kept) + trained
+        counts.trained_tokens += trained
+
+
+def _columns(example: Example, prompt: list[int], answers: list[list[int]]) -> dict[str, Any]:
+    shown = {
+        "input_ids": [token for answer in answers for token in (*prompt, *answer)],
+        "labels": [label for answer in answers for label in (*[MASKED] * len(prompt), *answer)],
+        "prompt_ids": prompt,
+    }
+    if example.rejected is not None:
+        return shown | {"chosen_ids": answers[0], "rejected_ids": answers[1]}
+    return shown | {"completion_ids": answers[0], "label": [int(bool(example.desirable))]}
+
+
+def _table(columns: dict[str, list[Any]]) -> Any:
+    import pyarrow
+
+    kind = pyarrow.list_(pyarrow.int32())
+    return pyarrow.table({name: pyarrow.array(values, kind) for name, values in columns.items()})

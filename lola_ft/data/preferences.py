@@ -1,0 +1,90 @@
+"""Formats `preference` and `unpaired_preference`: answers that were judged, against each other or each by itself.
+
+A text, a list with one message of the assistant, or a whole conversation with the request in it may stand for an
+answer; a text or messages for the prompt.
+"""
+
+from typing import Any
+
+from lola_ft.data.conversations import Message, conversation, messages_of
+from lola_ft.data.example import Exchange, prompt_fields
+from lola_ft.data.fields import checked_text, field_name, raw_field
+from lola_ft.data.rows import Row
+from lola_ft.data.sources import Source
+from lola_ft.errors import DataError
+
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+def read_chosen(row: Row, source: Source) -> list[Exchange]:
+    """The request, and the answer that was preferred.
+
+    Raises:
+        DataError: A field is missing or no such answer; both answers are the same; their requests differ.
+    """
+    chosen, rejected = (_judged(row, source, field) for field in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1] or chosen[-1][0] != rejected[-1][0]:
+        raise DataError(
+            f"{row.where}: '{field_name(source, 'chosen')}' and '{field_name(source, 'rejected')}' answer different "
+            "requests. Both must continue the same conversation."
+        )
+    if chosen[-1][1] == rejected[-1][1]:
+        raise DataError(f"{row.where}: the chosen and the rejected answer are the same. Remove the row.")
+    return chosen
+
+
+def read_rejected(row: Row, source: Source) -> str:
+    """The answer that was not preferred."""
+    return _judged(row, source, "rejected")[-1][1]
+
+
+def read_answer(row: Row, source: Source) -> list[Exchange]:
+    """The request, and the answer that was judged."""
+    return _judged(row, source, "completion")
+
+
+def read_label(row: Row, source: Source) -> bool:
+    """Whether the answer was judged good.
+
+    Raises:
+        DataError: It is neither true nor false.
+    """
+    value = raw_field(row, source, "label")
+    word = str(value).strip().lower()
+    if word not in _WORDS:
+        name = field_name(source, "label")
+        raise DataError(f"{row.where}: field '{name}' must be true (a good answer) or false; found {value!r}.")
+    return _WORDS[word]
+
+
+def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
+    """The exchanges that end with this answer."""
+    name, prompt_name = field_name(source, field), field_name(source, "prompt")
+    given = raw_field(row, source, field)
+    answer = _messages(given, name, "assistant", row.where)
+    whole = len(answer) > 1
+    prompt = raw_field(row, source, "prompt", optional=whole)
+    said = [] if prompt is None else _messages(prompt, prompt_name, "user", row.where)
+    if whole:
+        if not _begins(answer, said, isinstance(prompt, str)):
+            raise DataError(
+                f"{row.where}: field '{name}' is a whole conversation, and it does not begin with the row's "
+                f"'{prompt_name}'. Map the right field, or remove the row."
+            )
+        return conversation(answer, name, row.where)
+    exchanges = conversation([*said, *answer], f"{prompt_name} and {name}", row.where)
+    plain = isinstance(prompt, str) and isinstance(given, str)
+    return [(prompt_fields(said[0]["content"]), answer[0]["content"])] if plain else exchanges
+
+
+def _messages(given: Any, name: str, role: str, where: str) -> list[Message]:
+    """A text as one message of its role, or messages as they are."""
+    if isinstance(given, list):
+        return messages_of(given, name, where)
+    return [{"role": role, "content": checked_text(given, f"field '{name}'", where)}]
+
+
+def _begins(messages: list[Message], said: list[Message], is_text: bool) -> bool:
+    """Whether a conversation begins with what was said; a prompt that is a text comes after a system message."""
+    start = 1 if is_text and messages[0]["role"] == "system" else 0
+    return messages[start : start + len(said)] == said

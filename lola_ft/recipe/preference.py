@@ -1,0 +1,84 @@
+"""Rules of the objectives that learn from judged answers: what they need, and what has no meaning for them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lola_ft.recipe.document import KeyPath
+from lola_ft.recipe.names import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
+
+_NOT_DEFAULTS = (("data", "packing", False), ("adapter", "dropout", 0.0))
+
+
+def with_defaults(given: Any) -> Any:
+    """A recipe as written, with the defaults that another objective has."""
+    if not isinstance(given, dict) or given.get("objective") not in OBJECTIVE_FORMATS:
+        return given
+    for section, key, value in _NOT_DEFAULTS:
+        keys = given.get(section, {})
+        if isinstance(keys, dict) and key not in keys:
+            given = given | {section: keys | {key: value}}
+    train = given.get("train", {})
+    if isinstance(train, dict):
+        first = PREFERENCE_LOSSES[given["objective"]][0]
+        given = given | {"train": {"beta": 0.1, "loss_type": first} | train}
+    return given
+
+
+def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """What does not go together with the objective, in a valid recipe's plain data: (path, message)."""
+    objective, train = recipe["objective"], recipe["train"]
+    yield from _formats(recipe["data"], objective)
+    if objective not in OBJECTIVE_FORMATS:
+        for key in ("beta", "loss_type"):
+            if train[key] is not None:
+                yield ("train", key), "belongs to objective dpo or kto. Remove it, or set `objective`"
+        return
+    losses = PREFERENCE_LOSSES[objective]
+    if train["loss_type"] not in losses:
+        yield ("train", "loss_type"), f"objective {objective} has {', '.join(losses)}; got {train['loss_type']!r}"
+    if train["loss_type"] == "kto" and train["micro_batch_size"] < 2:
+        yield (
+            ("train", "micro_batch_size"),
+            "kto pairs each prompt with another row's answer of the same micro batch. Give at least 2",
+        )
+    yield from _without_meaning(recipe, objective)
+
+
+def _formats(data: dict[str, Any], objective: str) -> Iterator[tuple[KeyPath, str]]:
+    validation = data["validation"]
+    for key, sources in (("sources", data["sources"]), ("validation", validation)):
+        for place, source in enumerate(sources if isinstance(sources, list) else []):
+            wanted, judged = OBJECTIVE_FORMATS.get(objective), source["format"] in OBJECTIVE_FORMATS.values()
+            if wanted and source["format"] != wanted:
+                yield ("data", key, place, "format"), f"objective {objective} learns from format {wanted}"
+            elif not wanted and judged:
+                yield (
+                    ("data", key, place, "format"),
+                    "judged answers need another objective. Set `objective: dpo` for preference, `objective: kto` for "
+                    "unpaired_preference",
+                )
+
+
+def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[KeyPath, str]]:
+    adapter = recipe["adapter"]
+    if recipe["data"]["packing"]:
+        yield ("data", "packing"), f"{objective} compares whole answers, each in a row of its own. Set it to false"
+    for place in ((), ("attention",), ("mlp",), ("experts",)):
+        section = adapter[place[0]] if place else adapter
+        if section and section["dropout"]:
+            yield (
+                ("adapter", *place, "dropout"),
+                f"{objective} compares the model with its base, and dropout would blur that. Set it to 0",
+            )
+    if adapter["init"] == "loftq":
+        yield (
+            ("adapter", "init"),
+            f"{objective} holds the model to where it starts, the base without its adapter; loftq starts elsewhere. "
+            "Choose default or gaussian",
+        )
+    for key in ("aux_loss", "z_loss"):
+        if recipe["router"][key]:
+            yield (
+                ("router", key),
+                f"{objective} has a loss of its own; the routers' are not added to it. Remove it",
+            )

@@ -1,0 +1,120 @@
+"""Several processes, one run: who prints and writes, and what all must know. accelerate starts and connects them.
+
+Each process has the whole base and a copy of the adapter, and adds its gradients to the others' (DDP).
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce, set_seed
+
+from lola_ft.errors import UserError
+from lola_ft.quantization.load import default_device
+
+T = TypeVar("T")
+
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "it cuts weights into pieces, and a 4-bit stack of experts cannot be cut"),
+    "ACCELERATE_USE_DEEPSPEED": (
+        "DeepSpeed",
+        "it takes over optimiser and checkpoints, which would not resume exactly",
+    ),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it brings model classes of its own, and LOLA is none of them"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("accelerate's parallelism", "it cuts weights or sequences into pieces"),
+}
+_TIMEOUT = timedelta(hours=1)  # how long one process waits for another
+
+
+def join() -> torch.device:
+    """Connect with the processes that a launcher has started, if it did; returns this process's device.
+
+    Raises:
+        UserError: The launcher was told to divide the work in a way that is not for LOLA.
+    """
+    for variable, (name, reason) in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"accelerate is set to {name}: {reason}. In 4 bit the whole base fits on each GPU, so choose plain "
+                "data parallelism: `accelerate launch --multi_gpu finetune.py RECIPE`."
+            )
+    cpu = default_device().type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the recipe's dtype decides, not accelerate's settings
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cpu") if cpu else default_device()
+    return PartialState(cpu=cpu, timeout=_TIMEOUT).device
+
+
+def leave() -> None:
+    """Part from the other processes, when all are done."""
+    if count() > 1:
+        PartialState().destroy_process_group()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if _connected() else 1
+
+
+def index() -> int:
+    """This process's number, from 0."""
+    return torch.distributed.get_rank() if _connected() else 0
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return index() == 0
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Let the main process do something while the others wait.
+
+    Returns:
+        What the action returned, in every process.
+
+    Raises:
+        UserError, KeyboardInterrupt: What the action raised, in every process.
+    """
+    if count() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = action()
+        except (UserError, KeyboardInterrupt) as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
+def total(number: int) -> int:
+    """The sum over all processes of a number that each has."""
+    if count() == 1:
+        return number
+    return int(reduce(torch.tensor(int(number), device=PartialState().device), reduction="sum"))
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of a tensor that each has."""
+    return reduce(tensor, reduction="sum") if count() > 1 else tensor
+
+
+def of_all(value: T) -> list[T]:
+    """Every process's value, in the processes' order."""
+    return list(gather_object([value])) if count() > 1 else [value]
+
+
+def draw_apart(seed: int) -> None:
+    """Give each process random numbers of its own, so that dropout is not the same in all; alone, nothing changes."""
+    if count() > 1:
+        set_seed(seed, device_specific=True)
+
+
+def _connected() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
