@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_ft.errors import CheckpointError
+from lola_ft.errors import CheckpointError, WriteError
 from lola_ft.files import cache_root, copy_files, replace_folder
 from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 from lola_ft.model.modeling import LolaPreTrainedModel
@@ -72,8 +72,9 @@ def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any], source: Pa
                     writer.write(tensor.detach().cpu())
             (partial / SOURCE_FILE).write_text(json.dumps(identity, indent=2) + "\n")
             copy_files(source, partial, _COMPANIONS)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: the quantised base cannot be saved ({error.strerror or error}).") from error
+    except (OSError, WriteError) as error:
+        reason = error.reason if isinstance(error, WriteError) else error.strerror or error
+        raise CheckpointError(f"{folder}: the quantised base cannot be saved ({reason}).") from error
     return folder
 
 

@@ -25,8 +25,8 @@ class PeakMemory(TrainerCallback):
             found["anonymous_mb"] = round(max(self._anonymous, process_mb()["RssAnon"]), 1)
             found["resident_mb"] = round(process_mb()["VmHWM"], 1)
         how = {
-            "anonymous_mb": "largest RssAnon of /proc/self/status after a step",
-            "resident_mb": "VmHWM of /proc/self/status, pages of mapped files included",
+            "anonymous_mb": "largest RssAnon that Linux tells of the process after a step",
+            "resident_mb": "VmHWM that Linux tells of the process, pages of mapped files included",
         }
         if torch.cuda.is_available():
             found["gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config, save_adapter
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, UserError, WriteError
 from lola_ft.merging import merge
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.outputs import Models
@@ -247,7 +247,7 @@ def test_a_failure_while_writing_leaves_nothing(
         write(writer, tensor)
 
     monkeypatch.setattr(SafetensorsWriter, "write_piece", fill_the_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         merge(tiny_base, adapter, tmp_path / "merged")
     assert len(written) == 20
     assert names(tmp_path) == ["adapter"]

@@ -59,8 +59,8 @@ def evaluate_suite(
     console = console or Console()
     if out is None:
         raise UserError("--suite keeps each task's result, so that a stopped run goes on: give a folder with --out.")
-    version = require_harness()
     wanted = choose(options.suite, list(options.tasks), list(options.languages))
+    version = require_harness()
     manager = manager_for([one.task for one in wanted], options.include_path)
     chosen, missing = resolve(wanted, set(manager.all_tasks))
     console.print(plan_table(chosen, missing))
