@@ -317,11 +317,12 @@ def _finish(
         prepared.tokenizer.save_pretrained(folder)
         (folder / TEMPLATE_FILE).write_text(prepared.data.template.source, encoding="utf-8")
 
-    save_adapter(model, output / run_folder.ADAPTER_FOLDER, fitting_layout(model), also=write_companions)
+    layout = fitting_layout(model)
+    save_adapter(model, output / run_folder.ADAPTER_FOLDER, layout, also=write_companions)
     metrics = read_metrics(output / run_folder.METRICS_FILE)
     if routing := routing_results(metrics):
         results["routing"] = routing
-    manifest = manifest_of(prepared, base, results, measured)
+    manifest = manifest_of(prepared, base, results, measured) | {"layout": layout}
     run_folder.write_manifest(output, manifest)
     objective = prepared.recipe.objective
     plot_run(metrics, output, *([] if objective == "sft" else [objective]))

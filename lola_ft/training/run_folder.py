@@ -58,7 +58,7 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
         published=False,
         base=base["model"],
         base_revision=base["revision"] if is_repo_id(base["model"]) else None,
-        layout="peft",
+        layout=manifest["layout"],
         manifest=manifest,
         files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
     )

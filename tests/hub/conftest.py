@@ -80,6 +80,7 @@ def run(tiny_adapter: Path, tiny_base: Path, rows_file: Path, tmp_path: Path) ->
     )
     counts = {"kept": 40, "trained_tokens": 1234}
     manifest = {
+        "layout": "peft",
         "recipe": recipe.model_dump(mode="json"),
         "versions": library_versions(),
         "hardware": hardware(),
