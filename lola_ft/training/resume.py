@@ -126,7 +126,7 @@ def rewind_metrics(output: Path, checkpoint: Checkpoint | None) -> None:
 def refuse_other_facts(
     checkpoint: Checkpoint, facts: dict[str, Any], allowed: Iterable[str], report: Callable[[str], None]
 ) -> None:
-    """Refuse base weights or data that are not the run's; say so if only a library's version is another."""
+    """Refuse base weights or data that are not the run's; say so if only versions or the number of threads differ."""
     before, names = checkpoint.state["facts"], list(allowed)
     if before["processes"] != facts["processes"]:
         raise UserError(
@@ -143,6 +143,11 @@ def refuse_other_facts(
     for name, version in facts["versions"].items():
         if (then := before["versions"].get(name)) != version:
             report(f"Note: {name} was {then} when the run was stopped and is {version} now: numbers may differ.")
+    if (then := before.get("threads")) not in (None, threads := facts["threads"]):
+        report(
+            f"Note: torch had {then} threads when the run was stopped and has {threads} now: sums are taken in another "
+            f"order, so last digits may differ. OMP_NUM_THREADS={then} goes on exactly."
+        )
 
 
 def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:

@@ -184,6 +184,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "versions": library_versions(),
+        "threads": torch.get_num_threads(),
         "processes": processes.count(),
     }
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -205,10 +206,12 @@ def test_nothing_is_trained_after_the_last_step(tmp_path: Path, tiny_base: Path,
 
 
 @pytest.mark.slow
-def test_the_script_killed_from_outside(recipe: Path, whole: Path) -> None:
-    """As a user would see it: `finetune.py`, `kill -9`, `finetune.py --resume`; then SIGTERM."""
-    script = Path(__file__).parents[2] / "finetune.py"
-    command, run = [sys.executable, str(script), str(recipe), "train.resume=auto"], recipe.parent / "run"
+def test_the_script_killed_from_outside(tmp_path: Path, tiny_base: Path, rows_file: Path) -> None:
+    """As a user would see it, with all of the machine's threads: `finetune.py`, `kill -9`, `--resume`; then SIGTERM."""
+    script = [sys.executable, str(Path(__file__).parents[2] / "finetune.py")]
+    whole, recipe = (write_recipe(tmp_path / name, tiny_base, rows_file) for name in ("whole", "killed"))
+    subprocess.run([*script, str(whole)], capture_output=True, check=True)
+    command, run = [*script, str(recipe), "train.resume=auto"], recipe.parent / "run"
     for number, lines in ((signal.SIGKILL, 4), (signal.SIGTERM, 7)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for_lines(run / "metrics.jsonl", lines, process)
@@ -216,7 +219,18 @@ def test_the_script_killed_from_outside(recipe: Path, whole: Path) -> None:
         assert process.wait(timeout=60) == (130 if number == signal.SIGTERM else -number)
     last = subprocess.run(command, capture_output=True, text=True, check=False)
     assert last.returncode == 0, last.stderr
-    assert_same_run(run, whole)
+    assert_same_run(run, whole.parent / "run")
+
+
+@pytest.mark.slow
+def test_another_number_of_threads_is_said(killed_run: Path, killed: Path) -> None:
+    """Every child here has one thread; the script, this time, two."""
+    command = [sys.executable, "-m", "lola_ft", "train", str(killed_run), "--resume", f"output={killed}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    resumed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "torch had 1 threads when the run was stopped and has 2 now" in resumed.stdout
+    assert "OMP_NUM_THREADS=1 goes on exactly" in resumed.stdout
 
 
 def wait_for_lines(file: Path, lines: int, process: "subprocess.Popen[bytes]") -> None:
