@@ -35,6 +35,8 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	# On all cores, and also where Python keeps no bytecode by itself: else every process compiles for half a minute.
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:
