@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST_BUCKET = 32
+_SMALLEST_BUCKET = 8
 _BUCKETS_BEFORE_DOUBLING = 8
 
 
@@ -47,13 +47,15 @@ def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
 
 
 def padded_rows(count: int) -> int:
-    """Round a group's size up to a bucket."""
+    """Round a group's size up: to a power of two below 8, which is decoding, else to a multiple of its bucket."""
+    if count < _SMALLEST_BUCKET:
+        return 1 << (count - 1).bit_length() if count else 0
     bucket = bucket_of(count)
     return -(-count // bucket) * bucket
 
 
 def bucket_of(count: int) -> int:
-    """What a group's size is rounded to a multiple of: 32, 64 above 256 rows, 128 above 512, and so on."""
+    """What a group's size is rounded to a multiple of: 8, 16 above 64 rows, 32 above 128, and so on."""
     bucket = _SMALLEST_BUCKET
     while count > _BUCKETS_BEFORE_DOUBLING * bucket:
         bucket *= 2
