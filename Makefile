@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.ready-dev
 
 .PHONY: demo test test-slow bench check format clean
 
@@ -16,28 +17,37 @@ demo: $(READY)
 test: check
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
 
-check: $(READY)
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-format: $(READY)
+format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What a user needs, then what the tests need besides.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
-	# On all cores, and also where Python keeps no bytecode by itself: else every process compiles for half a minute.
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	$(call install,torch==2.13.0)
+	$(call install,-e .)
 	touch $@
+
+$(DEV): $(READY)
+	$(call install,-e '.[dev]')
+	touch $@
+
+# Compiled on all cores, and also where Python keeps no bytecode: else every process compiles for half a minute.
+define install
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt $(1)
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+endef
 
 clean:
 	rm -rf $(VENV) runs .cache
