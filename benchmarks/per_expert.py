@@ -1,17 +1,28 @@
 """The common way, to compare with: a module for every expert in a Python loop, bitsandbytes' layers, PEFT's LoRA.
 
-It follows what the model's authors publish (one small network an expert, tokens picked out by a mask for each, eager
-attention, full logits), in our own words, on today's libraries.
+It follows what the model's authors publish (GPT-2's network for each expert and each dense layer, GELU by its formula,
+tokens picked out for one expert after another, eager attention, full logits), in our own words, on today's libraries.
 """
 
 import bitsandbytes as bnb
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
+
+
+class Network(nn.Module):
+    """GPT-2's feed-forward network."""
+
+    def __init__(self, c_fc: nn.Linear, c_proj: nn.Linear) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj, self.act = c_fc, c_proj, ACT2FN["gelu_new"]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.c_proj(self.act(self.c_fc(x_TD)))
 
 
 class PerExpert(nn.Module):
@@ -19,20 +30,20 @@ class PerExpert(nn.Module):
 
     def __init__(self, experts: LolaExperts, quantised: bool) -> None:
         super().__init__()
-        self.networks = nn.ModuleList()
-        for e in range(experts.num_experts):
-            network = nn.Module()
-            network.c_fc = linear(experts.up_proj[e].t(), experts.up_proj_bias[e], quantised)
-            network.c_proj = linear(experts.down_proj[e].t(), experts.down_proj_bias[e], quantised)
-            self.networks.append(network)
+        self.networks = nn.ModuleList(
+            Network(
+                linear(experts.up_proj[e].t(), experts.up_proj_bias[e], quantised),
+                linear(experts.down_proj[e].t(), experts.down_proj_bias[e], quantised),
+            )
+            for e in range(experts.num_experts)
+        )
 
     def forward(self, x_TD: Tensor, expert_ids_T: Tensor, probs_T: Tensor, low_rank: object = None) -> Tensor:  # noqa: ARG002
         out_TD = torch.zeros_like(x_TD)
-        chosen_ET = F.one_hot(expert_ids_T, len(self.networks)).t()
         for e, network in enumerate(self.networks):
-            (tokens,) = torch.where(chosen_ET[e])
-            y = network.c_proj(F.gelu(network.c_fc(x_TD[tokens]), approximate="tanh"))
-            out_TD.index_add_(0, tokens, y * probs_T[tokens, None].to(y.dtype))
+            (tokens,) = torch.where(expert_ids_T == e)
+            if tokens.numel():
+                out_TD.index_add_(0, tokens, network(x_TD[tokens]) * probs_T[tokens, None].to(x_TD.dtype))
         return out_TD
 
 
@@ -52,17 +63,21 @@ def linear(weight: Tensor, bias: Tensor, quantised: bool) -> nn.Linear:
     return layer.to(weight.device)  # quantises; on a CPU, too
 
 
+def again(layer: nn.Linear, quantised: bool) -> nn.Linear:
+    return linear(layer.weight, layer.bias, quantised)
+
+
 def per_expert_model(dense: LolaForCausalLM, rank: int, quantised: bool) -> PeftModel:
     """The whole model that way, with LoRA on attention, dense MLP and experts; takes the dense model apart."""
     dense.set_attn_implementation("eager")
     dense.requires_grad_(False)
     for block in dense.transformer.h:
-        for holder, names in ((block.attn, ("c_attn", "c_proj")), (getattr(block, "mlp", None), ("c_fc", "c_proj"))):
-            for name in names if holder is not None else ():
-                layer = getattr(holder, name)
-                setattr(holder, name, linear(layer.weight, layer.bias, quantised))
+        for name in ("c_attn", "c_proj"):
+            setattr(block.attn, name, again(getattr(block.attn, name), quantised))
         if block.is_moe:
             block.moe.experts = PerExpert(block.moe.experts, quantised)
+        else:
+            block.mlp = Network(again(block.mlp.c_fc, quantised), again(block.mlp.c_proj, quantised))
     return get_peft_model(dense, lora_of(rank)).train()
 
 

@@ -1,14 +1,18 @@
 """A training step by the common way and by ours, in turn: `python benchmarks/whole_step.py --help`.
 
 The common way is `per_expert.py`: a module an expert, bitsandbytes' layers, PEFT, eager attention, full logits. Both
-train LoRA on the same random base. Prints one JSON line last: tokens a second, and how many times faster ours is.
+train LoRA on the same random base. Times are taken in turns in one process, after a warm-up of each; memory is that of
+a process which does nothing else, once its model is there. Prints one JSON line last.
 """
 
+import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,43 +23,56 @@ from per_expert import per_expert_model
 from train_step import parse, train_steps, with_adapter, write_base
 
 import lola_ft
+from lola_ft.memory import give_back_freed_memory
 from lola_ft.training.precision import choose_precision
+
+Step = Callable[[], float]
+"""Does one step; returns its seconds."""
 
 
 def main() -> None:
     args = parse()
-    device = torch.device(args.device)
-    precision = choose_precision("bfloat16", device)
-    quantization = None if args.quantization == "none" else args.quantization
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), args)
-        base = lola_ft.load_base(folder, quantization, precision.dtype, device, quiet=True)
-        dense = lola_ft.load_base(folder, None, precision.dtype, device, quiet=True)
-    ours = with_adapter(base, args.rank, args.checkpointing)
-    common = per_expert_model(dense, args.rank, quantization is not None)
-    del base, dense
-    gc.collect()
-    times: dict[str, list[float]] = {"ours": [], "common": []}
-    memory = {}
-    for _ in range(args.steps):
-        with Peak() as peak:
-            times["ours"] += train_steps(ours, args.batch, args.seq, 1, 1, precision)[0]
-        memory["ours"] = peak.result()["anonymous"]
-        with Peak() as peak:
-            times["common"].append(common_step(common, args.batch, args.seq))
-        memory["common"] = peak.result()["anonymous"]
+        memory = {name: in_a_process(peak_of, name, folder, args) for name in WAYS}
+        steps = {name: make(folder, args) for name, make in WAYS.items()}
+    times: dict[str, list[float]] = {name: [] for name in WAYS}
+    for round_ in range(args.warmup + args.steps):
+        for name, step in steps.items():
+            seconds = step()
+            if round_ >= args.warmup:
+                times[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    faster = statistics.median(c / o for c, o in zip(times["common"], times["ours"], strict=True))
     print(
         json.dumps(
             {
                 "tokens_per_s": {name: round(args.batch * args.seq / value, 1) for name, value in medians.items()},
-                "times_faster": round(medians["common"] / medians["ours"], 2),
-                "peak_anonymous_mb_both_loaded": memory,
-                "dtype": str(precision.dtype).removeprefix("torch."),
+                "times_faster": round(faster, 2),
+                "peak_anonymous_mb": memory,
+                "share_of_their_memory": round(memory["ours"] / memory["common"], 2),
+                "dtype": str(choose_precision("bfloat16", torch.device(args.device)).dtype).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
             }
         )
     )
+
+
+def ours(folder: str, args: argparse.Namespace) -> Step:
+    device, precision = torch.device(args.device), choose_precision("bfloat16", torch.device(args.device))
+    base = lola_ft.load_base(folder, quantization_of(args), precision.dtype, device, quiet=True)
+    model = with_adapter(base, args.rank, args.checkpointing)
+    return lambda: train_steps(model, args.batch, args.seq, 0, 1, precision)[0][0]
+
+
+def common(folder: str, args: argparse.Namespace) -> Step:
+    device, precision = torch.device(args.device), choose_precision("bfloat16", torch.device(args.device))
+    dense = lola_ft.load_base(folder, None, precision.dtype, device, quiet=True)
+    model = per_expert_model(dense, args.rank, quantization_of(args) is not None)
+    return lambda: common_step(model, args.batch, args.seq)
+
+
+WAYS: dict[str, Callable[[str, argparse.Namespace], Step]] = {"ours": ours, "common": common}
 
 
 def common_step(model: PeftModel, batch: int, seq: int) -> float:
@@ -67,8 +84,29 @@ def common_step(model: PeftModel, batch: int, seq: int) -> float:
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     loss.item()
     return time.perf_counter() - began
+
+
+def peak_of(name: str, folder: str, args: argparse.Namespace) -> float:
+    """Largest anonymous memory (MB) during two steps, once the model is there."""
+    step = WAYS[name](folder, args)
+    gc.collect()
+    give_back_freed_memory()
+    with Peak() as peak:
+        step()
+        step()
+    return peak.result()["anonymous"]
+
+
+def in_a_process(function: Callable[..., float], *arguments: object) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def quantization_of(args: argparse.Namespace) -> str | None:
+    return None if args.quantization == "none" else args.quantization
 
 
 if __name__ == "__main__":
