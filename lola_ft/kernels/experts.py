@@ -14,6 +14,7 @@ from lola_ft.kernels.precision import compute_dtype
 from lola_ft.kernels.stacks import Experts, LowRank
 
 
+@torch.compiler.disable  # reads counts on the host, or launches kernels of its own: not for a compiler to trace
 def run_experts(
     experts: Experts,
     x_TD: Tensor,

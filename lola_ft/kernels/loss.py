@@ -17,6 +17,7 @@ IGNORE = -100
 _CHUNK_ROWS = 256
 
 
+@torch.compiler.disable  # how many rows have a label is in the data
 def labelled_cross_entropy(
     x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:

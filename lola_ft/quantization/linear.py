@@ -56,11 +56,13 @@ class NF4Linear(bnb.nn.Linear4bit):
         state = self.weight.quant_state
         return dequantized_tiles(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
+    @torch.compiler.disable  # bitsandbytes 0.50's operator on a CPU gives another shape than it tells a compiler
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             return _NF4Linear.apply(x.to(dtype), self.bias, None, None, None, self)
 
+    @torch.compiler.disable
     def forward_with_lora(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
         """`x W^T + bias + dropout(x) A^T B^T` in one pass over the output.
 
