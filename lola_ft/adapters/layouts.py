@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
+from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON
 from lola_ft.adapters.trained_state import split_stacks, trained_name, trained_state
 from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
@@ -80,7 +81,8 @@ def _sort_factors(
     """
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     keys: dict[tuple[str, str], str] = {}
-    unknown = []
+    unknown: list[str] = []
+    incomplete: list[str] = []
     for key, tensor in sorted(state.items()):
         name = key.removeprefix(PREFIX)
         match = _LORA_KEY.match(name)
@@ -100,16 +102,17 @@ def _sort_factors(
     for module, pair in factors.items():
         allowed = ({"A", "B"},) if FUSED.match(module) else ({"A", "B"}, {"A", "B", "magnitude"})
         if set(pair) not in allowed:
-            unknown.append(f"{PREFIX}{module}")
-    if unknown:
-        tied = any(re.search(r"\.(wte|lm_head)\.", key) for key in unknown)
-        reason = (
-            "LOLA's embeddings (wte) and output head (lm_head) are one tensor, so two updates of it contradict each "
-            "other and could not be merged. "
+            incomplete.append(f"{module} (holds {', '.join(sorted(pair))} alone)")
+    if incomplete and not unknown:
+        raise AdapterError(
+            f"{len(incomplete)} modules lack a LoRA factor, or have DoRA's lengths where there can be none: "
+            f"{', '.join(sorted(incomplete)[:3])}."
         )
+    if unknown:
+        tied = any(part in TIED_MODULES for key in unknown for part in key.split("."))
         raise AdapterError(
             f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. "
-            + reason * tied
+            + f"{TIED_REASON} " * tied
             + "lola_ft takes LoRA pairs of attention, dense MLP, experts and router, trained weights of router and "
             "norms, and trained biases."
         )

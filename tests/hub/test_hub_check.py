@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lola_ft.adapters.contents import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
 from lola_ft.hub.check import compare_adapter, compare_merged
@@ -16,9 +17,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def change(file: Path, ending: str, factor: float) -> None:
-    """Multiply the tensors whose name ends so."""
+    """Multiply the tensors whose name ends so; the file does not say that they were others."""
     with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata()
+        metadata = {key: text for key, text in handle.metadata().items() if key != CHECKSUMS_KEY}
     weights = load_file(file)
     save_file({k: v * factor if k.endswith(ending) else v for k, v in weights.items()}, file, metadata=metadata)
 
