@@ -60,6 +60,12 @@ class StoredAdapter:
         """Whether it corrects the rounding of the 4-bit base, and belongs on that."""
         return self.metadata.get("lola_ft_start") == "loftq"
 
+    @property
+    def loads_with_stock_peft(self) -> bool:
+        """Whether stock PEFT loads it, on the unquantised base: it refuses DoRA beside LoRA on expert parameters."""
+        dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
+        return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
+
     def weights(self, num_experts: int) -> AdapterWeights:
         """The adapter's numbers under the Hub's names."""
         return self._arranged({key: entry.read() for key, entry in self.entries.items()}, num_experts)

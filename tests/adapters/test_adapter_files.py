@@ -230,6 +230,27 @@ def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights
         everything.check_against(expected_shapes(tiny))
 
 
+# What stock PEFT loads
+
+
+@pytest.mark.parametrize(
+    ("groups", "layout", "loads"),
+    [
+        ({"c_attn": (4, 8.0), "up": (2, 8.0)}, "peft", True),
+        ({"c_attn": (4, 8.0), "up": (2, 8.0)}, "per_expert", False),
+        ({"c_attn": (4, 8.0), "dora": True}, "peft", True),
+        ({"c_attn": (4, 8.0), "up": (2, 8.0), "dora": True}, "peft", False),
+    ],
+)
+def test_stock_peft_is_not_promised_more_than_it_can(
+    groups: dict[str, Any], layout: str, loads: bool, make_weights: Callable[..., AdapterWeights], tmp_path: Path
+) -> None:
+    weights = make_weights(**groups)
+    assert read_adapter(write_adapter(weights, tmp_path / "one", layout, E)).loads_with_stock_peft is loads
+    weights.starts_at_rounding_error = True  # stock PEFT would put it on unrounded weights
+    assert not read_adapter(write_adapter(weights, tmp_path / "two", layout, E)).loads_with_stock_peft
+
+
 # An adapter of another shape
 
 
