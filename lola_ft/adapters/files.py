@@ -219,6 +219,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=weights.base,
+        revision=weights.revision,
         inference_mode=True,
         r=int(common_rank),
         lora_alpha=common_alpha if common_alpha % 1 else int(common_alpha),

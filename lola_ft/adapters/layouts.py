@@ -43,7 +43,10 @@ def from_state(
         experts_of: The experts that a layer's fused factors are of, where these are not all.
     """
     weights = AdapterWeights(
-        {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
+        {},
+        rslora=bool(config.get("use_rslora")),
+        base=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision"),
     )
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, num_experts, experts_of or {})

@@ -97,7 +97,7 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
     weights = from_state(state, config.to_dict(), model.config.num_experts, experts_of(model, name))
     weights.base_biases = _untrained_biases(model, name)
     base = model.get_base_model()
-    weights.base = getattr(base, "base_id", "")
+    weights.base, weights.revision = getattr(base, "base_id", ""), getattr(base, "base_revision", None)
     weights.base_fingerprint = getattr(base, "base_fingerprint", None)
     weights.starts_at_rounding_error = getattr(config, "starts_at_rounding_error", False)
     return weights

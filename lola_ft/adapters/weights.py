@@ -51,6 +51,7 @@ class AdapterWeights:
         bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
+        revision: Of the base on the Hub, if it is not its main branch.
         base_fingerprint: Identity of the base's weights, if it is known.
         starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that.
         announced: The config of a file of another tool, which must hold all that this says; None for one of ours.
@@ -63,6 +64,7 @@ class AdapterWeights:
     bias_experts: Mapping[str, Collection[int]] | None = None
     rslora: bool = False
     base: str = ""
+    revision: str | None = None
     base_fingerprint: str | None = None
     starts_at_rounding_error: bool = False
     announced: Mapping[str, Any] | None = None

@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+import lola_ft
+from lola_ft.adapters.convert import convert_adapter
 from lola_ft.model.fingerprint import fingerprint
 from lola_ft.model.hub_checkpoint import HubCheckpoint
 
@@ -32,6 +34,18 @@ def cached(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return repo
+
+
+def test_an_adapter_names_the_revision_that_it_was_made_on(cached: Path, adapter: Path, tmp_path: Path) -> None:
+    def named(revision: str | None) -> tuple[str, str | None]:
+        model = lola_ft.load_base(BASE_ID, None, "float32", revision=revision, quiet=True)
+        lola_ft.save_adapter(lola_ft.load_adapter(model, adapter), tmp_path / "saved")
+        convert_adapter(tmp_path / "saved", cached / "snapshots" / OLD, "per_expert", tmp_path / str(revision))
+        config = json.loads((tmp_path / str(revision) / "adapter_config.json").read_text())
+        return config["base_model_name_or_path"], config["revision"]
+
+    assert named(OLD) == (BASE_ID, OLD)
+    assert named("main") == (BASE_ID, None)
 
 
 def test_the_revision_that_the_adapter_names(
