@@ -134,10 +134,12 @@ def to_state(
         experts_of: The experts to stack in a layer, where these are not all. In a file of the layout `peft` they must
             be all, the others zeros: stock PEFT knows no choice.
     """
-    if layout == "per_expert" and weights.dora:
+    plain = [module for module, pair in weights.pairs.items() if pair.magnitude is None]
+    if layout == "per_expert" and weights.dora and plain:
         raise AdapterError(
-            "This adapter uses DoRA, which the layout per_expert cannot hold: the authors' code would want a length "
-            "for every expert, too. Keep it in the layout peft, or merge it."
+            f"This adapter uses DoRA on some modules and plain LoRA on others ({plain[0]}), which the layout "
+            "per_expert cannot hold: the authors' code would want lengths for all of them. Keep it in the layout peft, "
+            "or merge it."
         )
     trained = trained_state(weights, layout, num_experts, experts_of or {})
     state = {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}

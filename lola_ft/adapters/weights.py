@@ -147,10 +147,12 @@ class AdapterWeights:
             elif tuple(shapes[name]) != tuple(tensor.shape):
                 problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(shapes[name])} in the base")
         problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing(shapes)]
-        problems += self._not_held(shapes)
+        lost = self._not_held(shapes)
+        problems += lost
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise AdapterError(f"The adapter does not fit this base:\n  {shown}")
+            hint = "\nWhat was left out on purpose must not stand in adapter_config.json." if lost else ""
+            raise AdapterError(f"The adapter does not fit this base:\n  {shown}{hint}")
 
     def _not_held(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """What the file's config announces and the file does not hold."""
