@@ -394,6 +394,8 @@ def test_what_cannot_be_combined(
     [
         (AdapterSettings(router_rank=2, tune_router=True), "either tuned or has LoRA"),
         (AdapterSettings(), "Nothing would be trained"),
+        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts on attention and mlp alone"),
+        (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: AdapterSettings, message: str) -> None:
