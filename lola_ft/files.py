@@ -11,7 +11,10 @@ from safetensors import SafetensorError
 
 from lola_ft.errors import WriteError
 
-_DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (
+    *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    errno.ENOTDIR,  # a path that leads through a file
+)
 
 
 @contextlib.contextmanager

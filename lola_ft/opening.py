@@ -34,7 +34,7 @@ class Subject:
         name: As the user wrote it; what a table calls it.
         folder: Where its own files are: the adapter's folder of a run or an adapter, the model's else.
         base: Folder or Hub id of the weights to load first; the folder itself of a base or a merged model.
-        quantization: What a run trained on ("nf4" or None); None where nothing says it.
+        quantization: What a run trained on ("nf4" or None), or what an adapter needs; None where nothing says it.
     """
 
     name: str
@@ -85,11 +85,13 @@ def find_subject(
     if (given / "manifest.json").is_file() or (given / "recipe.yaml").is_file():
         return _run(given, name, base, revision)
     if (given / CONFIG_FILE).is_file():
-        config = read_adapter(given).config
+        stored = read_adapter(given)
+        config = stored.config
         own = base or config.get("base_model_name_or_path")
         if not own:
             raise AdapterError(f"{given}: does not say which base it belongs to. Give it with --base.")
-        return Subject(name, "adapter", given, own, revision if base else config.get("revision"), None)
+        quantization = "nf4" if stored.starts_at_rounding_error else None
+        return Subject(name, "adapter", given, own, revision if base else config.get("revision"), quantization)
     if base:
         raise UserError(f"--base is for a run or an adapter; {path} is neither.")
     folder = resolve_folder(name, revision)

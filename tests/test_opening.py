@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lola_ft
+from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging import merge
 from lola_ft.opening import find_subject, open_model
@@ -66,6 +67,16 @@ def test_a_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_that_names_no_base_is_refused(tiny_adapter: Path) -> None:
     with pytest.raises(AdapterError, match="--base"):
         find_subject(tiny_adapter)
+
+
+def test_an_adapter_of_the_4_bit_base_alone_is_opened_on_that(
+    tiny_adapter: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    weights = read_adapter(tiny_adapter).weights(4)
+    weights.starts_at_rounding_error = True
+    adapter = write_adapter(weights, tmp_path / "loftq", "peft", 4)
+    assert find_subject(adapter, base=str(tiny_base)).quantization == "nf4"
+    assert find_subject(tiny_adapter, base=str(tiny_base)).quantization is None
 
 
 def test_a_base_takes_no_base(tiny_base: Path) -> None:

@@ -17,6 +17,7 @@ from lola_ft.adapters.targets import GROUPS, Selection
 from lola_ft.adapters.trained_bias import bias_names, drop_copied_biases, seen_by_peft, train_biases
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
+from lola_ft.model.fingerprint import fingerprint_in_memory
 from lola_ft.model.router import RouterGate
 from lola_ft.quantization import NF4Linear
 
@@ -89,6 +90,7 @@ def attach(
     classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora}
     config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
     config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
+    identity_of(model)  # while its parameters have their own names
     with select_experts(model, config, selection), seen_by_peft(model):
         if wrapped:
             model.add_adapter(adapter_name, config)
@@ -104,6 +106,13 @@ def attach(
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
     return peft_model
+
+
+def identity_of(model: LolaForCausalLM | PeftModel) -> str | None:
+    """The fingerprint of a model's base weights, which it keeps; None if it cannot be told."""
+    if not isinstance(model, PeftModel) and not hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = fingerprint_in_memory(model)
+    return getattr(model, "base_fingerprint", None)
 
 
 def _set_dropouts(model: PeftModel, adapter_name: str, dropouts: Mapping[str, float]) -> None:

@@ -33,7 +33,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     weights = stored.weights(checkpoint.config.num_experts)
     weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
     if Path(weights.base).exists() or weights.base.startswith((".", "/", "~")):
-        weights.base = ""  # a folder's path means nothing to others
+        weights.base, weights.revision = "", None  # a folder's path means nothing to others
 
     if layout == "peft":
         weights.base_biases |= {

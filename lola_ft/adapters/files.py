@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lola_ft.adapters.contents import CHECKSUMS_KEY, check_contents, checksums_of
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
 from lola_ft.adapters.targets import EXPERT_TARGETS, target_of
 from lola_ft.adapters.weights import AdapterWeights
@@ -59,6 +60,12 @@ class StoredAdapter:
         """Whether it corrects the rounding of the 4-bit base, and belongs on that."""
         return self.metadata.get("lola_ft_start") == "loftq"
 
+    @property
+    def loads_with_stock_peft(self) -> bool:
+        """Whether stock PEFT loads it, on the unquantised base: it refuses DoRA beside LoRA on expert parameters."""
+        dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
+        return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
+
     def weights(self, num_experts: int) -> AdapterWeights:
         """The adapter's numbers under the Hub's names."""
         return self._arranged({key: entry.read() for key, entry in self.entries.items()}, num_experts)
@@ -79,6 +86,8 @@ class StoredAdapter:
             weights.bias_experts = json.loads(self.metadata["lola_ft_biases"])
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
         weights.starts_at_rounding_error = self.starts_at_rounding_error
+        if "lola_ft_layout" not in self.metadata:  # a file of ours lists its tensors, and may leave layers out
+            weights.announced = self.config
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
@@ -125,16 +134,8 @@ def read_adapter(path: str | Path) -> StoredAdapter:
         raise AdapterError(
             f"{folder / WEIGHTS_FILE}: tensor '{odd[0]}' is {entries[odd[0]].kind}; must be F32, F16 or BF16."
         )
-    if broken := [key for key, entry in entries.items() if not _is_finite(entry)]:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE}: {len(broken)} tensors hold NaN or infinite values: {', '.join(broken[:3])}."
-        )
+    check_contents(folder / WEIGHTS_FILE, entries, metadata)
     return StoredAdapter(folder, config, entries, metadata)
-
-
-def _is_finite(entry: TensorEntry) -> bool:
-    """Whether every value is a number; a piece's extremes tell, and NaN is among them if there is one."""
-    return all(torch.stack(torch.aminmax(piece)).isfinite().all() for _, piece in entry.pieces())
 
 
 def write_adapter(
@@ -154,7 +155,7 @@ def write_adapter(
     if not is_replaceable(path):
         raise UserError(f"{path}: already there and no adapter. Choose another folder.")
     state = to_state(weights, layout, num_experts)
-    metadata = file_metadata(weights, layout, num_experts)
+    metadata = file_metadata(weights, layout, num_experts, state)
     config = config_for(weights, layout)
     with replace_folder(path) as folder:
         _write_tensors(folder / WEIGHTS_FILE, state, metadata)
@@ -164,9 +165,15 @@ def write_adapter(
     return Path(path)
 
 
-def file_metadata(weights: AdapterWeights, layout: str, num_experts: int) -> dict[str, str]:
-    """What an adapter's file says about itself beside its tensors."""
-    metadata = {"lola_ft_layout": f"{layout}/{LAYOUT_VERSION}"}
+def file_metadata(
+    weights: AdapterWeights, layout: str, num_experts: int, state: dict[str, torch.Tensor]
+) -> dict[str, str]:
+    """What an adapter's file says about itself beside its tensors.
+
+    Args:
+        state: The tensors, as the layout has them.
+    """
+    metadata = {"lola_ft_layout": f"{layout}/{LAYOUT_VERSION}", CHECKSUMS_KEY: json.dumps(checksums_of(state))}
     if weights.base_fingerprint:
         metadata["base_fingerprint"] = weights.base_fingerprint
     if weights.starts_at_rounding_error:
@@ -212,6 +219,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=weights.base,
+        revision=weights.revision,
         inference_mode=True,
         r=int(common_rank),
         lora_alpha=common_alpha if common_alpha % 1 else int(common_alpha),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
+from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON
 from lola_ft.adapters.trained_state import split_stacks, trained_name, trained_state
 from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
@@ -42,7 +43,10 @@ def from_state(
         experts_of: The experts that a layer's fused factors are of, where these are not all.
     """
     weights = AdapterWeights(
-        {}, rslora=bool(config.get("use_rslora")), base=config.get("base_model_name_or_path") or ""
+        {},
+        rslora=bool(config.get("use_rslora")),
+        base=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision"),
     )
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, num_experts, experts_of or {})
@@ -80,7 +84,8 @@ def _sort_factors(
     """
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     keys: dict[tuple[str, str], str] = {}
-    unknown = []
+    unknown: list[str] = []
+    incomplete: list[str] = []
     for key, tensor in sorted(state.items()):
         name = key.removeprefix(PREFIX)
         match = _LORA_KEY.match(name)
@@ -100,16 +105,17 @@ def _sort_factors(
     for module, pair in factors.items():
         allowed = ({"A", "B"},) if FUSED.match(module) else ({"A", "B"}, {"A", "B", "magnitude"})
         if set(pair) not in allowed:
-            unknown.append(f"{PREFIX}{module}")
-    if unknown:
-        tied = any(re.search(r"\.(wte|lm_head)\.", key) for key in unknown)
-        reason = (
-            "LOLA's embeddings (wte) and output head (lm_head) are one tensor, so two updates of it contradict each "
-            "other and could not be merged. "
+            incomplete.append(f"{module} (holds {', '.join(sorted(pair))} alone)")
+    if incomplete and not unknown:
+        raise AdapterError(
+            f"{len(incomplete)} modules lack a LoRA factor, or have DoRA's lengths where there can be none: "
+            f"{', '.join(sorted(incomplete)[:3])}."
         )
+    if unknown:
+        tied = any(part in TIED_MODULES for key in unknown for part in key.split("."))
         raise AdapterError(
             f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. "
-            + reason * tied
+            + f"{TIED_REASON} " * tied
             + "lola_ft takes LoRA pairs of attention, dense MLP, experts and router, trained weights of router and "
             "norms, and trained biases."
         )
@@ -128,10 +134,12 @@ def to_state(
         experts_of: The experts to stack in a layer, where these are not all. In a file of the layout `peft` they must
             be all, the others zeros: stock PEFT knows no choice.
     """
-    if layout == "per_expert" and weights.dora:
+    plain = [module for module, pair in weights.pairs.items() if pair.magnitude is None]
+    if layout == "per_expert" and weights.dora and plain:
         raise AdapterError(
-            "This adapter uses DoRA, which the layout per_expert cannot hold: the authors' code would want a length "
-            "for every expert, too. Keep it in the layout peft, or merge it."
+            f"This adapter uses DoRA on some modules and plain LoRA on others ({plain[0]}), which the layout "
+            "per_expert cannot hold: the authors' code would want lengths for all of them. Keep it in the layout peft, "
+            "or merge it."
         )
     trained = trained_state(weights, layout, num_experts, experts_of or {})
     state = {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}

@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lola_ft.adapters.attaching import attach
+from lola_ft.adapters.attaching import attach, identity_of
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
@@ -39,7 +39,7 @@ def load_adapter(
     """
     weights = read_adapter(path).weights(model.config.num_experts)
     weights.check_against(expected_shapes(model.config))
-    own = getattr(model, "base_fingerprint", None)
+    own = identity_of(model)
     if own and weights.base_fingerprint and own != weights.base_fingerprint and not allow_other_base:
         raise AdapterError(
             f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load its own base, or allow "
@@ -97,7 +97,7 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
     weights = from_state(state, config.to_dict(), model.config.num_experts, experts_of(model, name))
     weights.base_biases = _untrained_biases(model, name)
     base = model.get_base_model()
-    weights.base = getattr(base, "base_id", "")
+    weights.base, weights.revision = getattr(base, "base_id", ""), getattr(base, "base_revision", None)
     weights.base_fingerprint = getattr(base, "base_fingerprint", None)
     weights.starts_at_rounding_error = getattr(config, "starts_at_rounding_error", False)
     return weights

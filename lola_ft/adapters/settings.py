@@ -10,6 +10,8 @@ from lola_ft.errors import UserError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+INITS = ("default", "gaussian", "loftq")
+
 
 @dataclass(frozen=True)
 class AdapterSettings:
@@ -75,6 +77,10 @@ def lora_config(settings: AdapterSettings) -> "LoraConfig":
         raise UserError("Nothing would be trained: give at least one of attention, mlp and experts a rank.")
     if settings.tune_router and settings.router_rank is not None:
         raise UserError("The router is either tuned or has LoRA, not both.")
+    if settings.dora and settings.router_rank is not None:
+        raise UserError("DoRA acts on attention and mlp alone, and the router has LoRA. Leave out one of the two.")
+    if settings.init not in INITS:
+        raise UserError(f"init '{settings.init}' is not known; use one of {', '.join(INITS)}.")
     alphas = {group: settings.alphas.get(group, settings.alpha) for group in ranks}
     # The experts' values are the common ones: PEFT warns of a pattern that names a parameter, though it follows it.
     common = "experts" if "experts" in ranks else next(iter(ranks), "")

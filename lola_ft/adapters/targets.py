@@ -7,6 +7,11 @@ ROUTER_TARGETS = ("moe.gate",)
 GROUPS = {"attention": ATTENTION_TARGETS, "mlp": MLP_TARGETS, "experts": EXPERT_TARGETS, "router": ROUTER_TARGETS}
 ROUTER_MODULE = "gate"
 NORM_MODULES = ("ln_1", "ln_2", "ln_f")
+TIED_MODULES = ("wte", "lm_head")
+TIED_REASON = (
+    "LOLA's embeddings (wte) and output head (lm_head) are one tensor, so two updates of it contradict each other and "
+    "could not be merged."
+)
 
 Selection = tuple[tuple[int, ...], ...]
 """The experts that get LoRA, for each MoE layer in order."""

@@ -7,10 +7,13 @@ converting and loading all start from this form.
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lola_ft.adapters.announced import announced_modules
+from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON
 from lola_ft.errors import AdapterError
 
 EXPERT_MODULE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
@@ -48,8 +51,10 @@ class AdapterWeights:
         bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
+        revision: Of the base on the Hub, if it is not its main branch.
         base_fingerprint: Identity of the base's weights, if it is known.
         starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that.
+        announced: The config of a file of another tool, which must hold all that this says; None for one of ours.
         keys: Names in the file that it was read from, by module (A's and B's) or trained weight.
     """
 
@@ -59,8 +64,10 @@ class AdapterWeights:
     bias_experts: Mapping[str, Collection[int]] | None = None
     rslora: bool = False
     base: str = ""
+    revision: str | None = None
     base_fingerprint: str | None = None
     starts_at_rounding_error: bool = False
+    announced: Mapping[str, Any] | None = None
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
@@ -131,7 +138,7 @@ class AdapterWeights:
             if is_out_by_in(module):
                 update = (update[1], update[0])
             if shape is None:
-                problems.append(f"{module}: the base has no such module")
+                problems.append(f"{module}: the base has no such module{_reason(module)}")
             elif tuple(shape) != update:
                 problems.append(f"{module}: the adapter changes a {list(update)} weight, the base's is {list(shape)}")
         for name, tensor in self.trained.items():
@@ -140,9 +147,27 @@ class AdapterWeights:
             elif tuple(shapes[name]) != tuple(tensor.shape):
                 problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(shapes[name])} in the base")
         problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing(shapes)]
+        lost = self._not_held(shapes)
+        problems += lost
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
-            raise AdapterError(f"The adapter does not fit this base:\n  {shown}")
+            hint = "\nWhat was left out on purpose must not stand in adapter_config.json." if lost else ""
+            raise AdapterError(f"The adapter does not fit this base:\n  {shown}{hint}")
+
+    def _not_held(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """What the file's config announces and the file does not hold."""
+        if self.announced is None:
+            return []
+        lora, trained = announced_modules(self.announced, shapes)
+        return [
+            f"{module}: adapter_config.json says that it has LoRA, but the file holds none{_reason(module)}"
+            for module in lora
+            if module not in self.pairs
+        ] + [
+            f"{module}: adapter_config.json says that it was trained, but the file does not hold it"
+            for module in trained
+            if f"{module}.weight" not in self.trained
+        ]
 
     def _missing(self, names: Collection[str]) -> list[str]:
         """The biases that an adapter with trained biases should hold, and does not."""
@@ -158,6 +183,11 @@ class AdapterWeights:
             )
 
         return [name for name in names if name.endswith(".bias") and name not in self.trained and wanted(name)]
+
+
+def _reason(module: str) -> str:
+    """Why some modules cannot have LoRA."""
+    return f". {TIED_REASON}" if module.endswith(TIED_MODULES) else ""
 
 
 def _experts_in(modules: Iterable[str]) -> dict[str, tuple[int, ...]]:

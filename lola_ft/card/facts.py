@@ -14,6 +14,7 @@ class CardFacts:
         base: The base's Hub id; in a draft, whatever the recipe has.
         base_revision: Branch, tag or commit of the base.
         layout: The adapter's layout; None for merged weights.
+        stock_peft: Whether stock PEFT loads the adapter.
         manifest: The run's `manifest.json`, or as much of it as there is.
         merge_report: `merge_report.json` of merged weights.
         files: Names of the published files.
@@ -26,6 +27,7 @@ class CardFacts:
     base: str
     base_revision: str | None = None
     layout: str | None = None
+    stock_peft: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
     merge_report: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from lola_ft.card.facts import CardFacts
 def snippets(facts: CardFacts) -> list[tuple[str, str]]:
     """Pairs of a heading and code; each runs alone, but the last, which uses the first one's model."""
     found = [("With lola_ft", _merged(facts) if facts.kind == "merged" else _adapter(facts))]
-    if facts.kind == "adapter" and facts.layout == "peft":
+    if facts.stock_peft:
         found.append(("With stock PEFT", _stock_peft(facts)))
     if any(name.startswith("tokenizer") for name in facts.files):
         found.append(("Generate", _generate(facts)))

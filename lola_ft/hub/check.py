@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from lola_ft.adapters import load_adapter
+from lola_ft.adapters.files import read_adapter
 from lola_ft.errors import PublishError, UserError
 from lola_ft.kernels.precision import comparison_dtype, is_small
 from lola_ft.model import LolaConfig
@@ -49,6 +50,8 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
         AdapterError: If one of them does not fit the base.
     """
     quantization, dtype = _how_to_load(base)
+    if read_adapter(source).starts_at_rounding_error:
+        quantization = "nf4"  # on other weights it is refused
     model = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
     plain = _logits(model)
     expected = _logits(load_adapter(model, source))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.adapters.files import WEIGHTS_FILE
+from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import PublishError
@@ -81,6 +81,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         base=base.id,
         base_revision=base.revision,
         layout=(layout or source.layout) if source.kind == "adapter" else None,
+        stock_peft=source.kind == "adapter" and read_adapter(folder).loads_with_stock_peft,
         manifest=source.manifest,
         merge_report=read_json(folder / REPORT_FILE) if REPORT_FILE in names else {},
         files=tuple(sorted(names)),

@@ -64,7 +64,12 @@ class CheckpointBase(MergeBase):
 
     @staticmethod
     def open(checkpoint: HubCheckpoint, rounding: str) -> "CheckpointBase":
-        """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`)."""
+        """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`).
+
+        Raises:
+            CheckpointError: If the base has an output head that is not its embeddings: it would be lost.
+        """
+        checkpoint.check_tied_head()
         entries = list(checkpoint)
         return CheckpointBase(
             folder=checkpoint.folder,

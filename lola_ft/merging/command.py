@@ -28,6 +28,8 @@ def merge_command(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give a run folder or an adapter's folder.")
     adapter, own_base, revision = _locate(folder)
+    if base:
+        revision = None  # the one that is known is of the own base
     base = base or own_base
     if not base:
         raise UserError(f"{adapter}: does not say which base it belongs to. Give it with --base.")
@@ -46,7 +48,7 @@ def _locate(folder: Path) -> tuple[Path, str, str | None]:
         recipe = load_recipe(folder / "recipe.yaml")
         return folder / "adapter", recipe.base.model, recipe.base.revision
     adapter = read_adapter(folder)
-    return folder, adapter.config.get("base_model_name_or_path") or "", None
+    return folder, adapter.config.get("base_model_name_or_path") or "", adapter.config.get("revision")
 
 
 def _say(report: MergeReport, target: Path) -> None:
@@ -65,7 +67,7 @@ def _say(report: MergeReport, target: Path) -> None:
     if report.dropped:
         console.print(f"Left out {len(report.dropped)} legacy tensors: {', '.join(report.dropped[:3])}.")
     if report.weights:
-        _say_weights(report.weights, report.adapter_tensors, console)
+        _say_weights(report.weights, report, console)
     if report.skipped:
         console.print(f"Logits were not compared: {report.skipped}.")
     if report.verification:
@@ -77,18 +79,24 @@ def _say(report: MergeReport, target: Path) -> None:
     console.print(f"The merged model is in {target}; the proof in {target / REPORT_FILE}.")
 
 
-def _say_weights(proof: WeightProof, adapter_tensors: int, console: Console) -> None:
+def _say_weights(proof: WeightProof, report: MergeReport, console: Console) -> None:
     console.print(
         f"Checked in the written files: {proof.untouched} tensors are the base's bit by bit; {proof.applied_once} of "
-        f"{adapter_tensors} adapter tensors are there exactly once ({proof.rows} rows of {proof.touched} weights "
-        f"recomputed); {len(proof.sample)} weights recomputed in whole differ by at most {proof.largest_error:.0%} of "
-        f"what rounding allows, and with the update taken off {proof.unmerged_exactly:.1%} of their values are the "
-        "base's again, the rest within rounding."
+        f"{report.adapter_tensors} adapter tensors are there exactly once ({proof.rows} rows of {proof.touched} "
+        f"weights recomputed); {len(proof.sample)} weights recomputed in whole differ by at most "
+        f"{proof.largest_error:.0%} of what rounding allows, and with the update taken off "
+        f"{proof.unmerged_exactly:.1%} of their values are the base's again, the rest within rounding."
     )
+    if proof.without_update:
+        console.print(
+            f"For {len(proof.without_update)} weights the adapter's update is zero, as where training reached no token "
+            f"of an expert: {', '.join(proof.without_update[:3])}."
+        )
     if proof.below_rounding:
+        wider = "" if report.dtype == "float32" else "; --dtype float32 would keep it"
         console.print(
             f"In {len(proof.below_rounding)} weights the update is smaller than the output's rounding at the rows "
-            "looked at; --dtype float32 would keep it."
+            f"looked at{wider}."
         )
 
 

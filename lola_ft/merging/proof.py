@@ -40,6 +40,8 @@ class WeightProof:
             were recomputed.
         rows: How many rows that were.
         applied_once: Adapter tensors whose update is there once, not twice and not missing, as these rows show.
+        without_update: Weights that the adapter holds but does not change (no token of that expert was trained on,
+            say): there is nothing to find.
         below_rounding: Weights whose update is smaller than the output dtype's rounding at all these rows, where
             nothing can show it.
         sample: Weights recomputed in whole: at least one of each kind.
@@ -57,6 +59,7 @@ class WeightProof:
     touched: int
     rows: int
     applied_once: int
+    without_update: list[str]
     below_rounding: list[str]
     sample: list[str]
     values: int
@@ -106,7 +109,8 @@ def prove(
         touched=len(touched),
         rows=sum(min(_ROWS, merged[name].shape[0]) for name in touched),
         applied_once=sum(len(adapter.keys_of(name)) for name in touched if checks[name].visible),
-        below_rounding=[name for name in touched if not checks[name].visible],
+        without_update=[name for name in touched if checks[name].without_update],
+        below_rounding=[name for name in touched if not checks[name].visible and not checks[name].without_update],
         sample=sample,
         values=values,
         largest_error=max((check.error for check in (*checks.values(), *found)), default=0.0),
@@ -118,10 +122,14 @@ def prove(
 
 @dataclass(frozen=True)
 class _Found:
-    """Of some rows: errors as shares of what is allowed, whether the update is visible, values given back exactly."""
+    """Of some rows: errors as shares of what is allowed, whether the update is visible, values given back exactly.
+
+    `without_update`: the whole weight's update is zero; or a weight that was trained as it is did not move here.
+    """
 
     error: float
     visible: bool
+    without_update: bool
     unmerge_error: float
     restored: int
 
@@ -138,6 +146,11 @@ class _Factors:
     abs_a: Tensor
     abs_b: Tensor
     factor: Tensor | None
+
+    @property
+    def are_zero(self) -> bool:
+        """Whether there is no update at all; DoRA's lengths are one."""
+        return self.factor is None and not (self.a.any() and self.b.any())
 
     def update(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Some rows of the update, and the sum of the sizes of what is added in it."""
@@ -256,6 +269,7 @@ def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) ->
     return _Found(
         max(part.error for part in parts),
         any(part.visible for part in parts),
+        parts[0].without_update,
         max(part.unmerge_error for part in parts),
         sum(part.restored for part in parts),
     )
@@ -288,17 +302,18 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
     if unmerge > 1:
         raise CheckpointError(f"{merged.file}: tensor '{merged.name}' minus its update does not give the base back.")
     visible = bool((update.abs() > 2 * allowed).any())
-    return _Found(error, visible, unmerge, int((back == start.to(back.dtype)).sum()))
+    return _Found(error, visible, factors.are_zero, unmerge, int((back == start.to(back.dtype)).sum()))
 
 
 def _compare_trained(
     adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]
 ) -> _Found:
     """A weight that was trained as it is stands there as it is; to unmerge it is to have the base."""
-    expected = adapter.trained(merged.name)[rows].to(written.dtype)
-    if not torch.equal(expected, written):
+    trained = adapter.trained(merged.name)[rows]
+    if not torch.equal(trained.to(written.dtype), written):
         raise CheckpointError(f"{merged.file}: tensor '{merged.name}' is not the adapter's trained weight.")
-    return _Found(0.0, not torch.equal(written, start.to(written.dtype)), 0.0, start.numel())
+    visible = not torch.equal(written, start.to(written.dtype))
+    return _Found(0.0, visible, torch.equal(trained.float(), start.float()), 0.0, start.numel())
 
 
 def _half_step(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,7 +58,7 @@ def adapter_file_bytes(weights: AdapterWeights, config: LolaConfig) -> int:
     state = to_state(weights, layout, config.num_experts)
     header, num_bytes = file_header(
         [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()],
-        file_metadata(weights, layout, config.num_experts),
+        file_metadata(weights, layout, config.num_experts, state),
     )
     return len(header) + num_bytes
 

@@ -85,6 +85,7 @@ def load_base(
     model.eval()
     model.config._name_or_path = str(path)
     model.base_id = "" if Path(path).exists() else str(path)  # a local path would mean nothing to others
+    model.base_revision = revision if model.base_id and revision != "main" else None
     model.base_fingerprint = base_fingerprint
     if not quiet:
         title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {target}"

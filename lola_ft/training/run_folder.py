@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lola_ft.adapters.files import read_adapter
 from lola_ft.baseline.card import write_dense_card
 from lola_ft.baseline.families import FAMILIES, FAMILY_KEY
 from lola_ft.card import CardFacts, render_card
@@ -59,6 +60,7 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
         base=base["model"],
         base_revision=base["revision"] if is_repo_id(base["model"]) else None,
         layout=manifest["layout"],
+        stock_peft=read_adapter(output / ADAPTER_FOLDER).loads_with_stock_peft,
         manifest=manifest,
         files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
     )

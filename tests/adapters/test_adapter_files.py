@@ -1,6 +1,7 @@
 """Adapter folders: what is wrong with one is said by name, and writing is all or nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lola_ft.adapters.announced import announced_modules
+from lola_ft.adapters.contents import CHECKSUMS_KEY
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
@@ -121,6 +124,133 @@ def test_a_later_version_of_the_layout(adapter: Path) -> None:
     assert "its layout has version 2; this lola_ft reads 1" in refusal(adapter)
 
 
+# Tensors lost, added, or in another order
+
+
+def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors; what the file says of itself stays."""
+    file = adapter / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file(file)
+    change(state)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, metadata=metadata)
+
+
+C_ATTN = "base_model.model.transformer.h.{}.attn.c_attn.lora_{}.weight"
+DOWN_B = "base_model.model.transformer.h.1.moe.experts.lora_B.weight"
+
+
+def lose_a_module(state: dict[str, torch.Tensor]) -> None:
+    del state[C_ATTN.format(2, "A")], state[C_ATTN.format(2, "B")]
+
+
+def swap_layers(state: dict[str, torch.Tensor]) -> None:
+    one, other = C_ATTN.format(0, "B"), C_ATTN.format(2, "B")
+    state[one], state[other] = state[other], state[one]
+
+
+def put_experts_first(state: dict[str, torch.Tensor]) -> None:
+    state[DOWN_B] = state[DOWN_B].view(len(state[DOWN_B]), -1, E).transpose(1, 2).reshape(state[DOWN_B].shape)
+
+
+def add_a_layer(state: dict[str, torch.Tensor]) -> None:
+    for factor in "AB":
+        state[C_ATTN.format(4, factor)] = state[C_ATTN.format(0, factor)].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lose_a_module, f"2 tensors are missing: {C_ATTN.format(2, 'A')}, {C_ATTN.format(2, 'B')}"),
+        (add_a_layer, f"2 tensors were not there when the adapter was written: {C_ATTN.format(4, 'A')}"),
+        (swap_layers, f"2 tensors do not hold the numbers that were written (changed, or in another order): {C_ATTN}"),
+        (
+            put_experts_first,
+            f"1 tensors do not hold the numbers that were written (changed, or in another order): {DOWN_B}",
+        ),
+    ],
+)
+def test_what_was_changed_after_writing_is_named(
+    change: Callable[[dict[str, torch.Tensor]], None], named: str, adapter: Path
+) -> None:
+    rewrite(adapter, change)
+    assert named.partition("{}")[0] in refusal(adapter)
+
+
+def test_another_tool_s_file_must_hold_what_its_config_says(
+    golden_adapter: Path, golden_base: Path, tmp_path: Path
+) -> None:
+    """One expert's projection is lost with both its factors, which no half pair tells."""
+    folder, shapes = tmp_path / "authors", expected_shapes(LolaConfig.from_pretrained(golden_base))
+    shutil.copytree(golden_adapter, folder)
+    read_adapter(folder).weights(E).check_against(shapes)
+    state = load_file(folder / "adapter_model.safetensors")
+    lost = "transformer.h.3.moe.experts.2.c_fc"
+    save_file({key: tensor for key, tensor in state.items() if lost not in key}, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        AdapterError, match=rf"{lost}: adapter_config.json says that it has LoRA, but the file holds none"
+    ):
+        read_adapter(folder).weights(E).check_against(shapes)
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        ({"target_modules": ["attn.c_attn", "wte"]}, [*(f"h.{n}.attn.c_attn" for n in range(4)), "wte"]),
+        ({"target_modules": ["lm_head"]}, ["lm_head"]),
+        ({"target_modules": ["c_fc"]}, ["h.0.mlp.c_fc", "h.2.mlp.c_fc"]),
+        (
+            {"target_modules": ["experts.0.c_fc"], "fan_in_fan_out": True},
+            ["h.1.moe.experts.0.c_fc", "h.3.moe.experts.0.c_fc"],
+        ),
+        ({"target_modules": r".*\.h\.[01]\.attn\.c_proj"}, ["h.0.attn.c_proj", "h.1.attn.c_proj"]),
+        ({"target_modules": ["attn.c_proj"], "layers_to_transform": [3]}, ["h.3.attn.c_proj"]),
+        (
+            {"target_modules": ["attn.c_proj"], "exclude_modules": ["h.3.attn.c_proj"]},
+            [f"h.{n}.attn.c_proj" for n in range(3)],
+        ),
+        (
+            {"target_parameters": ["1.moe.experts.down_proj"]},
+            [f"h.1.moe.experts.{e}.c_proj" for e in range(E)],
+        ),
+    ],
+)
+def test_what_a_config_announces(config: dict[str, Any], lost: list[str], tiny: LolaConfig) -> None:
+    found, saved = announced_modules(config, expected_shapes(tiny))
+    assert sorted(name.removeprefix("transformer.") for name in found) == sorted(lost)
+    assert saved == []
+
+
+def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights, tiny: LolaConfig) -> None:
+    everything.announced = {"modules_to_save": ["gate"]}
+    everything.check_against(expected_shapes(tiny))
+    del everything.trained["transformer.h.3.moe.gate.weight"]
+    with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json says that it was trained"):
+        everything.check_against(expected_shapes(tiny))
+
+
+# What stock PEFT loads
+
+
+@pytest.mark.parametrize(
+    ("groups", "layout", "loads"),
+    [
+        ({"c_attn": (4, 8.0), "up": (2, 8.0)}, "peft", True),
+        ({"c_attn": (4, 8.0), "up": (2, 8.0)}, "per_expert", False),
+        ({"c_attn": (4, 8.0), "dora": True}, "peft", True),
+        ({"c_attn": (4, 8.0), "up": (2, 8.0), "dora": True}, "peft", False),
+    ],
+)
+def test_stock_peft_is_not_promised_more_than_it_can(
+    groups: dict[str, Any], layout: str, loads: bool, make_weights: Callable[..., AdapterWeights], tmp_path: Path
+) -> None:
+    weights = make_weights(**groups)
+    assert read_adapter(write_adapter(weights, tmp_path / "one", layout, E)).loads_with_stock_peft is loads
+    weights.starts_at_rounding_error = True  # stock PEFT would put it on unrounded weights
+    assert not read_adapter(write_adapter(weights, tmp_path / "two", layout, E)).loads_with_stock_peft
+
+
 # An adapter of another shape
 
 
@@ -163,11 +293,9 @@ def test_lora_on_embeddings_and_head_is_refused_by_name(everything: AdapterWeigh
 def test_what_is_written(adapter: Path) -> None:
     assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {
-            "format": "pt",
-            "lola_ft_layout": "peft/1",
-            "base_fingerprint": "0123456789abcdef",
-        }
+        metadata = file.metadata()
+        assert json.loads(metadata.pop(CHECKSUMS_KEY)).keys() == set(file.keys())
+    assert metadata == {"format": "pt", "lola_ft_layout": "peft/1", "base_fingerprint": "0123456789abcdef"}
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/lola"
     assert config["target_modules"] == ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]

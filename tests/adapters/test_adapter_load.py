@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import load_adapter, save_adapter
 from lola_ft.adapters.files import read_adapter, write_adapter
@@ -18,6 +19,7 @@ from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.layout import EXPERT_PROJECTIONS
+from tests.conftest import make_base
 
 E = 4
 # Float32: B·A added to the weight against A and B multiplied in turn.
@@ -164,6 +166,28 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed(
         assert named in str(error.value)
     assert torch.equal(base(ids).logits, expected)
     assert (load_adapter(base, foreign, allow_other_base=True)(ids).logits - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_that_transformers_loaded_is_known_by_its_weights(
+    dtype: torch.dtype,
+    everything: AdapterWeights,
+    fresh: Callable[..., LolaForCausalLM],
+    tiny_base: Path,
+    tmp_path: Path,
+) -> None:
+    own, other = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype), make_base(tmp_path / "other", seed=7)
+    everything.base_fingerprint = fresh().base_fingerprint
+    write_adapter(everything, tmp_path / "adapter", "peft", E)
+    save_adapter(load_adapter(own, tmp_path / "adapter"), tmp_path / "again")
+    assert read_adapter(tmp_path / "again").metadata["base_fingerprint"] == everything.base_fingerprint
+    foreign = AutoModelForCausalLM.from_pretrained(other, dtype=dtype)
+    with pytest.raises(
+        AdapterError, match=rf"trained on base {everything.base_fingerprint}; this base is [0-9a-f]{{16}}"
+    ):
+        load_adapter(foreign, tmp_path / "adapter")
+    # Half precision rounds otherwise than the file's, so that nothing can be told.
+    load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float16), tmp_path / "adapter")
 
 
 def test_an_adapter_names_the_base_it_was_made_on(

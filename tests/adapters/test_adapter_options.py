@@ -274,13 +274,26 @@ def test_dora_keeps_no_dense_weight_for_backward(fresh: Callable[..., Any]) -> N
     assert all(tensor.numel() < D * F for tensor in saved)
 
 
-def test_dora_and_the_layouts(make_weights: Callable[..., AdapterWeights], tmp_path: Path) -> None:
-    weights = make_weights(c_attn=(3, 8.0), dora=True)
-    with pytest.raises(AdapterError, match="DoRA, which the layout per_expert cannot hold"):
-        write_adapter(weights, tmp_path / "adapter", "per_expert", E)
+def test_dora_and_the_layouts(
+    make_weights: Callable[..., AdapterWeights],
+    same: Callable[[AdapterWeights, AdapterWeights], None],
+    tmp_path: Path,
+) -> None:
+    """The authors' PEFT makes lengths for all that has LoRA, or for nothing."""
+    with_experts = make_weights(c_attn=(3, 8.0), up=(2, 8.0), dora=True)
+    with pytest.raises(AdapterError, match=r"plain LoRA on others \(.*experts.*\), which the layout per_expert cannot"):
+        write_adapter(with_experts, tmp_path / "adapter", "per_expert", E)
+    weights = make_weights(c_attn=(3, 8.0), mlp_down=(2, 8.0), dora=True)
+    write_adapter(weights, tmp_path / "authors", "per_expert", E)
+    same(read_adapter(tmp_path / "authors").weights(E), weights)
+    config = json.loads((tmp_path / "authors" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["fan_in_fan_out"]) == (True, True)
+    keys = read_adapter(tmp_path / "authors").entries  # the name that their PEFT (0.11) gives them
+    assert "base_model.model.transformer.h.2.mlp.c_proj.lora_magnitude_vector" in keys
+
     write_adapter(weights, tmp_path / "adapter", "peft", E)
-    config = tmp_path / "adapter" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": False}))
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": False}))
     with pytest.raises(AdapterError, match="disagree on whether it uses DoRA"):
         read_adapter(tmp_path / "adapter").weights(E)
 
@@ -381,6 +394,8 @@ def test_what_cannot_be_combined(
     [
         (AdapterSettings(router_rank=2, tune_router=True), "either tuned or has LoRA"),
         (AdapterSettings(), "Nothing would be trained"),
+        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts on attention and mlp alone"),
+        (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: AdapterSettings, message: str) -> None:

@@ -41,6 +41,7 @@ def facts(**changes: Any) -> CardFacts:
         "base": "dice-research/lola_v1",
         "base_revision": "main",
         "layout": "peft",
+        "stock_peft": True,
         "manifest": MANIFEST,
         "files": ("adapter_config.json", "tokenizer.json"),
     }

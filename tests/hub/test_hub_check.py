@@ -8,7 +8,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lola_ft.adapters.contents import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
+from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
 from lola_ft.hub.check import compare_adapter, compare_merged
 
@@ -16,9 +18,9 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def change(file: Path, ending: str, factor: float) -> None:
-    """Multiply the tensors whose name ends so."""
+    """Multiply the tensors whose name ends so; the file does not say that they were others."""
     with safe_open(file, framework="pt") as handle:
-        metadata = handle.metadata()
+        metadata = {key: text for key, text in handle.metadata().items() if key != CHECKSUMS_KEY}
     weights = load_file(file)
     save_file({k: v * factor if k.endswith(ending) else v for k, v in weights.items()}, file, metadata=metadata)
 
@@ -33,6 +35,14 @@ def test_an_equal_adapter_passes_exactly(tiny_base: Path, tiny_adapter: Path, ad
 def test_a_converted_adapter_passes(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
     convert_adapter(tiny_adapter, tiny_base, "per_expert", tmp_path / "converted")
     assert compare_adapter(tiny_base, tiny_adapter, tmp_path / "converted").max_logit_difference == 0
+
+
+def test_an_adapter_of_the_4_bit_base_alone_is_compared_there(tiny_base: Path, adapter: Path) -> None:
+    """LoftQ's start belongs to the 4-bit base; a small base is else compared unquantised."""
+    weights = read_adapter(adapter).weights(4)
+    weights.starts_at_rounding_error = True
+    write_adapter(weights, adapter, "peft", 4)
+    assert compare_adapter(tiny_base, adapter, adapter).max_logit_difference == 0
 
 
 def test_the_authors_adapter_passes() -> None:

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config, save_adapter
-from lola_ft.errors import AdapterError, UserError, WriteError
+from lola_ft.errors import AdapterError, CheckpointError, UserError, WriteError
 from lola_ft.merging import merge
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.outputs import Models
@@ -349,6 +349,25 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
     assert 40 < proof.compared < proof.tokens == 96
     # A third of the tolerance; the tokens left out differ by up to 0.3.
     assert proof.max_logit_difference < 0.035 * proof.largest_logit
+
+
+def test_a_head_of_its_own_is_not_dropped_in_silence(
+    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
+    """Also without the comparison of logits, which loads the base and sees it."""
+    base = copy_base("untied")
+    state = load_file(base / "model.safetensors")
+    head = {"lm_head.weight": state["transformer.wte.weight"] + 1}
+    save_file(state | head, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' differs from 'transformer\.wte\.weight'"):
+        merge(base, adapter, tmp_path / "merged", check="none")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Path], adapter: Path) -> None:
+    base = copy_base("base")
+    with pytest.raises(WriteError, match=r"config\.json/merged: cannot be written \(Not a directory\)"):
+        merge(base, adapter, base / "config.json" / "merged", check="none")
 
 
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:

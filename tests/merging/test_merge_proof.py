@@ -1,5 +1,6 @@
 """The proof from the files, and every way to break a merge that it must see."""
 
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,6 +96,29 @@ def test_an_update_below_rounding_is_said_to_be(
     assert proof is not None
     assert proof.below_rounding == [f"transformer.h.{n}.mlp.c_fc.weight" for n in (0, 2)]
     assert proof.applied_once == 58 - 4
+
+
+def test_an_expert_that_was_not_reached_is_told_from_one_below_rounding(
+    weights: AdapterWeights,
+    store: Callable[..., Path],
+    tiny_base: Path,
+    tmp_path: Path,
+    verb: Callable[..., Any],
+) -> None:
+    """Its B stays zero: no output dtype would show anything, and none is recommended."""
+    experts = [module for module in weights.pairs if ".h.3.moe.experts.2." in module]
+    for module in experts:
+        weights.pairs[module].b.zero_()
+    adapter = store(weights)
+    done = verb("merge", adapter, "--base", tiny_base, "--out", tmp_path / "merged", "--check", "weights")
+    assert done.code == 0, done.err
+    proof = json.loads((tmp_path / "merged" / "merge_report.json").read_text())["weights"]
+    assert proof["without_update"] == [f"{module}.weight" for module in experts]
+    assert proof["below_rounding"] == []
+    assert proof["applied_once"] == 58 - 4
+    printed = " ".join(done.out.split())
+    assert "For 2 weights the adapter's update is zero" in printed
+    assert "float32 would keep it" not in printed
 
 
 # Broken on purpose

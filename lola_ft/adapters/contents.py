@@ -1,0 +1,70 @@
+"""What an adapter's file holds, tensor by tensor: all numbers, and those that were written.
+
+Shapes do not tell a tensor from the same numbers in another order (experts fastest or slowest, two layers swapped), and
+names do not tell that a module was lost with both its factors. A file of ours lists its tensors with their checksums.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lola_ft.errors import AdapterError
+from lola_ft.model.safetensors_file import TensorEntry, bytes_of
+
+CHECKSUMS_KEY = "lola_ft_tensors"
+
+
+def checksums_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """CRC-32 of each tensor's bytes, eight hex digits; zeros for a tensor without numbers (meta)."""
+    return {
+        name: _hex(0 if tensor.is_meta else zlib.crc32(bytes_of(tensor.contiguous()))) for name, tensor in state.items()
+    }
+
+
+def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+    """Read every tensor once.
+
+    Raises:
+        AdapterError: Naming tensors that are not all numbers; or that are missing, beside or other than what was
+            written, if the file says what that was.
+    """
+    found = {name: _read(entry) for name, entry in entries.items()}
+    if broken := [name for name, (finite, _) in found.items() if not finite]:
+        raise AdapterError(f"{file}: {len(broken)} tensors hold NaN or infinite values: {_few(broken)}.")
+    if CHECKSUMS_KEY not in metadata:
+        return
+    try:
+        written = dict(json.loads(metadata[CHECKSUMS_KEY]))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{file}: its metadata '{CHECKSUMS_KEY}' are damaged ({error}).") from error
+    for problem, names in (
+        ("are missing", [name for name in written if name not in found]),
+        ("were not there when the adapter was written", [name for name in found if name not in written]),
+        (
+            "do not hold the numbers that were written (changed, or in another order)",
+            [name for name, (_, checksum) in found.items() if written.get(name) != checksum],
+        ),
+    ):
+        if names:
+            raise AdapterError(f"{file}: {len(names)} tensors {problem}: {_few(names)}. Take the adapter anew.")
+
+
+def _read(entry: TensorEntry) -> tuple[bool, str]:
+    """Whether every value is a number (a piece's extremes tell: NaN is among them if there is one), and the CRC-32."""
+    finite, checksum = True, 0
+    for _, piece in entry.pieces():
+        finite = finite and bool(torch.stack(torch.aminmax(piece)).isfinite().all())
+        checksum = zlib.crc32(bytes_of(piece), checksum)
+    return finite, _hex(checksum)
+
+
+def _hex(checksum: int) -> str:
+    return f"{checksum:08x}"
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
