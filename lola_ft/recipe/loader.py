@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lola_ft.errors import RecipeError
+from lola_ft.errors import RecipeError, printable
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import MAX_BYTES, BadYaml, Document, KeyPath, Place, parse_document
 from lola_ft.recipe.messages import explain, shown, unknown_keys
@@ -38,7 +38,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe, mistakes = _validate(overridden)
     found = [(place, f"{path}:{place}: {_dotted(key)}{message}.") for key, place, message in document.problems]
     found += [_locate(key, message, path, document, overridden) for key, message in mistakes]
-    found += [(_LAST, f"override {_printable(text)!r}: {problem}.") for text, problem in overridden.problems]
+    found += [(_LAST, f"override {printable(text)!r}: {problem}.") for text, problem in overridden.problems]
     messages = [message for _, message in sorted(found, key=lambda mistake: mistake[0].line)]
     if messages or recipe is None:
         raise RecipeError("\n".join(dict.fromkeys(messages)))
@@ -55,7 +55,7 @@ def _parse(path: str | Path) -> Document:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{_printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise RecipeError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     try:
         return parse_document(text)
     except BadYaml as error:
@@ -120,7 +120,7 @@ def _locate(
     text = f"{_dotted(path)}{message}{'' if message.endswith(('.', '?')) else '.'}"
     for prefix in _prefixes(path):
         if prefix in overridden.origins:
-            return _LAST, f"override {_printable(overridden.origins[prefix])!r}: {text}"
+            return _LAST, f"override {printable(overridden.origins[prefix])!r}: {text}"
     place = next(document.places[prefix] for prefix in _prefixes(path) if prefix in document.places)
     return place, f"{file}:{place}: {text}"
 
@@ -131,9 +131,4 @@ def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
 
 
 def _dotted(path: KeyPath) -> str:
-    return _printable(".".join(map(str, path))) + ": " if path else ""
-
-
-def _printable(text: object) -> str:
-    """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+    return printable(".".join(map(str, path))) + ": " if path else ""

@@ -66,6 +66,10 @@ def test_fields_are_mapped_and_language_is_read_from_a_column() -> None:
     assert found.prompt == prompt_fields("one")
 
 
+def test_the_language_may_lie_in_an_object() -> None:
+    assert read({"text": "a", "meta": {"lang": "yo"}}, "text", language_column="meta.lang").language == "yo"
+
+
 BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (
         "alpaca",
