@@ -35,7 +35,7 @@ def _cells(path: Path, delimiter: str) -> Rows:
                 if (cells := next(reader, None)) is None:
                     return
             except csv.Error as error:
-                cells, problem = [], f"{where}: broken table: {error}.{_HINT}"
+                cells, problem = [], f"{where}: broken table: {str(error).rstrip('?.')}.{_HINT}"
             problem = next(iter(undecoded), problem)
             undecoded.clear()
             if problem and (header is None or (not cells and reader.line_num > first)):
