@@ -186,6 +186,13 @@ def test_a_template_that_cannot_work_is_refused_at_once(tmp_path: Path, source: 
     assert str(path) in str(caught.value)
 
 
+def test_a_template_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ prompt }}{{ 1 / (prompt != 'zero') }}")
+    template = Template.load(str(tmp_path / "own.jinja"))
+    with pytest.raises(DataError, match=r"^sw.jsonl:7: template .*own.jinja fails: division by zero\.$"):
+        template.render(read({"prompt": "zero", "completion": "a"}, "prompt_completion"))
+
+
 def test_an_unknown_template_lists_the_bundled_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Template.load("alpacca")
