@@ -28,7 +28,13 @@ class WriteError(UserError):
 
 
 class DataError(UserError):
-    """A data file or row that cannot be used; names file and line."""
+    """A data file or row that cannot be used; names file and line.
+
+    It may quote what the file holds, so what no terminal can show and no JSON file can hold is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class CheckpointError(UserError):
@@ -41,3 +47,8 @@ class AdapterError(UserError):
 
 class PublishError(UserError):
     """Something that cannot be sent to the Hub, or that the Hub did not take; nothing half-sent counts as done."""
+
+
+def printable(text: object) -> str:
+    """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))

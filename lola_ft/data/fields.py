@@ -56,6 +56,18 @@ def checked_text(value: Any, what: str, where: str) -> str:
     return value
 
 
+def language_of(row: Row, column: str) -> str:
+    """A row's language code.
+
+    Raises:
+        DataError: It is missing, empty, or not text.
+    """
+    code = _value_at(row.fields, column)
+    if code is _ABSENT:
+        raise DataError(f"{row.where}: language_column '{column}' is missing (found: {found_fields(row)}).")
+    return checked_text(code, f"field '{column}'", row.where)
+
+
 def found_fields(row: Row) -> str:
     """A row's fields for a message."""
     return ", ".join(map(str, row.fields)) or "no fields"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from lola_ft.data.bad_rows import BadRows
 from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
-from lola_ft.data.fields import checked_text, found_fields, text_field
+from lola_ft.data.fields import language_of, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
 from lola_ft.data.rows import BadRow, Row
 from lola_ft.data.sources import Source, scan_rows
@@ -120,11 +120,8 @@ FORMATS = {name: Format(FORMAT_FIELDS[name], read) for name, read in _READERS.it
 
 def _language(row: Row, source: Source) -> str:
     """The language a row counts under: the source's, the row's, or the one it is translated into."""
-    column = source.language_column
-    if column is not None:
-        if column not in row.fields:
-            raise DataError(f"{row.where}: language_column '{column}' is missing (found: {found_fields(row)}).")
-        return checked_text(row.fields[column], f"field '{column}'", row.where)
+    if source.language_column is not None:
+        return language_of(row, source.language_column)
     if source.language is not None:
         return source.language
     return translation_language(row, source) if source.format == "translation" else UNKNOWN_LANGUAGE

@@ -38,11 +38,16 @@ class MixSettings:
 
 @dataclass
 class LanguageShare:
-    """One language in the mix: sequences it has, sequences planned by the formula, sequences and tokens it got."""
+    """One language in the mix: sequences it has, what is planned by the formula, what it got.
+
+    Attributes:
+        planned_tokens: Of the planned sequences, if they are as long as the language's are on average.
+    """
 
     available: int
     planned: float
     examples: int
+    planned_tokens: int = 0
     tokens: int = 0
 
 
@@ -66,7 +71,7 @@ class Mixed:
         return sum(share.tokens for share in self.shares.values())
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """For the manifest: planned and actual examples, and tokens, by language."""
+        """For the manifest: planned and actual examples and tokens, by language."""
         return {code: asdict(self.shares[code]) for code in sorted(self.shares)}
 
 
@@ -94,8 +99,12 @@ def mix(encoded: Encoded, settings: MixSettings, seed: int) -> Mixed:
     chunks = encoded.dataset.data.column("input_ids").chunks
     times = _times(encoded.languages, shares, chunks, seed)
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-    for code, length in zip(encoded.languages, (lengths * times).tolist(), strict=True):
-        shares[code].tokens += length
+    there_are = Counter[str]()
+    for code, length, count in zip(encoded.languages, lengths.tolist(), times.tolist(), strict=True):
+        there_are[code] += length
+        shares[code].tokens += length * count
+    for code, share in shares.items():
+        share.planned_tokens = round(share.planned * there_are[code] / share.available)
     if (times == 1).all():
         return Mixed(encoded.dataset, encoded.languages, shares)
     rounds = [np.flatnonzero(times > done) for done in range(int(times.max()))]

@@ -110,6 +110,9 @@ def _matching(pattern: str, nothing: str) -> list[Path]:
     files = sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
     if not files:
         raise DataError(nothing)
+    for file in files:
+        if any("\ud800" <= char <= "\udfff" for char in str(file)):  # how Python shows a byte that is no text
+            raise DataError(f"{file}: the name of the file or its folder is not UTF-8. Rename it.")
     return files
 
 

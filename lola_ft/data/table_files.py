@@ -22,32 +22,51 @@ def tsv_rows(path: Path) -> Rows:
 
 
 def _cells(path: Path, delimiter: str) -> Rows:
+    """Rows of cells. A row that is broken on one line is bad; one that may have swallowed others ends the reading."""
     csv.field_size_limit(sys.maxsize)  # its default refuses a document of 128 kB
+    undecoded = list[str]()
     with path.open("rb") as file:
-        reader = csv.reader(_lines(file, path), delimiter=delimiter, strict=True)
+        reader = csv.reader(_lines(file, path, undecoded), delimiter=delimiter, strict=True)
         header: list[str] | None = None
-        line = 1
-        try:
-            for cells in reader:
-                where, line = f"{path}:{line}", reader.line_num + 1
-                if not cells:
-                    continue
+        while True:
+            first = reader.line_num + 1
+            where, problem = f"{path}:{first}", ""
+            try:
+                if (cells := next(reader, None)) is None:
+                    return
+            except csv.Error as error:
+                cells, problem = [], f"{where}: broken table: {str(error).rstrip('?.')}.{_HINT}"
+            problem = next(iter(undecoded), problem)
+            undecoded.clear()
+            if problem and (header is None or (not cells and reader.line_num > first)):
+                raise DataError(problem)
+            if problem:
+                yield BadRow(problem)
+            elif cells:
                 if header is None:
                     header = _header(cells, where)
-                elif len(cells) == len(header):
-                    yield Row(dict(zip(header, cells, strict=True)), where)
                 else:
-                    yield BadRow(f"{where}: {_many(len(cells), 'cell')}; the header has {len(header)}.{_HINT}")
-        except csv.Error as error:
-            raise DataError(f"{path}:{line}: broken table: {error}.{_HINT}") from None
+                    yield _row(header, cells, where)
+
+
+def _row(header: list[str], cells: list[str], where: str) -> Row | BadRow:
+    if len(cells) == len(header):
+        return Row(dict(zip(header, cells, strict=True)), where)
+    return BadRow(f"{where}: {_many(len(cells), 'cell')}; the header has {len(header)}.{_HINT}")
 
 
 _HINT = ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside.'
 
 
-def _lines(file: Iterator[bytes], path: Path) -> Iterator[str]:
+def _lines(file: Iterator[bytes], path: Path, undecoded: list[str]) -> Iterator[str]:
+    """The lines as text. Of one that is not UTF-8 the message goes into `undecoded`; it is given with its odd bytes."""
     for number, line in enumerate(file, start=1):
-        yield decode(line.removeprefix(BOM) if number == 1 else line, f"{path}:{number}")
+        text = line.removeprefix(BOM) if number == 1 else line
+        try:
+            yield decode(text, f"{path}:{number}")
+        except DataError as error:
+            undecoded.append(str(error))
+            yield text.decode("utf-8", errors="surrogateescape")
 
 
 def _header(cells: list[str], where: str) -> list[str]:

@@ -58,7 +58,8 @@ class Template:
         """What stands in front of each answer of an example, in their order.
 
         Raises:
-            DataError: A conversation of several answers, and this template renders one request alone.
+            DataError: A conversation of several answers, and this template renders one request alone; a template of the
+                user's own that fails on it.
         """
         assert example.prompt is not None, "a text example has no prompt to render"
         if example.earlier and not self.renders_turns:
@@ -66,7 +67,8 @@ class Template:
                 f"{example.where}: a conversation with {len(example.exchanges)} answers, and template {self.name} "
                 "renders a single request. Set data.template to chatml, or use `messages` in a template of your own."
             )
-        return [self._render(fields, first=index == 0) for index, (fields, _) in enumerate(example.exchanges)]
+        exchanges = enumerate(example.exchanges)
+        return [self._render(fields, first=index == 0, where=f"{example.where}: ") for index, (fields, _) in exchanges]
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The prompt of a request at inference."""
@@ -81,11 +83,11 @@ class Template:
     def _compiled(self) -> jinja2.Template:
         return _ENVIRONMENT.from_string(self.source)
 
-    def _render(self, fields: Fields, first: bool) -> str:
+    def _render(self, fields: Fields, first: bool, where: str = "") -> str:
         try:
             return self._compiled.render(_visible(fields, first))
         except Exception as error:  # the user's own template may raise anything
-            raise DataError(f"template {self.name} fails: {str(error).rstrip('.')}.") from None
+            raise DataError(f"{where}template {self.name} fails: {str(error).rstrip('.')}.") from None
 
     def _check(self) -> None:
         """Refuse at once what would fail, or leave the request out, on every row."""

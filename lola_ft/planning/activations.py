@@ -66,7 +66,7 @@ class _Walk:
         job = self.job
         if job.packing:
             return job.tokens**2
-        return job.micro_batch_size * job.length**2 if job.micro_batch_size > 1 else 0
+        return job.sequences * job.length**2 if job.sequences > 1 else 0
 
     def layer(self, layer_idx: int) -> int:
         saved = self.norm() + self._attention() + self.norm()
@@ -92,7 +92,7 @@ class _Walk:
         kept_output = False
         if self.x_grad:
             flat = self.job.packing
-            length, batch = (self.tokens, 1) if flat else (self.job.length, self.job.micro_batch_size)
+            length, batch = (self.tokens, 1) if flat else (self.job.length, self.job.sequences)
             scores = batch * config.n_head * length**2
             saved += 3 * row * self.width
             if config.attn_pdrop and not self.cuda:

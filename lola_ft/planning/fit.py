@@ -45,7 +45,7 @@ def _candidates(job: Job) -> Iterator[Job]:
         job = replace(job, checkpointing=True)
         yield job
     together = job.micro_batch_size * job.grad_accum_steps
-    for size in range(job.micro_batch_size - 1, 0, -1):
+    for size in range(job.micro_batch_size - 1, job.least_micro_batch - 1, -1):
         if together % size == 0:
             job = replace(job, micro_batch_size=size, grad_accum_steps=together // size)
             yield job

@@ -14,6 +14,8 @@ class Job:
         dtype: What is computed in, and what stays dense is held in: bfloat16, float16 or float32.
         device: `cuda` or `cpu`; they save different things for backward.
         length: Longest row of a batch in tokens.
+        row_sequences: Sequences that a row of the data is computed as: two of a pair for DPO.
+        least_micro_batch: Fewest rows that a micro batch may have.
         packing: Rows hold several sequences; a batch is then one long row with a mask that keeps them apart.
         optimizer: A recipe's name for it.
         router_losses: How many losses of the routers there are.
@@ -31,11 +33,18 @@ class Job:
     checkpointing: bool = True
     optimizer: str = "adamw_8bit"
     router_losses: int = 0
+    row_sequences: int = 1
+    least_micro_batch: int = 1
+
+    @property
+    def sequences(self) -> int:
+        """Of a micro batch, if its rows are not packed."""
+        return self.micro_batch_size * self.row_sequences
 
     @property
     def tokens(self) -> int:
         """Of a micro batch, at most."""
-        return self.micro_batch_size * self.length
+        return self.sequences * self.length
 
     @property
     def width(self) -> int:

@@ -51,7 +51,8 @@ def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
 
 def shape(job: Job) -> str:
     """A micro batch in words."""
-    rows = f"{job.micro_batch_size} row{'s' * (job.micro_batch_size > 1)} of {job.length} tokens"
+    name, each = ("row", "") if job.row_sequences == 1 else ("pair", f"{job.row_sequences} x ")
+    rows = f"{job.micro_batch_size} {name}{'s' * (job.micro_batch_size > 1)} of {each}{job.length} tokens"
     return rows + ", packed" * job.packing
 
 

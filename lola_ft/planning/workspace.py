@@ -27,7 +27,7 @@ def backward_work(job: Job) -> int:
     stream = 2 * row * (_FLOAT if job.on_cuda else job.width)
     attention = 4 * row * job.width
     if config.attn_pdrop and not job.on_cuda:
-        length, batch = (job.tokens, 1) if job.packing else (job.length, job.micro_batch_size)
+        length, batch = (job.tokens, 1) if job.packing else (job.length, job.sequences)
         attention += 2 * batch * config.n_head * length**2 * job.width
     mlp = 3 * job.tokens * config.n_inner * job.width
     return stream + max(attention + _linear_tile(job), mlp + _linear_tile(job), _experts_work(job))

@@ -1,11 +1,11 @@
 """The recipes that come with lola_ft: where they are, what each is for, and copies to start from."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.errors import RecipeError
 from lola_ft.files import write_text
-from lola_ft.recipe.document import parse_document
 from lola_ft.recipe.json_schema import SCHEMA_FILE
 from lola_ft.recipe.suggest import suggest_word
 
@@ -35,12 +35,9 @@ class BundledRecipe:
 
     @property
     def data_files(self) -> list[str]:
-        """The bundled sample files it reads, such as `recipes/data/qa_sample.jsonl`."""
-        data = parse_document(self.text).data["data"]
-        validation = data.get("validation")
-        sources = [*data["sources"], *(validation if isinstance(validation, list) else [])]
-        paths = [str(source.get("path", "")) for source in sources]
-        return [path for path in paths if path.startswith("recipes/") and (self.path.parents[1] / path).is_file()]
+        """The bundled sample files that it reads or names in its comments, such as `recipes/data/qa_sample.jsonl`."""
+        named = dict.fromkeys(re.findall(r"recipes/data/[\w.-]+\w", self.text))
+        return [path for path in named if (self.path.parents[1] / path).is_file()]
 
 
 def recipes_folder() -> Path:

@@ -1,43 +1,56 @@
 """A recipe's text as plain data that remembers where each key stands.
 
-The YAML is read as a tree of nodes, never constructed: no tag is executed, every key keeps its line, and all
+The YAML is read as a tree of nodes, never constructed: no tag is executed, every key keeps its place, and all
 duplicate keys are found in one go. Values are YAML 1.2's: null, true, false, numbers (`1e-4` is one), text, lists
 and mappings.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import StreamMark, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a recipe: keys, and places in lists."""
 
 MAX_DEPTH = 20
 MAX_NODES = 20_000
+MAX_BYTES = 256 * 1024
+"""Of a recipe's file: YAML is read slowly, and a larger file is some other one, such as a data file."""
 
 _CORE = "tag:yaml.org,2002:"
 
 
-class BadYaml(Exception):  # noqa: N818 - caught inside this package, never shown as it is
-    """Text that is not YAML: what is wrong and, where known, the line."""
+class Place(NamedTuple):
+    """Where something begins in a file, both counted from 1."""
 
-    def __init__(self, message: str, line: int | None = None) -> None:
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.line}:{self.column}"
+
+
+class BadYaml(Exception):  # noqa: N818 - caught inside this package, never shown as it is
+    """Text that is not YAML: what is wrong and, where known, the place."""
+
+    def __init__(self, message: str, place: Place | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.line = line
+        self.place = place
 
 
 @dataclass
 class Document:
-    """Plain data, the line of every key in it (from 1), and the mistakes that YAML itself lets pass."""
+    """Plain data, the place of every key and item in it, and the mistakes that YAML itself lets pass."""
 
     data: Any = None
-    lines: dict[KeyPath, int] = field(default_factory=dict)
-    problems: list[tuple[KeyPath, int, str]] = field(default_factory=list)
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+    problems: list[tuple[KeyPath, Place, str]] = field(default_factory=list)
     nodes: int = 0
 
 
@@ -53,26 +66,34 @@ def parse_document(text: str) -> Document:
     except RecursionError:
         raise BadYaml("nested too deeply") from None
     except YAMLError as error:
-        raise _bad_yaml(error) from None
+        raise _bad_yaml(error, text) from None
     except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         raise BadYaml(f"not valid YAML ({error})") from None  # ruamel's own slips on malformed text
     if root is not None:
-        document.lines[()] = root.start_mark.line + 1
+        document.places[()] = _place(root.start_mark)
         document.data = _plain(root, (), document)
     return document
 
 
-def _bad_yaml(error: YAMLError) -> BadYaml:
+def _bad_yaml(error: YAMLError, text: str) -> BadYaml:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = None if mark is None else _place(mark)
+    if isinstance(error, ReaderError):  # it knows the character's number alone
+        before = text[: error.position]
+        place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
     hint = ". Indent with spaces, not tabs" if "'\\t'" in problem else ""
-    return BadYaml(f"not valid YAML: {problem}{hint}", None if mark is None else mark.line + 1)
+    return BadYaml(f"not valid YAML: {problem}{hint}", place)
+
+
+def _place(mark: StreamMark) -> Place:
+    return Place(mark.line + 1, mark.column + 1)
 
 
 def _plain(node: Node, path: KeyPath, document: Document) -> Any:
     document.nodes += 1
     if len(path) > MAX_DEPTH or document.nodes > MAX_NODES:
-        raise BadYaml("nested too deeply or too large for a recipe", node.start_mark.line + 1)
+        raise BadYaml("nested too deeply or too large for a recipe", _place(node.start_mark))
     kind = str(node.tag).removeprefix(_CORE)
     if isinstance(node, MappingNode) and kind == "map":
         return _mapping(node, path, document)
@@ -81,31 +102,31 @@ def _plain(node: Node, path: KeyPath, document: Document) -> Any:
     if isinstance(node, ScalarNode) and kind in _SCALARS:
         return _scalar(node.value, kind)
     tag = str(node.tag).replace(_CORE, "!!")
-    document.problems.append((path, node.start_mark.line + 1, f"the tag '{tag}' is not allowed. Remove it"))
+    document.problems.append((path, _place(node.start_mark), f"the tag '{tag}' is not allowed. Remove it"))
     return None
 
 
 def _item(node: Node, path: KeyPath, document: Document) -> Any:
-    document.lines.setdefault(path, node.start_mark.line + 1)
+    document.places.setdefault(path, _place(node.start_mark))
     return _plain(node, path, document)
 
 
 def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
+        place = _place(key_node.start_mark)
         if not isinstance(key_node, ScalarNode) or _is_broken(key_node.value):
-            document.problems.append((path, line, "a key must be plain text"))
+            document.problems.append((path, place, "a key must be plain text"))
             continue
         key = str(key_node.value)
-        place = (*path, key)
+        inner = (*path, key)
         if str(key_node.tag).endswith(":merge"):
-            document.problems.append((place, line, "merge keys are not supported. Write the settings out"))
+            document.problems.append((inner, place, "merge keys are not supported. Write the settings out"))
         elif key in mapping:
-            document.problems.append((place, line, f"given twice, first on line {document.lines[place]}"))
+            document.problems.append((inner, place, f"given twice, first on line {document.places[inner].line}"))
         else:
-            document.lines[place] = line
-            mapping[key] = _plain(value_node, place, document)
+            document.places[inner] = place
+            mapping[key] = _plain(value_node, inner, document)
     return mapping
 
 

@@ -1,20 +1,22 @@
 """From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place."""
 
+import copy
 import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from lola_ft.errors import RecipeError
+from lola_ft.errors import RecipeError, printable
 from lola_ft.recipe import unsupported
-from lola_ft.recipe.document import BadYaml, Document, KeyPath, parse_document
-from lola_ft.recipe.messages import explain, shown
+from lola_ft.recipe.document import MAX_BYTES, BadYaml, Document, KeyPath, Place, parse_document
+from lola_ft.recipe.messages import explain, shown, unknown_keys
 from lola_ft.recipe.overrides import Overridden, apply_overrides
 from lola_ft.recipe.schema import Recipe
 
-_LAST = sys.maxsize
+_LAST = Place(sys.maxsize, 0)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -26,7 +28,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: The file cannot be read, or the recipe has mistakes: all of them, one a line, each as
-            `recipes/sw.yaml:14: adapter.attention.rnak: unknown key. Did you mean 'rank'?`.
+            `recipes/sw.yaml:14:15: adapter.attention.rnak: unknown key. Did you mean 'rank'?`.
     """
     document = _parse(path)
     if not isinstance(document.data, dict):
@@ -34,10 +36,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected a recipe, a mapping such as `base: {{model: …}}`; {given}.")
     overridden = apply_overrides(document.data, overrides)
     recipe, mistakes = _validate(overridden)
-    found = [(line, f"{path}:{line}: {_dotted(key)}{message}.") for key, line, message in document.problems]
+    found = [(place, f"{path}:{place}: {_dotted(key)}{message}.") for key, place, message in document.problems]
     found += [_locate(key, message, path, document, overridden) for key, message in mistakes]
-    found += [(_LAST, f"override {_printable(text)!r}: {problem}.") for text, problem in overridden.problems]
-    messages = [message for _, message in sorted(found, key=lambda mistake: mistake[0])]
+    found += [(_LAST, f"override {printable(text)!r}: {problem}.") for text, problem in overridden.problems]
+    messages = [message for _, message in sorted(found, key=lambda mistake: mistake[0].line)]
     if messages or recipe is None:
         raise RecipeError("\n".join(dict.fromkeys(messages)))
     return recipe
@@ -45,7 +47,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _parse(path: str | Path) -> Document:
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = _content(Path(path)).decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe.{_near(Path(path))}") from None
     except IsADirectoryError:
@@ -53,12 +55,20 @@ def _parse(path: str | Path) -> Document:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{_printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise RecipeError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     try:
         return parse_document(text)
     except BadYaml as error:
-        place = f"{path}:{error.line}" if error.line else str(path)
+        place = f"{path}:{error.place}" if error.place else str(path)
         raise RecipeError(f"{place}: {error.message}.") from None
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise RecipeError(f"{path}: more than {MAX_BYTES // 1024} kB, too large for a recipe. Is it a data file?")
+    return content
 
 
 def _near(path: Path) -> str:
@@ -72,24 +82,47 @@ def _near(path: Path) -> str:
 
 
 def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
+    """The recipe, if it is one, and its mistakes.
+
+    A section's rules are looked at once its keys are right. Unknown keys must not hide them, so they are left out in a
+    second look; what that then finds missing in their own section is only another sign of them.
+    """
     mistakes = list(unsupported.find(overridden.data))
     try:
-        recipe = Recipe.model_validate(overridden.data)
+        return Recipe.model_validate(overridden.data), mistakes
     except ValidationError as error:
-        return None, [*mistakes, *explain(error)]
-    return recipe, mistakes
+        mistakes += explain(error)
+        unknown = unknown_keys(error)
+    try:
+        Recipe.model_validate(_without(overridden.data, unknown))
+    except ValidationError as error:
+        mistakes += [
+            (path, message) for path, message in explain(error) if all(key[: len(path)] != path for key in unknown)
+        ]
+    return None, mistakes
+
+
+def _without(data: Any, unknown: list[KeyPath]) -> Any:
+    """The data without these keys."""
+    rest = copy.deepcopy(data)
+    for *parents, key in unknown:
+        place = rest
+        for part in parents:
+            place = place[part]
+        del place[key]
+    return rest
 
 
 def _locate(
     path: KeyPath, message: str, file: str | Path, document: Document, overridden: Overridden
-) -> tuple[int, str]:
-    """A mistake's line and text; one made by an override comes after those of the file."""
+) -> tuple[Place, str]:
+    """A mistake's place and text; one made by an override comes after those of the file."""
     text = f"{_dotted(path)}{message}{'' if message.endswith(('.', '?')) else '.'}"
     for prefix in _prefixes(path):
         if prefix in overridden.origins:
-            return _LAST, f"override {_printable(overridden.origins[prefix])!r}: {text}"
-    line = next(document.lines[prefix] for prefix in _prefixes(path) if prefix in document.lines)
-    return line, f"{file}:{line}: {text}"
+            return _LAST, f"override {printable(overridden.origins[prefix])!r}: {text}"
+    place = next(document.places[prefix] for prefix in _prefixes(path) if prefix in document.places)
+    return place, f"{file}:{place}: {text}"
 
 
 def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
@@ -98,9 +131,4 @@ def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
 
 
 def _dotted(path: KeyPath) -> str:
-    return _printable(".".join(map(str, path))) + ": " if path else ""
-
-
-def _printable(text: object) -> str:
-    """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+    return printable(".".join(map(str, path))) + ": " if path else ""

@@ -15,12 +15,27 @@ from lola_ft.recipe.suggest import suggest_key, suggest_word
 def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """Each mistake of a recipe: the path of the key to blame and the message."""
     for detail in error.errors(include_url=False):
-        path = tuple(part for part in detail["loc"] if part not in UNION_TAGS)
+        path = _path(detail)
         if detail["type"] == "rules":
             for key, message in detail["ctx"]["problems"]:
                 yield (*path, *key), message
         else:
             yield path, _message(detail, path)
+
+
+def unknown_keys(error: ValidationError) -> list[KeyPath]:
+    """The paths of keys that the schema does not have."""
+    return [_path(detail) for detail in error.errors(include_url=False) if detail["type"] == _UNKNOWN]
+
+
+_UNKNOWN = "extra_forbidden"  # pydantic's word for it
+
+
+def _path(detail: ErrorDetails) -> KeyPath:
+    """Where a mistake is, without the names of a union's alternatives; an unknown key may well be called like one."""
+    place = detail["loc"]
+    end = len(place) - (detail["type"] == _UNKNOWN)
+    return (*(part for part in place[:end] if part not in UNION_TAGS), *place[end:])
 
 
 def shown(value: Any) -> str:
@@ -37,7 +52,7 @@ def shown(value: Any) -> str:
 
 def _message(detail: ErrorDetails, path: KeyPath) -> str:
     kind, given, context = detail["type"], detail["input"], detail.get("ctx", {})
-    if kind == "extra_forbidden":
+    if kind == _UNKNOWN:
         return f"unknown key.{suggest_key(path)}"
     if kind == "missing":
         return f"missing ({describe_key(path)})"
@@ -69,10 +84,10 @@ _EXPECTED = {
 }
 
 _RANGES = {
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "more than {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "less than {lt:g}",
+    "greater_than_equal": "at least {ge:.10g}",
+    "greater_than": "more than {gt:.10g}",
+    "less_than_equal": "at most {le:.10g}",
+    "less_than": "less than {lt:.10g}",
 }
 
 

@@ -6,6 +6,9 @@ from typing import Any
 from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.names import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 
+LEAST_MICRO_BATCH = {"kto": 2}
+"""Fewest rows of a micro batch by loss type; kto pairs each prompt with the answer of another row."""
+
 _NOT_DEFAULTS = (("data", "packing", False), ("adapter", "dropout", 0.0))
 
 
@@ -36,10 +39,11 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     losses = PREFERENCE_LOSSES[objective]
     if train["loss_type"] not in losses:
         yield ("train", "loss_type"), f"objective {objective} has {', '.join(losses)}; got {train['loss_type']!r}"
-    if train["loss_type"] == "kto" and train["micro_batch_size"] < 2:
+    least = LEAST_MICRO_BATCH.get(train["loss_type"], 1)
+    if train["micro_batch_size"] < least:
         yield (
             ("train", "micro_batch_size"),
-            "kto pairs each prompt with another row's answer of the same micro batch. Give at least 2",
+            f"kto pairs each prompt with another row's answer of the same micro batch. Give at least {least}",
         )
     yield from _without_meaning(recipe, objective)
 

@@ -23,6 +23,9 @@ LOLA_POSITIONS = 2048
 """LOLA has one learned vector a position, so no sequence can be longer."""
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
+Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -153,7 +156,7 @@ class Source(Section):
     split: Name | None = Field(default=None, description="split of the Hub dataset (train)")
     revision: Name | None = Field(default=None, description="branch, tag or commit of the Hub dataset")
     streaming: bool = Field(default=False, description="read the Hub dataset row by row, without downloading it first")
-    limit: Annotated[int, Field(ge=1)] | None = Field(default=None, description="read only so many rows")
+    limit: Count | None = Field(default=None, description="read only so many rows")
     unit: Literal["paragraph", "line", "file"] | None = Field(
         default=None, description="what a row of a .txt file is (paragraph: blank lines divide)"
     )
@@ -241,12 +244,8 @@ class Data(Section):
         default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
     )
     language_temperature: float = Field(default=1.0, ge=1, description="evens languages out: sampling follows n^(1/T)")
-    max_per_language: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="most examples of a language in an epoch"
-    )
-    max_repeats: int = Field(
-        default=4, ge=1, description="how often a row may come in an epoch when languages are mixed"
-    )
+    max_per_language: Count | None = Field(default=None, description="most examples of a language in an epoch")
+    max_repeats: Count = Field(default=4, description="how often a row may come in an epoch when languages are mixed")
     deduplicate: bool = Field(default=False, description="leave out training rows that say the same as an earlier one")
     leakage: Literal["error", "drop", "allow"] = Field(
         default="error", description="what happens to training rows that are validation rows too"
@@ -288,7 +287,7 @@ class EarlyStopping(Section):
     metric: Name = Field(
         default="eval_loss", description="what is watched: eval_loss, or eval_loss_by_language/sw for one language"
     )
-    patience: int = Field(default=3, ge=1, description="evaluations in a row without a better one that end the run")
+    patience: Count = Field(default=3, description="evaluations in a row without a better one that end the run")
     min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
 
 
@@ -303,12 +302,10 @@ class Energy(Section):
 class Train(Section):
     """How long, how fast, in which portions."""
 
-    epochs: float = Field(default=1.0, gt=0, description="passes over the data")
-    max_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="optimiser steps, instead of epochs"
-    )
-    micro_batch_size: int = Field(default=4, ge=1, description="sequences in one forward pass")
-    grad_accum_steps: int = Field(default=4, ge=1, description="forward passes in one optimiser step")
+    epochs: float = Field(default=1.0, gt=0, le=100_000, description="passes over the data")
+    max_steps: Count | None = Field(default=None, description="optimiser steps, instead of epochs")
+    micro_batch_size: BatchSize = Field(default=4, description="sequences in one forward pass")
+    grad_accum_steps: BatchSize = Field(default=4, description="forward passes in one optimiser step")
     learning_rate: float = Field(default=1e-4, gt=0, le=1, description="highest learning rate")
     lora_plus_ratio: float = Field(
         default=1.0, ge=1, description="LoRA+: the learning rate of LoRA's B over that of A; 1 for plain LoRA"
@@ -320,9 +317,9 @@ class Train(Section):
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
     gradient_checkpointing: bool = Field(default=True, description="recompute activations: less memory, more time")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of every random choice")
-    save_every: int = Field(default=200, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept on disk")
-    eval_every: int = Field(default=200, ge=0, description="steps between evaluations; 0: only at the end")
+    save_every: Interval = Field(default=200, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(default=2, description="checkpoints kept on disk")
+    eval_every: Interval = Field(default=200, description="steps between evaluations; 0: only at the end")
     early_stopping: EarlyStopping | None = Field(
         default=None, description="end the run when the validation loss no longer falls"
     )
@@ -333,7 +330,7 @@ class Train(Section):
         default=[], description="trackers that get the metrics as well"
     )
     energy: Energy | None = Field(default=None, description="estimate energy and emissions with codecarbon")
-    log_every: int = Field(default=1, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
     beta: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="dpo and kto: how strongly the model is held to the base (0.1)"
     )
@@ -361,9 +358,8 @@ class Train(Section):
 class Guards(Section):
     """What is watched while training, and what happens then."""
 
-    max_nonfinite: int = Field(
+    max_nonfinite: Count = Field(
         default=3,
-        ge=1,
         description="steps in a row with a loss or gradient that is not finite, each skipped, that end the run",
     )
     loss_spike: float = Field(

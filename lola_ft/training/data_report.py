@@ -45,10 +45,10 @@ def _rows(count: int) -> str:
 
 
 def mix_table(mixed: Mixed) -> Table:
-    """Planned and actual examples of an epoch, the languages with most examples first."""
+    """Planned and actual examples and tokens of an epoch, the languages with most examples first."""
     table = Table(title="Languages in an epoch", title_justify="left")
     table.add_column("language", min_width=8)
-    for heading in ("examples there are", "planned", "in an epoch", "share", "times each", "tokens"):
+    for heading in ("there are", "planned", "in an epoch", "share", "times each", "planned tokens", "tokens"):
         table.add_column(heading, justify="right")
     by_size = sorted(mixed.shares.items(), key=lambda item: (-item[1].examples, item[0]))
     everything = sum(share.examples for share in mixed.shares.values())
@@ -56,10 +56,11 @@ def mix_table(mixed: Mixed) -> Table:
         table.add_row(
             escape(language),
             f"{share.available:,}",
-            f"{share.planned:,.0f}",
+            f"{share.planned:,.1f}",
             f"{share.examples:,}",
             f"{share.examples / everything:.1%}",
             f"{share.examples / share.available:.2f}",
+            f"{share.planned_tokens:,}",
             f"{share.tokens:,}",
         )
     if len(by_size) > _ROWS_SHOWN:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -17,10 +17,14 @@ from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, pre
 from lola_ft.planning.merged import merged_files
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
+from lola_ft.recipe.preference import LEAST_MICRO_BATCH
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.length import fit_length
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.steps import estimate_steps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _OUT_OF_MEMORY_SHARE = 0.9  # of what was predicted: what to look for where the prediction would have fitted
 
@@ -45,8 +49,6 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     Raises:
         UserError: For a size that is none, a base without config, or data that cannot be used.
     """
-    if recipe.objective != "sft":
-        raise UserError(f"Plans are made for objective sft; the memory of {recipe.objective} is not predicted yet.")
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
@@ -82,7 +84,7 @@ def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> st
     Args:
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
-    if recipe.objective != "sft" or not isinstance(config, LolaConfig):  # what the planner does not know
+    if not isinstance(config, LolaConfig):  # what the planner does not know
         return "Halve train.micro_batch_size and double train.grad_accum_steps, or lower data.max_length."
     device, limit = target_machine(None)
     job = job_of(recipe, config, device, longest)
@@ -131,6 +133,8 @@ def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None 
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
+        row_sequences=2 if recipe.objective == "dpo" else 1,
+        least_micro_batch=LEAST_MICRO_BATCH.get(train.loss_type or "", 1),
     )
 
 
@@ -146,9 +150,16 @@ def _read_data(recipe: Recipe, folder: Path, config: LolaConfig) -> tuple[DataFa
     from lola_ft.training.dataset import prepare
 
     mixed = prepare(data, load_tokenizer(folder, config), recipe.train.seed).mix
-    lengths = [len(ids) for ids in mixed.dataset["input_ids"]]
-    longest = sum(lengths) if data.packing else max(lengths)
-    return DataFacts(mixed.tokens, len(lengths), min(longest, data.max_length)), ""
+    longest = mixed.tokens if data.packing else _longest(mixed.dataset)
+    return DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length)), ""
+
+
+def _longest(dataset: "Dataset") -> int:
+    """Tokens of the longest sequence; a pair is two, which begin with the same prompt."""
+    if "chosen_ids" not in dataset.column_names:
+        return max(len(ids) for ids in dataset["input_ids"])
+    answers = zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
+    return max(len(prompt) + max(map(len, pair)) for prompt, pair in zip(dataset["prompt_ids"], answers, strict=True))
 
 
 def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, note: str) -> list[str]:

@@ -40,6 +40,7 @@ from lola_ft.training.lock import lock_folder
 from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_memory
 from lola_ft.training.manifest import Prepared, manifest_of, timings_of
 from lola_ft.training.metrics import MetricsFile, read_metrics
+from lola_ft.training.optimizers import refuse_missing_optimizer
 from lola_ft.training.peak_memory import PeakMemory
 from lola_ft.training.plan import advice
 from lola_ft.training.plots import plot_run
@@ -197,6 +198,7 @@ def _prepare(
     allow_changed: Sequence[str] = (),
 ) -> Prepared:
     refuse_missing_trackers(recipe.train.report_to)
+    refuse_missing_optimizer(recipe.train.optimizer)
     if recipe.train.energy:
         refuse_without_codecarbon(recipe.train.energy.country)
     precision = choose_precision(recipe.base.dtype, device)

@@ -66,6 +66,10 @@ def test_fields_are_mapped_and_language_is_read_from_a_column() -> None:
     assert found.prompt == prompt_fields("one")
 
 
+def test_the_language_may_lie_in_an_object() -> None:
+    assert read({"text": "a", "meta": {"lang": "yo"}}, "text", language_column="meta.lang").language == "yo"
+
+
 BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (
         "alpaca",
@@ -180,6 +184,13 @@ def test_a_template_that_cannot_work_is_refused_at_once(tmp_path: Path, source: 
         Template.load(str(path))
     assert str(caught.value).endswith(message)
     assert str(path) in str(caught.value)
+
+
+def test_a_template_that_fails_on_a_row_names_the_row(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ prompt }}{{ 1 / (prompt != 'zero') }}")
+    template = Template.load(str(tmp_path / "own.jinja"))
+    with pytest.raises(DataError, match=r"^sw.jsonl:7: template .*own.jinja fails: division by zero\.$"):
+        template.render(read({"prompt": "zero", "completion": "a"}, "prompt_completion"))
 
 
 def test_an_unknown_template_lists_the_bundled_ones(tmp_path: Path) -> None:

@@ -90,10 +90,12 @@ def test_the_mix_holds_what_was_planned(encoded_rows: Any) -> None:
         assert mixed.shares[code].tokens == sum(len(ids) * times for ids, times in counter.items())
     assert mixed.tokens == sum(len(row["input_ids"]) for row in mixed.dataset)
     assert mixed.changed
+    mean = sum(map(len, swahili)) / 10
     assert mixed.as_dict()["sw"] == {
         "available": 10,
         "planned": 25.0,
         "examples": 25,
+        "planned_tokens": round(25 * mean),
         "tokens": mixed.shares["sw"].tokens,
     }
 

@@ -1,14 +1,15 @@
 """Reading rows: what is accepted, and the message for every file that is not."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lola_ft.data import Source, read_examples, read_rows
-from lola_ft.data.sources import KINDS
+from lola_ft.data import BadRows, Source, read_examples, read_rows
+from lola_ft.data.sources import KINDS, files_of
 from lola_ft.errors import DataError
 from lola_ft.recipe import schema
 
@@ -128,23 +129,41 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str, reason: str) ->
     assert str(caught.value) == f"{tmp_path / name}: cannot be read: {reason}."
 
 
-@settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=60) | st.text('{}[]":,ab0 \n\r\\u', max_size=40).map(str.encode))
-@example(b'{"a": ' + b"1" * 5000 + b"}")
-@example(b'{"text": "\\ud800"}')
-@pytest.mark.parametrize("name", ["fuzz.jsonl", "fuzz.json"])
+@settings(max_examples=100, deadline=None)
+@given(
+    content=st.binary(max_size=60) | st.text('{}[]":,ab0 \n\r\\u', max_size=40).map(str.encode),
+    first=st.sampled_from([b"", b'{"text": "a"}\n', b"text\na\n", b"text\tb\na\tb\n"]),
+)
+@example(b'{"a": ' + b"1" * 5000 + b"}", b"")
+@example(b'{"text": "\\ud800"}', b"")
+@example(b'{"\\ud800": 3}', b'{"text": "a"}\n')
+@example(b'"a"b\n', b"text\n")
+@pytest.mark.parametrize("name", ["fuzz.jsonl", "fuzz.json", "fuzz.csv", "fuzz.tsv", "fuzz.txt", "fuzz.parquet"])
 def test_any_bytes_are_rows_or_give_one_clean_error(
-    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, first: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(content)
+    path.write_bytes(first + content)
+    skipped = BadRows()
+    for bad_rows in (None, skipped):
+        try:
+            rows = list(read_examples([Source("text", str(path))], bad_rows))
+        except DataError as error:
+            message = str(error)
+            assert message.isprintable()
+        else:
+            message = rows[0].where
+        assert str(path) in message
+    json.dumps(skipped.as_dict(), ensure_ascii=False).encode()
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     try:
-        rows = list(read_examples([Source("text", str(path))]))
-    except DataError as error:
-        message = str(error)
-    else:
-        message = rows[0].where
-    assert str(path) in message
+        Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jsonl")).write_text('{"text": "a"}')
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(DataError, match=r"caf\\udce9.jsonl: the name of the file or its folder is not UTF-8"):
+        files_of(str(tmp_path))
 
 
 def test_a_hub_dataset_is_read_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

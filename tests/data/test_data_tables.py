@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lola_ft.data import Source, read_examples, read_rows
+from lola_ft.data import BadRows, Source, read_examples, read_rows
 from lola_ft.data.sources import KINDS, files_of
 from lola_ft.errors import DataError
 
@@ -45,6 +45,25 @@ def test_quoted_cells_keep_separators_and_line_breaks_and_rows_their_first_line(
     rows = list(read_rows(Source("text", str(path))))
     assert [row.fields["text"] for row in rows] == ['one, "two"\nthree', "शब्द"]
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:5"]
+
+
+def test_a_broken_row_of_a_table_is_skipped_alone(tmp_path: Path) -> None:
+    path, bad = tmp_path / "a.csv", BadRows()
+    path.write_bytes(b'text,n\none,1\ncaf\xe9,2\n"two"x,3\n"two\nlines \xff",4\nthree,5,6\nfour,7\n')
+    rows = list(read_examples([Source("text", str(path))], bad))
+    assert [row.completion for row in rows] == ["one", "four"]
+    assert [message.removeprefix(f"{path}:")[:12] for message in bad.messages] == [
+        "3: not UTF-8",
+        "4: broken ta",
+        "6: not UTF-8",
+        "7: 3 cells; ",
+    ]
+
+
+def test_an_open_quote_loses_no_rows_in_silence(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text\none\n"two\nthree\nfo"ur\nfive\n')
+    with pytest.raises(DataError, match=r"a.csv:3: broken table"):
+        list(read_examples([Source("text", str(tmp_path / "a.csv"))], BadRows()))
 
 
 def test_a_cell_may_be_longer_than_pythons_own_limit(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def test_a_copy_runs_where_it_was_copied(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(f"recipes/{name}.yaml")
     local = {source.path for source in recipe.data.sources if source.path and source.path.startswith("recipes/")}
+    local |= {word.rpartition("=")[2] for word in find_recipe(name).text.split() if "=recipes/data/" in word}
+    assert local or name == "demo"
     assert all(Path(path).is_file() for path in local)
     assert {path.relative_to(tmp_path).as_posix() for path in written} == {
         f"recipes/{name}.yaml",

@@ -1,5 +1,7 @@
 """Every mistake a recipe can hold, and the message it must give, word for word."""
 
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,11 @@ GOOD = [
 
 
 def mistakes(folder: Path, text: str | bytes, *overrides: str) -> list[str]:
+    """The messages for a recipe, `r.yaml` standing for its path, without columns."""
+    return [re.sub(r"^(r\.yaml:\d+):\d+: ", r"\1: ", message) for message in full_mistakes(folder, text, *overrides)]
+
+
+def full_mistakes(folder: Path, text: str | bytes, *overrides: str) -> list[str]:
     """The messages for a recipe, `r.yaml` standing for its path."""
     path = folder / "r.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -47,6 +54,15 @@ RANGES = [
     (4, "train: {micro_batch_size: 0}", "train.micro_batch_size: must be at least 1; got 0."),
     (4, "train: {seed: -1}", "train.seed: must be at least 0; got -1."),
     (4, "train: {max_steps: 0}", "train.max_steps: must be at least 1; got 0."),
+    (4, "train: {save_every: 1_000_000_001}", "train.save_every: must be at most 1000000000; got 1000000001."),
+    (4, "train: {grad_accum_steps: 100_000}", "train.grad_accum_steps: must be at most 65536; got 100000."),
+    (4, "train: {seed: 4294967296}", "train.seed: must be at most 4294967295; got 4294967296."),
+    (4, "train: {epochs: 1e9}", "train.epochs: must be at most 100000; got 1000000000.0."),
+    (
+        3,
+        "data: {sources: [{hub: a, format: text, limit: 2e9}]}",
+        "data.sources.0.limit: expected a whole number; got 2000000000.0.",
+    ),
     (4, "train: {keep: 0}", "train.keep: must be at least 1; got 0."),
 ]
 
@@ -401,6 +417,49 @@ def test_all_mistakes_come_in_one_message_in_the_order_of_their_lines(tmp_path: 
     ]
     assert found[0] == "r.yaml:4: train.seed: given twice, first on line 3."
     assert found[4] == ("override 'data.max_length=4096': data.sources: missing (where the training rows come from).")
+
+
+def test_every_mistake_has_its_column(tmp_path: Path) -> None:
+    text = "base: {model: 3}\nadapter:\n  attention: {rank: 4}\n  mlp:  {rnk: 4}\ntrain:\n    seed: 1\n    seed: 2\n"
+    text += "output: o\ndata:\n  sources:\n    - {format: text, path: a.txt, limit: 0}\n"
+    assert full_mistakes(tmp_path, text) == [
+        "r.yaml:1:8: base.model: expected text; got 3. Put it in quotes.",
+        "r.yaml:4:3: adapter.mlp.rank: missing (rank of the two LoRA matrices).",
+        "r.yaml:4:10: adapter.mlp.rnk: unknown key. Did you mean 'rank'?",
+        "r.yaml:7:5: train.seed: given twice, first on line 6.",
+        "r.yaml:11:35: data.sources.0.limit: must be at least 1; got 0.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("base:\n\tmodel: m\n", "2:1"), ("a: 1\nb: *x\n", "2:4"), ("a: 1\nbc: \0", "2:5"), ("a: 1\n---\nb: 2\n", "2:1")],
+)
+def test_broken_yaml_has_line_and_column(text: str, place: str, tmp_path: Path) -> None:
+    [message] = full_mistakes(tmp_path, text)
+    assert message.startswith(f"r.yaml:{place}: not valid YAML: ")
+
+
+def test_an_unknown_key_hides_no_broken_rule(tmp_path: Path) -> None:
+    text = with_line(4, "train: {epochs: 1, max_steps: 2, lr: 1e-4}")
+    assert mistakes(tmp_path, text.replace("rank: 4", "rank: 4, '<name>': 2")) == [
+        "r.yaml:2: adapter.attention.<name>: unknown key.",
+        "r.yaml:4: train.lr: unknown key. Did you mean 'learning_rate'?",
+        "r.yaml:4: train.max_steps: train.epochs and train.max_steps both say when to stop. Give one of them.",
+    ]
+
+
+def test_what_an_unknown_key_leaves_missing_in_its_own_section_is_not_reported_twice(tmp_path: Path) -> None:
+    assert mistakes(tmp_path, with_line(2, "adapter: {atention: {rank: 4}}")) == [
+        "r.yaml:2: adapter.atention: unknown key. Did you mean 'attention'?"
+    ]
+
+
+def test_a_file_far_too_large_is_refused_at_once(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    [message] = mistakes(tmp_path, "x:\n" + "  - {a: b}\n" * 100_000)
+    assert message == "r.yaml: more than 256 kB, too large for a recipe. Is it a data file?"
+    assert time.perf_counter() - began < 5, "a YAML of this size takes a minute to read"
 
 
 OVERRIDES = [

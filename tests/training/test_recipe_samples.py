@@ -68,6 +68,8 @@ AS_THEY_ARE = [(name, "") for name in ("question_answering", "summarisation", "c
 
 def test_recipes_of_the_hub_say_how_to_try_them_on_their_sample() -> None:
     assert {name for name, overrides in COMMANDS if overrides} == {
+        "instruct",
+        "baseline_dense",
         "instruct_multilingual",
         "translation",
         "nli",
