@@ -113,6 +113,29 @@ def test_early_stopping_ends_with_the_best_adapter(
     assert len(list((run / "checkpoints").iterdir())) == 2  # keep: 1, and the best
 
 
+def test_a_damaged_best_checkpoint_is_not_used(
+    recipe_file: Callable[..., Path], sources: dict[str, Any], tmp_path: Path, verb: Callable[..., Any]
+) -> None:
+    """One bit of a weight; the file can be read as before. The first evaluation of training stays the best."""
+    stopping = {"early_stopping": {"patience": 9, "min_delta": 9.0}}
+    changes = {"max_steps": 2, "eval_every": 1, "keep": 1, "keep_best": True} | stopping
+    recipe = recipe_file(data=sources, train=changes)
+    train(load_recipe(recipe))
+    run = tmp_path / "run"
+    assert json.loads((run / "manifest.json").read_text())["results"]["best_step"] == 1
+    tensors = run / "checkpoints" / "step-1" / "state.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    (run / "README.md").unlink()  # as if it had been killed before the end
+    outcome = verb("train", recipe, "--resume")
+    assert outcome.code == 2
+    assert "step-1: the best checkpoint is damaged (state.safetensors has changed since it was written)" in outcome.err
+    mended = verb("train", recipe, "--resume", "train.keep_best=false", "--allow-changed", "train.keep_best")
+    assert mended.code == 0, mended.err
+    assert "best_step" not in json.loads((run / "manifest.json").read_text())["results"]
+
+
 def test_what_early_stopping_cannot_watch_is_refused(
     recipe_file: Callable[..., Path], sources: dict[str, Any], verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lola_ft.training import run
 from lola_ft.training.lock import LOCK_FILE, lock_folder
 from tests.training.conftest import recipe_dict
 from tests.training.resume_child import run_verb
@@ -320,6 +321,47 @@ def test_a_second_process_is_refused(
         assert ("is training here" if resume else "which is going on") in outcome.err
         assert (killed / ".lock").exists()
     assert not (killed / ".lock").exists()
+
+
+def test_stopped_after_the_last_step_nothing_is_lost(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without checkpoints on the way; the last evaluation, or writing, may take long."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_file(data={"validation": 0.2}, train={"max_steps": 2, "save_every": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_of_evaluation", stopped)
+        assert verb("train", recipe).code == 130
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    resumed = verb("train", recipe, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "Going on from step 2" in resumed.out
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+
+
+def test_stopped_before_anything_is_read(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lola_ft.recipe.load_recipe", stopped)
+    outcome = verb("train", recipe_file())
+    assert (outcome.code, outcome.err) == (130, "")
+
+
+def test_killed_before_its_recipe_was_there(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (LOCK_FILE, ".recipe.yaml.partial"):
+        (tmp_path / "run" / name).write_text("1\n")
+    outcome = verb("train", recipe_file(train={"max_steps": 1}), "--resume")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
 def test_a_finished_run_stays_as_it_is(whole: Path, verb: Callable[..., Any]) -> None:
