@@ -19,7 +19,11 @@ from lola_ft.quantization.load import default_device
 T = TypeVar("T")
 
 _ENGINES = {
-    "ACCELERATE_USE_FSDP": ("FSDP", "it cuts weights into pieces, and a 4-bit stack of experts cannot be cut"),
+    "ACCELERATE_USE_FSDP": (
+        "FSDP",
+        "it cuts weights and the optimiser's state into pieces; a 4-bit stack of experts cannot be cut, and checkpoints "
+        "here hold all of them whole",
+    ),
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
         "it takes over optimiser and checkpoints, which would not resume exactly",

@@ -233,14 +233,27 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         state = self._of(checkpoint)
+        asked = [(group["initial_lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state.pop("optimizer"))
         except (ValueError, KeyError) as error:
             raise UserError(f"{checkpoint}: the optimiser's state does not fit the recipe's ({error}).") from error
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._follow_recipe(asked)
         self.tokens_seen = state["tokens_seen"]
         self._seconds_before = state["train_seconds"]
         self._saved_step = self.state.global_step
+
+    def _follow_recipe(self, asked: list[tuple[float, float | None]]) -> None:
+        """A checkpoint's states hold rates and decays as well; a recipe that was allowed to change them decides."""
+        for group, (rate, decay) in zip(self.optimizer.param_groups, asked, strict=True):
+            if rate != group["initial_lr"]:
+                group["lr"] *= rate / group["initial_lr"]  # a schedule's factor stays
+                group["initial_lr"] = rate
+            if decay is not None:
+                group["weight_decay"] = decay
+        self.lr_scheduler.base_lrs = [rate for rate, _ in asked]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._of(checkpoint)["scaler"] is not None:

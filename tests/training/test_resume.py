@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 
 from lola_ft.training import run
 from lola_ft.training.lock import LOCK_FILE, lock_folder
+from lola_ft.training.state_file import read_state
 from tests.training.conftest import recipe_dict
 from tests.training.resume_child import run_verb
 
@@ -301,6 +302,35 @@ def test_allowed_changes_name_keys_and_need_resume(killed_run: Path, killed: Pat
     outcome = verb("train", killed_run, f"output={killed}", "--allow-changed", "train.learning_rate")
     assert outcome.code == 2
     assert "Add --resume" in outcome.err
+
+
+def test_an_allowed_change_is_carried_out(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rates and decay are part of the optimiser's and the scheduler's states, too."""
+    train = {"max_steps": 4, "save_every": 2, "learning_rate": 0.01, "lora_plus_ratio": 4.0, "optimizer": "adamw"}
+    recipe, folder = recipe_file(train=train), tmp_path / "run"
+    assert verb("train", recipe).code == 0
+    before = {line["step"]: line["learning_rate"] for line in metrics(folder) if "learning_rate" in line}
+    (folder / "README.md").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    wanted = {"learning_rate": 0.001, "lora_plus_ratio": 8.0, "weight_decay": 0.5}
+    allowed = [word for key in wanted for word in ("--allow-changed", f"train.{key}")]
+    resumed = verb("train", recipe, "--resume", *(f"train.{key}={value}" for key, value in wanted.items()), *allowed)
+    assert "Going on from step 2" in resumed.out, resumed.err
+    after = {line["step"]: line["learning_rate"] for line in metrics(folder) if "learning_rate" in line}
+    assert after == {1: before[1], 2: before[2]} | {n: pytest.approx(before[n] / 10, rel=1e-9) for n in (3, 4)}
+    groups = read_state(folder / "checkpoints" / "step-4")["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.001, 0.008}
+    assert {group["weight_decay"] for group in groups if group["params"]} <= {0.5, 0.0}
+    assert any(group["weight_decay"] == 0.5 for group in groups)
+
+
+def test_another_optimiser_cannot_go_on(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
+    change = ("train.optimizer=sgd", f"output={killed}", "--allow-changed", "train")
+    outcome = verb("train", killed_run, "--resume", *change)
+    assert outcome.code == 2
+    assert "train.optimizer was adamw_8bit when this run was started and is sgd now" in outcome.err
 
 
 def test_without_resume_a_run_is_not_touched(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
