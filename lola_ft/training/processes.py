@@ -21,8 +21,8 @@ T = TypeVar("T")
 _ENGINES = {
     "ACCELERATE_USE_FSDP": (
         "FSDP",
-        "it cuts weights and the optimiser's state into pieces; a 4-bit stack of experts cannot be cut, and checkpoints "
-        "here hold all of them whole",
+        "it cuts weights and the optimiser's state into pieces; a 4-bit stack of experts cannot be cut, and "
+        "checkpoints here hold all of them whole",
     ),
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
