@@ -1,6 +1,7 @@
 """Evaluation by language, forgetting, early stopping, the best adapter, and what the manifest says of a run."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from lola_ft.data import Template, encode, read_examples
 from lola_ft.data.sources import Source
 from lola_ft.opening import open_model
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.metrics import read_metrics
+from lola_ft.training.alarm import Alarm
+from lola_ft.training.forgetting import Forgetting
+from lola_ft.training.metrics import MetricsFile, read_metrics
 from tests.conftest import alpaca_rows, write_rows
 
 WEIGHTS = Path("adapter/adapter_model.safetensors")
@@ -83,6 +87,17 @@ def assert_losses_are_those_of_the_adapter(tmp_path: Path, sources: dict[str, An
         assert line["eval_loss_by_language"][code] == pytest.approx(total / count, abs=2e-4)
     whole = sum(total for total, _ in sums.values()) / sum(count for _, count in sums.values())
     assert line["eval_loss"] == pytest.approx(whole, abs=2e-4)
+
+
+def test_a_loss_that_is_not_a_number_is_worse(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    guard = Forgetting(None, 0.1, Alarm("forgetting", metrics))
+    guard.baseline = {"en": 2.0, "sw": 2.0}
+    losses = {"eval_loss_by_language/en": 2.05, "eval_loss_by_language/sw": math.nan}
+    guard.on_evaluate(None, TrainerState(global_step=3), TrainerControl(), losses)
+    [line] = read_metrics(metrics.path)
+    assert (line["step"], line["warning"]) == (3, "forgetting")
+    assert "the validation loss of sw is nan" in line["message"]
 
 
 def test_early_stopping_ends_with_the_best_adapter(
