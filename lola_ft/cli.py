@@ -8,14 +8,26 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from lola_ft.errors import UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+class _Verbs(TyperGroup):
+    """Ends with 130 when Ctrl-C stops a verb, wherever it is; typer's own 1 would be a bug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lola_ft: list, show, copy.")
 app.add_typer(recipes_app, name="recipes")
 routing_app = typer.Typer(no_args_is_help=True, help="Which experts which languages use: profile, report, select.")
@@ -51,10 +63,7 @@ def train(
         from lola_ft.hub.publish import publish_run, require_token
 
         require_token(hub.repo)
-    try:
-        folder = run(loaded, dry_run, resume, allow_changed or [])
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    folder = run(loaded, dry_run, resume, allow_changed or [])
     if hub and not dry_run and os.environ.get("RANK", "0") == "0":
         publish_run(folder, hub.repo, hub.private, hub.layout, hub.base_id)
 

@@ -80,6 +80,8 @@ def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[K
             f"{objective} holds the model to where it starts, the base without its adapter; loftq starts elsewhere. "
             "Choose default or gaussian",
         )
+    if recipe["guards"]["router_collapse"] == "stop":
+        yield ("guards", "router_collapse"), f"{objective} does not count the routers' load. Choose warn or off"
     for key in ("aux_loss", "z_loss"):
         if recipe["router"][key]:
             yield (

@@ -32,6 +32,8 @@ def training_arguments(
         config = KTOConfig(**shared, beta=train.beta, loss_type=train.loss_type, train_sampling_strategy="sequential")
     else:
         config = SFTConfig(**shared, packing=data.packing, packing_strategy="bfd")
+    if not (config.fp16 or config.bf16):
+        config.mixed_precision = "no"  # the recipe's dtype decides, not accelerate's own settings
     config._n_gpu = min(config.n_gpu, 1)  # one process computes on one GPU; several are a launcher's affair
     return config
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from lola_ft.data import Example, Template, encode
+from lola_ft.data import Example, Template, encode, encode_judged
 from lola_ft.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 Document = tuple[int, ...]
@@ -46,7 +47,7 @@ def find_rows(
     max_length: int,
     overlong: str,
 ) -> list[str]:
-    """The places (`file:line`) of the first row that became each sequence, in the sequences' order.
+    """The places (`file:line`) of the first row that became each sequence, in the sequences' order, each once.
 
     Args:
         examples: What training read; the rest as for `encode`.
@@ -55,8 +56,9 @@ def find_rows(
     wanted = set(documents)
 
     def encoded(rows: list[Example]) -> set[Document]:
+        make = encode if rows[0].rejected is None and rows[0].desirable is None else encode_judged
         try:
-            return set(map(tuple, encode(rows, tokenizer, template, max_length, overlong).dataset["input_ids"]))
+            return set(map(tuple, _sequences(make(rows, tokenizer, template, max_length, overlong).dataset)))
         except DataError:  # none of these rows is kept
             return set()
 
@@ -67,7 +69,15 @@ def find_rows(
                     places[document] = example.where
         if len(places) == len(wanted):
             break
-    return [places[document] for document in documents if document in places]
+    return list(dict.fromkeys(places[document] for document in documents if document in places))
+
+
+def _sequences(dataset: "Dataset") -> list[list[int]]:
+    """Token ids of every sequence; a prompt is followed by each of its answers in turn."""
+    if "prompt_ids" not in dataset.column_names:
+        return list(dataset["input_ids"])
+    answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]
+    return [row["prompt_ids"] + row[name] for row in dataset for name in answers]
 
 
 def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -5,17 +5,15 @@ divided at the end: they do not depend on how rows are packed or put into batche
 """
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import speed_metrics
 
+from lola_ft.training import processes
 from lola_ft.training.rng import untouched_rng
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BY_LANGUAGE = "eval_loss_by_language"
 
@@ -32,12 +30,12 @@ class EvaluatesLanguages(Trainer):
         with untouched_rng():
             return self._evaluate_languages(self.eval_dataset)
 
-    def _evaluate_languages(self, datasets: "dict[str, Dataset]") -> dict[str, float]:
-        began, rows, batches = time.time(), 0, 0
+    def _evaluate_languages(self, datasets: dict[str, Dataset]) -> dict[str, float]:
+        began, rows, batches = time.perf_counter(), 0, 0
         sums: dict[str, Tensor] = {}
         for code, dataset in datasets.items():
             self._sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            loader = self.get_eval_dataloader(code)
+            loader = self.get_eval_dataloader(self._evened(dataset))
             self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True)
             sums[code] = self.accelerator.reduce(self._sums, reduction="sum")
             rows, batches = rows + len(dataset), batches + len(loader)
@@ -45,10 +43,23 @@ class EvaluatesLanguages(Trainer):
         total, labels = torch.stack(list(sums.values())).sum(dim=0)
         metrics = {"eval_loss": (total / labels.clamp(min=1)).item()}
         metrics |= {f"{BY_LANGUAGE}/{code}": loss for code, loss in losses.items()}
-        metrics |= speed_metrics("eval", began, num_samples=rows, num_steps=batches)
+        seconds = time.perf_counter() - began  # not speed_metrics, which asks the clock, and that may jump
+        metrics |= {
+            "eval_runtime": round(seconds, 4),
+            "eval_samples_per_second": round(rows / seconds, 3),
+            "eval_steps_per_second": round(batches / seconds, 3),
+        }
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evened(self, dataset: Dataset) -> Dataset:
+        """With rows that count nothing at the end, so that no row is there twice: processes get equally many."""
+        missing = -len(dataset) % (processes.count() * self.args.per_device_eval_batch_size)
+        if processes.count() == 1 or not missing:
+            return dataset
+        blank = dataset.select([0]).map(_unlabelled, keep_in_memory=True, load_from_cache_file=False)
+        return concatenate_datasets([dataset, blank.cast(dataset.features).select([0] * missing)])
 
     def prediction_step(
         self,
@@ -67,7 +78,11 @@ class EvaluatesLanguages(Trainer):
         return total / labels.clamp(min=1), None, None
 
 
-def by_language(dataset: "Dataset", languages: list[str]) -> "dict[str, Dataset]":
+def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": [-100] * len(row["labels"])}
+
+
+def by_language(dataset: Dataset, languages: list[str]) -> dict[str, Dataset]:
     """A dataset's rows by language code, in alphabetical order of the codes."""
     places: dict[str, list[int]] = {}
     for place, code in enumerate(languages):

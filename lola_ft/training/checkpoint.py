@@ -83,11 +83,23 @@ def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | No
     """
     for path in reversed(checkpoints(folder)):
         try:
-            _check_sums(path)
-            return Checkpoint(path, read_state(path))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            return read_whole(path)
+        except ValueError as error:
             report(f"{path} is damaged ({error}); the one before is used.")
     return None
+
+
+def read_whole(folder: Path) -> Checkpoint:
+    """Read a checkpoint with nothing missing or changed.
+
+    Raises:
+        ValueError: Saying what is.
+    """
+    try:
+        _check_sums(folder)
+        return Checkpoint(folder, read_state(folder))
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(str(error)) from error
 
 
 def remove_leftovers(folder: Path) -> None:

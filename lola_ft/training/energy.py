@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lola_ft.errors import UserError
+from lola_ft.training import processes
 
 _HOW = {
     "intel_rapl": "CPU: measured (RAPL)",
@@ -15,6 +16,8 @@ _HOW = {
     "cpu_load": "CPU: estimated from the load and a nominal power of {tdp} W, as no RAPL counter can be read",
     "constant": "CPU: estimated from a nominal power of {tdp} W, as no RAPL counter can be read",
 }
+
+_WHOSE = {False: "CPU and memory of this process alone", True: "everything on the main process's machine"}
 
 
 class EnergyMeter(TrainerCallback):
@@ -38,7 +41,7 @@ class EnergyMeter(TrainerCallback):
             country_iso_code=self.country,
             save_to_file=False,
             save_to_api=False,
-            tracking_mode="process",
+            tracking_mode="process" if processes.count() == 1 else "machine",
             allow_multiple_runs=True,
             log_level="critical",
         )
@@ -72,7 +75,7 @@ class EnergyMeter(TrainerCallback):
             "kwh_per_million_tokens": round(used["kwh"] / max(self._tokens(), 1) * 1e6, 9),
             "country": self.country,
             "grid_g_co2_per_kwh": round(used["g_co2"] / max(used["kwh"], 1e-30), 1),
-            "measured": "; ".join(filter(None, map(_how, hardware))) + "; codecarbon, offline",
+            "measured": "; ".join([*map(_how, hardware), _WHOSE[processes.count() > 1], "codecarbon, offline"]),
         }
 
 

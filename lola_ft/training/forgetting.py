@@ -37,7 +37,7 @@ class Forgetting(TrainerCallback):
                 f"the validation loss of {code} is {loss:.3f}, {loss - before:.3f} above the {before:.3f} before "
                 "training: the model forgets it. Mix in rows of it, lower train.learning_rate, or train less."
             )
-            self._alarm.update(state.global_step, code, loss > before + self.rise, text)
+            self._alarm.update(state.global_step, code, not loss <= before + self.rise, text)  # NaN, too
 
     def state(self) -> dict[str, Any]:
         return {"baseline": self.baseline, "alarm": self._alarm.state()}

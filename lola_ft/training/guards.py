@@ -59,13 +59,13 @@ def _watch_load(trainer: LolaTrainer, guards: Guards, alarm: Alarm) -> RouterCol
     return RouterCollapse(guards.min_load_entropy, guards.max_load_share, num_experts, stop, alarm)
 
 
-def refuse_unknown_metric(train: Train, data: RunData) -> None:
+def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
     """Refuse early stopping by a metric that no evaluation will have.
 
     Raises:
         UserError: Listing those that there are.
     """
-    languages = sorted(set(data.validation.languages)) if data.validation else []
+    languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
     known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
     if train.early_stopping and train.early_stopping.metric not in known:
         raise UserError(

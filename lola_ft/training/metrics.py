@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lola_ft.errors import UserError
 from lola_ft.training import processes
 
 _RENAMED = {"train_loss": "mean_loss"}
@@ -42,11 +43,21 @@ class MetricsFile(TrainerCallback):
         self.write(state.global_step, line)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Append a line; of several processes the main one does."""
+        """Append a line; of several processes the main one does.
+
+        Raises:
+            UserError: The disk did not take it.
+        """
         if not processes.is_main():
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | line, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step} | line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: step {step} could not be written ({error.strerror}). Checkpoints are as they were. Make "
+                "room or give permission, then go on with --resume."
+            ) from error
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self._last = (self.trainer.tokens_seen, time.perf_counter())  # time of an evaluation is not training time

@@ -1,10 +1,12 @@
 """Pictures of a run, from its metrics alone: losses and learning rate, languages, routing."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
+from lola_ft.files import write_bytes
 from lola_ft.training.by_language import BY_LANGUAGE
 from lola_ft.training.router_load import DEAD, ENTROPY, SHARE
 
@@ -103,6 +105,8 @@ def _draw(axes: Any, metrics: Metrics, key: str, style: str, label: str, **look:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
+    write_bytes(path, picture.getvalue())
     return path

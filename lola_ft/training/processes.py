@@ -3,6 +3,7 @@
 Each process has the whole base and a copy of the adapter, and adds its gradients to the others' (DDP).
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, reduce, set_seed
+from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object, reduce, set_seed
 
 from lola_ft.errors import UserError
 from lola_ft.quantization.load import default_device
@@ -18,7 +19,11 @@ from lola_ft.quantization.load import default_device
 T = TypeVar("T")
 
 _ENGINES = {
-    "ACCELERATE_USE_FSDP": ("FSDP", "it cuts weights into pieces, and a 4-bit stack of experts cannot be cut"),
+    "ACCELERATE_USE_FSDP": (
+        "FSDP",
+        "it cuts weights and the optimiser's state into pieces; a 4-bit stack of experts cannot be cut, and "
+        "checkpoints here hold all of them whole",
+    ),
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
         "it takes over optimiser and checkpoints, which would not resume exactly",
@@ -42,10 +47,19 @@ def join() -> torch.device:
                 "data parallelism: `accelerate launch --multi_gpu finetune.py RECIPE`."
             )
     cpu = default_device().type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the recipe's dtype decides, not accelerate's settings
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device("cpu") if cpu else default_device()
     return PartialState(cpu=cpu, timeout=_TIMEOUT).device
+
+
+def leave_environment(handler: KwargsHandler) -> None:
+    """Let accelerate see what a handler changes without emptying the environment, as it does (1.15) to see defaults.
+
+    A native thread that reads a variable meanwhile, for which it needs no lock of Python's, can end the process.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(handler)}
+    given = {name: value for name, value in handler.to_dict().items() if value != defaults[name]}
+    handler.to_kwargs = lambda: dict(given)
 
 
 def leave() -> None:

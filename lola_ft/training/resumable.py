@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
+import torch
+from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,10 +20,10 @@ from lola_ft.baseline.either import save_adapter
 from lola_ft.errors import UserError
 from lola_ft.training import processes
 from lola_ft.training.best import Best
-from lola_ft.training.checkpoint import PREFIX, Checkpoint, write_checkpoint
+from lola_ft.training.checkpoint import PREFIX, Checkpoint, read_whole, write_checkpoint
 from lola_ft.training.rng import rng_state, set_rng_state, untouched_rng
 from lola_ft.training.run_folder import METRICS_FILE
-from lola_ft.training.state_file import read_state, write_state
+from lola_ft.training.state_file import write_state
 from lola_ft.training.stopping import EvaluationStopped, Stopped, StopRequest
 
 
@@ -87,9 +88,29 @@ class ResumableTrainer(Trainer):
         """Train to the end, from the beginning or from a checkpoint that was read whole."""
         self._resumed = checkpoint
         self._began = time.perf_counter()
-        return self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        result = self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        self._save_checkpoint(self.model, None)  # what is left to do, such as the last evaluation, can be cut off too
+        return result
 
-    # What transformers' loop calls
+    # What transformers' trainer calls
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for value in (*args.values(), *args.get("kwargs_handlers", ())):
+            if isinstance(value, KwargsHandler):
+                processes.leave_environment(value)
+        return args
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """transformers names optimisers of other packages, and asks for these only here.
+
+        Raises:
+            UserError: The package is not installed.
+        """
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"train.optimizer: {error} Or choose another, such as adamw or adamw_8bit.") from error
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.tokens_seen += processes.total(self.own_tokens)
@@ -188,10 +209,11 @@ class ResumableTrainer(Trainer):
         if self.best.step != self.state.global_step:
             folder = Path(self.args.output_dir) / f"{PREFIX}-{self.best.step}"
             try:
-                stored = read_state(folder)["weights"]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                stored = read_whole(folder).state["weights"]
+            except ValueError as error:
                 raise UserError(
-                    f"{folder}: the best checkpoint cannot be read ({error}). Set train.keep_best: false."
+                    f"{folder}: the best checkpoint is damaged ({error}). End with the last step's adapter: "
+                    "--resume train.keep_best=false --allow-changed train.keep_best"
                 ) from error
             self._put_back(stored, str(folder))
         return self.best.step
@@ -211,14 +233,27 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         state = self._of(checkpoint)
+        asked = [(group["initial_lr"], group.get("weight_decay")) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state.pop("optimizer"))
         except (ValueError, KeyError) as error:
             raise UserError(f"{checkpoint}: the optimiser's state does not fit the recipe's ({error}).") from error
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._follow_recipe(asked)
         self.tokens_seen = state["tokens_seen"]
         self._seconds_before = state["train_seconds"]
         self._saved_step = self.state.global_step
+
+    def _follow_recipe(self, asked: list[tuple[float, float | None]]) -> None:
+        """A checkpoint's states hold rates and decays as well; a recipe that was allowed to change them decides."""
+        for group, (rate, decay) in zip(self.optimizer.param_groups, asked, strict=True):
+            if rate != group["initial_lr"]:
+                group["lr"] *= rate / group["initial_lr"]  # a schedule's factor stays
+                group["initial_lr"] = rate
+            if decay is not None:
+                group["weight_decay"] = decay
+        self.lr_scheduler.base_lrs = [rate for rate, _ in asked]
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._of(checkpoint)["scaler"] is not None:

@@ -26,6 +26,7 @@ _FREE = (
     "hub",
     "output",
 )
+_OPTIMIZER = "train.optimizer"
 _FITTED = ("max_length", "packing")  # of the data section, to what the base can do
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOTHING = object()
@@ -78,12 +79,19 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
         fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
 
     Raises:
-        UserError: Listing every differing key with both values, or naming an allowed key that does not exist.
+        UserError: Listing every differing key with both values, or naming an allowed key that does not exist or
+            that no run can change.
     """
     old, new = _flat(stored.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for key in allowed:
         if not any(_covers(key, known) for known in old | new):
             raise UserError(f"--allow-changed {key}: a recipe has no such key.")
+    if recipe.train.optimizer != stored.train.optimizer and any(_covers(key, _OPTIMIZER) for key in allowed):
+        raise UserError(
+            f"{folder}: {_OPTIMIZER} was {stored.train.optimizer} when this run was started and is "
+            f"{recipe.train.optimizer} now: one optimiser's state is nothing to another. Take the change back, or "
+            "choose another `output`."
+        )
     free = [*_FREE, *allowed]
     if not fitted:
         free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]

@@ -213,7 +213,7 @@ def _prepare(
     if earlier:
         refuse_changes(recipe, earlier.recipe, earlier.folder, allow_changed)
     data = prepare(recipe.data, tokenizer, recipe.train.seed)
-    refuse_unknown_metric(recipe.train, data)
+    refuse_unknown_metric(recipe.train, data, recipe.objective)
     print_report(data, console)
     set_seed(recipe.train.seed)
     quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
@@ -262,6 +262,7 @@ def _fit(
         stop=stop,
         keep_checkpoints=recipe.train.keep,
         max_nonfinite=recipe.guards.max_nonfinite,
+        name_rows=lambda documents: _rows_of(documents, prepared),
         metrics_file=metrics.path,
         facts=_facts(prepared),
     )
@@ -339,11 +340,7 @@ def _trainer_of(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
         return DpoTrainer, {}
     if recipe.objective == "kto":
         return KtoTrainer, {}
-    return LolaTrainer, {
-        "aux_loss_coef": recipe.router.aux_loss,
-        "z_loss_coef": recipe.router.z_loss,
-        "name_rows": lambda documents: _rows_of(documents, prepared),
-    }
+    return LolaTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
 
 
 def _validation(recipe: Recipe, data: RunData) -> Any:

@@ -16,6 +16,11 @@ from lola_ft.training.lock import LOCK_FILE, is_locked
 RECIPE_FILE, MANIFEST_FILE, METRICS_FILE = "recipe.yaml", "manifest.json", "metrics.jsonl"
 ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CARD_FILE = "adapter", "checkpoints", "README.md"
 
+_NOTHING_YET = (
+    LOCK_FILE,
+    f".{RECIPE_FILE}.partial",
+)  # what is left of a run that was killed before its recipe was there
+
 
 def refuse_taken(output: Path) -> None:
     """Refuse an output folder that holds anything, before any work is done.
@@ -25,7 +30,7 @@ def refuse_taken(output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: output is a file; name a folder.")
-    if not output.is_dir() or all(path.name == LOCK_FILE for path in output.iterdir()):
+    if not output.is_dir() or all(path.name in _NOTHING_YET for path in output.iterdir()):
         return
     if not (output / RECIPE_FILE).exists():
         raise UserError(f"{output}: is not empty. Choose another `output`, or remove that folder first.")

@@ -1,6 +1,7 @@
 """Evaluation by language, forgetting, early stopping, the best adapter, and what the manifest says of a run."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from lola_ft.data import Template, encode, read_examples
 from lola_ft.data.sources import Source
 from lola_ft.opening import open_model
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.metrics import read_metrics
+from lola_ft.training.alarm import Alarm
+from lola_ft.training.forgetting import Forgetting
+from lola_ft.training.metrics import MetricsFile, read_metrics
 from tests.conftest import alpaca_rows, write_rows
 
 WEIGHTS = Path("adapter/adapter_model.safetensors")
@@ -85,6 +89,17 @@ def assert_losses_are_those_of_the_adapter(tmp_path: Path, sources: dict[str, An
     assert line["eval_loss"] == pytest.approx(whole, abs=2e-4)
 
 
+def test_a_loss_that_is_not_a_number_is_worse(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    guard = Forgetting(None, 0.1, Alarm("forgetting", metrics))
+    guard.baseline = {"en": 2.0, "sw": 2.0}
+    losses = {"eval_loss_by_language/en": 2.05, "eval_loss_by_language/sw": math.nan}
+    guard.on_evaluate(None, TrainerState(global_step=3), TrainerControl(), losses)
+    [line] = read_metrics(metrics.path)
+    assert (line["step"], line["warning"]) == (3, "forgetting")
+    assert "the validation loss of sw is nan" in line["message"]
+
+
 def test_early_stopping_ends_with_the_best_adapter(
     recipe_file: Callable[..., Path], sources: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -111,6 +126,29 @@ def test_early_stopping_ends_with_the_best_adapter(
     kept, final = load_file(run / "checkpoints" / f"step-{best}" / WEIGHTS), load_file(run / WEIGHTS)
     assert all(torch.equal(kept[name], tensor) for name, tensor in final.items())
     assert len(list((run / "checkpoints").iterdir())) == 2  # keep: 1, and the best
+
+
+def test_a_damaged_best_checkpoint_is_not_used(
+    recipe_file: Callable[..., Path], sources: dict[str, Any], tmp_path: Path, verb: Callable[..., Any]
+) -> None:
+    """One bit of a weight; the file can be read as before. The first evaluation of training stays the best."""
+    stopping = {"early_stopping": {"patience": 9, "min_delta": 9.0}}
+    changes = {"max_steps": 2, "eval_every": 1, "keep": 1, "keep_best": True} | stopping
+    recipe = recipe_file(data=sources, train=changes)
+    train(load_recipe(recipe))
+    run = tmp_path / "run"
+    assert json.loads((run / "manifest.json").read_text())["results"]["best_step"] == 1
+    tensors = run / "checkpoints" / "step-1" / "state.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    (run / "README.md").unlink()  # as if it had been killed before the end
+    outcome = verb("train", recipe, "--resume")
+    assert outcome.code == 2
+    assert "step-1: the best checkpoint is damaged (state.safetensors has changed since it was written)" in outcome.err
+    mended = verb("train", recipe, "--resume", "train.keep_best=false", "--allow-changed", "train.keep_best")
+    assert mended.code == 0, mended.err
+    assert "best_step" not in json.loads((run / "manifest.json").read_text())["results"]
 
 
 def test_what_early_stopping_cannot_watch_is_refused(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from lola_ft.data import Source, Template, encode_judged, read_examples
 from lola_ft.errors import DataError, RecipeError
 from lola_ft.quantization import load_base
 from lola_ft.recipe import load_recipe
+from lola_ft.training import preference
 from lola_ft.training.arguments import training_arguments
 from lola_ft.training.dataset import prepare
 from lola_ft.training.precision import choose_precision
@@ -228,9 +230,38 @@ def test_wrong_rows(form: str, row: dict[str, Any], message: str, tmp_path: Path
         ("objective=kto", "learns from format unpaired_preference"),
         ("objective=sft", "Set `objective: dpo` for preference"),
         ("train.loss_type=kto", "objective dpo has sigmoid"),
+        ("guards.router_collapse=stop", "does not count the routers' load"),
     ],
 )
 def test_what_has_no_meaning_is_refused(override: str, message: str, recipe_of: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_of("dpo"), [override])
     assert message in str(error.value)
+
+
+def test_no_language_can_be_watched(
+    recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    recipe = recipe_of("dpo", early_stopping={"metric": "eval_loss_by_language/sw"}, eval_every=1)
+    outcome = verb("train", str(recipe), "data.validation=0.3")
+    assert outcome.code == 2
+    assert "there is no 'eval_loss_by_language/sw'. Choose one of eval_loss." in outcome.err
+    assert not (tmp_path / "dpo").exists()
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_rows_of_a_batch_that_is_not_finite_are_named(
+    objective: str,
+    recipe_of: Callable[..., Path],
+    verb: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = preference._Judged.compute_loss
+    monkeypatch.setattr(
+        preference._Judged, "compute_loss", lambda self, *args, **kwargs: original(self, *args, **kwargs) * math.nan
+    )
+    outcome = verb("train", str(recipe_of(objective, grad_accum_steps=1)), "guards.max_nonfinite=1")
+    assert outcome.code == 2
+    [held] = re.findall(r"The last batch held (.*?)\. Look", outcome.err)
+    lines = [int(place.rpartition(":")[2]) for place in held.split(", ")]
+    assert len(set(lines)) == len(lines) == 4  # a pair is two sequences of one row

@@ -39,7 +39,7 @@ def write_recipe(folder: Path, base: Path, rows: Path, **train: Any) -> Path:
         base,
         rows,
         folder / "run",
-        data={"packing": False, "max_length": 96, "validation": [{"path": str(rows), "format": "alpaca", "limit": 16}]},
+        data={"packing": False, "max_length": 96, "validation": [{"path": str(rows), "format": "alpaca", "limit": 17}]},
         train=settings | train,
     )
     recipe["data"] |= {"leakage": "allow"}
@@ -92,15 +92,18 @@ def test_the_same_run_as_one_process_with_the_same_steps(
     done = launch(ONE, recipe)
     assert done.returncode == 0, done.stderr
     one = recipe.parent / "run"
-    lines = [[line for line in metrics(run) if {"loss", "mean_loss"} & line.keys()] for run in (two[0], one)]
+    keys = ("loss", "mean_loss", "eval_loss")
+    lines = [[line for line in metrics(run) if not line.keys().isdisjoint(keys)] for run in (two[0], one)]
     pairs = list(zip(*lines, strict=True))
     for ours, theirs in pairs:
         for key in ("step", "epoch", "learning_rate", "tokens"):
             assert ours.get(key) == theirs.get(key), key
-        # Not an evaluation's loss: accelerate gives each process equally many rows, so that some are there twice.
-        for key in {"loss", "grad_norm", "mean_loss"} & (ours.keys() | theirs.keys()):
+        for key in {*keys, "grad_norm"} & (ours.keys() | theirs.keys()):
             assert ours[key] == pytest.approx(theirs[key], rel=2e-4), (key, ours, theirs)
-    assert pairs[0][0]["loss"] == pytest.approx(pairs[0][1]["loss"], abs=2e-6)  # six digits are written
+        for code, loss in ours.get("eval_loss_by_language", {}).items():
+            assert loss == pytest.approx(theirs["eval_loss_by_language"][code], rel=2e-4), (code, ours, theirs)
+    ours, theirs = next(pair for pair in pairs if "loss" in pair[0])
+    assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-6)  # six digits are written
     weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (two[0], one)]
     assert weights[0].keys() == weights[1].keys()
     moved = 0.0

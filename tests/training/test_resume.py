@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from lola_ft.training import run
 from lola_ft.training.lock import LOCK_FILE, lock_folder
+from lola_ft.training.state_file import read_state
 from tests.training.conftest import recipe_dict
 from tests.training.resume_child import run_verb
 
@@ -302,6 +304,35 @@ def test_allowed_changes_name_keys_and_need_resume(killed_run: Path, killed: Pat
     assert "Add --resume" in outcome.err
 
 
+def test_an_allowed_change_is_carried_out(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Rates and decay are part of the optimiser's and the scheduler's states, too."""
+    train = {"max_steps": 4, "save_every": 2, "learning_rate": 0.01, "lora_plus_ratio": 4.0, "optimizer": "adamw"}
+    recipe, folder = recipe_file(train=train), tmp_path / "run"
+    assert verb("train", recipe).code == 0
+    before = {line["step"]: line["learning_rate"] for line in metrics(folder) if "learning_rate" in line}
+    (folder / "README.md").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    wanted = {"learning_rate": 0.001, "lora_plus_ratio": 8.0, "weight_decay": 0.5}
+    allowed = [word for key in wanted for word in ("--allow-changed", f"train.{key}")]
+    resumed = verb("train", recipe, "--resume", *(f"train.{key}={value}" for key, value in wanted.items()), *allowed)
+    assert "Going on from step 2" in resumed.out, resumed.err
+    after = {line["step"]: line["learning_rate"] for line in metrics(folder) if "learning_rate" in line}
+    assert after == {1: before[1], 2: before[2]} | {n: pytest.approx(before[n] / 10, rel=1e-9) for n in (3, 4)}
+    groups = read_state(folder / "checkpoints" / "step-4")["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.001, 0.008}
+    assert {group["weight_decay"] for group in groups if group["params"]} <= {0.5, 0.0}
+    assert any(group["weight_decay"] == 0.5 for group in groups)
+
+
+def test_another_optimiser_cannot_go_on(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
+    change = ("train.optimizer=sgd", f"output={killed}", "--allow-changed", "train")
+    outcome = verb("train", killed_run, "--resume", *change)
+    assert outcome.code == 2
+    assert "train.optimizer was adamw_8bit when this run was started and is sgd now" in outcome.err
+
+
 def test_without_resume_a_run_is_not_touched(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
     before = snapshot(killed)
     outcome = verb("train", killed_run, f"output={killed}")
@@ -320,6 +351,47 @@ def test_a_second_process_is_refused(
         assert ("is training here" if resume else "which is going on") in outcome.err
         assert (killed / ".lock").exists()
     assert not (killed / ".lock").exists()
+
+
+def test_stopped_after_the_last_step_nothing_is_lost(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without checkpoints on the way; the last evaluation, or writing, may take long."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_file(data={"validation": 0.2}, train={"max_steps": 2, "save_every": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_of_evaluation", stopped)
+        assert verb("train", recipe).code == 130
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    resumed = verb("train", recipe, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "Going on from step 2" in resumed.out
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+
+
+def test_stopped_before_anything_is_read(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lola_ft.recipe.load_recipe", stopped)
+    outcome = verb("train", recipe_file())
+    assert (outcome.code, outcome.err) == (130, "")
+
+
+def test_killed_before_its_recipe_was_there(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    for name in (LOCK_FILE, ".recipe.yaml.partial"):
+        (tmp_path / "run" / name).write_text("1\n")
+    outcome = verb("train", recipe_file(train={"max_steps": 1}), "--resume")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
 def test_a_finished_run_stays_as_it_is(whole: Path, verb: Callable[..., Any]) -> None:

@@ -1,19 +1,25 @@
 """Runs with what a recipe may ask of the adapter beyond plain LoRA: learned, saved, loadable, merged."""
 
+import json
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from ruamel.yaml import YAML
 
 import lola_ft
 from lola_ft.adapters.files import read_adapter
 from lola_ft.recipe import load_recipe
-from lola_ft.training import train
+from lola_ft.training import processes, train
+from lola_ft.training.arguments import training_arguments
 from lola_ft.training.lora_plus import raise_rate_of_b
 from lola_ft.training.metrics import read_metrics
+from lola_ft.training.precision import choose_precision
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": {"attention": {"rank": 4}, "experts": {"rank": 2}, "variant": "dora"}},
@@ -64,3 +70,42 @@ def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
         "x.lora_B.weight": (8.0, 0.1),
         "x.lora_B.bias": (8.0, 0.1),
     }
+
+
+@pytest.mark.skipif(find_spec("schedulefree") is not None, reason="the package that is to be missing is there")
+def test_an_optimiser_of_a_missing_package(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
+    outcome = verb("train", recipe_file(train={"optimizer": "schedule_free_adamw"}))
+    assert outcome.code == 2
+    assert "error: train.optimizer: " in outcome.err
+    assert "pip install schedulefree" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_the_environment_stays_as_it_is(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """accelerate would empty it for a moment while other threads may read it; its own settings decide nothing."""
+
+    def emptied() -> None:
+        raise AssertionError("the environment was emptied")
+
+    monkeypatch.setattr("accelerate.utils.environment.clear_environment", emptied)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    before = dict(os.environ)
+    train(load_recipe(recipe_file(train={"max_steps": 1})))
+    assert dict(os.environ) == before
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["base"]["dtype"] == "float32"
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    processes.leave_environment(handler)
+    assert handler.to_kwargs() == {"find_unused_parameters": True, "broadcast_buffers": False}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_accelerates_precision_does_not_count(
+    dtype: str, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a CPU nothing is computed in two precisions."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    cpu, recipe = torch.device("cpu"), load_recipe(recipe_file(base={"dtype": dtype}))
+    arguments = training_arguments(recipe, tmp_path, choose_precision(dtype, cpu), cpu, steps=1, evaluate=False)
+    assert arguments.mixed_precision == "no"
