@@ -102,7 +102,7 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
         languages: Codes, in two letters or as the harness writes them; none for all.
 
     Raises:
-        UserError: An unknown suite, or nothing left.
+        UserError: An unknown suite, or a language that no chosen task is in.
     """
     if suite not in SUITES:
         raise UserError(f"--suite '{suite}' is unknown; there are {', '.join(SUITES)}.")
@@ -120,8 +120,12 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
         else:
             chosen.append(by_name.get(name, Chosen(name, name, "")))
     kept = [one for one in chosen if not languages or not one.language or spoken(one.language) & set(languages)]
-    if not kept:
-        raise UserError(f"No task of {suite} is in {', '.join(languages)}; leave --languages out to see what there is.")
+    found = {code for one in kept for code in spoken(one.language)}
+    if any(one.language for one in chosen) and (absent := [code for code in languages if code not in found]):
+        raise UserError(
+            f"--languages: none of the chosen tasks of {suite} is in {', '.join(absent)}. They are in "
+            f"{', '.join(sorted({one.language for one in chosen if one.language}))}."
+        )
     return list(dict.fromkeys(kept))
 
 

@@ -44,7 +44,9 @@ def test_a_language_is_found_under_each_of_its_codes() -> None:
     ("suite", "tasks", "languages", "message"),
     [
         ("other", [], [], "--suite 'other' is unknown"),
-        ("lola-paper", ["xcopa"], ["de"], "No task of lola-paper is in de"),
+        ("lola-paper", ["xcopa"], ["de"], "none of the chosen tasks of lola-paper is in de. They are in et, ht, id"),
+        ("lola-paper", ["xcopa"], ["sw", "de"], "none of the chosen tasks of lola-paper is in de"),
+        ("lola-paper", [], ["sw", "swa_Latn"], "is in swa_Latn. They are in acm_Arab"),
     ],
 )
 def test_nothing_to_choose(suite: str, tasks: list[str], languages: list[str], message: str) -> None:
@@ -72,8 +74,11 @@ def test_metrics_are_read_by_their_names() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--suite", "lola-paper"), "give a folder with --out"),
         (("--suite", "lola-paper", "--data", "x.txt"), "--data does nothing with --suite"),
+        (("--suite", "lola-paper", "--language", "sw"), "--language does nothing with --suite"),
+        (("--suite", "lola-paper", "--task", "loss"), "--task does nothing with --suite"),
+        (("--suite", "lola-paper", "--seed", "0"), "--seed does nothing with --suite"),
+        (("--data", "x.txt", "--shots", "0"), "--shots does nothing without --suite"),
         (("--data", "x.txt", "--limit", "3"), "--limit does nothing without --suite"),
         (("--suite", "other", "--out", "x"), "--suite 'other' is unknown"),
     ],
