@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from lola_ft.evaluation.answering import _sacrebleu
+from lola_ft.evaluation.answering import _sacrebleu, _tokenizer
 from lola_ft.merging import merge
 from tests.conftest import Outcome, write_rows
 
@@ -116,6 +116,22 @@ def test_answers_are_compared(verb: Verb, tiny_base: Path, run: Path, rows_file:
     assert results["bleu"]["all"]["models"][str(run)]["value"] == pytest.approx(bleu)
     exact = sum(one["ended"] and one["answer"].strip() == one["reference"] for one in said) / 6
     assert results["exact_match"]["all"]["models"][str(run)]["value"] == exact
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("zh", "zh"),
+        ("zho_Hans", "zh"),
+        ("yue", "zh"),
+        ("jpn_Jpan", "char"),
+        ("th", "char"),
+        ("sw", "13a"),
+        ("und", "13a"),
+    ],
+)
+def test_bleu_cuts_a_language_into_words_whatever_its_code(language: str, words: str) -> None:
+    assert _tokenizer(language) == words
 
 
 def test_labels_are_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:

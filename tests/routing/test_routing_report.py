@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lola_ft.errors import UserError
+from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER
 from lola_ft.routing.descent import follow_descent, routing_distances, token_distances
 from lola_ft.routing.drift import compare
 from lola_ft.routing.families import find_language, read_languages
@@ -153,6 +154,14 @@ def test_the_table_of_languages() -> None:
         assert language.script
         assert bool(language.family) == bool(language.branch)
     assert find_language("zh_Hans") == find_language("zh")
+    assert not any(find_language(code) is None for code in LOLA_PAPER["belebele"].languages)
+    assert find_language("swh_Latn") == find_language("sw")
+    serbian, latin = find_language("sr"), find_language("sr_Latn")
+    assert serbian
+    assert latin
+    assert (serbian.script, latin.script, latin.branch) == ("Cyrillic", "Latin", "Slavic")
+    assert find_language("pt-BR") == find_language("pt")
+    assert find_language("xx") is None
     branch_families: dict[str, set[str]] = {}
     for language in languages:
         branch_families.setdefault(language.branch, set()).add(language.family)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lola_ft.errors import UserError
+from lola_ft.language_codes import short_code
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,4 @@ def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[s
 @cache
 def spoken(code: str) -> frozenset[str]:
     """The codes under which a language of the harness is found: its own, without the script, and in two letters."""
-    from babel.core import get_global
-
-    language = code.split("_")[0]
-    short = "ja" if code == "jp" else str(get_global("language_aliases").get(language, language)).split("_")[0]
-    return frozenset((code, language, short))
+    return frozenset((code, code.split("_")[0], "ja" if code == "jp" else short_code(code)))
