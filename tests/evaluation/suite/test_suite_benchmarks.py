@@ -8,7 +8,7 @@ import pytest
 
 from lola_ft.errors import UserError
 from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER, choose, resolve, spoken
-from lola_ft.evaluation.suite.report import mean, metric_of
+from lola_ft.evaluation.suite.report import mean, metric_of, result_table
 from tests.conftest import Outcome
 
 Verb = Callable[..., Outcome]
@@ -69,6 +69,17 @@ def test_metrics_are_read_by_their_names() -> None:
     pair = [{"metrics": {"acc,none": value, "acc_stderr,none": 0.03}} for value in (0.4, 0.6)]
     assert mean(pair, "acc") == "50.0% ± 2.1"
     assert mean([], "acc") == "–"
+
+
+def test_a_task_of_ones_own_shows_what_it_measures() -> None:
+    chosen = choose("lola-paper", ["my_answers", "my_choices"], [])
+    results = {
+        "my_answers": {"metrics": {"exact_match_stderr,none": 0.1, "exact_match,none": 0.5}},
+        "my_choices": {"metrics": {"acc_norm,none": 0.75, "acc,none": 0.25}},
+    }
+    columns = {str(column.header): list(column.cells) for column in result_table({"base": results}, chosen).columns}
+    assert columns["metric"] == ["exact_match", "acc"]
+    assert columns["base"] == ["50.0% ± 10.0", "25.0% ± 0.0"]
 
 
 @pytest.mark.parametrize(
