@@ -193,6 +193,7 @@ def generate(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Bases, runs, adapters or merged models.")],
     data: Annotated[
         list[str] | None, typer.Option(help="Held-out rows: a file, folder or glob; again for more.")
@@ -209,7 +210,7 @@ def evaluate(
     unit: Annotated[str | None, typer.Option(help="What a row of a .txt file is: paragraph, line or file.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each language, the first ones.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of task generate.")] = 128,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer of task generate; 128.")] = None,
     stride: Annotated[int | None, typer.Option(help="Of the windows over long texts; half the positions.")] = None,
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
@@ -230,12 +231,7 @@ def evaluate(
     include_path: Annotated[str | None, typer.Option(help="Folder with the harness's YAML of your own tasks.")] = None,
 ) -> None:
     """Compare models side by side, by language, with bootstrap intervals."""
-    of_suite = {"--tasks": tasks, "--languages": languages, "--limit": limit, "--shots": shots}
-    of_rows = {"--data": data, "--format": format, "--template": template, "--max-rows": max_rows, "--stride": stride}
-    of_rows["--transfer"] = transfer
-    for option, value in (of_rows if suite else of_suite | {"--include-path": include_path}).items():
-        if value:
-            raise UserError(f"{option} does nothing {'with' if suite else 'without'} --suite. Leave it out.")
+    _refuse_other_kind(context, of_suite=suite is not None)
     if suite is not None:
         from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
 
@@ -312,8 +308,10 @@ def quantize(
 @routing_app.command("texts")
 def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) -> None:
     """Write names from Unicode CLDR in about 150 languages, a text file each: data for `routing profile`."""
+    from lola_ft.files import check_folder_target
     from lola_ft.nano.corpus import write_texts
 
+    check_folder_target(out)
     files = write_texts(Path(out))
     print(f"{len(files)} languages in {out}.")
 
@@ -337,9 +335,11 @@ def routing_profile(
     sample: Annotated[int, typer.Option(min=0, help="Tokens of a language whose single choices are kept.")] = 1000,
 ) -> None:
     """Count which experts the tokens of each language go to, in every MoE layer."""
+    from lola_ft.files import check_file_target
     from lola_ft.routing.profile import save_profile
     from lola_ft.routing.profiling import profile_routing
 
+    check_file_target(out)
     began = time.perf_counter()
     profile = profile_routing(
         model, data, base, revision, quantization, format, language_column, unit, template,
@@ -356,7 +356,7 @@ def routing_report(
     second: Annotated[str | None, typer.Argument(help="Another one, to show what changed.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder to write; PROFILE-report.")] = None,
     permutations: Annotated[int, typer.Option(min=1, help="Of the tests whether routing follows descent.")] = 999,
-    seed: Annotated[int, typer.Option(help="Of the permutations.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the permutations.")] = 0,
 ) -> None:
     """Write a page with tables and pictures, the pictures, and all numbers as JSON."""
     from lola_ft.routing.profile import read_profile
@@ -423,6 +423,20 @@ def demo(
     from lola_ft.demo import run_demo
 
     run_demo(recipe)
+
+
+_OF_SUITE = ("tasks", "languages", "limit", "shots", "include_path")
+_OF_BOTH = ("models", "suite", "batch_size", "base", "quantization", "out")
+
+
+def _refuse_other_kind(context: typer.Context, of_suite: bool) -> None:
+    """Refuse what was given to `evaluate` and belongs to rows with --suite, or to a suite without it."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in _OF_BOTH and (name in _OF_SUITE) != of_suite:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} does nothing {'with' if of_suite else 'without'} --suite. Leave it out.")
 
 
 def _listed(text: str | None) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lola_ft.errors import WriteError
+from lola_ft.errors import UserError, WriteError
 
 _DISK = (
     *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
@@ -40,6 +40,32 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_file_target(path: str | Path) -> None:
+    """Refuse, before any work is done, to write a file where none can be.
+
+    Raises:
+        UserError: A folder has this name, or what should be the folder around it cannot hold it.
+    """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder. Name a file to write.")
+    check_folder_target(Path(path).parent)
+
+
+def check_folder_target(path: str | Path) -> None:
+    """Refuse, before any work is done, to write into a folder that cannot be.
+
+    Raises:
+        UserError: The folder, or the nearest one above that is there, is none or may not be written to.
+    """
+    place = Path(path).absolute()
+    while not place.exists() and not place.is_symlink():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path}: nothing can be written there, {place} is no folder. Choose another place.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: nothing can be written there, {place} is closed to you. Choose another place.")
 
 
 def cache_root() -> Path:

@@ -65,6 +65,16 @@ class OpenModel:
     template: Template | None
     fingerprint: str
 
+    @property
+    def causal(self) -> LolaForCausalLM:
+        """The language model itself, with an adapter's wrappers inside it where there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def quantization(self) -> str:
+        """`nf4`, or `none` of a dense model."""
+        return getattr(self.causal, "quantization", None) or "none"
+
 
 def find_subject(
     path: str | Path, base: str | None = None, revision: str | None = None, adapter: str | Path | None = None

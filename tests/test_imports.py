@@ -31,6 +31,7 @@ LEVELS = {
     "recipe": 9,
     "environment": 10,
     "files": 10,
+    "language_codes": 10,
     "memory": 10,
     "repo_id": 10,
     "row_formats": 10,

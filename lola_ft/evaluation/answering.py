@@ -12,10 +12,12 @@ from lola_ft.evaluation.bootstrap import Floats, Value, ratio
 from lola_ft.evaluation.exact_match import is_exact
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.generation import Answer, Sampling, answer_all, check_room, conversation_ids
+from lola_ft.language_codes import short_code
 from lola_ft.opening import OpenModel
 
 _BY_CHARACTER = ("ja", "th", "lo", "km", "my", "bo", "dz")
 """Languages written without spaces: BLEU counts characters as words there, and words of Chinese by sacrebleu's rule."""
+_CHINESE = ("zh", "yue", "wuu")
 
 
 class AnswerTask:
@@ -68,8 +70,8 @@ class AnswerTask:
 
 def _tokenizer(language: str) -> str:
     """sacrebleu's name of the way in which BLEU cuts a language into words."""
-    code = language.replace("_", "-").split("-")[0].lower()
-    if code == "zh":
+    code = short_code(language.lower())
+    if code in _CHINESE:
         return "zh"
     return "char" if code in _BY_CHARACTER else "13a"
 

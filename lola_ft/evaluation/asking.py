@@ -13,7 +13,8 @@ from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.opening import OpenModel, find_subject, is_adapted, open_model
+from lola_ft.model.hub_checkpoint import TEMPLATE_FILE
+from lola_ft.opening import OpenModel, Subject, find_subject, is_adapted, open_model
 
 T = TypeVar("T")
 
@@ -38,39 +39,51 @@ def ask_each(
     """Ask every model; returns what each said, and what it is.
 
     Raises:
-        UserError: A model that is not there, before any is loaded; or one given twice.
+        UserError: A model that is not there, before any is loaded; one given twice; a base that none needs.
     """
     if len(set(models)) < len(models):
         raise UserError("The same model is given twice. Give each once.")
+    if opening.base and not any(is_adapted(Path(model)) for model in models):
+        raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
     subjects = [find_subject(model, _base_for(model, opening.base)) for model in models]
+    common = None if opening.template else _common_template(subjects)
     answers, facts = list[T](), list[dict[str, Any]]()
     for model, subject in zip(models, subjects, strict=True):
         console.print(f"{model} ({subject.kind}) …", highlight=False, markup=False)
         opened = open_model(model, _base_for(model, opening.base), quantization=opening.quantization)
-        template = template_of(opened, opening.template)
+        template = template_of(opened, opening.template, common)
         answers.append(ask(opened, template))
         facts.append(
             {
                 "model": model,
                 "kind": subject.kind,
                 "base_fingerprint": opened.fingerprint,
-                "quantization": getattr(_causal(opened), "quantization", None) or "none",
-                "dtype": str(_causal(opened).dtype).removeprefix("torch."),
+                "quantization": opened.quantization,
+                "dtype": str(opened.causal.dtype).removeprefix("torch."),
                 "template": template.source,
             }
         )
         del opened
         _free()
+    if len({fact["quantization"] for fact in facts}) > 1:
+        console.print(
+            "Some models were read in 4 bit and others not: differences are also rounding. --quantization nf4 (or "
+            "none) reads all alike.",
+            highlight=False,
+        )
     return answers, facts
+
+
+def _common_template(subjects: Sequence[Subject]) -> Template | None:
+    """The template that was trained with, if it is the same one wherever there is one."""
+    files = [file for subject in subjects if (file := subject.folder / TEMPLATE_FILE).is_file()]
+    templates = {template.source: template for template in (Template.load(str(file)) for file in files)}
+    return next(iter(templates.values())) if len(templates) == 1 else None
 
 
 def _base_for(model: str, base: str | None) -> str | None:
     """The base of a run or an adapter; a base or merged model is its own."""
     return base if is_adapted(Path(model)) else None
-
-
-def _causal(opened: OpenModel) -> Any:
-    return opened.model.get_base_model() if opened.subject.adapter else opened.model
 
 
 def _free() -> None:

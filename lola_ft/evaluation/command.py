@@ -21,9 +21,10 @@ from lola_ft.evaluation.rows import RowOptions, read_for_scoring, read_questions
 from lola_ft.evaluation.table import NOTE, tables
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
-from lola_ft.files import write_text
+from lola_ft.files import check_folder_target, write_text
 
 TASKS = ("loss", "generate", "choice")
+_LONGEST_ANSWER = 128
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TaskOptions:
     """How to ask, as the command's options say.
 
     Attributes:
+        max_new_tokens: Task `generate`; 128 if None.
         stride: Task `loss`: of the windows over texts longer than the model's positions.
         resamples, seed: Of the bootstrap.
         transfer: Also show what training on one language did to the others.
@@ -38,7 +40,7 @@ class TaskOptions:
 
     task: str = "loss"
     batch_size: int = 8
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     stride: int | None = None
     resamples: int = 1000
     seed: int = 0
@@ -61,9 +63,13 @@ def evaluate_rows(
         UserError: As reading the rows and opening the models.
     """
     console = console or Console()
+    if out:
+        check_folder_target(out)
     opening = Opening(base, quantization, Template.load(template) if template else None)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
+    if template and isinstance(task, LossTask) and not any(example.prompt for example in task.examples):
+        raise UserError("--template does nothing to texts, which have no prompt. Leave it out.")
     measured, facts = ask_each(models, opening, task.run, console)
     comparison = compare(models, measured, task.measures, task.languages, options.resamples, options.seed)
     for table in tables(comparison):
@@ -94,13 +100,15 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
         raise UserError(f"--task '{options.task}' is unknown; there are {', '.join(TASKS)}.")
     if options.stride is not None and options.task != "loss":
         raise UserError(f"--stride does nothing in --task {options.task}. Leave it out.")
+    if options.max_new_tokens is not None and options.task != "generate":
+        raise UserError(f"--max-new-tokens does nothing in --task {options.task}. Leave it out.")
     if options.transfer and options.task != "loss":
         raise UserError(f"--transfer shows changes in bits per byte, which --task {options.task} does not measure.")
     if options.task == "choice":
         return ChoiceTask(read_questions(rows), options.batch_size)
     examples = read_for_scoring(rows)
     if options.task == "generate":
-        return AnswerTask(examples, options.batch_size, options.max_new_tokens)
+        return AnswerTask(examples, options.batch_size, options.max_new_tokens or _LONGEST_ANSWER)
     return LossTask(examples, options.batch_size, options.stride)
 
 

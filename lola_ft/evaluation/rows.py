@@ -10,6 +10,8 @@ from lola_ft.data import Example, Row, Source, read_examples, read_rows
 from lola_ft.data.example import UNKNOWN_LANGUAGE, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
 from lola_ft.data.formats import FORMATS
+from lola_ft.data.sources import ROWS_OF_THEIR_OWN
+from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.choice import Question
 
@@ -70,6 +72,10 @@ class RowOptions:
         standard = _CHOICE_FIELDS if format == CHOICES else FORMATS[format].fields
         if unknown := [name for name in fields if name not in standard]:
             raise UserError(f"--field {unknown[0]}: format {format} has no such field; it has {', '.join(standard)}.")
+        if self.unit is not None and self.unit not in UNITS:
+            raise UserError(f"--unit {self.unit}: there is {', '.join(UNITS)}.")
+        if self.unit is not None and Path(file).suffix.lower() in ROWS_OF_THEIR_OWN:
+            raise UserError(f"--unit divides .txt files; {file} has rows of its own. Leave it out.")
         labels = _pairs(self.labels, "--label") or None
         for option, value, formats in (
             ("--label", labels, ("classification",)),

@@ -82,9 +82,16 @@ def _open_conversation(row: Row) -> Example:
     return request(last, row.where, earlier)
 
 
-def template_of(opened: OpenModel, given: Template | None) -> Template:
-    """The template to talk to a model with: the given one, or the one it was trained with; `plain` for a base."""
-    if given or opened.template:
-        return given or opened.template  # type: ignore[return-value]
-    print(f"{opened.subject.name} has no prompt template: prompts are given as they are (plain).", file=sys.stderr)
-    return Template.load("plain")
+def template_of(opened: OpenModel, given: Template | None, others: Template | None = None) -> Template:
+    """The template to talk to a model with: the given one, or the one it was trained with.
+
+    Args:
+        others: Of the models that it is compared with: a base has none, and gets this one, so that all read the same.
+            Without one, `plain`.
+    """
+    own = given or opened.template
+    if own:
+        return own
+    how = "as they are (plain)" if others is None else "by the template that the others were trained with"
+    print(f"{opened.subject.name} has no prompt template: prompts are given {how}.", file=sys.stderr)
+    return others or Template.load("plain")

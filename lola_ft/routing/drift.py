@@ -21,6 +21,7 @@ class Drift:
         flips: For each language the share of its sampled tokens that go elsewhere, by layer (M,); None where the two
             profiles did not sample the same tokens.
         left_out: Languages of one profile alone.
+        quantizations: In what form each of the two models was read.
     """
 
     layers: tuple[int, ...]
@@ -28,6 +29,7 @@ class Drift:
     divergence_LM: Tensor
     flips: dict[str, Tensor | None]
     left_out: tuple[str, ...]
+    quantizations: tuple[str, str]
 
 
 def compare(first: Profile, second: Profile) -> Drift:
@@ -54,6 +56,7 @@ def compare(first: Profile, second: Profile) -> Drift:
         jensen_shannon(*shares),
         {language: _flips(first, second, language) for language in common},
         tuple(sorted({*first.languages, *second.languages} - set(common))),
+        (first.about.quantization, second.about.quantization),
     )
 
 

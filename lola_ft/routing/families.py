@@ -3,18 +3,29 @@
 `families.csv` follows the top-level families of Glottolog, with branches as handbooks and Ethnologue name them. It was
 written down from general knowledge of the field, not taken from a database. Creoles and pidgins stand with the language
 that gave them their words, as in Glottolog; constructed languages have no family. Script: the one that CLDR, and
-CulturaX's text, mostly use.
+CulturaX's text, mostly use, unless a code says another one (`sr_Latn`). `als` is Alemannic, as in CulturaX.
 """
 
 import csv
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lola_ft.language_codes import short_code
+
+_SCRIPTS = {
+    "Arab": "Arabic", "Armn": "Armenian", "Beng": "Bengali", "Cyrl": "Cyrillic", "Deva": "Devanagari",
+    "Ethi": "Ethiopic", "Geor": "Georgian", "Grek": "Greek", "Gujr": "Gujarati", "Guru": "Gurmukhi", "Hang": "Hangul",
+    "Hans": "Han", "Hant": "Han", "Hebr": "Hebrew", "Jpan": "Japanese", "Khmr": "Khmer", "Knda": "Kannada",
+    "Kore": "Hangul", "Laoo": "Lao", "Latn": "Latin", "Mlym": "Malayalam", "Mymr": "Myanmar", "Nkoo": "N'Ko",
+    "Olck": "Ol Chiki", "Orya": "Odia", "Sinh": "Sinhala", "Syrc": "Syriac", "Taml": "Tamil", "Telu": "Telugu",
+    "Thaa": "Thaana", "Tibt": "Tibetan",
+}  # fmt: skip
+"""ISO 15924's codes of scripts that are not called what their code says."""
 SAME_BRANCH, SAME_FAMILY, UNRELATED = 0, 1, 2
 
 
@@ -37,8 +48,11 @@ def read_languages() -> dict[str, Language]:
 
 
 def find_language(code: str) -> Language | None:
-    """The language of a code such as `sw`, `pt-BR` or `zh_Hans`; None if the table has none."""
-    return read_languages().get(code.replace("_", "-").split("-")[0])
+    """The language of a code such as `sw`, `swh_Latn`, `pt-BR` or `sr_Latn` (in that script); None if there is none."""
+    first, *rest = code.replace("_", "-").split("-")
+    found = read_languages().get(first) or read_languages().get(short_code(first))
+    script = next((part for part in rest if len(part) == 4 and part.istitle()), None)
+    return replace(found, script=_SCRIPTS.get(script, script)) if found and script else found
 
 
 def describe(code: str) -> str:

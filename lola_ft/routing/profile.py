@@ -18,7 +18,7 @@ from lola_ft.errors import UserError
 from lola_ft.files import write_bytes
 from lola_ft.routing.measures import shares
 
-FORMAT = "lola_ft_routing/1"
+FORMAT = "lola_ft_routing/2"
 _TENSORS = (
     *("counts_LME", "mean_probs_LME", "mean_gates_LME", "tokens_L", "bytes_L", "documents_L"),
     *("token_kinds_L", "token_ids", "token_counts", "choices_SM", "sampled_L"),
@@ -32,6 +32,7 @@ class About:
     Attributes:
         model, kind: As the user named it, and base, run, adapter or merged.
         base_fingerprint: Of the base's weights.
+        quantization: `nf4`, or `none` of a dense model.
         layers: The MoE layers' places among all layers.
         hidden_size, inner_size, vocab_size: Of the model.
         max_length: Texts were cut into pieces of as many tokens.
@@ -40,6 +41,7 @@ class About:
     model: str
     kind: str
     base_fingerprint: str
+    quantization: str
     layers: tuple[int, ...]
     hidden_size: int
     inner_size: int

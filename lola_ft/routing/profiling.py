@@ -17,7 +17,7 @@ from torch import Tensor
 from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.model.router import route
-from lola_ft.opening import open_model
+from lola_ft.opening import OpenModel, open_model
 from lola_ft.routing.profile import About, Profile
 from lola_ft.routing.texts import Piece, Texts, sources_of
 
@@ -52,6 +52,8 @@ def profile_routing(
     Raises:
         UserError: A model, a file or a row that cannot be used.
     """
+    if template is not None and format == "text":
+        raise UserError("--template does nothing to format text, which has no prompt. Leave it out.")
     sources = sources_of(data, format, language_column, unit)
     opened = open_model(model, base, revision, quantization, device=device)
     backbone = _backbone(opened.model)
@@ -62,15 +64,23 @@ def profile_routing(
         raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")
     rendered = opened.template if template is None and opened.template else Template.load(template or "alpaca")
     texts = Texts(sources, opened.tokenizer, max_length or positions, max_tokens_per_language, rendered)
-    about = about_model(opened.model, opened.subject.name, opened.subject.kind, opened.fingerprint, texts.max_length)
-    return profile_texts(opened.model, texts, about, sample)
+    return profile_texts(opened.model, texts, about_model(opened, texts.max_length), sample)
 
 
-def about_model(model: Any, name: str, kind: str, fingerprint: str, max_length: int) -> About:
+def about_model(opened: OpenModel, max_length: int) -> About:
     """What a profile says of its model."""
-    config = _backbone(model).config
-    layers = tuple(filter(config.is_moe_layer, range(config.n_layer)))
-    return About(name, kind, fingerprint, layers, config.n_embd, config.n_inner, config.vocab_size, max_length)
+    config = opened.causal.config
+    return About(
+        model=opened.subject.name,
+        kind=opened.subject.kind,
+        base_fingerprint=opened.fingerprint,
+        quantization=opened.quantization,
+        layers=tuple(filter(config.is_moe_layer, range(config.n_layer))),
+        hidden_size=config.n_embd,
+        inner_size=config.n_inner,
+        vocab_size=config.vocab_size,
+        max_length=max_length,
+    )
 
 
 @torch.inference_mode()

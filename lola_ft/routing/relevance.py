@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.errors import UserError
-from lola_ft.files import write_text
+from lola_ft.files import check_file_target, write_text
 from lola_ft.routing.profile import Profile
 from lola_ft.routing.summary import rounded
 
@@ -103,7 +103,12 @@ def parameters_of_expert(profile: Profile, rank: int) -> int:
 
 
 def save_choice(choice: Choice, path: str | Path) -> Path:
-    """Write a choice as JSON: the file that a recipe's `adapter.experts.select` names."""
+    """Write a choice as JSON: the file that a recipe's `adapter.experts.select` names.
+
+    Raises:
+        UserError: A place where no file can be written.
+    """
+    check_file_target(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'  "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in asdict(choice).items()]

@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from lola_ft.errors import UserError
-from lola_ft.files import replace_folder
+from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
 from lola_ft.routing.descent import (
     ALL_LAYERS,
@@ -23,7 +23,7 @@ from lola_ft.routing.descent import (
 from lola_ft.routing.drift import Drift, compare
 from lola_ft.routing.families import describe
 from lola_ft.routing.profile import Profile
-from lola_ft.routing.summary import describe_drift, summarise, summarise_drift
+from lola_ft.routing.summary import ROUNDING, describe_drift, summarise, summarise_drift
 
 PAGE, NUMBERS = "report.html", "report.json"
 
@@ -80,6 +80,7 @@ def write_report(
         raise UserError("a routing report needs scipy: pip install 'lola-ft[routing]'.")
     if folder.exists() and not (folder / NUMBERS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: already there and no report. Choose another folder.")
+    check_folder_target(folder)
     drift = compare(first, second) if second else None
     numbers: dict[str, Any] = {
         "first": summarise(first) | {"descent": follow_descent(first, permutations, seed)},
@@ -148,7 +149,9 @@ def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
     )
     environment.filters |= {"mean": lambda values: sum(values) / len(values), "number": _number, "name": describe}
     template = environment.get_template("report.html.jinja")
-    return template.render(**numbers, pictures=pictures, all_layers=ALL_LAYERS, min_languages=MIN_LANGUAGES)
+    return template.render(
+        **numbers, pictures=pictures, all_layers=ALL_LAYERS, min_languages=MIN_LANGUAGES, rounding=ROUNDING
+    )
 
 
 def _number(value: float | None, digits: int = 3) -> str:

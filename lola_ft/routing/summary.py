@@ -10,6 +10,10 @@ from lola_ft.routing.drift import Drift
 from lola_ft.routing.measures import dead_experts, largest_share, load_entropy
 from lola_ft.routing.profile import Profile
 
+ROUNDING = (
+    "One model was read in 4 bit and the other was not: what changed is rounding, too. Profile both with "
+    "--quantization nf4 (or none)."
+)
 _DIGITS = 6
 
 
@@ -54,9 +58,13 @@ def summarise(profile: Profile) -> dict[str, Any]:
 
 
 def summarise_drift(drift: Drift) -> dict[str, Any]:
-    """What changed, by language; flips are missing where the texts differ."""
+    """What changed, by language; flips are missing where the texts differ.
+
+    `also_rounding` where one model was read in 4 bit and the other was not.
+    """
     return {
         "left_out": list(drift.left_out),
+        "also_rounding": len(set(drift.quantizations)) > 1,
         "languages": {
             language: {
                 "jensen_shannon": rounded(drift.divergence_LM[place]),
@@ -74,9 +82,11 @@ def describe_drift(drift: dict[str, Any]) -> list[str]:
     line = (
         f"  between the two: Jensen-Shannon divergence {fmean(fmean(c['jensen_shannon']) for c in changes):.4f} bits; "
     )
-    if not flips:
-        return [line + "flips cannot be counted, the texts differ"]
-    return [line + f"{fmean(flips):.1%} of sampled tokens go elsewhere ({len(flips)} of {len(changes)} languages)"]
+    if flips:
+        line += f"{fmean(flips):.1%} of sampled tokens go elsewhere ({len(flips)} of {len(changes)} languages)"
+    else:
+        line += "flips cannot be counted, the texts differ"
+    return [line, f"  {ROUNDING}"] if drift["also_rounding"] else [line]
 
 
 def rounded(values: torch.Tensor) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lola_ft.data import Example, Source, Template, encode_texts, files_of, read_examples
 from lola_ft.data.formats import FORMATS
+from lola_ft.data.sources import ROWS_OF_THEIR_OWN
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError
 
@@ -96,6 +97,8 @@ def sources_of(
         if value not in known:
             raise DataError(f"--{option} {value}: there is {', '.join(known)}.")
     files = [file for path in paths for file in files_of(str(path))]
+    if unit is not None and all(file.suffix.lower() in ROWS_OF_THEIR_OWN for file in files):
+        raise DataError("--unit divides .txt files, and there is none. Leave it out.")
     return [
         Source(
             format=format,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from lola_ft.evaluation.answering import _sacrebleu
+from lola_ft.evaluation.answering import _sacrebleu, _tokenizer
 from lola_ft.merging import merge
 from tests.conftest import Outcome, write_rows
 
@@ -68,6 +68,39 @@ def test_base_run_and_merged_side_by_side(
     assert again.out == outcome.out.partition("Written to")[0], "the batch size changes nothing that is shown"
 
 
+def test_a_base_reads_what_the_run_reads(
+    verb: Verb, tiny_base: Path, run: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """A difference is what training did, not what another prompt does."""
+    data = ("--data", rows_file, "--format", "alpaca", "--language", "en", "--max-rows", "4")
+    outcome = verb("evaluate", tiny_base, run, *data, "--out", tmp_path / "both")
+    assert outcome.code == 0, outcome.err
+    assert "by the template that the others were trained with" in outcome.err
+    file = run / "adapter" / "prompt_template.jinja"
+    alone = verb("evaluate", tiny_base, *data, "--template", file, "--out", tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    both, own = (read(tmp_path / name / "loss.json") for name in ("both", "alone"))
+    assert len({model["template"] for model in [*both["models"], *own["models"]]}) == 1
+    values = [report["results"]["loss"]["en"]["models"][str(tiny_base)]["value"] for report in (both, own)]
+    assert values[0] == values[1]
+    other = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", other)
+    (other / "prompt_template.jinja").write_text("Say: {{ prompt }}")
+    three = verb("evaluate", tiny_base, run, other, "--base", tiny_base, *data)
+    assert "prompts are given as they are (plain)" in three.err, "two templates: neither is the base's"
+
+
+def test_other_forms_of_the_base_are_told(verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "run"
+    shutil.copytree(run, quantized)
+    file = quantized / "manifest.json"
+    file.write_text(file.read_text().replace('"none"', '"nf4"'))
+    models = (tiny_base, quantized, "--data", texts / "sw.txt")
+    outcome = verb("evaluate", *models)
+    assert "differences are also rounding" in outcome.out
+    assert "also rounding" not in verb("evaluate", *models, "--quantization", "nf4").out
+
+
 def test_answers_are_compared(verb: Verb, tiny_base: Path, run: Path, rows_file: Path, tmp_path: Path) -> None:
     options = ("--data", rows_file, "--format", "alpaca", "--language-column", "language", "--max-rows", "3")
     task = ("--task", "generate", "--max-new-tokens", "6", "--template", "plain", "--out", tmp_path / "out")
@@ -83,6 +116,22 @@ def test_answers_are_compared(verb: Verb, tiny_base: Path, run: Path, rows_file:
     assert results["bleu"]["all"]["models"][str(run)]["value"] == pytest.approx(bleu)
     exact = sum(one["ended"] and one["answer"].strip() == one["reference"] for one in said) / 6
     assert results["exact_match"]["all"]["models"][str(run)]["value"] == exact
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("zh", "zh"),
+        ("zho_Hans", "zh"),
+        ("yue", "zh"),
+        ("jpn_Jpan", "char"),
+        ("th", "char"),
+        ("sw", "13a"),
+        ("und", "13a"),
+    ],
+)
+def test_bleu_cuts_a_language_into_words_whatever_its_code(language: str, words: str) -> None:
+    assert _tokenizer(language) == words
 
 
 def test_labels_are_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
@@ -150,6 +199,13 @@ def test_bad_choices_are_named(verb: Verb, tiny_base: Path, tmp_path: Path, row:
         (("--data", "a.txt", "--data", "b.txt", "--language", "a", "--language", "b", "--language", "c"), "3 times"),
         (("--data", "a.txt", "--language", "a", "--language-column", "b"), "not both"),
         (("--data", "a.txt", "--task", "generate"), "a text has no prompt to answer"),
+        (("--data", "a.txt", "--unit", "word"), "--unit word: there is paragraph"),
+        (("--data", "rows.jsonl", "--format", "alpaca", "--unit", "line"), "--unit divides .txt files"),
+        (("--data", "a.txt", "--template", "alpaca"), "--template does nothing to texts"),
+        (("--data", "a.txt", "--max-new-tokens", "5"), "--max-new-tokens does nothing in --task loss"),
+        (("--data", "a.txt", "--base", "other"), "--base is for runs and adapters"),
+        (("--data", "a.txt", "--out", "b.txt"), "b.txt is no folder"),
+        (("--data", "a.txt", "--out", "b.txt/deep"), "b.txt is no folder"),
     ],
 )
 def test_mistakes_are_one_message(

@@ -62,6 +62,8 @@ def test_the_template_shapes_the_prompt(verb: Verb, tiny_base: Path) -> None:
         (("--prompt", "a", "--template", "other"), "template 'other' is unknown"),
         (("--prompt", "a", "--top-p", "0.5"), "--top-p does nothing"),
         (("--prompt", "a", "--adapter", "nowhere"), "no run's and no adapter's folder"),
+        (("--prompt", "a", "--out", "."), ".: is a folder"),
+        (("--prompt", "a", "--out", "/dev/null/x.jsonl"), "/dev/null is no folder"),
     ],
 )
 def test_mistakes_are_one_message(verb: Verb, tiny_base: Path, options: tuple[str, ...], message: str) -> None:

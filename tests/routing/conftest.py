@@ -44,6 +44,7 @@ def made_profile() -> Callable[..., Profile]:
             "model": "made",
             "kind": "base",
             "base_fingerprint": "0" * 16,
+            "quantization": "none",
             "layers": tuple(range(1, 2 * counts_LME.shape[1], 2)),
             "hidden_size": 64,
             "inner_size": 128,

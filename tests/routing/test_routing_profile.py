@@ -138,7 +138,9 @@ def test_language_from_the_files_name(name: str, language: str, tiny_base: Path,
     assert found.languages == (language,)
 
 
-def test_mistakes_are_named(tiny_base: Path, tmp_path: Path, texts: Path, verb: Callable[..., Any]) -> None:
+def test_mistakes_are_named(
+    tiny_base: Path, tmp_path: Path, texts: Path, rows_file: Path, verb: Callable[..., Any]
+) -> None:
     (tmp_path / "rows.txt").write_text("moja")
     with pytest.raises(DataError, match="does not begin with a language code"):
         profile_routing(tiny_base, [tmp_path / "rows.txt"])
@@ -150,9 +152,16 @@ def test_mistakes_are_named(tiny_base: Path, tmp_path: Path, texts: Path, verb: 
         (["--data", str(texts), "--format", "prose"], "--format prose: there is alpaca"),
         (["--data", str(texts), "--unit", "word"], "--unit word: there is paragraph"),
         (["--data", str(texts), "--quantization", "int8"], "int8"),
+        (["--data", str(texts), "--template", "alpaca"], "--template does nothing to format text"),
+        (["--data", str(rows_file), "--language-column", "language", "--format", "alpaca", "--unit", "line"], "--unit"),
     ):
         done = verb("routing", "profile", str(tiny_base), *wrong, "--out", str(out))
         assert (done.code, out.exists()) == (2, False)
+        assert message in done.err
+    (tmp_path / "file").write_text("")
+    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "p", "file is no folder")):
+        done = verb("routing", "profile", str(tiny_base), "--data", str(texts), "--out", str(place))
+        assert done.code == 2
         assert message in done.err
 
 
@@ -164,7 +173,7 @@ def test_a_wrong_file_is_named(profile: Profile, tmp_path: Path) -> None:
         read_profile(tmp_path / "text")
     file = save_profile(profile, tmp_path / "profile")
     save_file(load_file(file), tmp_path / "other", {"format": "lola_ft_routing/99"})
-    with pytest.raises(UserError, match="'lola_ft_routing/99'; this version reads lola_ft_routing/1"):
+    with pytest.raises(UserError, match="'lola_ft_routing/99'; this version reads lola_ft_routing/2"):
         read_profile(tmp_path / "other")
 
 

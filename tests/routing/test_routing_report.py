@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lola_ft.errors import UserError
+from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER
 from lola_ft.routing.descent import follow_descent, routing_distances, token_distances
 from lola_ft.routing.drift import compare
 from lola_ft.routing.families import find_language, read_languages
@@ -153,6 +154,14 @@ def test_the_table_of_languages() -> None:
         assert language.script
         assert bool(language.family) == bool(language.branch)
     assert find_language("zh_Hans") == find_language("zh")
+    assert not any(find_language(code) is None for code in LOLA_PAPER["belebele"].languages)
+    assert find_language("swh_Latn") == find_language("sw")
+    serbian, latin = find_language("sr"), find_language("sr_Latn")
+    assert serbian
+    assert latin
+    assert (serbian.script, latin.script, latin.branch) == ("Cyrillic", "Latin", "Slavic")
+    assert find_language("pt-BR") == find_language("pt")
+    assert find_language("xx") is None
     branch_families: dict[str, set[str]] = {}
     for language in languages:
         branch_families.setdefault(language.branch, set()).add(language.family)
@@ -193,12 +202,27 @@ def test_the_verb_with_two_profiles(
     assert numbers["second"]["profile"]["kind"] == "adapter"
     assert {"drift", "flips"} <= {file.stem for file in folder.glob("*.png")}
     assert "not the same tokens" not in (folder / "report.html").read_text()
+    assert "is rounding, too" not in done.out + (folder / "report.html").read_text()
     first = (folder / "report.html").read_bytes()
     assert verb("routing", "report", *files).code == 0  # an earlier report is replaced
     assert (folder / "report.html").read_bytes() == first
     done = verb("routing", "report", *files, "--out", str(tmp_path))
     assert done.code == 2
     assert "already there and no report" in done.err
+    done = verb("routing", "report", *files, "--out", f"{files[0]}/report")
+    assert done.code == 2
+    assert "a.safetensors is no folder" in done.err
+
+
+def test_a_drift_that_is_also_rounding_is_told(made_profile: Make, tmp_path: Path) -> None:
+    """A dense base against a run on 4-bit weights."""
+    counts = [[[3, 1]], [[1, 3]]]
+    first, second = (made_profile(["de", "sw"], counts, quantization=form) for form in ("none", "nf4"))
+    report = write_report(first, tmp_path / "report", second, permutations=9)
+    assert "is rounding, too" in report.headlines()[-1]
+    page = report.page.read_text()
+    assert "is rounding, too" in page
+    assert page.count(", in 4 bit)") == 1
 
 
 def test_what_the_package_gives_out() -> None:

@@ -118,3 +118,11 @@ def test_the_file_is_whole_json(profile: Profile, tmp_path: Path) -> None:
     assert record["languages"] == ["sw", "en"]
     assert set(record["spill_over"]) == {"de"}
     assert record["base_fingerprint"] == profile.about.base_fingerprint
+
+
+def test_a_place_that_takes_no_file_is_named(profile: Profile, tmp_path: Path) -> None:
+    choice = select_experts(profile, ["sw"], 0.5)
+    (tmp_path / "file").write_text("")
+    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "c.json", "file is no folder")):
+        with pytest.raises(UserError, match=message):
+            save_choice(choice, place)

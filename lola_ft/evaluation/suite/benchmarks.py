@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lola_ft.errors import UserError
+from lola_ft.language_codes import short_code
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
         languages: Codes, in two letters or as the harness writes them; none for all.
 
     Raises:
-        UserError: An unknown suite, or nothing left.
+        UserError: An unknown suite, or a language that no chosen task is in.
     """
     if suite not in SUITES:
         raise UserError(f"--suite '{suite}' is unknown; there are {', '.join(SUITES)}.")
@@ -120,8 +121,12 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
         else:
             chosen.append(by_name.get(name, Chosen(name, name, "")))
     kept = [one for one in chosen if not languages or not one.language or spoken(one.language) & set(languages)]
-    if not kept:
-        raise UserError(f"No task of {suite} is in {', '.join(languages)}; leave --languages out to see what there is.")
+    found = {code for one in kept for code in spoken(one.language)}
+    if any(one.language for one in chosen) and (absent := [code for code in languages if code not in found]):
+        raise UserError(
+            f"--languages: none of the chosen tasks of {suite} is in {', '.join(absent)}. They are in "
+            f"{', '.join(sorted({one.language for one in chosen if one.language}))}."
+        )
     return list(dict.fromkeys(kept))
 
 
@@ -148,8 +153,4 @@ def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[s
 @cache
 def spoken(code: str) -> frozenset[str]:
     """The codes under which a language of the harness is found: its own, without the script, and in two letters."""
-    from babel.core import get_global
-
-    language = code.split("_")[0]
-    short = "ja" if code == "jp" else str(get_global("language_aliases").get(language, language)).split("_")[0]
-    return frozenset((code, language, short))
+    return frozenset((code, code.split("_")[0], "ja" if code == "jp" else short_code(code)))

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from rich.console import Console
 from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.evaluation.asking import Opening, ask_each
-from lola_ft.evaluation.suite.benchmarks import Chosen, choose, resolve
+from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
 from lola_ft.evaluation.suite.report import plan_table, result_table
-from lola_ft.files import write_text
+from lola_ft.files import check_folder_target, write_text
 from lola_ft.opening import OpenModel
 
 Results = dict[str, dict[str, Any]]
@@ -32,6 +33,7 @@ class SuiteOptions:
         limit: Documents of each task; None for all.
         shots: Examples in front of each question.
         include_path: A folder with tasks of the user's own.
+        batch_size: Texts that the model reads at a time.
     """
 
     suite: str
@@ -46,27 +48,31 @@ class SuiteOptions:
 def evaluate_suite(
     models: Sequence[str],
     options: SuiteOptions,
-    out: str | None,
+    out: str | None = None,
     base: str | None = None,
     quantization: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Results]:
     """Run the harness on every model; print a table, keep one JSON file a task.
 
+    Args:
+        out: Folder for the results, which a later call reads; `reports/SUITE` if left out.
+
     Raises:
         UserError: The harness is missing, nothing to run, or tasks that failed; those that did not are kept.
     """
-    console = console or Console()
-    if out is None:
-        raise UserError("--suite keeps each task's result, so that a stopped run goes on: give a folder with --out.")
+    console, out = console or Console(), out or f"reports/{options.suite}"
+    check_folder_target(out)
     wanted = choose(options.suite, list(options.tasks), list(options.languages))
     version = require_harness()
     manager = manager_for([one.task for one in wanted], options.include_path)
     chosen, missing = resolve(wanted, set(manager.all_tasks))
+    _refuse_unknown([one.wanted for one in wanted if not one.benchmark and one.wanted in missing], manager, options)
     console.print(plan_table(chosen, missing))
     if not chosen:
         raise UserError(f"lm_eval {version} has none of the tasks: {', '.join(missing)}.")
-    common = {"lm_eval": version, "limit": options.limit, "shots": options.shots, "include_path": options.include_path}
+    common = {"lm_eval": version, "limit": options.limit, "shots": options.shots}
+    common |= {"own_tasks": _sha256(Path(options.include_path), "**/*.y*ml") if options.include_path else None}
     failures = list[str]()
 
     def ask(opened: OpenModel, _: Template) -> Results:
@@ -86,6 +92,14 @@ def evaluate_suite(
             f"{len(failures)} tasks failed; run the same command again for these alone:\n  " + "\n  ".join(failures)
         )
     return by_model
+
+
+def _refuse_unknown(tasks: list[str], manager: Any, options: SuiteOptions) -> None:
+    """Refuse a task that neither the suite nor the harness has: a slip of the pen, not a task that was renamed."""
+    if tasks:
+        near = get_close_matches(tasks[0], [*SUITES[options.suite], *manager.all_tasks], n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"--tasks: neither {options.suite} nor the harness has a task '{tasks[0]}'.{hint}")
 
 
 def _run_all(
@@ -131,18 +145,17 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _identity(opened: OpenModel) -> dict[str, Any]:
     """What tells one model from another: the base's weights, the adapter's files, and how it was loaded."""
-    causal = opened.model.get_base_model() if opened.subject.adapter else opened.model
     return {
         "base_fingerprint": opened.fingerprint,
-        "adapter": _sha256(opened.subject.adapter) if opened.subject.adapter else None,
-        "quantization": getattr(causal, "quantization", None) or "none",
-        "dtype": str(causal.dtype).removeprefix("torch."),
+        "adapter": _sha256(opened.subject.adapter, "adapter_*") if opened.subject.adapter else None,
+        "quantization": opened.quantization,
+        "dtype": str(opened.causal.dtype).removeprefix("torch."),
     }
 
 
-def _sha256(folder: Path) -> str:
+def _sha256(folder: Path, files: str) -> str:
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("adapter_*")):
+    for file in sorted(folder.glob(files)):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

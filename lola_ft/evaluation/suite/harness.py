@@ -56,13 +56,12 @@ def harness_model(opened: OpenModel, batch_size: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    causal = opened.model.get_base_model() if opened.subject.adapter else opened.model
     return HFLM(
-        pretrained=causal,
+        pretrained=opened.causal,
         tokenizer=opened.tokenizer,
         backend="causal",
         batch_size=batch_size,
-        max_length=causal.config.n_positions,
+        max_length=opened.causal.config.n_positions,
         add_bos_token=False,
         prefix_token_id=opened.tokenizer.eos_token_id,
     )

@@ -36,13 +36,18 @@ def result_table(by_model: Mapping[str, Mapping[str, Any]], chosen: list[Chosen]
     for benchmark, group in _groups(chosen).items():
         parts = [[one] for one in group] if benchmark is _OWN else [group]
         for part in parts:
-            name = part[0].task if benchmark is _OWN else benchmark.name
-            cells = [
-                mean([found[one.task] for one in part if one.task in found], benchmark.metric)
-                for found in by_model.values()
-            ]
-            table.add_row(benchmark.category, name, benchmark.metric, str(len(part)), *cells)
+            results = [[found[one.task] for one in part if one.task in found] for found in by_model.values()]
+            name, metric = benchmark.name, benchmark.metric
+            if benchmark is _OWN:
+                name, metric = part[0].task, _main_metric([one for found in results for one in found])
+            table.add_row(benchmark.category, name, metric, str(len(part)), *(mean(found, metric) for found in results))
     return table
+
+
+def _main_metric(results: list[Mapping[str, Any]]) -> str:
+    """The metric to show of a task of one's own: accuracy if it has one, else the first that it names."""
+    names = [key.split(",")[0] for result in results for key in result["metrics"] if "_stderr," not in key]
+    return names[0] if names and _OWN.metric not in names else _OWN.metric
 
 
 def mean(results: list[Mapping[str, Any]], metric: str) -> str:

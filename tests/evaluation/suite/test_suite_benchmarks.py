@@ -8,7 +8,7 @@ import pytest
 
 from lola_ft.errors import UserError
 from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER, choose, resolve, spoken
-from lola_ft.evaluation.suite.report import mean, metric_of
+from lola_ft.evaluation.suite.report import mean, metric_of, result_table
 from tests.conftest import Outcome
 
 Verb = Callable[..., Outcome]
@@ -44,7 +44,9 @@ def test_a_language_is_found_under_each_of_its_codes() -> None:
     ("suite", "tasks", "languages", "message"),
     [
         ("other", [], [], "--suite 'other' is unknown"),
-        ("lola-paper", ["xcopa"], ["de"], "No task of lola-paper is in de"),
+        ("lola-paper", ["xcopa"], ["de"], "none of the chosen tasks of lola-paper is in de. They are in et, ht, id"),
+        ("lola-paper", ["xcopa"], ["sw", "de"], "none of the chosen tasks of lola-paper is in de"),
+        ("lola-paper", [], ["sw", "swa_Latn"], "is in swa_Latn. They are in acm_Arab"),
     ],
 )
 def test_nothing_to_choose(suite: str, tasks: list[str], languages: list[str], message: str) -> None:
@@ -69,11 +71,25 @@ def test_metrics_are_read_by_their_names() -> None:
     assert mean([], "acc") == "–"
 
 
+def test_a_task_of_ones_own_shows_what_it_measures() -> None:
+    chosen = choose("lola-paper", ["my_answers", "my_choices"], [])
+    results = {
+        "my_answers": {"metrics": {"exact_match_stderr,none": 0.1, "exact_match,none": 0.5}},
+        "my_choices": {"metrics": {"acc_norm,none": 0.75, "acc,none": 0.25}},
+    }
+    columns = {str(column.header): list(column.cells) for column in result_table({"base": results}, chosen).columns}
+    assert columns["metric"] == ["exact_match", "acc"]
+    assert columns["base"] == ["50.0% ± 10.0", "25.0% ± 0.0"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--suite", "lola-paper"), "give a folder with --out"),
         (("--suite", "lola-paper", "--data", "x.txt"), "--data does nothing with --suite"),
+        (("--suite", "lola-paper", "--language", "sw"), "--language does nothing with --suite"),
+        (("--suite", "lola-paper", "--task", "loss"), "--task does nothing with --suite"),
+        (("--suite", "lola-paper", "--seed", "0"), "--seed does nothing with --suite"),
+        (("--data", "x.txt", "--shots", "0"), "--shots does nothing without --suite"),
         (("--data", "x.txt", "--limit", "3"), "--limit does nothing without --suite"),
         (("--suite", "other", "--out", "x"), "--suite 'other' is unknown"),
     ],
