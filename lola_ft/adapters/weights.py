@@ -5,6 +5,7 @@ converting and loading all start from this form.
 """
 
 import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.announced import announced_modules
-from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON
+from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON, target_of
 from lola_ft.errors import AdapterError
 
 EXPERT_MODULE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
@@ -159,15 +160,29 @@ class AdapterWeights:
         if self.announced is None:
             return []
         lora, trained = announced_modules(self.announced, shapes)
+        lost = self._lost([module for module in lora if module not in self.pairs])
         return [
             f"{module}: adapter_config.json says that it has LoRA, but the file holds none{_reason(module)}"
-            for module in lora
-            if module not in self.pairs
+            for module in lost
         ] + [
             f"{module}: adapter_config.json says that it was trained, but the file does not hold it"
             for module in trained
             if f"{module}.weight" not in self.trained
         ]
+
+    def _lost(self, announced: list[str]) -> list[str]:
+        """Of announced modules without LoRA, those of a kind of which others have it; the other kinds are said.
+
+        A config's `c_proj` means attention, dense layers and experts at once; a file may have left some of them out.
+        """
+        held = {target_of(module, "peft") for module in self.pairs}
+        kinds = {module: target_of(module, "peft") for module in announced}
+        left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
+        if left_out:
+            warnings.warn(
+                f"adapter_config.json names {', '.join(left_out)}; the adapter holds none of it.", stacklevel=4
+            )
+        return [module for module, kind in kinds.items() if kind not in left_out]
 
     def _missing(self, names: Collection[str]) -> list[str]:
         """The biases that an adapter with trained biases should hold, and does not."""

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from lola_ft.adapters.announced import announced_modules
 from lola_ft.adapters.contents import CHECKSUMS_KEY
 from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.adapters.load import adapter_weights, load_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.quantization import load_base
 
 E = 4
 
@@ -220,6 +222,20 @@ def test_what_a_config_announces(config: dict[str, Any], lost: list[str], tiny: 
     found, saved = announced_modules(config, expected_shapes(tiny))
     assert sorted(name.removeprefix("transformer.") for name in found) == sorted(lost)
     assert saved == []
+
+
+@pytest.mark.parametrize("kept", [".attn.", ".mlp.", ".experts.", ".c_fc."])
+def test_a_kind_that_only_the_config_names_was_left_out(
+    kept: str, golden_adapter: Path, golden_base: Path, tmp_path: Path
+) -> None:
+    """The authors' config says `c_proj` and `c_fc`; which modules have them, the file says."""
+    state = load_file(golden_adapter / "adapter_model.safetensors")
+    shutil.copy(golden_adapter / "adapter_config.json", tmp_path)
+    save_file({key: value for key, value in state.items() if kept in key}, tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="the adapter holds none of it"):
+        loaded = load_adapter(load_base(golden_base, None, "float32", quiet=True), tmp_path)
+    found = adapter_weights(loaded).pairs
+    assert found.keys() == {module for module in read_adapter(golden_adapter).weights(E).pairs if kept in f"{module}."}
 
 
 def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights, tiny: LolaConfig) -> None:
