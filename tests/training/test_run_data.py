@@ -92,7 +92,8 @@ def test_everything_that_happened_is_printed_before_training(
     lines = outcome.out.splitlines()
     start = next(place for place, line in enumerate(lines) if "Languages in an epoch" in line)
     mixed = next(line for line in lines[start:] if "sw" in line).replace("│", " ").split()
-    assert mixed[:6] == ["sw", "4", "10", "10", "25.0%", "2.50"]
+    assert mixed[:6] == ["sw", "4", "10.0", "10", "25.0%", "2.50"]
+    assert len(mixed) == 8  # planned and actual tokens
     assert "Skipped 1 row that cannot be used" in outcome.out
     assert "en.jsonl:41: field 'text' must be text; found int." in outcome.out.replace("\n", "")
     assert "Left out of training: 4 rows that say the same as an earlier one." in outcome.out
