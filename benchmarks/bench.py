@@ -20,10 +20,10 @@ import matplotlib.pyplot as plt
 _HERE = Path(__file__).parent
 RUNS = {
     "train_step": ["train_step.py", "--steps", "5"],
-    "whole_step": ["whole_step.py", "--steps", "3"],
-    "roofline": ["roofline.py", "--steps", "3"],
+    "whole_step": ["whole_step.py", "--layers", "4", "--steps", "3", "--warmup", "1"],
+    "roofline": ["roofline.py", "--layers", "4", "--steps", "3"],
     "experts": ["experts.py"],
-    "scaling": ["scaling.py", "--layers", "2", "--steps", "3"],
+    "scaling": ["scaling.py", "--layers", "2", "--steps", "2"],
     "decode": ["decode.py"],
     "load": ["load.py", "--layers", "2"],
     "merge": ["merge.py", "--layers", "2"],
@@ -67,7 +67,10 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
             ("its peak resident memory, MB", step["peak_rss_mb"]),
         ]
     if whole := results.get("whole_step"):
-        found.append(("times faster than a module an expert with PEFT", whole["times_faster"]))
+        found += [
+            ("times faster than a module an expert with PEFT", whole["times_faster"]),
+            ("its memory, as a share of theirs", whole["share_of_their_memory"]),
+        ]
     if roof := results.get("roofline"):
         found.append(("share of the step's own matrix products alone", roof["share"]))
     if experts := results.get("experts"):

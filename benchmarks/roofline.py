@@ -36,7 +36,7 @@ def main() -> None:
     products = products_of(args)
     steps, ceilings = [], []
     for _ in range(args.steps):
-        steps += train_steps(model, args.batch, args.seq, 1, 1, precision)[0]
+        steps += train_steps(model, args.batch, args.seq, int(not steps), 1, precision)[0]
         ceilings.append(sum(count * seconds(product, precision.dtype, device) for product, count in products.items()))
     flops = sum(2 * b * n * k * m * count for (b, n, k, m), count in products.items())
     step_s, ceiling_s = statistics.median(steps), statistics.median(ceilings)

@@ -27,9 +27,7 @@ def main() -> None:
     args = parse(layers=4)
     device = torch.device(args.device)
     precision = choose_precision("bfloat16", device)
-    result: dict[str, object] = {"experts": experts_series(args, precision), "rank": rank_series(args, precision)}
-    result["tokens"] = tokens_series(args, precision)
-    result["expert_lora"] = expert_lora(args, precision)
+    result = {name: series(args, precision) for name, series in SERIES.items()}
     print(json.dumps(result | {"threads": torch.get_num_threads(), "shape": vars(args)}))
 
 
@@ -51,10 +49,10 @@ def tokens_series(args: argparse.Namespace, precision: Precision) -> dict[str, d
     """Seconds for 2048 tokens, in micro batches of so many."""
     model = model_of(args, precision)
     times: dict[str, list[float]] = {str(count): [] for count in TOKENS}
-    for _ in range(args.steps):
+    for round_ in range(args.steps):
         for count in TOKENS:
             batch = max(1, count // args.seq)
-            seconds = train_steps(model, batch, count // batch, 1, 1, precision)[0]
+            seconds = train_steps(model, batch, count // batch, int(round_ == 0), 1, precision)[0]
             times[str(count)] += [value * 2048 / count for value in seconds]
     return summary(times)
 
@@ -63,9 +61,9 @@ def in_turn(
     models: dict[str, PeftModel], args: argparse.Namespace, precision: Precision
 ) -> dict[str, dict[str, float]]:
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(args.steps):
+    for round_ in range(args.steps):
         for name, model in models.items():
-            times[name] += train_steps(model, args.batch, args.seq, 1, 1, precision)[0]
+            times[name] += train_steps(model, args.batch, args.seq, int(round_ == 0), 1, precision)[0]
     models.clear()
     gc.collect()
     return summary(times)
@@ -87,6 +85,8 @@ def base_of(args: argparse.Namespace, precision: Precision, experts: int = 16) -
         write_base(Path(folder), shape)
         return lola_ft.load_base(folder, "nf4", precision.dtype, torch.device(args.device), quiet=True)
 
+
+SERIES = {"experts": experts_series, "rank": rank_series, "tokens": tokens_series, "expert_lora": expert_lora}
 
 if __name__ == "__main__":
     main()

@@ -20,6 +20,7 @@ from random_checkpoint import write_checkpoint
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.memory import keep_freed_memory
 from lola_ft.model import LolaForCausalLM
 from lola_ft.training.precision import Precision, choose_precision
 
@@ -85,6 +86,7 @@ def train_steps(
     model: PeftModel, batch: int, seq: int, warmup: int, steps: int, precision: Precision
 ) -> tuple[list[float], float]:
     """Seconds of each step after the warm-up, and the last loss."""
+    keep_freed_memory()  # as a run does
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     seconds, loss_value = [], 0.0
     for step in range(warmup + steps):

@@ -19,6 +19,7 @@ from lola_ft.baseline.either import add_adapter, load_base, open_checkpoint, sav
 from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
+from lola_ft.memory import keep_freed_memory
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
 from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization import audit
@@ -277,6 +278,8 @@ def _fit(
     if isinstance(trainer, LolaTrainer):
         trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
     console.print(_packing_line(trainer, data))
+    if prepared.device.type == "cpu":
+        keep_freed_memory()
     with explained_out_of_memory(lambda: advice(recipe, prepared.model.config)):
         try:
             trainer.train_from(checkpoint)

@@ -1,0 +1,34 @@
+"""What the allocator keeps, in a process of its own: the setting cannot be taken back."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource
+from lola_ft.memory import give_back_freed_memory, keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        buffers = [bytes(bytearray(48 << 20)) for _ in range(2)]
+        del buffers
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+faults()
+kept = faults()
+give_back_freed_memory()
+print(before, kept, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_what_is_freed_is_used_again_without_asking_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, kept, given_back = map(int, done.stdout.split())
+    assert before > 100_000  # every page of ten buffers, read and written, each time anew
+    assert kept < before / 100
+    assert given_back > before / 20  # giving back still works, and is paid for once
