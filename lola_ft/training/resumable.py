@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from accelerate.utils import KwargsHandler
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -100,17 +99,6 @@ class ResumableTrainer(Trainer):
             if isinstance(value, KwargsHandler):
                 processes.leave_environment(value)
         return args
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers names optimisers of other packages, and asks for these only here.
-
-        Raises:
-            UserError: The package is not installed.
-        """
-        try:
-            return super().create_optimizer(*args, **kwargs)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"train.optimizer: {error} Or choose another, such as adamw or adamw_8bit.") from error
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.tokens_seen += processes.total(self.own_tokens)

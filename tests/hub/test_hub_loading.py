@@ -75,6 +75,7 @@ def run_cards(hub: Any, tmp_path: Path) -> Callable[[dict[str, dict[str, str]]],
     return run
 
 
+@pytest.mark.slow
 def test_the_code_of_every_card_loads_what_was_published(
     hub: Any, run: Path, merged: Path, tiny_base: Path, run_cards: Callable[..., dict[str, Tensor]]
 ) -> None:

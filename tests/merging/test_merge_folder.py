@@ -333,6 +333,7 @@ def test_the_comparison_refuses(
         compare(reference, result, getattr(torch, dtype))
 
 
+@pytest.mark.slow
 def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Path) -> None:
     """With 6 MoE layers and random routers, rounding to bfloat16 turns a few of some 600 choices over."""
     torch.manual_seed(0)

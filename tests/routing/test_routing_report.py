@@ -168,7 +168,7 @@ def test_the_table_of_languages() -> None:
     assert all(len(families) == 1 for families in branch_families.values())
 
 
-@pytest.mark.parametrize("languages", [1, 3, 150])
+@pytest.mark.parametrize("languages", [1, 3, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_report_of_few_and_of_many(languages: int, made_profile: Make, tmp_path: Path) -> None:
     codes = list(read_languages())[:languages]
     torch.manual_seed(0)

@@ -165,6 +165,7 @@ def test_what_early_stopping_cannot_watch_is_refused(
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_same_recipe_same_manifest(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     manifests = []
     for name in ("first", "second"):

@@ -83,7 +83,8 @@ def test_kto_starts_at_a_half_and_moves_good_from_bad(
     assert lines[-1]["rewards/margins"] > 0.3
 
 
-@pytest.mark.parametrize("objective", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_resumed_run_is_the_same_run(
     objective: str, recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:

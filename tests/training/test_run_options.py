@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +69,6 @@ def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
         "x.lora_B.weight": (8.0, 0.1),
         "x.lora_B.bias": (8.0, 0.1),
     }
-
-
-@pytest.mark.skipif(find_spec("schedulefree") is not None, reason="the package that is to be missing is there")
-def test_an_optimiser_of_a_missing_package(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
-    outcome = verb("train", recipe_file(train={"optimizer": "schedule_free_adamw"}))
-    assert outcome.code == 2
-    assert "error: train.optimizer: " in outcome.err
-    assert "pip install schedulefree" in outcome.err
-    assert "Traceback" not in outcome.err
 
 
 def test_the_environment_stays_as_it_is(
