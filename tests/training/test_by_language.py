@@ -100,6 +100,7 @@ def test_a_loss_that_is_not_a_number_is_worse(tmp_path: Path) -> None:
     assert "the validation loss of sw is nan" in line["message"]
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_with_the_best_adapter(
     recipe_file: Callable[..., Path], sources: dict[str, Any], tmp_path: Path
 ) -> None:

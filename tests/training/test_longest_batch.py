@@ -24,7 +24,8 @@ def test_the_longest_rows_are_found_whatever_their_order() -> None:
     assert longest_rows(dataset, 9) == [1, 3, 0, 2]
 
 
-@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [True, False])
 def test_training_is_bit_equal_with_and_without_the_trial(
     packing: bool, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -421,6 +421,7 @@ def test_a_folder_that_cannot_be_written(killed_run: Path, verb: Callable[..., A
     assert "/proc/run: cannot be written to" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(killed_run: Path, killed: Path, whole: Path) -> None:
     tensors = killed / "checkpoints" / "step-9" / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
