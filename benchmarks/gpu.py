@@ -21,8 +21,8 @@ from train_step import train_steps, with_adapter
 
 import lola_ft
 from lola_ft.kernels import choice
-from lola_ft.kernels.device_experts import run_on_device
-from lola_ft.kernels.expert_loop import run_loop
+from lola_ft.kernels.experts import run_experts
+from lola_ft.kernels.loop_products import LoopProducts
 from lola_ft.kernels.products import GroupedMatmuls
 from lola_ft.kernels.stacks import LowRank
 from lola_ft.model import LolaForCausalLM
@@ -102,7 +102,7 @@ def moe_layer(base: LolaForCausalLM, tokens: int, dtype: torch.dtype) -> dict[st
         a = torch.randn(experts.num_experts, _RANK, inputs, device=device, dtype=dtype) * 0.02
         b = torch.randn(experts.num_experts, outputs, _RANK, device=device, dtype=dtype) * 0.02
         paths[name] = LowRank(a.requires_grad_(), b.requires_grad_())
-    ways: dict[str, Callable[..., torch.Tensor]] = {"loop": run_loop, "grouped": with_products(GroupedMatmuls())}
+    ways: dict[str, Callable[..., torch.Tensor]] = {"loop": with_products(LoopProducts()), "grouped": with_products(GroupedMatmuls())}
     if device.type == "cuda":
         from lola_ft.kernels.triton_products import TritonProducts
 
@@ -115,7 +115,7 @@ def moe_layer(base: LolaForCausalLM, tokens: int, dtype: torch.dtype) -> dict[st
 
 
 def with_products(products: Any) -> Callable[..., torch.Tensor]:
-    return lambda *given: run_on_device(*given, products=products)
+    return lambda *given: run_experts(*given, products=products)
 
 
 def milliseconds(run: Callable[[], torch.Tensor], rounds: int = 5) -> float | str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lola_ft.kernels.device_grouping import DeviceGrouping
+from lola_ft.kernels.grouping import Grouping
 from lola_ft.kernels.products import GroupedMatmuls, Products
 from lola_ft.kernels.stacks import WeightStack
 
@@ -15,7 +15,7 @@ _RUNS = 5
 _chosen: dict[tuple[Any, ...], Products] = {}
 
 
-def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: DeviceGrouping) -> Products:
+def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping) -> Products:
     """The fastest way for a shape; dense weights and devices without Triton leave no choice."""
     if up.nf4 is None or down.nf4 is None or x_TD.device.type != "cuda":
         return GroupedMatmuls()
@@ -50,7 +50,7 @@ def _fused() -> Any:
     return TritonProducts()
 
 
-def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: DeviceGrouping, fused: Products) -> Products:
+def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping, fused: Products) -> Products:
     seconds = {}
     for way in (GroupedMatmuls(), fused):
         try:
@@ -62,7 +62,7 @@ def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: DeviceGr
     return min(seconds, key=lambda way: seconds[way])
 
 
-def _time(way: Products, x_TD: Tensor, up: WeightStack, down: WeightStack, groups: DeviceGrouping) -> float:
+def _time(way: Products, x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping) -> float:
     """Milliseconds of a product forward and one backward, the fastest of some."""
     assert up.nf4, "only 4-bit weights leave a choice"
     rows_ND = x_TD.detach().new_ones(groups.num_rows, up.nf4.shape[0])

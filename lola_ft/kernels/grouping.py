@@ -1,7 +1,9 @@
-"""Sort tokens by expert into one buffer where each expert's rows are contiguous.
+"""Tokens sorted by expert into one buffer where each expert's rows are contiguous.
 
-On a CPU each group is padded to a few row counts: oneDNN builds a kernel for every new count (1 to 4 ms, against 0.05
-to 0.4 ms to run it), so unpadded groups, whose sizes change every step, would mostly build kernels.
+Two plans of the same kind. On a CPU (`group_by_expert`) each group is padded to one of a few row counts: oneDNN builds
+a kernel for every new count (1 to 4 ms, against 0.05 to 0.4 ms to run it), so unpadded groups, whose sizes change every
+step, would mostly build kernels. On a GPU (`group_on_device`) the host must not wait for the counts: everything is
+planned there, each group is whole tiles, and the buffer is as large as the least favourable choices could make it.
 """
 
 from dataclasses import dataclass
@@ -18,32 +20,63 @@ class Grouping:
     """Rows of a padded buffer, grouped by expert.
 
     Attributes:
-        spans: (expert id, first row, end row) of each expert that got a token.
         row_of_token_T: The buffer row of each token (T,), int64.
-        num_rows: Rows of the buffer, padding included.
+        expert_ids_T: The choices themselves, int64.
+        starts_E, ends_E: First and end row of each expert's group, padding included, int32.
+        expert_of_tile: Of each tile of `tile_rows` rows; the number of experts for tiles that nobody uses. int32.
+        num_rows: Rows of the buffer, a multiple of `tile_rows`.
+        tile_rows: Rows that surely belong to one expert.
     """
 
-    spans: list[tuple[int, int, int]]
     row_of_token_T: Tensor
+    expert_ids_T: Tensor
+    starts_E: Tensor
+    ends_E: Tensor
+    expert_of_tile: Tensor
     num_rows: int
+    tile_rows: int
+
+    def expert_of_row(self) -> Tensor:
+        """Of each row, int64; the last expert for rows that nobody uses."""
+        last = self.ends_E.numel() - 1
+        return self.expert_of_tile.long().clamp(max=last).repeat_interleave(self.tile_rows, output_size=self.num_rows)
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(expert id, first row, end row) of each expert that got a token; read by the host."""
+        ends = zip(self.starts_E.tolist(), self.ends_E.tolist(), strict=True)
+        return [(expert_id, first, end) for expert_id, (first, end) in enumerate(ends) if end > first]
 
 
 def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
     """Plan the buffer for these choices; reads the counts to the host once."""
     counts_E = torch.bincount(expert_ids_T, minlength=num_experts)
-    counts = counts_E.tolist()
-    padded = [padded_rows(count) for count in counts] if expert_ids_T.device.type == "cpu" else counts
-    spans, shifts, first_row, first_sorted = [], [], 0, 0
-    for expert_id, (count, rows) in enumerate(zip(counts, padded, strict=True)):
-        if count:
-            spans.append((expert_id, first_row, first_row + rows))
-        shifts.append(first_row - first_sorted)
-        first_row, first_sorted = first_row + rows, first_sorted + count
-    order_T = expert_ids_T.argsort(stable=True)
-    shift_T = torch.tensor(shifts, device=expert_ids_T.device).repeat_interleave(counts_E)
-    row_of_token_T = torch.empty_like(order_T)
-    row_of_token_T[order_T] = torch.arange(order_T.numel(), device=order_T.device) + shift_T
-    return Grouping(spans, row_of_token_T, first_row)
+    padded_E = torch.tensor([padded_rows(count) for count in counts_E.tolist()], device=expert_ids_T.device)
+    ends_E = padded_E.cumsum(0)
+    starts_E = ends_E - padded_E
+    expert_of_row = torch.arange(num_experts, device=ends_E.device).repeat_interleave(padded_E)
+    rows_T = _rows_of_tokens(expert_ids_T, counts_E, starts_E)
+    return Grouping(rows_T, expert_ids_T, starts_E.int(), ends_E.int(), expert_of_row.int(), expert_of_row.numel(), 1)
+
+
+def group_on_device(expert_ids_T: Tensor, num_experts: int, tile_rows: int) -> Grouping:
+    """Plan the buffer for these choices without reading any of it."""
+    tokens, device = expert_ids_T.numel(), expert_ids_T.device
+    # A full tile needs tile_rows tokens, and each expert with a token has at most one that is not full.
+    num_tiles = tokens // tile_rows + min(num_experts, tokens)
+    ones_T = torch.ones_like(expert_ids_T)
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, expert_ids_T, ones_T)
+    tiles_E = (counts_E + tile_rows - 1) // tile_rows
+    end_tiles_E = tiles_E.cumsum(0)
+    starts_E = (end_tiles_E - tiles_E) * tile_rows
+    return Grouping(
+        _rows_of_tokens(expert_ids_T, counts_E, starts_E),
+        expert_ids_T,
+        starts_E.int(),
+        (end_tiles_E * tile_rows).int(),
+        torch.searchsorted(end_tiles_E, torch.arange(num_tiles, device=device), right=True).int(),
+        num_tiles * tile_rows,
+        tile_rows,
+    )
 
 
 def padded_rows(count: int) -> int:
@@ -60,3 +93,17 @@ def bucket_of(count: int) -> int:
     while count > _BUCKETS_BEFORE_DOUBLING * bucket:
         bucket *= 2
     return bucket
+
+
+def fitting_tile_rows(tokens: int, num_experts: int) -> int:
+    """Rows of a tile: about what an expert gets, between the least that a matrix unit takes and 128."""
+    share = max(1, tokens // num_experts)
+    return min(128, max(16, 1 << (share - 1).bit_length()))
+
+
+def _rows_of_tokens(expert_ids_T: Tensor, counts_E: Tensor, starts_E: Tensor) -> Tensor:
+    """Each token's row: those of an expert in their order, from its first row on."""
+    order_T = expert_ids_T.argsort(stable=True)
+    sorted_ids_T = expert_ids_T[order_T]
+    place_T = torch.arange(order_T.numel(), device=order_T.device) - (counts_E.cumsum(0) - counts_E)[sorted_ids_T]
+    return torch.empty_like(order_T).scatter_(0, order_T, starts_E[sorted_ids_T] + place_T)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lola_ft.kernels.device_grouping import DeviceGrouping
+from lola_ft.kernels.grouping import Grouping
 from lola_ft.kernels.stacks import WeightStack
 
 
@@ -32,47 +32,55 @@ class Side:
 
 
 class Products(Protocol):
-    """One way to multiply. Rows beyond the last expert's group hold anything afterwards."""
+    """One way to multiply. Rows beyond the last expert's group hold anything afterwards.
+
+    Attributes:
+        recomputes_activations: Whether GELU is computed again in backward, and not kept, because that is cheap there.
+    """
+
+    recomputes_activations: bool
 
     def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: DeviceGrouping, bias_EO: Tensor, side: Side | None
+        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
     ) -> Tensor:
         """`x @ weight[expert] + bias[expert]` and the side path; (N, O)."""
 
-    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: DeviceGrouping, side: Side | None) -> Tensor:
+    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
         """`x @ weight[expert].T` and the side path; (N, I)."""
 
-    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:
         """`x @ factor[expert].T`; (N, R)."""
 
-    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: Grouping) -> Tensor:
         """`left.T @ right` over each expert's rows; (E, R, I), zeros for an expert without a token."""
 
 
 class GroupedMatmuls:
     """torch's grouped matrix product on dense weights; 4-bit ones are made dense for all experts of a layer at once."""
 
+    recomputes_activations = True
+
     def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: DeviceGrouping, bias_EO: Tensor, side: Side | None
+        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
     ) -> Tensor:
         out_NO = F.grouped_mm(x_NI, weight.dense(x_NI.dtype), offs=groups.ends_E)
         out_NO += bias_EO.to(x_NI.dtype)[groups.expert_of_row()]
         return _with_side(out_NO, side, groups)
 
-    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: DeviceGrouping, side: Side | None) -> Tensor:
+    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
         out_NI = F.grouped_mm(x_NO, weight.dense(x_NO.dtype).transpose(1, 2), offs=groups.ends_E)
         return _with_side(out_NI, side, groups)
 
-    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:
         return F.grouped_mm(x_NI, factor_ERI.transpose(1, 2), offs=groups.ends_E)
 
-    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: Grouping) -> Tensor:
         out_ERI = F.grouped_mm(left_NR.t(), right_NI, offs=groups.ends_E)
         used_E = groups.ends_E > groups.starts_E
         return torch.where(used_E[:, None, None], out_ERI, 0)
 
 
-def _with_side(out_NO: Tensor, side: Side | None, groups: DeviceGrouping) -> Tensor:
+def _with_side(out_NO: Tensor, side: Side | None, groups: Grouping) -> Tensor:
     if side is None:
         return out_NO
     added_NO = F.grouped_mm(side.hidden_NR, side.factor_EOR.transpose(1, 2), offs=groups.ends_E)

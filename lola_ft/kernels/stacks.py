@@ -3,7 +3,7 @@
 Shapes: E experts, I inputs, O outputs, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,15 +39,17 @@ class WeightStack:
 
     Attributes:
         trainable: The stack (E, in, out) if it wants a gradient, else None.
-        tiles: Gives expert e's dense weight (in, out) in a dtype, some rows at a time; outside autograd, called anew
-            in backward.
+        tiles: Gives the dense weights (in, out) of some experts in a dtype, one after another, some rows at a time;
+            outside autograd, called anew in backward.
         dense: Gives all experts' dense weights (E, in, out) in a dtype; outside autograd.
+        rows: Inputs of the projection, `in`.
         nf4: The 4-bit form, if that is what is stored.
     """
 
     trainable: Tensor | None
-    tiles: Callable[[int, torch.dtype], Tiles]
+    tiles: Callable[[list[int], torch.dtype], Iterator[Tiles]]
     dense: Callable[[torch.dtype], Tensor]
+    rows: int
     nf4: NF4Stack | None = None
 
 
@@ -80,13 +82,6 @@ class LowRank:
     b_EOR: Tensor
     dropout: float = 0.0
     expert_ids: tuple[int, ...] | None = None
-
-    def place_of(self, num_experts: int) -> list[int | None]:
-        """Where in a and b each expert's factors are; None for an expert without."""
-        if self.expert_ids is None:
-            return list(range(num_experts))
-        places = {expert_id: place for place, expert_id in enumerate(self.expert_ids)}
-        return [places.get(expert_id) for expert_id in range(num_experts)]
 
     def of_all(self, num_experts: int) -> tuple[Tensor, Tensor]:
         """a and b of all experts, zeros for those that have none."""

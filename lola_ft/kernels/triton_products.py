@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lola_ft.kernels import nf4_triton
-from lola_ft.kernels.device_grouping import DeviceGrouping
-from lola_ft.kernels.products import Side
+from lola_ft.kernels.grouping import Grouping
+from lola_ft.kernels.products import GroupedMatmuls, Side
 from lola_ft.kernels.stacks import WeightStack
 
 _LEAST = 16  # rows and columns that a matrix unit takes
@@ -22,6 +22,8 @@ class TritonProducts:
         num_warps, num_stages: As Triton takes them.
     """
 
+    recomputes_activations = True
+
     def __init__(self, block_n: int = 128, block_k: int = 64, num_warps: int = 8, num_stages: int = 3) -> None:
         self.block_n, self.block_k = block_n, block_k
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -32,14 +34,14 @@ class TritonProducts:
         return shape[1] % nf4_triton.BLOCK.value == 0
 
     def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: DeviceGrouping, bias_EO: Tensor, side: Side | None
+        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
     ) -> Tensor:
         return self._product(x_NI, weight, groups, bias_EO, side, transposed=False)
 
-    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: DeviceGrouping, side: Side | None) -> Tensor:
+    def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
         return self._product(x_NO, weight, groups, None, side, transposed=True)
 
-    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:
         rank = factor_ERI.shape[1]
         out_NR = x_NI.new_empty(x_NI.shape[0], rank)
         nf4_triton.to_rank[(groups.expert_of_tile.numel(),)](
@@ -58,8 +60,10 @@ class TritonProducts:
         )
         return out_NR
 
-    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: DeviceGrouping) -> Tensor:
+    def outer(self, left_NR: Tensor, right_NI: Tensor, groups: Grouping) -> Tensor:
         rank, columns, num_experts = left_NR.shape[1], right_NI.shape[1], groups.ends_E.numel()
+        if rank > _LARGEST_RANK:  # a whole weight's gradient
+            return GroupedMatmuls().outer(left_NR, right_NI, groups)
         out_ERI = left_NR.new_empty(num_experts, rank, columns)
         nf4_triton.outer[(num_experts, -(-columns // self.block_n))](
             left_NR,
@@ -80,7 +84,7 @@ class TritonProducts:
         self,
         x: Tensor,
         weight: WeightStack,
-        groups: DeviceGrouping,
+        groups: Grouping,
         bias: Tensor | None,
         side: Side | None,
         transposed: bool,

@@ -41,8 +41,9 @@ class LolaExperts(nn.Module):
         dense = stack.detach()
         return WeightStack(
             stack if stack.requires_grad else None,
-            lambda expert_id, dtype: iter([(0, dense[expert_id].to(dtype))]),
+            lambda expert_ids, dtype: (iter([(0, dense[e].to(dtype))]) for e in expert_ids),
             dense.to,
+            self.shapes[name][0],
         )
 
     def forward(

@@ -9,7 +9,7 @@ that one tensor of the Hub's checkpoint. The stacked parts are, for E experts an
     …_offset                (E,)            float32  mean of the scales
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -24,10 +24,11 @@ from lola_ft.quantization.nf4 import (
     NF4,
     dequantize,
     dequantize_stack,
-    dequantized_tiles,
     dynamic_code,
     nf4_code,
     quantize,
+    stack_scales,
+    tiles_of,
 )
 
 
@@ -77,7 +78,8 @@ class NF4Experts(LolaExperts):
         return dequantize(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
 
     def weights(self, name: str) -> WeightStack:
-        return WeightStack(None, partial(self._tiles, name), partial(self._dense, name), self._stack(name))
+        tiles, dense = partial(self._tiles, name), partial(self._dense, name)
+        return WeightStack(None, tiles, dense, self.shapes[name][0], self._stack(name))
 
     def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
         """All experts' dequantised weights (E, in, out)."""
@@ -94,8 +96,10 @@ class NF4Experts(LolaExperts):
             self.shapes[name],
         )
 
-    def _tiles(self, name: str, expert_id: int, dtype: torch.dtype) -> Tiles:
-        return dequantized_tiles(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
+    def _tiles(self, name: str, expert_ids: list[int], dtype: torch.dtype) -> Iterator[Tiles]:
+        scales = stack_scales(self._stack(name), expert_ids)
+        for expert_id, scales_of_one in zip(expert_ids, scales, strict=True):
+            yield tiles_of(getattr(self, name).data[expert_id], scales_of_one, self.shapes[name], dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Experts":
         """Follow `.to(device)`, but keep the scales float32 under `.half()` or `.to(dtype)`."""

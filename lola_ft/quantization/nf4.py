@@ -12,6 +12,7 @@ from math import prod
 import bitsandbytes.functional as bnb
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lola_ft.kernels.nf4_sizes import ABSMAX_BLOCK, BLOCK
@@ -58,35 +59,47 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
 
     bitsandbytes' CPU operator (0.50) spends three quarters of its time in `bucketize` and needs ten bytes a weight
     beside the result. Here a code is the number of bounds below the scaled value: the same codes in a fraction of
-    the time and memory. numpy counts: its comparison writes bytes three times faster than torch's.
+    the time and memory. numpy counts: its comparison writes bytes three times faster than torch's. And threads that
+    called torch would each leave a pool of OpenMP's behind, after which every operation of the process has to wake its
+    own from sleep: a tenth of a millisecond, a fifth of a training step.
     """
     numel = flat.numel()
     packed = torch.empty(-(-numel // 2), dtype=torch.uint8)
     scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
     whole = numel - numel % BLOCK
-    starts = range(0, whole, _CHUNK)
-    pool = _threads(torch.get_num_threads())
-    list(pool.map(lambda start: _quantize_chunk(flat, start, min(start + _CHUNK, whole), packed, scales), starts))
+    chunks = [slice(start, min(start + _CHUNK, whole)) for start in range(0, whole, _CHUNK)]
+    weights, codes, absmax = _as_numpy(flat.detach()), packed.numpy(), scales.numpy()
+    list(_threads(torch.get_num_threads()).map(lambda chunk: _quantize_chunk(weights, chunk, codes, absmax), chunks))
     if whole < numel:
         tail, tail_scale = torch.ops.bitsandbytes.quantize_4bit.default(flat[whole:], BLOCK, "nf4", torch.uint8)
         packed[whole // 2 :], scales[whole // BLOCK :] = tail.view(-1), tail_scale
     return packed, scales
 
 
-def _quantize_chunk(flat: Tensor, start: int, stop: int, packed: Tensor, scales: Tensor) -> None:
-    scaled = flat[start:stop].to(torch.float32, copy=True).numpy()
+def _as_numpy(flat: Tensor) -> np.ndarray:
+    """The same memory; bfloat16, which numpy lacks, as uint16: the upper half of a float32."""
+    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+
+
+def _quantize_chunk(weights: np.ndarray, chunk: slice, packed: np.ndarray, scales: np.ndarray) -> None:
+    """Fill a chunk's codes and scales; in numpy alone."""
+    if weights.dtype == np.uint16:
+        bits = weights[chunk].astype(np.uint32)
+        scaled = np.left_shift(bits, 16, out=bits).view(np.float32)
+    else:
+        scaled = weights[chunk].astype(np.float32)  # a copy in every case
     blocks = scaled.reshape(-1, BLOCK)  # the same memory
     absmax = np.abs(blocks).max(axis=1)
     blocks *= (1 / np.maximum(absmax, _SMALLEST_SCALE))[:, None]
     np.clip(scaled, -1, 1, out=scaled)
-    codes = np.zeros(stop - start, dtype=np.uint8)
-    above = np.empty(stop - start, dtype=np.bool_)
+    codes = np.zeros(scaled.size, dtype=np.uint8)
+    above = np.empty(scaled.size, dtype=np.bool_)
     for bound in _bounds():
         np.greater(scaled, bound, out=above)
         np.add(codes, above.view(np.uint8), out=codes)
     pairs = codes.view("<u2")  # the first code of a pair is its low byte, and belongs in the high four bits
-    packed[start // 2 : stop // 2] = torch.from_numpy((pairs << 4 | pairs >> 8).astype(np.uint8))
-    scales[start // BLOCK : stop // BLOCK] = torch.from_numpy(absmax)
+    packed[chunk.start // 2 : chunk.stop // 2] = pairs << 4 | pairs >> 8
+    scales[chunk.start // BLOCK : chunk.stop // BLOCK] = absmax
 
 
 @cache
@@ -112,37 +125,49 @@ def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
-    """All experts' dense weights (E, in, out); bit-equal to one after another, in one call where blocks allow it."""
+    """All experts' dense weights (E, in, out); bit-equal to one after another."""
     num_experts, numel = stack.packed.shape[0], prod(stack.shape)
-    if numel % (BLOCK * ABSMAX_BLOCK):  # an expert's last superblock is not full
-        dense = torch.empty(num_experts, *stack.shape, dtype=dtype, device=stack.packed.device)
-        for e in range(num_experts):
-            one = NF4(stack.packed[e], stack.absmax[e], stack.absmax2[e], stack.offset[e])
-            dense[e] = dequantize(one, stack.absmax_code, stack.shape, dtype)
-        return dense
+    scales = stack_scales(stack, list(range(num_experts)))
+    if numel % BLOCK:  # an expert's last block is not full
+        parts = [_dense(stack.packed[e], scales[e], numel, dtype) for e in range(num_experts)]
+        return torch.stack(parts).view(num_experts, *stack.shape)
+    return _dense(stack.packed.view(-1), scales.view(-1), num_experts * numel, dtype).view(num_experts, *stack.shape)
+
+
+def stack_scales(stack: NF4Stack, expert_ids: list[int]) -> Tensor:
+    """The block scales of some experts, float32 (experts, blocks); one call for all, for a call costs what they do."""
+    num_blocks = stack.absmax.shape[1]
+    absmax, absmax2, offset = stack.absmax, stack.absmax2, stack.offset
+    if len(expert_ids) < absmax.shape[0]:
+        absmax, absmax2, offset = absmax[expert_ids], absmax2[expert_ids], offset[expert_ids]
+    if missing := -num_blocks % ABSMAX_BLOCK:  # the last superblock is not full
+        absmax = F.pad(absmax, (0, missing))
     scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
-        stack.absmax.view(-1), stack.absmax2.view(-1), stack.absmax_code, ABSMAX_BLOCK, torch.float32
+        absmax.view(-1), absmax2.view(-1), stack.absmax_code, ABSMAX_BLOCK, torch.float32
     )
-    scales.view(num_experts, -1).add_(stack.offset[:, None])
-    return _dense(stack.packed.view(-1), scales, num_experts * numel, dtype).view(num_experts, *stack.shape)
+    return scales.view(len(expert_ids), -1)[:, :num_blocks] + offset[:, None]
 
 
 def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
-    """The dense weight of `shape` in `dtype`, some rows at a time; the same numbers as whole.
+    """The dense weight of `shape` in `dtype`, some rows at a time; the same numbers as whole."""
+    return tiles_of(nf4.packed, _block_scales(nf4, absmax_code), shape, dtype)
+
+
+def tiles_of(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
+    """The same from the codes and the scale of each block.
 
     In tiles only where it pays and sums stay exact enough: in float32 on a CPU. (A sum over tiles is rounded after
     each of them, which half precision would feel.)
     """
     rows, columns = shape
-    scales = _block_scales(nf4, absmax_code)
-    tiled = nf4.packed.device.type == "cpu" and dtype == torch.float32 and columns % BLOCK == 0
+    tiled = packed.device.type == "cpu" and dtype == torch.float32 and columns % BLOCK == 0
     step = max(1, _TILE // columns) if tiled else rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         first, end = start * columns, stop * columns
         scales_of_rows = scales if step >= rows else scales[first // BLOCK : end // BLOCK]
-        packed = nf4.packed if step >= rows else nf4.packed[first // 2 : end // 2]
-        yield start, _dense(packed, scales_of_rows, end - first, dtype).view(stop - start, columns)
+        packed_rows = packed if step >= rows else packed[first // 2 : end // 2]
+        yield start, _dense(packed_rows, scales_of_rows, end - first, dtype).view(stop - start, columns)
 
 
 def _block_scales(nf4: NF4, absmax_code: Tensor) -> Tensor:
@@ -154,8 +179,10 @@ def _block_scales(nf4: NF4, absmax_code: Tensor) -> Tensor:
 
 
 def _dense(packed: Tensor, scales: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat, for bitsandbytes 0.50's CPU operator is wrong for some shapes whose last dimension is no multiple of 64."""
-    return torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), scales, BLOCK, "nf4", (numel,), dtype)
+    """Flat. bitsandbytes 0.50's CPU operator shares rows out among threads, and is wrong for some shapes whose last
+    dimension is no multiple of 64: it gets rows of one block, or one row."""
+    shape = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (numel,)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), scales, BLOCK, "nf4", shape, dtype)
 
 
 def dynamic_code() -> Tensor:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="needs Triton")
 
-from lola_ft.kernels import device_experts
-from lola_ft.kernels.device_experts import run_on_device
-from lola_ft.kernels.device_grouping import fitting_tile_rows, group_on_device
-from lola_ft.kernels.expert_loop import run_loop
+from lola_ft.kernels import experts as kernel
+from lola_ft.kernels.experts import run_experts
+from lola_ft.kernels.grouping import fitting_tile_rows, group_on_device
 from lola_ft.kernels.products import GroupedMatmuls, Products
 from lola_ft.kernels.stacks import LowRank
 from lola_ft.kernels.triton_products import TritonProducts
@@ -86,39 +85,39 @@ def same(left: list[Tensor], right: list[Tensor]) -> None:
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_equals_the_loop_in_4_bit(way: Products, load: list[int]) -> None:
     experts = make_experts("nf4")
-    expected = outcome(run_loop, experts, load, 5, None)
-    same(outcome(lambda *given: run_on_device(*given, products=way), experts, load, 5, None), expected)
+    expected = outcome(run_experts, experts, load, 5, None)
+    same(outcome(lambda *given: run_experts(*given, products=way), experts, load, 5, None), expected)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 17])
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_rank(way: Products, rank: int) -> None:
     experts = make_experts("nf4")
-    expected = outcome(run_loop, experts, LOADS["spread"], rank, None)
-    same(outcome(lambda *given: run_on_device(*given, products=way), experts, LOADS["spread"], rank, None), expected)
+    expected = outcome(run_experts, experts, LOADS["spread"], rank, None)
+    same(outcome(lambda *given: run_experts(*given, products=way), experts, LOADS["spread"], rank, None), expected)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_some_experts_have_lora(way: Products) -> None:
     experts = make_experts("nf4")
-    expected = outcome(run_loop, experts, LOADS["spread"], 4, (1, 3))
-    same(outcome(lambda *given: run_on_device(*given, products=way), experts, LOADS["spread"], 4, (1, 3)), expected)
+    expected = outcome(run_experts, experts, LOADS["spread"], 4, (1, 3))
+    same(outcome(lambda *given: run_experts(*given, products=way), experts, LOADS["spread"], 4, (1, 3)), expected)
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
 def test_dense_weights_and_biases_are_trained_too(load: list[int]) -> None:
     experts = make_experts("dense", (24, 40, 4))
-    expected = outcome(run_loop, experts, load, 3, None)
-    same(outcome(run_on_device, experts, load, 3, None), expected)
+    expected = outcome(run_experts, experts, load, 3, None)
+    same(outcome(lambda *given: run_experts(*given, products=GroupedMatmuls()), experts, load, 3, None), expected)
 
 
 def test_trained_biases_on_4_bit_weights() -> None:
     experts = make_experts("nf4")
     experts.up_proj_bias.requires_grad_()
     experts.down_proj_bias.requires_grad_()
-    expected = outcome(run_loop, experts, LOADS["spread"], 4, None)
+    expected = outcome(run_experts, experts, LOADS["spread"], 4, None)
     same(
-        outcome(lambda *given: run_on_device(*given, products=WAYS["triton"]), experts, LOADS["spread"], 4, None),
+        outcome(lambda *given: run_experts(*given, products=WAYS["triton"]), experts, LOADS["spread"], 4, None),
         expected,
     )
 
@@ -127,9 +126,9 @@ def test_trained_biases_on_4_bit_weights() -> None:
 def test_other_sizes(sizes: tuple[int, int, int]) -> None:
     """The last has superblocks of scales that are full, and one that is not."""
     experts, load = make_experts("nf4", sizes), [0, 1, 1, 0, 1]
-    expected = outcome(run_loop, experts, load, 4, None)
+    expected = outcome(run_experts, experts, load, 4, None)
     for way in (GroupedMatmuls(), WIDE):
-        same(outcome(lambda *given, way=way: run_on_device(*given, products=way), experts, load, 4, None), expected)
+        same(outcome(lambda *given, way=way: run_experts(*given, products=way), experts, load, 4, None), expected)
 
 
 @pytest.mark.parametrize("way", ["triton", "grouped"])
@@ -137,8 +136,8 @@ def test_dropout_is_the_plain_formula(way: str, monkeypatch: pytest.MonkeyPatch)
     """With the masks that were drawn, output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T`."""
     experts, ids, rank, p = make_experts("nf4"), LOADS["spread"], 4, 0.4
     masks: list[Tensor] = []
-    real = device_experts._keep
-    monkeypatch.setattr(device_experts, "_keep", lambda *given: masks.append(real(*given)) or masks[-1])
+    real = kernel._keep
+    monkeypatch.setattr(kernel, "_keep", lambda *given: masks.append(real(*given)) or masks[-1])
     generator = torch.Generator().manual_seed(3)
     tokens = torch.tensor(ids)
     leaves = [torch.randn(len(ids), 64, generator=generator), torch.rand(len(ids), generator=generator)]
@@ -150,7 +149,7 @@ def test_dropout_is_the_plain_formula(way: str, monkeypatch: pytest.MonkeyPatch)
     leaves = [leaf.mul(0.3).requires_grad_() for leaf in leaves]
     x, probs, a_up, b_up, a_down, b_down = leaves
     paths = {"up_proj": LowRank(a_up, b_up, p), "down_proj": LowRank(a_down, b_down, p)}
-    out = run_on_device(experts, x, tokens, probs, paths, WAYS[way])
+    out = run_experts(experts, x, tokens, probs, paths, WAYS[way])
     assert len(masks) == 2
     assert 0.5 < masks[1].float().mean() < 0.7
     groups = group_on_device(tokens, 4, fitting_tile_rows(len(ids), 4))

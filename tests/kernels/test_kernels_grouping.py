@@ -19,7 +19,7 @@ def test_every_token_has_a_row_of_its_own_in_its_experts_span(case: tuple[list[i
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
     rows = groups.row_of_token_T.tolist()
     assert len(set(rows)) == len(rows) == len(expert_ids)
-    span_of = {expert_id: (first, end) for expert_id, first, end in groups.spans}
+    span_of = {expert_id: (first, end) for expert_id, first, end in groups.spans()}
     for expert_id, row in zip(expert_ids, rows, strict=True):
         first, end = span_of[expert_id]
         assert first <= row < end
@@ -30,9 +30,9 @@ def test_every_token_has_a_row_of_its_own_in_its_experts_span(case: tuple[list[i
 def test_spans_tile_the_buffer_and_leave_out_idle_experts(case: tuple[list[int], int]) -> None:
     expert_ids, num_experts = case
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
-    assert [expert_id for expert_id, _, _ in groups.spans] == sorted(set(expert_ids))
+    assert [expert_id for expert_id, _, _ in groups.spans()] == sorted(set(expert_ids))
     at = 0
-    for expert_id, first, end in groups.spans:
+    for expert_id, first, end in groups.spans():
         assert first == at
         assert end - first == padded_rows(expert_ids.count(expert_id))
         at = end
@@ -45,7 +45,7 @@ def test_tokens_of_an_expert_keep_their_order_from_its_first_row_on(case: tuple[
     """Then a buffer's rows depend on the tokens alone, and a sum over them is the same in every run."""
     expert_ids, num_experts = case
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
-    for expert_id, first, _ in groups.spans:
+    for expert_id, first, _ in groups.spans():
         rows = [row for row, e in zip(groups.row_of_token_T.tolist(), expert_ids, strict=True) if e == expert_id]
         assert rows == list(range(first, first + len(rows)))
 

@@ -136,8 +136,8 @@ def test_only_active_experts_are_dequantised(active: int, make_experts: Maker, m
     """One token costs two weights, whether there are 4 experts or 64."""
     experts, _ = make_experts(64, 64, num_experts=8)
     calls = []
-    real = experts_module.dequantized_tiles
-    monkeypatch.setattr(experts_module, "dequantized_tiles", lambda *args: (calls.append(args[2]), real(*args))[1])
+    real = experts_module.tiles_of
+    monkeypatch.setattr(experts_module, "tiles_of", lambda *args: (calls.append(args[2]), real(*args))[1])
     ids = torch.arange(active).repeat(3)
     experts(torch.randn(len(ids), 64), ids, torch.ones(len(ids)))
     assert len(calls) == 2 * active

@@ -241,8 +241,8 @@ def test_one_token_dequantises_only_the_experts_it_hits(
     with torch.no_grad():
         cache = loaded(IDS[:1], use_cache=True).past_key_values
     calls = []
-    real = experts_module.dequantized_tiles
-    monkeypatch.setattr(experts_module, "dequantized_tiles", lambda *args: (calls.append(1), real(*args))[1])
+    real = experts_module.tiles_of
+    monkeypatch.setattr(experts_module, "tiles_of", lambda *args: (calls.append(1), real(*args))[1])
     with torch.no_grad():
         loaded(IDS[:1, :1], past_key_values=cache)
     assert len(calls) == 2 * 2  # two projections in each of 2 MoE layers
