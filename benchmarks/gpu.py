@@ -102,7 +102,10 @@ def moe_layer(base: LolaForCausalLM, tokens: int, dtype: torch.dtype) -> dict[st
         a = torch.randn(experts.num_experts, _RANK, inputs, device=device, dtype=dtype) * 0.02
         b = torch.randn(experts.num_experts, outputs, _RANK, device=device, dtype=dtype) * 0.02
         paths[name] = LowRank(a.requires_grad_(), b.requires_grad_())
-    ways: dict[str, Callable[..., torch.Tensor]] = {"loop": with_products(LoopProducts()), "grouped": with_products(GroupedMatmuls())}
+    ways: dict[str, Callable[..., torch.Tensor]] = {
+        "loop": with_products(LoopProducts()),
+        "grouped": with_products(GroupedMatmuls()),
+    }
     if device.type == "cuda":
         from lola_ft.kernels.triton_products import TritonProducts
 

@@ -1,8 +1,9 @@
 """A training step by the common way and by ours, in turn: `python benchmarks/whole_step.py --help`.
 
 The common way is `per_expert.py`: a module an expert, bitsandbytes' layers, PEFT, eager attention, full logits. Both
-train LoRA on the same random base. Times are taken in turns in one process, after a warm-up of each; memory is that of
-a process which does nothing else, once its model is there. Prints one JSON line last.
+train LoRA on the same random base, each in a process of its own, for what one of them leaves in a process (kernels of
+the matrix library, memory) is not the other's to meet; their steps take turns, and wait meanwhile. Memory is the most
+that each had in its steps. Prints one JSON line last.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +36,16 @@ Step = Callable[[], float]
 
 def main() -> None:
     args = parse()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         write_base(Path(folder), args)
-        memory = {name: in_a_process(peak_of, name, folder, args) for name in WAYS}
-        steps = {name: make(folder, args) for name, make in WAYS.items()}
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    for round_ in range(args.warmup + args.steps):
-        for name, step in steps.items():
-            seconds = step()
-            if round_ >= args.warmup:
-                times[name].append(seconds)
+        ways = {name: running.enter_context(Way(name, folder, args)) for name in WAYS}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(args.warmup + args.steps):
+            for name, way in ways.items():
+                seconds = way.ask("step")
+                if round_ >= args.warmup:
+                    times[name].append(seconds)
+        memory = {name: way.ask("memory") for name, way in ways.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     faster = statistics.median(c / o for c, o in zip(times["common"], times["ours"], strict=True))
     print(
@@ -57,6 +60,44 @@ def main() -> None:
             }
         )
     )
+
+
+class Way:
+    """A process that does a way's steps when it is asked to."""
+
+    def __init__(self, name: str, folder: str, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, name, folder, args))
+
+    def __enter__(self) -> "Way":
+        self._process.start()
+        self.ask("memory")  # the model is there; its loading disturbs nobody's steps
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+    def ask(self, what: str) -> Any:
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+
+def serve(pipe: Connection, name: str, folder: str, args: argparse.Namespace) -> None:
+    """Answer `step` with its seconds, and `memory` with the largest anonymous memory (MB) since the model is there."""
+    step = WAYS[name](folder, args)
+    gc.collect()
+    give_back_freed_memory()
+    largest = 0.0
+    while (what := pipe.recv()) is not None:
+        if what == "memory":
+            pipe.send(largest)
+            continue
+        with Peak() as peak:
+            seconds = step()
+        largest = max(largest, peak.result()["anonymous"])
+        pipe.send(seconds)
 
 
 def ours(folder: str, args: argparse.Namespace) -> Step:
@@ -88,22 +129,6 @@ def common_step(model: PeftModel, batch: int, seq: int) -> float:
     optimizer.zero_grad(set_to_none=True)
     loss.item()
     return time.perf_counter() - began
-
-
-def peak_of(name: str, folder: str, args: argparse.Namespace) -> float:
-    """Largest anonymous memory (MB) during two steps, once the model is there."""
-    step = WAYS[name](folder, args)
-    gc.collect()
-    give_back_freed_memory()
-    with Peak() as peak:
-        step()
-        step()
-    return peak.result()["anonymous"]
-
-
-def in_a_process(function: Callable[..., float], *arguments: object) -> float:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def quantization_of(args: argparse.Namespace) -> str | None:

@@ -1,4 +1,4 @@
-"""What the allocator keeps, in a process of its own: the setting cannot be taken back."""
+"""What a process keeps of memory and threads; in processes of their own, for what is set cannot be taken back."""
 
 import subprocess
 import sys
@@ -32,3 +32,25 @@ def test_what_is_freed_is_used_again_without_asking_the_system() -> None:
     assert before > 100_000  # every page of ten buffers, read and written, each time anew
     assert kept < before / 100
     assert given_back > before / 20  # giving back still works, and is paid for once
+
+
+THREADS = """
+import os, torch
+from lola_ft.quantization.nf4 import quantize
+
+def threads():
+    torch.ones(1 << 20).add_(1)  # wakes OpenMP's own
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(4)
+before = threads()
+quantize(torch.randn(1 << 21, dtype=torch.bfloat16))
+print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads")
+def test_quantising_leaves_no_pools_of_openmps_behind() -> None:
+    """With more of its threads than cores OpenMP's sleep at once, and waking them takes longer than most operations."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 4, "the four that quantise stay; each must not have got four more"

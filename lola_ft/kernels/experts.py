@@ -20,7 +20,8 @@ from lola_ft.kernels.precision import compute_dtype
 from lola_ft.kernels.products import Products, Side
 from lola_ft.kernels.stacks import Experts, LowRank, WeightStack
 
-_RANK_MULTIPLE = 8  # rows of a grouped product's operand start at multiples of 16 bytes
+RANK_MULTIPLE = 8
+"""Ranks are padded to it: rows of a grouped product's operand start at multiples of 16 bytes."""
 
 
 @torch.compiler.disable  # reads counts on the host, or launches kernels of its own: not for a compiler to trace
@@ -157,7 +158,7 @@ class _Experts(torch.autograd.Function):
 
 def _padded(a_ERI: Tensor, b_EOR: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
     """Both factors contiguous, with zeros up to a rank that grouped products take."""
-    missing = -a_ERI.shape[1] % _RANK_MULTIPLE
+    missing = -a_ERI.shape[1] % RANK_MULTIPLE
     a, b = F.pad(a_ERI.to(dtype), (0, 0, 0, missing)), F.pad(b_EOR.to(dtype), (0, missing))
     return [a.contiguous(), b.contiguous()]
 

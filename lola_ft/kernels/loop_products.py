@@ -16,7 +16,7 @@ from lola_ft.kernels.products import Side
 from lola_ft.kernels.stacks import WeightStack
 from lola_ft.kernels.tiles import Tiles, times, times_transposed
 
-_MOST_JOINT = 1 << 25
+_MOST_JOINT = 1 << 26
 """Multiplications of all rows with one expert's factor up to which a product with all factors is quicker than calls."""
 
 
@@ -25,9 +25,7 @@ class LoopProducts:
 
     recomputes_activations = False
 
-    def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
-    ) -> Tensor:
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
         bias_EO = bias_EO.to(x_NI.dtype)
         out_NO = x_NI.new_empty(x_NI.shape[0], bias_EO.shape[1])
         joint = side is not None and _takes_jointly(side, out_NO)
@@ -67,9 +65,7 @@ class LoopProducts:
         return out_ERI
 
 
-def _with_tiles(
-    weight: WeightStack, groups: Grouping, dtype: torch.dtype
-) -> Iterator[tuple[int, int, int, Tiles]]:
+def _with_tiles(weight: WeightStack, groups: Grouping, dtype: torch.dtype) -> Iterator[tuple[int, int, int, Tiles]]:
     """Each expert that got a token: its number, first row, end row, dense weight."""
     spans = groups.spans()
     for span, tiles in zip(spans, weight.tiles([e for e, _, _ in spans], dtype), strict=True):

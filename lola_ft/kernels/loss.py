@@ -15,6 +15,7 @@ from torch import Tensor
 IGNORE = -100
 # 256 rows of 100 096 float32 logits are 102 MB; larger chunks gain nothing, smaller ones lose matmul efficiency.
 _CHUNK_ROWS = 256
+_CPU_ROWS = 32  # of a chunk that a CPU takes from logits to gradients at a time: these stay in the cores' caches
 
 
 @torch.compiler.disable  # how many rows have a label is in the data
@@ -70,19 +71,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         total = rows_ND.new_zeros((), dtype=torch.float32)
+        logits_CV = head_VD.new_empty(min(_CHUNK_ROWS, rows_ND.shape[0]), head_VD.shape[0])
         for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             rows, targets = rows_ND[chunk].to(head_VD.dtype), targets_N[chunk]
-            log_probs = (rows @ head_VD.t()).float().log_softmax(dim=-1)
-            total += F.nll_loss(log_probs, targets, reduction="sum")
-            if wants_rows or wants_head:
-                d_logits = log_probs.exp_()  # the same memory: a chunk of logits is large
-                d_logits[torch.arange(targets.numel(), device=targets.device), targets] -= 1
-                d_logits = d_logits.to(head_VD.dtype)
-                if d_rows_ND is not None:
-                    d_rows_ND[chunk] = (d_logits @ head_VD).to(d_rows_ND.dtype)
-                if d_head_VD is not None:
-                    d_head_VD += (d_logits.t() @ rows).float()
+            logits = torch.mm(rows, head_VD.t(), out=logits_CV[: targets.numel()])
+            total += _nats_and_gradients(logits, targets, wants_rows or wants_head)
+            if d_rows_ND is not None:
+                d_rows_ND[chunk] = (logits @ head_VD).to(d_rows_ND.dtype)
+            if d_head_VD is not None:
+                d_head_VD += (logits.t() @ rows).float()
         ctx.save_for_backward(d_rows_ND, d_head_VD)
         ctx.head_dtype = head_VD.dtype
         return total
@@ -94,3 +92,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_rows = None if d_rows_ND is None else d_rows_ND * d_total.to(d_rows_ND.dtype)
         d_head = None if d_head_VD is None else (d_head_VD * d_total).to(ctx.head_dtype)
         return d_rows, d_head, None
+
+
+def _nats_and_gradients(logits_NV: Tensor, targets_N: Tensor, gradients: bool) -> Tensor:
+    """The sum of minus the targets' log-probabilities; puts its gradient into the logits' place if that is wanted."""
+    total = logits_NV.new_zeros((), dtype=torch.float32)
+    at_a_time = _CPU_ROWS if logits_NV.device.type == "cpu" else max(1, targets_N.numel())
+    for logits, targets in zip(logits_NV.split(at_a_time), targets_N.split(at_a_time), strict=True):
+        log_probs = logits.float().log_softmax(dim=-1)
+        total += F.nll_loss(log_probs, targets, reduction="sum")
+        if gradients:
+            d_logits = log_probs.exp_()  # the same memory: logits are large
+            d_logits[torch.arange(targets.numel(), device=targets.device), targets] -= 1
+            logits.copy_(d_logits)
+    return total

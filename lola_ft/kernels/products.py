@@ -40,9 +40,7 @@ class Products(Protocol):
 
     recomputes_activations: bool
 
-    def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
-    ) -> Tensor:
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
         """`x @ weight[expert] + bias[expert]` and the side path; (N, O)."""
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
@@ -60,9 +58,7 @@ class GroupedMatmuls:
 
     recomputes_activations = True
 
-    def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
-    ) -> Tensor:
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
         out_NO = F.grouped_mm(x_NI, weight.dense(x_NI.dtype), offs=groups.ends_E)
         out_NO += bias_EO.to(x_NI.dtype)[groups.expert_of_row()]
         return _with_side(out_NO, side, groups)

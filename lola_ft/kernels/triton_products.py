@@ -33,9 +33,7 @@ class TritonProducts:
         """Whether a weight's blocks of scales lie within its rows."""
         return shape[1] % nf4_triton.BLOCK.value == 0
 
-    def times(
-        self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None
-    ) -> Tensor:
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
         return self._product(x_NI, weight, groups, bias_EO, side, transposed=False)
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:

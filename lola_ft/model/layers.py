@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lola_ft.kernels.attention import cpu_attention, suits_cpu_attention
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.router import RouterGate, route
@@ -44,17 +45,16 @@ class LolaAttention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        out, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        implementation = self.config._attn_implementation
+        weights = None
+        if implementation == "sdpa" and suits_cpu_attention(query, key, attention_mask, dropout):
+            out = cpu_attention(query, key, value, attention_mask, self.scaling).transpose(1, 2)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+            out, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
         out_BSD = self.c_proj(out.reshape(batch, seq, -1))
         return self.resid_dropout(out_BSD), weights
 

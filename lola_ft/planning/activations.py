@@ -8,13 +8,13 @@ Letters: T tokens, D hidden, F inner, E experts, H heads, R rank.
 
 from dataclasses import dataclass
 
-from lola_ft.kernels.device_grouping import fitting_tile_rows
-from lola_ft.kernels.grouping import bucket_of
+from lola_ft.kernels.attention import LONGEST
+from lola_ft.kernels.experts import RANK_MULTIPLE
+from lola_ft.kernels.grouping import bucket_of, fitting_tile_rows
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
 _INDEX = 8
-_RANK_MULTIPLE = 8  # a GPU's products pad ranks to it: `kernels/device_experts.py`
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,9 @@ class _Walk:
                 saved += 2 * row * self.width + 3 * scores * self.width
             else:
                 kept_output = True
-                saved += row * self.width + self.tokens * config.n_head * _FLOAT + self.mask_numbers * self.width
+                saved += row * self.width + self.tokens * config.n_head * _FLOAT
+                if self.cuda or not self.half or length > LONGEST:  # else all layers keep the same mask as it is
+                    saved += self.mask_numbers * self.width
         saved += self._linear("attention", config.n_embd, config.n_embd, rank, self.width, kept_output)
         return saved + self.dropout(config.resid_pdrop, row)
 
@@ -181,15 +183,16 @@ class _Walk:
         settings, config = self.settings, self.config
         hidden, inner, rows = config.n_embd, config.n_inner, grouped_rows(self.job)
         saved = (rows * (hidden + inner) + self.tokens * hidden) * self.width
+        if not self.cuda:
+            saved += rows * inner * self.width  # GELU's output; a GPU computes it again
         if chosen:
             rank = settings.expert_rank or 0
-            if self.cuda:  # all experts in one product, zeros for those without LoRA, and ranks padded
-                if chosen < config.num_experts:
-                    saved += chosen * (2 * rank * (hidden + inner) * _FLOAT + 2 * _INDEX)
-                chosen, rank = config.num_experts, -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-            saved += (2 * rows * rank + chosen * 2 * rank * (hidden + inner)) * self.width
+            if chosen < config.num_experts:  # zeros for those without LoRA
+                saved += chosen * (2 * rank * (hidden + inner) * _FLOAT + 2 * _INDEX)
+            rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+            saved += (2 * rows * rank + config.num_experts * 2 * rank * (hidden + inner)) * self.width
             if settings.dropout_of("experts"):
-                saved += rows * (hidden + inner) * (1 if self.cuda else self.width)
+                saved += rows * (hidden + inner)
         return saved
 
     def _chosen(self, layer_idx: int) -> int:

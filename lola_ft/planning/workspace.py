@@ -47,18 +47,16 @@ def _linear_tile(job: Job) -> int:
 def _experts_work(job: Job) -> int:
     """Gradients of grouped rows and of LoRA's factors; copies of the inner rows; what is dense of the weights.
 
-    A CPU takes one expert after another; half of all tokens are taken to be one's. A GPU takes all at once, and dense
-    if it finds that faster than decoding them on the way.
+    A CPU makes one expert's weight dense at a time; a GPU all, if it finds that faster than decoding on the way.
     """
     config, rank = job.config, job.settings.expert_rank or 0
     hidden, inner = config.n_embd, config.n_inner
     factors = config.num_experts * 2 * rank * (hidden + inner) * (job.width + _FLOAT)
+    rows = grouped_rows(job) * (3 * hidden + 4 * inner) * job.width
     if not job.on_cuda:
-        rows = 3 * job.tokens * hidden + 4 * (job.tokens // 2) * inner
-        return rows * job.width + factors + _linear_tile(job)
-    rows = grouped_rows(job) * (3 * hidden + 4 * inner)
+        return rows + factors + _linear_tile(job)
     weights = config.num_experts * hidden * inner if job.quantization == "nf4" else 0
-    return rows * job.width + factors + weights * job.width + _scales(weights)
+    return rows + factors + weights * job.width + _scales(weights)
 
 
 def _scales(numbers: int) -> int:

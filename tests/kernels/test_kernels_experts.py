@@ -450,7 +450,12 @@ def test_two_forwards_before_backward_keep_their_own_masks() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "rank", "dtype", "joint"),
-    [(2048, 8, "bfloat16", True), (2048, 64, "bfloat16", False), (2048, 8, "float32", False), (1, 64, "bfloat16", True)],
+    [
+        (2048, 8, "bfloat16", True),
+        (2048, 64, "bfloat16", False),
+        (2048, 8, "float32", False),
+        (1, 64, "bfloat16", True),
+    ],
 )
 def test_one_product_for_all_experts_only_where_that_is_quicker(rows: int, rank: int, dtype: str, joint: bool) -> None:
     assert loop_products._is_joint(torch.empty(rows, 2048, dtype=getattr(torch, dtype)), rank) is joint

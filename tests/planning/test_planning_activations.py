@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lola_ft.adapters import AdapterSettings
-from lola_ft.kernels import experts
-from lola_ft.kernels.device_experts import run_on_device
+from lola_ft.kernels.experts import run_experts
+from lola_ft.kernels.products import GroupedMatmuls
+from lola_ft.model import experts
 from lola_ft.planning import Job
 from lola_ft.planning.activations import activations
 from tests.planning.conftest import Batch, adapted
@@ -71,7 +73,7 @@ def test_a_gpus_way_with_the_experts_is_as_planned_to_the_byte(
     """Its code runs on a CPU, too; in float32 and without other dropout, the rest of a layer saves the same on both."""
     given = {"attention_rank": 4, "mlp_rank": 8, "expert_rank": 12, "selection": selection}
     settings = AdapterSettings(**given, dropouts={"experts": dropout})
-    monkeypatch.setattr(experts, "run_loop", run_on_device)
+    monkeypatch.setattr(experts, "run_experts", partial(run_experts, products=GroupedMatmuls()))
     batch = Batch(3, 50)
     model = adapted(odd_base, None, "float32", settings)
     job = replace(_job(model.config, settings, None, "float32", batch), device="cuda")
