@@ -42,6 +42,7 @@ from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_m
 from lola_ft.training.manifest import Prepared, manifest_of, timings_of
 from lola_ft.training.metrics import MetricsFile, read_metrics
 from lola_ft.training.optimizers import refuse_missing_optimizer
+from lola_ft.training.packing import ready
 from lola_ft.training.peak_memory import PeakMemory
 from lola_ft.training.plan import advice
 from lola_ft.training.plots import plot_run
@@ -244,6 +245,7 @@ def _fit(
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
     kind, own_settings = _trainer_of(prepared)
+    training, validation = _datasets(prepared)
     trainer = kind(
         model=prepared.model,
         args=training_arguments(
@@ -254,8 +256,8 @@ def _fit(
             steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset), processes.count()),
             evaluate=data.validation is not None,
         ),
-        train_dataset=data.mix.dataset,
-        eval_dataset=_validation(recipe, data),
+        train_dataset=training,
+        eval_dataset=validation,
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check, memory],
         **own_settings,
@@ -346,11 +348,14 @@ def _trainer_of(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
     return LolaTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
 
 
-def _validation(recipe: Recipe, data: RunData) -> Any:
-    """What is evaluated: each language by itself, but preferences all together."""
-    if data.validation is None or recipe.objective != "sft":
-        return data.validation.dataset if data.validation else None
-    return by_language(data.validation.dataset, data.validation.languages)
+def _datasets(prepared: Prepared) -> tuple[Any, Any]:
+    """What is trained on and what is evaluated, if anything: each language by itself, but preferences all together."""
+    data, section = prepared.data, prepared.recipe.data
+    if prepared.recipe.objective != "sft":
+        return data.mix.dataset, data.validation.dataset if data.validation else None
+    languages = by_language(data.validation.dataset, data.validation.languages) if data.validation else {}
+    validation = {code: ready(rows, section.packing, section.max_length) for code, rows in languages.items()}
+    return ready(data.mix.dataset, section.packing, section.max_length), validation or None
 
 
 def _packing_line(trainer: ResumableTrainer, data: RunData) -> str:
