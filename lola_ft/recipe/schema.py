@@ -17,7 +17,7 @@ from lola_ft.recipe import preference, unsupported
 from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
-from lola_ft.row_formats import FORMAT_FIELDS
+from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN
 
 LOLA_POSITIONS = 2048
 """LOLA has one learned vector a position, so no sequence can be longer."""
@@ -187,7 +187,7 @@ class Source(Section):
         for key in ("subset", "split", "revision", "streaming"):
             if self.hub is None and self.path is not None and getattr(self, key) not in (None, False):
                 yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
-        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in _ROWS_OF_THEIR_OWN):
+        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in ROWS_OF_THEIR_OWN):
             yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
         if self.language is not None and self.language_column is not None:
             yield ("language_column",), "give `language` or `language_column`, not both"
@@ -215,7 +215,6 @@ class Source(Section):
                 yield ("instruction",), "names {labels}, and this source has no `labels`. Add them"
 
 
-_ROWS_OF_THEIR_OWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _KEYS_OF_FORMATS = {
     "labels": ("classification",),
     "source_language": ("translation",),
