@@ -66,6 +66,19 @@ def with_something_to_learn(dataset: Dataset) -> Dataset:
     return dataset if (lengths > 1).all() else dataset.select(np.flatnonzero(lengths > 1))
 
 
+def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> float:
+    """The share of tokens in padded micro batches, as long as their longest sequence each.
+
+    Args:
+        lengths: Tokens of each sequence (N,), N at least 1; they are put into a random order.
+        seed: Of that order, which is one like training's and not the same.
+    """
+    lengths = np.random.default_rng(seed).permutation(lengths)
+    starts = np.arange(0, len(lengths), micro_batch_size)
+    rows = np.diff(np.append(starts, len(lengths)))
+    return float(lengths.sum() / (rows * np.maximum.reduceat(lengths, starts)).sum())
+
+
 def sequence_lengths(dataset: Dataset) -> np.ndarray:
     """Tokens of each row, in the dataset's order."""
     tables = dataset.select_columns("input_ids").with_format("arrow").iter(_BATCH)

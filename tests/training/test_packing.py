@@ -2,10 +2,12 @@
 
 import errno
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -16,7 +18,7 @@ from lola_ft.files import cache_root
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.tokenizer import load_tokenizer, read_config
 from lola_ft.training import packing, run
-from lola_ft.training.packing import pack, ready
+from lola_ft.training.packing import pack, ready, sequence_lengths, share_of_tokens
 
 
 def sequences(count: int) -> Dataset:
@@ -103,3 +105,35 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "pack_dataset", full)
     with pytest.raises(UserError, match="no room for the encoded rows"):
         pack(sequences(5), 64)
+
+
+def test_the_share_of_tokens_is_that_of_padded_batches() -> None:
+    assert share_of_tokens(np.array([3, 1, 7]), 1, seed=0) == 1.0
+    assert share_of_tokens(np.array([2, 2, 2, 2, 2]), 4, seed=0) == 1.0
+    assert share_of_tokens(np.array([2, 8]), 2, seed=0) == 10 / 16
+    assert share_of_tokens(np.array([2, 8]), 64, seed=0) == 10 / 16  # there are no more rows
+    lengths = np.array([1, 1, 9] * 50)
+    order = np.random.default_rng(5).permutation(lengths).tolist()
+    batches = [order[start : start + 4] for start in range(0, 150, 4)]
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    assert len(batches[-1]) == 2
+    assert share_of_tokens(lengths, 4, seed=5) == sum(order) / padded
+
+
+def test_lengths_follow_the_order_of_the_rows() -> None:
+    rows = sequences(2100).select([*range(2099, -1, -1)])
+    assert sequence_lengths(rows).tolist() == [len(ids) for ids in rows["input_ids"]]
+
+
+def test_a_run_says_how_much_of_its_batches_is_padding(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any]
+) -> None:
+    path = recipe_file(data={"packing": False}, train={"max_steps": 1, "micro_batch_size": 1, "grad_accum_steps": 1})
+    assert "not packed. Of micro batches of 1, 100.0% is tokens and not padding." in one_line(verb("train", path).out)
+    some = one_line(verb("train", path, "train.micro_batch_size=8", f"output={path.parent / 'other'}").out)
+    [share] = re.findall(r"not packed\. Of micro batches of 8, (\d\d\.\d)% is tokens and not padding\.", some)
+    assert 50 < float(share) < 100
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
