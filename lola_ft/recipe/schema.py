@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import preference, unsupported
@@ -46,8 +46,24 @@ class Section(BaseModel):
         return ()
 
     @model_validator(mode="after")
-    def _follow_rules(self) -> Self:
-        if problems := list(self._rules()):
+    def _follow_rules(self, info: ValidationInfo) -> Self:
+        """Check the rules.
+
+        Validation's context may hold keys (section class, name) whose values were wrong and are left out. They are
+        taken away, defaults too: a rule that asks for one ends the look at its section, so that what was found until
+        then holds whatever their values should have been.
+        """
+        problems = list[Problem]()
+        for section, key in info.context or ():
+            if section is type(self):
+                self.__dict__.pop(key, None)
+        try:
+            for problem in self._rules():
+                problems.append(problem)
+        except (AttributeError, KeyError):
+            if not info.context:
+                raise
+        if problems:
             text = "; ".join(f"{'.'.join(map(str, key))}: {message}" for key, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self
