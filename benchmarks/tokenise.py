@@ -1,7 +1,7 @@
-"""Reading and encoding rows of Alpaca's size: speed and memory, then again from the cache. `--help` for its options.
+"""Reading, encoding and packing rows of Alpaca's size: speed and memory; encoding again from the cache. See `--help`.
 
 Rows are made of words drawn at random, as long as Alpaca's on average. Memory is the process's own and its children's
-(anonymous), sampled while it encodes; the mapped result is the file's. Prints one JSON line last.
+(anonymous), sampled in each part; the mapped results are their files'. Prints one JSON line last.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import psutil
 from lola_ft.nano.tokenizer import train_tokenizer
 from lola_ft.recipe.schema import Data
 from lola_ft.training import dataset
+from lola_ft.training.packing import ready
 
 _SYLLABLES = ("ka", "mu", "ndi", "to", "le", "shi", "ra", "wen", "pol", "ti", "an", "ber", "sa", "ko", "gri", "ust")
 
@@ -35,7 +36,7 @@ def main() -> None:
 
 
 def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]:
-    """Encode a generated file twice."""
+    """Encode a generated file twice, then pack its rows."""
     words = make_words()
     tokenizer = train_tokenizer(texts(words, 3000), vocab_size=vocab, max_length=2048)
     file = write_rows(folder / "rows.jsonl", words, rows)
@@ -47,6 +48,10 @@ def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]
     again_s, peak_again, found = timed(lambda: dataset.prepare(data, tokenizer, seed=0))
     assert found.note, "the second time the rows come from the cache"
     assert found.train.dataset._fingerprint == made.train.dataset._fingerprint, "the cache holds other rows"
+    del found
+    pack_s, peak_packing, packed = timed(lambda: ready(made.mix.dataset, packing=True, max_length=data.max_length))
+    plain_s, peak_plain, plain = timed(lambda: ready(made.mix.dataset, packing=False, max_length=data.max_length))
+    assert len(plain) == rows, "every row has something to learn"
     return {
         "rows": rows,
         "file_mb": round(file.stat().st_size / 1e6, 1),
@@ -58,6 +63,12 @@ def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]
         "peak_mb": round(peak / 1e6),
         "from_cache_s": round(again_s, 1),
         "from_cache_peak_mb": round(peak_again / 1e6),
+        "packed_rows": len(packed),
+        "pack_s": round(pack_s, 1),
+        "pack_peak_mb": round(peak_packing / 1e6),
+        "not_packed_s": round(plain_s, 1),
+        "not_packed_peak_mb": round(peak_plain / 1e6),
+        "after_mb": round(own_memory() / 1e6),
     }
 
 

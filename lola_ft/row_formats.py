@@ -1,4 +1,4 @@
-"""The formats that a source's rows may have, and each one's fields: what a recipe may name and what data reads."""
+"""Kinds of files, formats of rows, and each format's fields: what a recipe may name and what data reads."""
 
 FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output"),
@@ -11,3 +11,6 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
     "unpaired_preference": ("prompt", "completion", "label"),
 }
 """The fields of each format by their standard names."""
+
+ROWS_OF_THEIR_OWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Kinds of files that no `unit` divides into rows."""

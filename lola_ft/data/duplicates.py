@@ -33,7 +33,8 @@ class LeakCheck:
         validation: The rows held out.
         action: `error` refuses a training row that is also a validation row, `drop` leaves it out of the training
             rows, `allow` keeps it.
-        rows: Training rows that are validation rows too: same prompt, same answer.
+        rows: Training rows that are validation rows too: same prompt, same answer; or the same two sentences, whichever
+            is translated into which.
         prompts: Training rows with the prompt of a validation row and another answer. They are kept: an instruction
             may well be given with many answers.
     """
@@ -46,7 +47,7 @@ class LeakCheck:
     _prompts: set[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._places = {_digest(row.identity): row.where for row in self.validation}
+        self._places = {_digest(said): row.where for row in self.validation for said in (row.split_key, row.identity)}
         self._prompts = {_digest(row.request) for row in self.validation if row.prompt is not None}
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
@@ -57,10 +58,12 @@ class LeakCheck:
         """
         first = ""
         for example in examples:
-            place = self._places.get(_digest(example.identity))
+            same = self._places.get(_digest(example.identity))
+            place = same or self._places.get(_digest(example.split_key))
             if place is not None:
                 self.rows += 1
-                first = first or f"{example.where}: the same row as {place}, which is for validation"
+                what = "row" if same else "two sentences"
+                first = first or f"{example.where}: the same {what} as {place}, which is for validation"
             elif example.prompt is not None and _digest(example.request) in self._prompts:
                 self.prompts += 1
             if self.action == "allow" or (place is None and not (first and self.action == "error")):

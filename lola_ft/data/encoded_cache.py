@@ -24,7 +24,7 @@ from lola_ft.data.table_store import map_table
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root
 
-VERSION = 1
+VERSION = 2
 """Of what rows become; a change of it makes every entry anew."""
 KEPT = 8
 _FACTS = "facts.json"

@@ -30,6 +30,9 @@ class Example:
     desirable: bool | None = None
     """Whether the completion was judged good, where it was judged by itself."""
 
+    pair: tuple[str, str] | None = None
+    """A sentence and its translation in alphabetical order, so that both directions have the same."""
+
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
         """All exchanges in their order; none for a text."""
@@ -51,6 +54,14 @@ class Example:
         said = f"{len(self.request)}\n{self.request}\n{self.completion}"
         judged = "" if self.rejected is None else f"\n{len(self.completion)}\n{self.rejected}"
         return said + judged + ("" if self.desirable is None else f"\n{self.desirable}")
+
+    @property
+    def split_key(self) -> str:
+        """What decides on which side of a split the row is: its `identity`; of a translation, its pair of sentences."""
+        if self.pair is None:
+            return self.identity
+        one, other = self.pair
+        return f"pair\n{len(one)}\n{one}\n{other}"
 
 
 def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:

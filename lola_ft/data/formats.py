@@ -11,7 +11,7 @@ from lola_ft.data.fields import language_of, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
 from lola_ft.data.rows import BadRow, Row
 from lola_ft.data.sources import Source, scan_rows
-from lola_ft.data.tasks import read_classification, read_translation, translation_language
+from lola_ft.data.tasks import in_order, read_classification, read_pair, read_translation, translation_language
 from lola_ft.errors import DataError
 from lola_ft.row_formats import FORMAT_FIELDS
 
@@ -59,6 +59,8 @@ def to_example(row: Row, source: Source) -> Example:
         return replace(example, rejected=read_rejected(row, source))
     if source.format == "unpaired_preference":
         return replace(example, desirable=read_label(row, source))
+    if source.format == "translation":
+        return replace(example, pair=read_pair(row, source))
     return example
 
 
@@ -67,7 +69,10 @@ def composed(example: Example) -> Example:
     earlier = tuple((_composed(fields), _nfc(answer)) for fields, answer in example.earlier)
     prompt = None if example.prompt is None else _composed(example.prompt)
     rejected = None if example.rejected is None else _nfc(example.rejected)
-    return replace(example, prompt=prompt, completion=_nfc(example.completion), earlier=earlier, rejected=rejected)
+    pair = None if example.pair is None else in_order(*map(_nfc, example.pair))
+    return replace(
+        example, prompt=prompt, completion=_nfc(example.completion), earlier=earlier, rejected=rejected, pair=pair
+    )
 
 
 def _composed(fields: Fields) -> Fields:

@@ -1,22 +1,24 @@
 """Rows of .jsonl files, one object a line, and of .json files, one list of objects."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
-from lola_ft.errors import DataError
+from lola_ft.errors import DataError, printable
 
 
 def jsonl_rows(path: Path) -> Rows:
     """One object a line. Lines end with a newline byte only, so that U+2028 may stand in a text."""
+    parser = _Parser()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
             try:
                 text = decode(line.removeprefix(BOM) if number == 1 else line, where).strip(" \t\r\n")
                 if text:
-                    yield Row(_object(_parse(text, where), where), where)
+                    yield Row(parser.row(parser.parse(text, where), where), where)
             except DataError as error:
                 yield BadRow(str(error))
 
@@ -26,29 +28,71 @@ def json_rows(path: Path) -> Rows:
     text = decode(path.read_bytes().removeprefix(BOM), str(path))
     if not text.strip():
         return
-    rows = _parse(text, str(path))
+    parser = _Parser()
+    rows = parser.parse(text, str(path))
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of objects; found {_kind(rows)}.")
     for index, row in enumerate(rows):
         where = f"{path}:[{index}]"
         try:
-            yield Row(_object(row, where), where)
+            yield Row(parser.row(row, where), where)
         except DataError as error:
             yield BadRow(str(error))
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        raise DataError(_broken(error, text, where)) from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply.") from None
-    except ValueError as error:
-        raise DataError(f"{where}: broken JSON: {error}.") from None
+class _Parser:
+    """Parses texts, and remembers the last one's objects in which a key comes again: JSON leaves open what it means."""
+
+    def __init__(self) -> None:
+        repeats: dict[int, tuple[dict[str, Any], str]] = {}
+
+        def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            made = dict(pairs)
+            if len(made) < len(pairs):
+                keys = Counter(key for key, _ in pairs)
+                repeats[id(made)] = made, max(keys, key=keys.__getitem__)  # it is kept, so its id stays its own
+            return made
+
+        self._repeats = repeats
+        self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=make)
+
+    def parse(self, text: str, where: str) -> Any:
+        """What a text holds.
+
+        Raises:
+            DataError: It is no JSON.
+        """
+        self._repeats.clear()
+        try:
+            return self._decoder.decode(text)
+        except json.JSONDecodeError as error:
+            raise DataError(_broken(error, text, where)) from None
+        except RecursionError:
+            raise DataError(f"{where}: nested too deeply.") from None
+        except ValueError as error:
+            raise DataError(f"{where}: broken JSON: {error}.") from None
+
+    def row(self, value: Any, where: str) -> dict[str, Any]:
+        """A value out of what was parsed last, as a row.
+
+        Raises:
+            DataError: It is no object, or a key comes twice in it or in an object inside it.
+        """
+        if not isinstance(value, dict):
+            raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {_kind(value)}.')
+        inside: list[Any] = [value] if self._repeats else []
+        while inside:
+            part = inside.pop()
+            if id(part) in self._repeats:
+                key = printable(self._repeats[id(part)][1])
+                raise DataError(f"{where}: key '{key}' comes more than once in an object. Keep one of them.")
+            inside += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        return value
 
 
 def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
+    if text.startswith("\ufeff"):
+        return f"{where}: begins with a byte order mark, which only the beginning of a file may have. Remove it."
     if where.endswith(".json"):  # the whole file was read, so the line is the error's own
         where = f"{where}:{error.lineno}"
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
@@ -60,12 +104,6 @@ def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {_kind(value)}.')
-    return value
 
 
 def _kind(value: Any) -> str:

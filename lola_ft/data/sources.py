@@ -22,8 +22,6 @@ _READERS = {
     ".parquet": parquet_rows,
     ".txt": text_rows,
 }
-ROWS_OF_THEIR_OWN = tuple(kind for kind in _READERS if kind != ".txt")
-"""Kinds of files that no `unit` divides into rows."""
 KINDS = f"{', '.join(list(_READERS)[:-1])} and {list(_READERS)[-1]}"
 
 

@@ -11,13 +11,13 @@ def is_validation(example: Example, share: float, seed: int) -> bool:
     """Whether a row is held out.
 
     A hash of the row's own text decides, so that adding a source or another order moves no row, and rows that say
-    the same fall on the same side.
+    the same fall on the same side; so do the two directions of a translation, of which each holds the other's answer.
 
     Args:
         share: Part held out, from 0 to 1.
         seed: Another seed holds out other rows.
     """
-    digest = hashlib.sha256(f"{seed}\n{example.identity}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{example.split_key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 

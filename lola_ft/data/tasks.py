@@ -41,6 +41,16 @@ def read_translation(row: Row, source: Source) -> tuple[Fields, str]:
     return _request(request, texts, {side: language_name(_side(row, source, side)) for side in sides}, row), answer
 
 
+def read_pair(row: Row, source: Source) -> tuple[str, str]:
+    """The two sentences, whichever is translated into which."""
+    return in_order(text_field(row, source, "source"), text_field(row, source, "target"))
+
+
+def in_order(one: str, other: str) -> tuple[str, str]:
+    """Two texts, the first in the alphabet first."""
+    return (one, other) if one <= other else (other, one)
+
+
 def translation_language(row: Row, source: Source) -> str:
     """The code of the language translated into, under which a row counts."""
     return _side(row, source, "target_language")

@@ -10,10 +10,10 @@ from lola_ft.data import Example, Row, Source, read_examples, read_rows
 from lola_ft.data.example import UNKNOWN_LANGUAGE, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
 from lola_ft.data.formats import FORMATS
-from lola_ft.data.sources import ROWS_OF_THEIR_OWN
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.choice import Question
+from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 CHOICES = "choices"
 """A format of evaluation alone: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""

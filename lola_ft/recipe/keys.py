@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, get_args, get_origin
 
+from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.schema import Recipe, Section
 
 
@@ -20,6 +21,16 @@ def section_at(keys: Sequence[str]) -> type[Section] | None:
         info = section.model_fields.get(key) if section else None
         section = _inner_section(info.annotation) if info else None
     return section
+
+
+def own_key(path: KeyPath) -> tuple[type[Section], KeyPath] | None:
+    """The innermost section on a path and the path of its key: `data.sources.0.fields` of `data.sources.0.fields.text`;
+    None where the path leads to none."""
+    for end in range(len(path), 0, -1):
+        section = section_at([part for part in path[: end - 1] if isinstance(part, str)])
+        if section and path[end - 1] in section.model_fields:
+            return section, path[:end]
+    return None
 
 
 def describe_key(path: Sequence[str | int]) -> str:

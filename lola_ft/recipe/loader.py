@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from lola_ft.errors import RecipeError, printable
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import MAX_BYTES, BadYaml, Document, KeyPath, Place, parse_document
-from lola_ft.recipe.messages import explain, shown, unknown_keys
+from lola_ft.recipe.keys import own_key
+from lola_ft.recipe.messages import broken_rules, explain, shown, unknown_keys, wrong_values
 from lola_ft.recipe.overrides import Overridden, apply_overrides
 from lola_ft.recipe.schema import Recipe
 
@@ -84,8 +85,9 @@ def _near(path: Path) -> str:
 def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
     """The recipe, if it is one, and its mistakes.
 
-    A section's rules are looked at once its keys are right. Unknown keys must not hide them, so they are left out in a
-    second look; what that then finds missing in their own section is only another sign of them.
+    A section's rules are looked at once its keys are right. Unknown keys and wrong values must not hide them, so they
+    are left out in a second and a third look. What these then find missing in the same section, or wrong with the
+    value itself, is only another sign of them.
     """
     mistakes = list(unsupported.find(overridden.data))
     try:
@@ -93,19 +95,29 @@ def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath
     except ValidationError as error:
         mistakes += explain(error)
         unknown = unknown_keys(error)
+        wrong = list(filter(None, map(own_key, wrong_values(error))))
+    rest = _without(overridden.data, unknown)
     try:
-        Recipe.model_validate(_without(overridden.data, unknown))
+        Recipe.model_validate(rest)
     except ValidationError as error:
-        mistakes += [
-            (path, message) for path, message in explain(error) if all(key[: len(path)] != path for key in unknown)
-        ]
+        mistakes += [(path, message) for path, message in explain(error) if not _leads_to(path, unknown)]
+    paths = list(dict.fromkeys(path for _, path in wrong))
+    try:
+        Recipe.model_validate(_without(rest, paths), context={(section, path[-1]) for section, path in wrong})
+    except ValidationError as error:
+        mistakes += [(path, text) for path, text in broken_rules(error) if not _leads_to(path, [*unknown, *paths])]
     return None, mistakes
 
 
-def _without(data: Any, unknown: list[KeyPath]) -> Any:
+def _leads_to(path: KeyPath, keys: list[KeyPath]) -> bool:
+    """Whether one of the keys is at this place or inside it."""
+    return any(key[: len(path)] == path for key in keys)
+
+
+def _without(data: Any, keys: list[KeyPath]) -> Any:
     """The data without these keys."""
     rest = copy.deepcopy(data)
-    for *parents, key in unknown:
+    for *parents, key in keys:
         place = rest
         for part in parents:
             place = place[part]

@@ -15,12 +15,22 @@ from lola_ft.recipe.suggest import suggest_key, suggest_word
 def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
     """Each mistake of a recipe: the path of the key to blame and the message."""
     for detail in error.errors(include_url=False):
-        path = _path(detail)
-        if detail["type"] == "rules":
-            for key, message in detail["ctx"]["problems"]:
-                yield (*path, *key), message
+        if detail["type"] == _RULES:
+            yield from _problems(detail)
         else:
-            yield path, _message(detail, path)
+            yield _path(detail), _message(detail, _path(detail))
+
+
+def broken_rules(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
+    """Of a recipe's mistakes those between keys."""
+    for detail in error.errors(include_url=False):
+        if detail["type"] == _RULES:
+            yield from _problems(detail)
+
+
+def _problems(detail: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
+    for key, message in detail["ctx"]["problems"]:
+        yield (*_path(detail), *key), message
 
 
 def unknown_keys(error: ValidationError) -> list[KeyPath]:
@@ -28,7 +38,17 @@ def unknown_keys(error: ValidationError) -> list[KeyPath]:
     return [_path(detail) for detail in error.errors(include_url=False) if detail["type"] == _UNKNOWN]
 
 
+def wrong_values(error: ValidationError) -> list[KeyPath]:
+    """The paths of values that are not what their keys take."""
+    return [
+        _path(detail)
+        for detail in error.errors(include_url=False)
+        if detail["type"] not in (_UNKNOWN, _RULES, "missing")
+    ]
+
+
 _UNKNOWN = "extra_forbidden"  # pydantic's word for it
+_RULES = "rules"  # ours
 
 
 def _path(detail: ErrorDetails) -> KeyPath:

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import preference, unsupported
 from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
-from lola_ft.row_formats import FORMAT_FIELDS
+from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN
 
 LOLA_POSITIONS = 2048
 """LOLA has one learned vector a position, so no sequence can be longer."""
@@ -46,8 +46,24 @@ class Section(BaseModel):
         return ()
 
     @model_validator(mode="after")
-    def _follow_rules(self) -> Self:
-        if problems := list(self._rules()):
+    def _follow_rules(self, info: ValidationInfo) -> Self:
+        """Check the rules.
+
+        Validation's context may hold keys (section class, name) whose values were wrong and are left out. They are
+        taken away, defaults too: a rule that asks for one ends the look at its section, so that what was found until
+        then holds whatever their values should have been.
+        """
+        problems = list[Problem]()
+        for section, key in info.context or ():
+            if section is type(self):
+                self.__dict__.pop(key, None)
+        try:
+            for problem in self._rules():
+                problems.append(problem)
+        except (AttributeError, KeyError):
+            if not info.context:
+                raise
+        if problems:
             text = "; ".join(f"{'.'.join(map(str, key))}: {message}" for key, message in problems)
             raise PydanticCustomError("rules", "{text}", {"text": text, "problems": problems})
         return self
@@ -187,7 +203,7 @@ class Source(Section):
         for key in ("subset", "split", "revision", "streaming"):
             if self.hub is None and self.path is not None and getattr(self, key) not in (None, False):
                 yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
-        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in _ROWS_OF_THEIR_OWN):
+        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in ROWS_OF_THEIR_OWN):
             yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
         if self.language is not None and self.language_column is not None:
             yield ("language_column",), "give `language` or `language_column`, not both"
@@ -215,7 +231,6 @@ class Source(Section):
                 yield ("instruction",), "names {labels}, and this source has no `labels`. Add them"
 
 
-_ROWS_OF_THEIR_OWN = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _KEYS_OF_FORMATS = {
     "labels": ("classification",),
     "source_language": ("translation",),

@@ -10,9 +10,9 @@ from typing import Any
 
 from lola_ft.data import Example, Source, Template, encode_texts, files_of, read_examples
 from lola_ft.data.formats import FORMATS
-from lola_ft.data.sources import ROWS_OF_THEIR_OWN
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError
+from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 _BATCH = 256
 # "sw", "sw_part_0", "zh_Hans", "pt-BR.train": the code and, if it is one, the script behind it.

@@ -8,6 +8,7 @@ from trl import DPOConfig, KTOConfig, SFTConfig
 
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.schema import Train
+from lola_ft.training.packing import READY, STRATEGY
 from lola_ft.training.precision import Precision
 
 # Names of ours that transformers spells differently; every other name is transformers' own.
@@ -31,7 +32,7 @@ def training_arguments(
     elif recipe.objective == "kto":
         config = KTOConfig(**shared, beta=train.beta, loss_type=train.loss_type, train_sampling_strategy="sequential")
     else:
-        config = SFTConfig(**shared, packing=data.packing, packing_strategy="bfd")
+        config = SFTConfig(**shared, packing=data.packing, packing_strategy=STRATEGY, dataset_kwargs=READY)
     if not (config.fp16 or config.bf16):
         config.mixed_precision = "no"  # the recipe's dtype decides, not accelerate's own settings
     config._n_gpu = min(config.n_gpu, 1)  # one process computes on one GPU; several are a launcher's affair

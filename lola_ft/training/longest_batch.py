@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from lola_ft.errors import UserError
 from lola_ft.planning.optimizer import optimizer_bytes
+from lola_ft.training.packing import sequence_lengths
 from lola_ft.training.rng import untouched_rng
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from lola_ft.training.trainer import LolaTrainer
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on a CPU has no error of its own
-_BATCH = 1000
 
 
 class LongestBatchFirst(TrainerCallback):
@@ -81,11 +81,7 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
 
 def longest_rows(dataset: "Dataset", count: int) -> list[int]:
     """Places of the longest rows, the longest first; all of them if there are fewer."""
-    import pyarrow.compute
-
-    lengths: list[int] = []
-    for table in dataset.select_columns("input_ids").with_format("arrow").iter(_BATCH):
-        lengths += pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()
+    lengths = sequence_lengths(dataset).tolist()
     return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
 
 

@@ -31,7 +31,7 @@ from lola_ft.training.batch_rows import Document, find_rows
 from lola_ft.training.by_language import BY_LANGUAGE, by_language
 from lola_ft.training.checkpoint import Checkpoint
 from lola_ft.training.data_report import print_report
-from lola_ft.training.dataset import RunData, pin, prepare, training_examples
+from lola_ft.training.dataset import pin, prepare, training_examples
 from lola_ft.training.energy import EnergyMeter, refuse_without_codecarbon
 from lola_ft.training.first_step import FirstStepCheck
 from lola_ft.training.fit_base import fit_base
@@ -42,6 +42,7 @@ from lola_ft.training.longest_batch import LongestBatchFirst, explained_out_of_m
 from lola_ft.training.manifest import Prepared, manifest_of, timings_of
 from lola_ft.training.metrics import MetricsFile, read_metrics
 from lola_ft.training.optimizers import refuse_missing_optimizer
+from lola_ft.training.packing import ready, sequence_lengths, share_of_tokens
 from lola_ft.training.peak_memory import PeakMemory
 from lola_ft.training.plan import advice
 from lola_ft.training.plots import plot_run
@@ -244,6 +245,7 @@ def _fit(
     metrics = MetricsFile(output / run_folder.METRICS_FILE)
     check = FirstStepCheck(prepared.model)
     kind, own_settings = _trainer_of(prepared)
+    training, validation = _datasets(prepared)
     trainer = kind(
         model=prepared.model,
         args=training_arguments(
@@ -254,8 +256,8 @@ def _fit(
             steps=estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset), processes.count()),
             evaluate=data.validation is not None,
         ),
-        train_dataset=data.mix.dataset,
-        eval_dataset=_validation(recipe, data),
+        train_dataset=training,
+        eval_dataset=validation,
         processing_class=prepared.tokenizer,
         callbacks=[metrics, check, memory],
         **own_settings,
@@ -277,7 +279,7 @@ def _fit(
     add_guards(trainer, recipe.guards, recipe.train, metrics)
     if isinstance(trainer, LolaTrainer):
         trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
-    console.print(_packing_line(trainer, data))
+    console.print(_filling_line(training, prepared))
     if prepared.device.type == "cpu":
         keep_freed_memory()
     with explained_out_of_memory(lambda: advice(recipe, prepared.model.config)):
@@ -346,17 +348,26 @@ def _trainer_of(prepared: Prepared) -> tuple[Any, dict[str, Any]]:
     return LolaTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
 
 
-def _validation(recipe: Recipe, data: RunData) -> Any:
-    """What is evaluated: each language by itself, but preferences all together."""
-    if data.validation is None or recipe.objective != "sft":
-        return data.validation.dataset if data.validation else None
-    return by_language(data.validation.dataset, data.validation.languages)
+def _datasets(prepared: Prepared) -> tuple[Any, Any]:
+    """What is trained on and what is evaluated, if anything: each language by itself, but preferences all together."""
+    data, section = prepared.data, prepared.recipe.data
+    if prepared.recipe.objective != "sft":
+        return data.mix.dataset, data.validation.dataset if data.validation else None
+    languages = by_language(data.validation.dataset, data.validation.languages) if data.validation else {}
+    validation = {code: ready(rows, section.packing, section.max_length) for code, rows in languages.items()}
+    return ready(data.mix.dataset, section.packing, section.max_length), validation or None
 
 
-def _packing_line(trainer: ResumableTrainer, data: RunData) -> str:
-    """How many rows there are and how full they are."""
-    rows, sequences, tokens = len(trainer.train_dataset), len(data.mix.dataset), data.mix.tokens
-    if not getattr(trainer.args, "packing", False):
-        return f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed."
-    full = tokens / (rows * trainer.args.max_length)
-    return f"{sequences:,} sequences are packed into {rows:,} rows, {full:.1%} full."
+def _filling_line(rows: Any, prepared: Prepared) -> str:
+    """How many rows are trained on, and how full of tokens a row or a micro batch is."""
+    recipe, mixed = prepared.recipe, prepared.data.mix
+    sequences, tokens = len(mixed.dataset), mixed.tokens
+    if recipe.data.packing:
+        full = tokens / (len(rows) * recipe.data.max_length)
+        return f"{sequences:,} sequences are packed into {len(rows):,} rows, {full:.1%} full."
+    line = f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed"
+    if recipe.objective != "sft":
+        return f"{line}."
+    micro = recipe.train.micro_batch_size
+    share = share_of_tokens(sequence_lengths(rows), micro, recipe.train.seed)
+    return f"{line}. Of micro batches of {micro}, {share:.1%} is tokens and not padding."

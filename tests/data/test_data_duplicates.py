@@ -58,6 +58,18 @@ def test_a_leak_may_be_allowed_and_is_counted() -> None:
     assert (check.rows, check.prompts) == (2, 1)
 
 
+def test_the_other_direction_of_a_translation_leaks_too() -> None:
+    there = Example(prompt_fields("Translate.", "maji"), "water", "en", "v:1", pair=("maji", "water"))
+    back = Example(prompt_fields("Tafsiri.", "water"), "maji", "sw", "t:1", pair=("maji", "water"))
+    other = Example(prompt_fields("Tafsiri.", "water"), "maji safi", "sw", "t:2", pair=("maji safi", "water"))
+    same = Example(there.prompt, there.completion, "en", "t:3")  # the same row in another format
+    check = LeakCheck([there], "error")
+    with pytest.raises(DataError, match=r"^t:1: the same two sentences as v:1, which is for validation \(2 such rows"):
+        list(check.checked([back, other, same]))
+    assert list(LeakCheck([there], "drop").checked([back, other, same])) == [other]
+    assert list(without_duplicates([there, back], Counter())) == [there, back]  # two things to learn
+
+
 def test_no_leak_no_error() -> None:
     check = LeakCheck(VALIDATION, "error")
     assert list(check.checked(TRAINING[1:3])) == TRAINING[1:3]

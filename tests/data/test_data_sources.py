@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lola_ft.data import BadRows, Source, read_examples, read_rows
-from lola_ft.data.sources import KINDS, files_of
+from lola_ft.data.sources import _READERS, KINDS, files_of
 from lola_ft.errors import DataError
 from lola_ft.recipe import schema
+from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 
 def rows_of(folder: Path, name: str, content: bytes) -> list[dict[str, object]]:
@@ -69,6 +70,11 @@ BAD_FILES = [
     ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
     ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "a.jsonl:1: broken JSON at column 15: extra data."),
     ("a.jsonl", b'{"text": NaN}\n', "a.jsonl:1: broken JSON: NaN is not JSON."),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
+        "a.jsonl:2: begins with a byte order mark, which only the beginning of a file may have. Remove it.",
+    ),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1: nested too deeply."),
     ("a.jsonl", b'[{"text": "a"}]\n', 'a.jsonl:1: expected an object such as {"instruction": …}; found a list.'),
     ("a.jsonl", b"\n3\n", 'a.jsonl:2: expected an object such as {"instruction": …}; found a number.'),
@@ -96,6 +102,26 @@ BAD_FILES = [
     ),
     ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json:2: broken JSON at column 10: expecting value."),
     (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "a", "lang": "sw", "text": "b"}\n',
+        "a.jsonl:2: key 'text' comes more than once in an object. Keep one of them.",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a", "of": [{"x": 1}, {"x": {"y": 2, "z": 3, "y": 2}}]}\n',
+        "a.jsonl:1: key 'y' comes more than once in an object. Keep one of them.",
+    ),
+    (
+        "a.jsonl",
+        b'{"text": {"y": 1, "y": 2}, "text": "a"}\n',
+        "a.jsonl:1: key 'text' comes more than once in an object. Keep one of them.",
+    ),
+    (
+        "a.json",
+        b'[{"text": "a"}, {"text": "b", "of": [{"x": 1, "x": 1}]}]',
+        "a.json:[1]: key 'x' comes more than once in an object. Keep one of them.",
+    ),
+    (
         "a.json",
         b'[{"text": "a"}, 3]',
         'a.json:[1]: expected an object such as {"instruction": …}; found a number.',
@@ -106,6 +132,15 @@ BAD_FILES = [
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     assert failure(tmp_path, name, content) == message
+
+
+@pytest.mark.parametrize(("name", "rows"), [("a.jsonl", "{}\n{}\n{}\n"), ("a.json", "[{}, {}, {}]")])
+def test_a_row_with_a_repeated_key_spoils_no_other(tmp_path: Path, name: str, rows: str) -> None:
+    path, skipped = tmp_path / name, BadRows()
+    path.write_text(rows.replace("{}", "%s") % ('{"text": "a"}', '{"text": "b", "text": "b"}', '{"text": "c"}'))
+    found = list(read_examples([Source("text", str(path))], skipped))
+    assert [row.completion for row in found] == ["a", "c"]
+    assert skipped.counts == {str(path): 1}
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
@@ -138,6 +173,8 @@ def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str, reason: str) ->
 @example(b'{"text": "\\ud800"}', b"")
 @example(b'{"\\ud800": 3}', b'{"text": "a"}\n')
 @example(b'"a"b\n', b"text\n")
+@example(b'{"\\ud800": 3, "\\ud800": 4}', b'{"text": "a"}\n')
+@example(b'[{"a": 3, "a": 4}]', b"")
 @pytest.mark.parametrize("name", ["fuzz.jsonl", "fuzz.json", "fuzz.csv", "fuzz.tsv", "fuzz.txt", "fuzz.parquet"])
 def test_any_bytes_are_rows_or_give_one_clean_error(
     tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, first: bytes
@@ -195,3 +232,7 @@ def test_a_dataset_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytes
 def test_a_recipes_source_has_the_same_keys() -> None:
     written = schema.Source.model_validate({"path": "a.jsonl", "format": "text", "fields": {"text": "body"}})
     assert Source(**written.model_dump()) == Source("text", "a.jsonl", fields={"text": "body"})
+
+
+def test_every_kind_of_file_but_text_has_rows_of_its_own() -> None:
+    assert {*ROWS_OF_THEIR_OWN, ".txt"} == set(_READERS)

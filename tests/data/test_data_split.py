@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from lola_ft.data import Example, hold_out, is_validation
+from lola_ft.data import Example, Row, Source, hold_out, is_validation, to_example
 from lola_ft.data.example import prompt_fields
+from lola_ft.data.formats import composed
 from lola_ft.errors import DataError
 
 
@@ -59,6 +60,36 @@ def test_prompt_and_answer_cannot_be_shifted_into_each_other() -> None:
         for cut in range(1, len(text))
     }
     assert sides == {True, False}
+
+
+def translated(number: int, one: str, other: str, **keys: str) -> Example:
+    row = Row({"en": f"caf\u00e9 {number}", "sw": f"mkahawa {number}"}, f"pairs.jsonl:{number}")
+    codes = {"source_language": one, "target_language": other}
+    return to_example(
+        row, Source("translation", "pairs.jsonl", fields={"source": one, "target": other}, **codes | keys)
+    )
+
+
+def test_both_directions_of_a_translation_fall_on_the_same_side() -> None:
+    there = [translated(n, "en", "sw") for n in range(300)]
+    back = [translated(n, "sw", "en", instruction="Tafsiri: {source}") for n in range(300)]
+    assert {row.identity for row in there}.isdisjoint(row.identity for row in back)
+    sides = [is_validation(row, 0.3, seed=0) for row in there]
+    assert sides == [is_validation(row, 0.3, seed=0) for row in back]
+    assert 60 < sum(sides) < 120
+    training, validation = split_validation([*there, *ROWS[:50], *back], 0.3, seed=0)
+    assert not {row.pair for row in training if row.pair} & {row.pair for row in validation}
+    held_out = [n for n, held in enumerate(sides[:20]) if held]
+    assert held_out == [0, 1, 3, 11, 13, 15, 17, 18, 19], "the same in every process"
+
+
+def test_both_directions_stay_together_when_characters_are_composed() -> None:
+    def spelt(first: str, second: str) -> Example:
+        row = Row({"source": first, "target": second}, "pairs.jsonl:1")
+        return composed(to_example(row, Source("translation", "x", source_language="en", target_language="sw")))
+
+    apart, whole, between = "e\u0301", "\u00e9", "f"  # apart < between < whole: composing changes their order
+    assert spelt(apart, between).pair == spelt(between, whole).pair == (between, whole)
 
 
 def test_no_share_holds_out_nothing() -> None:

@@ -449,6 +449,83 @@ def test_an_unknown_key_hides_no_broken_rule(tmp_path: Path) -> None:
     ]
 
 
+TWICE = "train.max_steps: train.epochs and train.max_steps both say when to stop. Give one of them."
+HIDES_NONE = {
+    "a wrong type": (
+        with_line(4, "train: {epochs: 1, max_steps: 2, seed: x}"),
+        ["r.yaml:4: train.seed: expected a whole number; got 'x'.", f"r.yaml:4: {TWICE}"],
+    ),
+    "a rule before the one that asks": (
+        with_line(2, "adapter: {init: pissa, variant: 3, norms: true}"),
+        [
+            "r.yaml:2: adapter.variant: expected one of lora, rslora, dora; got 3.",
+            "r.yaml:2: adapter.init: pissa subtracts LoRA's start",
+        ],
+    ),
+    "rules between sections": (
+        with_line(4, "train: {keep_best: true, log_every: 0}"),
+        [
+            "r.yaml:4: train.log_every: must be at least 1; got 0.",
+            "r.yaml:4: train.keep_best: needs validation data to choose by. Set data.validation.",
+        ],
+    ),
+    "a source": (
+        with_source("path: a.jsonl, format: text, unit: line, limit: 0.5, fields: {text: 3}"),
+        [
+            "r.yaml:3: data.sources.0.limit: expected a whole number; got 0.5.",
+            "r.yaml:3: data.sources.0.fields.text: expected text; got 3. Put it in quotes.",
+            "r.yaml:3: data.sources.0.unit: divides .txt files; this source has rows of its own. Remove it.",
+        ],
+    ),
+    "an unknown key as well": (
+        with_line(4, "train: {epochs: 1, max_steps: 2, seed: x, lr: 3}"),
+        [
+            "r.yaml:4: train.seed: expected a whole number; got 'x'.",
+            "r.yaml:4: train.lr: unknown key. Did you mean 'learning_rate'?",
+            f"r.yaml:4: {TWICE}",
+        ],
+    ),
+}
+"""A value that is wrong, and rules that are broken whatever it should have been."""
+
+
+@pytest.mark.parametrize(("text", "messages"), HIDES_NONE.values(), ids=HIDES_NONE)
+def test_a_wrong_value_hides_no_broken_rule(tmp_path: Path, text: str, messages: list[str]) -> None:
+    found = mistakes(tmp_path, text)
+    assert len(found) == len(messages)
+    assert all(given.startswith(wanted) for given, wanted in zip(found, messages, strict=True)), found
+
+
+ALONE = [
+    (2, "adapter: {attention: 4}", "adapter.attention"),  # not: nothing would be trained
+    (2, "adapter: {variant: dora, mlp: 4}", "adapter.mlp"),  # not: dora acts on attention and mlp
+    (2, "router: {mode: tund}", "router.mode"),  # not: nothing would be trained
+    (2, "router: {mode: lra, rank: 4}", "router.mode"),  # not: a rank belongs to mode lora
+    (3, "data: {sources: [{path: 7, format: text}]}", "data.sources.0.path"),  # not: give exactly one of path and hub
+    (3, "data: {sources: [{hub: 7, split: a, format: text}]}", "data.sources.0.hub"),  # not: a local file has none
+    (3, "data: {sources: [{path: a, format: text}], leakage: drop, validation: x}", "data.validation"),
+    (3, "data: {sources: [{path: a, format: text}], max_repeats: 2, language_temperature: x}", "data.language_temp"),
+    (
+        3,
+        "data: {sources: [{path: a, format: classification, instruction: '{labels}', labels: 3}]}",
+        "data.sources.0.labels",  # not: this source has no labels
+    ),
+    (4, "train: {scheduler: constant, warmup_ratio: x}", "train.warmup_ratio"),
+    (4, "train: {keep_best: true, eval_every: x}\ndata: {sources: [{path: a, format: text}], validation: 0.1}", None),
+    (4, "objective: dp\ntrain: {beta: 0.1}", "objective"),  # not: belongs to objective dpo
+    (4, "hub: {repo: a/b, base_id: 3}\nbase: {model: /}", "hub.base_id"),  # not: the base is a folder
+]
+
+
+@pytest.mark.parametrize(("line", "text", "key"), ALONE)
+def test_nothing_is_said_that_a_right_value_would_mend(tmp_path: Path, line: int, text: str, key: str | None) -> None:
+    sections = [part.partition(":")[0] for part in text.splitlines()]
+    kept = [part for part in GOOD if part.partition(":")[0] not in sections and not (line == 2 and "adapter" in part)]
+    found = mistakes(tmp_path, "\n".join([*kept, text]))
+    assert len(found) == 1, found
+    assert f": {key or 'train.eval_every'}" in found[0]
+
+
 def test_what_an_unknown_key_leaves_missing_in_its_own_section_is_not_reported_twice(tmp_path: Path) -> None:
     assert mistakes(tmp_path, with_line(2, "adapter: {atention: {rank: 4}}")) == [
         "r.yaml:2: adapter.atention: unknown key. Did you mean 'attention'?"

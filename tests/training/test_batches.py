@@ -15,6 +15,7 @@ from lola_ft.recipe import load_recipe
 from lola_ft.recipe.schema import Recipe
 from lola_ft.training.arguments import training_arguments
 from lola_ft.training.dataset import RunData, prepare
+from lola_ft.training.packing import ready
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainer import LolaTrainer
 
@@ -45,7 +46,8 @@ def feed(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> tuple[RunD
     precision = choose_precision("float32", device)
     arguments = training_arguments(recipe, folder, precision, device, steps=1, evaluate=False)
     model = LolaForCausalLM.from_pretrained(base)
-    trainer = LolaTrainer(model=model, args=arguments, train_dataset=data.mix.dataset, processing_class=tokenizer)
+    rows = ready(data.mix.dataset, recipe.data.packing, recipe.data.max_length)
+    trainer = LolaTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     return data, list(trainer.get_train_dataloader())
 
 

@@ -1,0 +1,89 @@
+"""What a trainer reads, ready before it is built: sequences packed into rows, or as they are; mapped, not in memory.
+
+TRL would prepare its data by itself and keep the result in memory: packed rows, and a copy of sequences that are cut
+already and that it goes through one by one. Here packed rows are written to disk and mapped, and TRL is told
+(`dataset_kwargs`) that nothing is left to do.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+from datasets.table import InMemoryTable
+from trl import pack_dataset
+
+from lola_ft.data.encoded_cache import new_folder, table_file
+from lola_ft.data.table_store import map_table
+
+if TYPE_CHECKING:
+    import pyarrow
+
+READY = {"skip_prepare_dataset": True}
+"""TRL's `dataset_kwargs` for datasets that come from here."""
+STRATEGY = "bfd"
+"""Best fit, decreasing, within a thousand rows at a time: no sequence is cut, none is read by another."""
+
+_BATCH = 1000
+
+
+def ready(dataset: Dataset, packing: bool, max_length: int) -> Dataset:
+    """The rows of sequences that are encoded and cut, as TRL would prepare them."""
+    return pack(dataset, max_length) if packing else with_something_to_learn(dataset)
+
+
+def pack(dataset: Dataset, max_length: int) -> Dataset:
+    """Sequences put together into rows, as TRL packs them, mapped from a file that is already gone.
+
+    Args:
+        dataset: Columns `input_ids` and `labels`; no sequence is longer than a row.
+        max_length: Tokens of a row.
+
+    Returns:
+        The rows, with the length of each sequence in `seq_lengths`.
+
+    Raises:
+        UserError: There is no room on the disk.
+    """
+    with new_folder() as (folder, _):
+        file = table_file(folder, "packed")
+        settings = {"cache_file_name": str(file), "desc": "Packing"}
+        packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, STRATEGY, settings)
+        return _mapped(file, packed)
+
+
+def _mapped(file: Path, packed: Dataset) -> Dataset:
+    """The rows of a file that will be removed: nothing in the dataset may refer to its name.
+
+    A dataset of `datasets`' own mapping would open the file again in another process, and derive files beside it.
+    """
+    return Dataset(InMemoryTable(map_table(file)), info=packed.info, fingerprint=packed._fingerprint)
+
+
+def with_something_to_learn(dataset: Dataset) -> Dataset:
+    """The sequences but those of a single token, which nothing precedes; of all others a token is learned."""
+    lengths = sequence_lengths(dataset)
+    return dataset if (lengths > 1).all() else dataset.select(np.flatnonzero(lengths > 1))
+
+
+def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> float:
+    """The share of tokens in padded micro batches, as long as their longest sequence each.
+
+    Args:
+        lengths: Tokens of each sequence (N,), N at least 1; they are put into a random order.
+        seed: Of that order, which is one like training's and not the same.
+    """
+    lengths = np.random.default_rng(seed).permutation(lengths)
+    starts = np.arange(0, len(lengths), micro_batch_size)
+    rows = np.diff(np.append(starts, len(lengths)))
+    return float(lengths.sum() / (rows * np.maximum.reduceat(lengths, starts)).sum())
+
+
+def sequence_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each row, in the dataset's order."""
+    tables = dataset.select_columns("input_ids").with_format("arrow").iter(_BATCH)
+    return np.concatenate([_lengths(table) for table in tables]) if len(dataset) else np.zeros(0, dtype=np.int64)
+
+
+def _lengths(table: "pyarrow.Table") -> np.ndarray:
+    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in table["input_ids"].chunks])
