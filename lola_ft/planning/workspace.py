@@ -30,10 +30,10 @@ def backward_work(job: Job) -> int:
         length, batch = (job.tokens, 1) if job.packing else (job.length, job.sequences)
         attention += 2 * batch * config.n_head * length**2 * job.width
     mlp = 3 * job.tokens * config.n_inner * job.width
-    return stream + max(attention + _linear_tile(job), mlp + _linear_tile(job), _experts_work(job))
+    return stream + max(attention + linear_tile(job), mlp + linear_tile(job), _experts_work(job))
 
 
-def _linear_tile(job: Job) -> int:
+def linear_tile(job: Job) -> int:
     """What of the largest linear layer's 4-bit weight is dense at a time: all of it; on a CPU in float32 a tile."""
     if job.quantization != "nf4":
         return 0
@@ -55,7 +55,7 @@ def _experts_work(job: Job) -> int:
     factors = config.num_experts * 2 * rank * (hidden + inner) * (job.width + _FLOAT)
     if not job.on_cuda:
         rows = 3 * job.tokens * hidden + 4 * (job.tokens // 2) * inner
-        return rows * job.width + factors + _linear_tile(job)
+        return rows * job.width + factors + linear_tile(job)
     rows = grouped_rows(job) * (3 * hidden + 4 * inner)
     weights = config.num_experts * hidden * inner if job.quantization == "nf4" else 0
     return rows * job.width + factors + weights * job.width + _scales(weights)
