@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import Trainer, TrainingArguments
 
 from lola_ft import merge
@@ -21,7 +22,8 @@ from lola_ft.planning import Job, predict
 from lola_ft.planning.dense.activations import dense_activations, kept_by_activation
 from lola_ft.planning.dense.base import dense_audit
 from lola_ft.planning.dense.config import DenseConfig
-from lola_ft.planning.dense.files import dense_merged_files
+from lola_ft.planning.dense.files import dense_adapter, dense_merged_files
+from lola_ft.planning.dense.workspace import dense_backward_work
 from lola_ft.quantization import audit
 from lola_ft.training.arguments import _OPTIMIZERS
 from tests.baseline.conftest import make_dense
@@ -41,6 +43,8 @@ SETTINGS = {
 }
 # The loss keeps its divisor, and a mask that is a token shorter a row.
 TOLERANCE = 0.005
+# Work space is an estimate, and gradients of factors come and go.
+WORK_TOLERANCE = 0.10
 
 
 def adapted(base: Path, quantization: str | None, dtype: str, settings: AdapterSettings) -> Any:
@@ -75,6 +79,7 @@ def test_adapter_and_gradients_are_planned_to_the_byte(
     assert planned.parts["weights"] + planned.parts["adapter"] == audit(model).total_bytes
     model(**make_batch(Batch(packing=False)), skip_logits=True).loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert dense_adapter(config_of(base), SETTINGS[name]).numels == [gradient.numel() for gradient in gradients]
     assert planned.parts["gradients"] == sum(gradient.nbytes for gradient in gradients)
     folder = save_dense_adapter(model, tmp_path / "adapter")
     assert planned.fixed.adapter_file == (folder / "adapter_model.safetensors").stat().st_size
@@ -197,6 +202,34 @@ def test_gpt2s_of_any_activation_are_planned(
     planned = dense_activations(_job(config_of(base), SETTINGS["both"], "nf4", "float32", Batch())).saved
     assert planned == pytest.approx(real, rel=TOLERANCE)
     assert kept_by_activation("gelu_new") == 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_peak_of_the_backward_pass_is_as_planned(kind: str, checkpointing: bool, tmp_path: Path) -> None:
+    sizes = {"gpt2": {"n_embd": 128}, "bloom": {"hidden_size": 128}}[kind]
+    base, settings = make_dense(tmp_path / "base", kind, **sizes), SETTINGS["both"]
+    batch = Batch(4, 128, packing=False, checkpointing=checkpointing)
+    model = adapted(base, None, "float32", settings)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model(**make_batch(batch), use_cache=False, skip_logits=True).loss.backward()  # makes the gradients
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss = model(**make_batch(batch), use_cache=False, skip_logits=True).loss
+        with record_function("way back"):
+            loss.backward()
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    began = next(event.start_ns() for event in events if event.name() == "way back")
+    held = peak = 0
+    for event in events:
+        held += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, held) if event.start_ns() > began else 0
+    job = _job(config_of(base), settings, None, "float32", batch)
+    kept = dense_activations(job)
+    assert kept.saved + kept.held + kept.recomputed + dense_backward_work(job) == pytest.approx(
+        peak, rel=WORK_TOLERANCE
+    )
 
 
 def _store_in_half(base: Path) -> None:
