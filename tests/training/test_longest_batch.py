@@ -86,7 +86,7 @@ def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
     recipe = recipe_file(
         objective=objective,
         data={"sources": [{"path": str(rows), "format": form, "language": "en"}]},
-        train={"optimizer": "adamw", "log_every": 1, "max_steps": 2},
+        train={"optimizer": "adamw", "log_every": 1, "max_steps": 2, "micro_batch_size": 4},
     )
     plain = train(load_recipe(recipe, [f"output={tmp_path / 'plain'}"]))
     tried: list[torch.Tensor] = []
