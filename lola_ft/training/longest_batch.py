@@ -7,7 +7,7 @@ bit for bit as without it.
 import contextlib
 import heapq
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from transformers import TrainerCallback
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lola_ft.training.preference import DpoTrainer, KtoTrainer
     from lola_ft.training.trainer import LolaTrainer
 
-    AnyTrainer = LolaTrainer | DpoTrainer | KtoTrainer
+    AnyTrainer: TypeAlias = LolaTrainer | DpoTrainer | KtoTrainer
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on a CPU has no error of its own
 _BATCH = 1000
@@ -102,7 +102,8 @@ def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list
     if not in_order:
         return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
     batches = [range(start, min(start + count, len(lengths))) for start in range(0, len(lengths), count)]
-    return list(max(batches, key=lambda batch: len(batch) * max(lengths[place] for place in batch)))
+    sizes = [len(batch) * max(lengths[place] for place in batch) for batch in batches]
+    return list(batches[sizes.index(max(sizes))])
 
 
 def _lengths(dataset: "Dataset") -> list[int]:
