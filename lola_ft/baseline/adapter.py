@@ -13,35 +13,9 @@ from lola_ft.adapters import AdapterSettings
 from lola_ft.adapters.attaching import attach
 from lola_ft.adapters.files import CONFIG_FILE, WEIGHTS_FILE, is_replaceable, read_adapter
 from lola_ft.baseline.families import FAMILIES, Family
+from lola_ft.baseline.settings import check_settings
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.files import replace_folder
-
-
-def check_settings(settings: AdapterSettings, model_type: str) -> None:
-    """Refuse what only LOLA has, or what is done for LOLA alone.
-
-    Raises:
-        UserError: Naming every such setting.
-    """
-    refused = {
-        "adapter.experts": settings.expert_rank is not None,
-        "router.mode": settings.tune_router or settings.router_rank is not None,
-    }
-    if wrong := [key for key, given in refused.items() if given]:
-        raise UserError(
-            f"{' and '.join(wrong)}: the base is a dense model ({model_type}), which has no experts and no router. "
-            "Leave them out: a baseline has LoRA on attention and mlp."
-        )
-    alone = {
-        "adapter.norms": settings.tune_norms,
-        "adapter.biases": settings.tune_biases,
-        "adapter.variant: dora": settings.dora,
-        "adapter.init: loftq": settings.init == "loftq",
-    }
-    if wrong := [key for key, given in alone.items() if given]:
-        raise UserError(
-            f"{' and '.join(wrong)}: for LOLA alone; the base is a dense model ({model_type}). Leave them out."
-        )
 
 
 def add_dense_adapter(model: Any, settings: AdapterSettings) -> PeftModel:

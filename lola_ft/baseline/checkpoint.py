@@ -14,6 +14,8 @@ from lola_ft.model.safetensors_file import TensorEntry, read_header
 
 BLOOM_POSITIONS = 2048
 """BLOOM has no learned positions; it was trained on sequences of this length."""
+MERGED_SHARD = "5GB"
+"""Merged weights are written in files of at most this size."""
 _LEGACY = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 

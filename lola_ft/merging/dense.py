@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lola_ft.adapters.files import read_adapter
 from lola_ft.baseline.adapter import load_dense_adapter
 from lola_ft.baseline.card import write_dense_card
+from lola_ft.baseline.checkpoint import MERGED_SHARD, DenseCheckpoint
 from lola_ft.baseline.families import Family
 from lola_ft.baseline.load import load_dense
 from lola_ft.errors import AdapterError, UserError
@@ -108,7 +109,7 @@ def _write(model: Any, dtype: torch.dtype, folder: Path) -> None:
     plain.tie_weights()
     plain.config.dtype = dtype
     plain.generation_config = model.generation_config
-    plain.save_pretrained(folder, max_shard_size="5GB")
+    plain.save_pretrained(folder, max_shard_size=MERGED_SHARD)
 
 
 def _companions(base: Path, adapter: Path, folder: Path) -> None:
@@ -117,8 +118,6 @@ def _companions(base: Path, adapter: Path, folder: Path) -> None:
 
 
 def _stored_dtype(base: str | Path, revision: str | None) -> torch.dtype:
-    from lola_ft.baseline.checkpoint import DenseCheckpoint
-
     return DenseCheckpoint.open(base, revision).dtype
 
 

@@ -36,7 +36,7 @@ def activations(job: Job) -> Activations:
     """Of a full micro batch with a label for every token."""
     config, tokens = job.config, job.tokens
     row = tokens * config.n_embd
-    walk = _Walk(job, x_grad=job.checkpointing)
+    walk = Walk(job, x_grad=job.checkpointing)
     saved = walk.dropout(config.embd_pdrop, row)
     layers = []
     for layer_idx in range(config.n_layer):
@@ -49,7 +49,7 @@ def activations(job: Job) -> Activations:
     return Activations(saved, max(layers) - inputs if job.checkpointing else 0, held)
 
 
-class _Walk:
+class Walk:
     """Goes through the layers in order, and knows from where on there is something to propagate back."""
 
     def __init__(self, job: Job, x_grad: bool) -> None:

@@ -1,5 +1,7 @@
 """What an adapter will hold: its tensors in the model and in its file, without numbers."""
 
+from dataclasses import dataclass
+
 import torch
 
 from lola_ft.adapters.files import file_metadata
@@ -13,6 +15,33 @@ from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.model.safetensors_writer import file_header
 
 _FLOAT = 4
+
+
+@dataclass(frozen=True)
+class AdapterSizes:
+    """What is counted of an adapter.
+
+    Attributes:
+        held: Bytes that it adds to the model.
+        file: Bytes of `adapter_model.safetensors` at the end of a run.
+        numels: Numbers of each tensor that is trained.
+    """
+
+    held: int
+    file: int
+    numels: list[int]
+
+
+def adapter_sizes(config: LolaConfig, settings: AdapterSettings) -> AdapterSizes:
+    """Of LOLA's adapter.
+
+    Raises:
+        UserError: If the selection of experts does not fit the base.
+    """
+    outline = adapter_outline(config, settings)
+    return AdapterSizes(
+        adapter_bytes(outline, config), adapter_file_bytes(outline, config), trained_numels(outline, config)
+    )
 
 
 def adapter_outline(config: LolaConfig, settings: AdapterSettings) -> AdapterWeights:

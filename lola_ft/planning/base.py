@@ -20,9 +20,8 @@ def base_audit(config: LolaConfig, quantization: str | None, dtype: str) -> Audi
     for name, shape in expected_shapes(config).items():
         kind, num_bytes = dtype, prod(shape) * DTYPES[dtype].itemsize
         if quantization == "nf4" and is_quantized(name):
-            kind, num_bytes = "nf4", nf4_bytes(prod(shape))
-            if ".experts." not in name:
-                num_bytes += _CODE_BYTES + _SCALE_CODE_BYTES
+            kind = "nf4"
+            num_bytes = nf4_bytes(prod(shape)) if ".experts." in name else nf4_linear_bytes(prod(shape))
         count = result.counts[part_of(name), kind]
         count.parameters += prod(shape)
         count.num_bytes += num_bytes
@@ -37,3 +36,8 @@ def nf4_bytes(numel: int) -> int:
     """Codes, their scales, the scales' scales and their mean; without tables."""
     packed, blocks, superblocks = packed_sizes(numel)
     return packed + blocks + _FLOAT * superblocks + _FLOAT
+
+
+def nf4_linear_bytes(numel: int) -> int:
+    """Of a linear layer's weight, with its tables."""
+    return nf4_bytes(numel) + _CODE_BYTES + _SCALE_CODE_BYTES

@@ -1,9 +1,9 @@
 """What a prediction is made for."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from lola_ft.adapters.settings import AdapterSettings
-from lola_ft.model.config import LolaConfig
 
 
 @dataclass(frozen=True)
@@ -11,6 +11,7 @@ class Job:
     """A run, as far as its memory goes.
 
     Attributes:
+        config: LOLA's, or a dense baseline's `DenseConfig`; `kinds.py` has who can read it.
         dtype: What is computed in, and what stays dense is held in: bfloat16, float16 or float32.
         device: `cuda` or `cpu`; they save different things for backward.
         length: Longest row of a batch in tokens.
@@ -21,7 +22,7 @@ class Job:
         router_losses: How many losses of the routers there are.
     """
 
-    config: LolaConfig
+    config: Any
     settings: AdapterSettings
     quantization: str | None = "nf4"
     dtype: str = "bfloat16"

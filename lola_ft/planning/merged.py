@@ -32,6 +32,12 @@ def merged_files(folder: Path, config: LolaConfig, dtype: torch.dtype | None = N
     return sizes
 
 
+def stated_dtype(folder: Path) -> torch.dtype:
+    """What a base's config says that its weights are."""
+    stated = _json(folder / "config.json")
+    return DTYPES.get(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), torch.float32)
+
+
 def _shards(folder: Path, config: LolaConfig) -> dict[str, list[Outline]]:
     """Each file's tensors, in order."""
     try:
@@ -47,8 +53,7 @@ def _shards(folder: Path, config: LolaConfig) -> dict[str, list[Outline]]:
 
 def _planned_shards(folder: Path, config: LolaConfig) -> dict[str, list[Outline]]:
     """By index and config; safetensors puts tensors of one dtype in the order of their names."""
-    stated = _json(folder / "config.json")
-    dtype = DTYPES.get(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), torch.float32)
+    dtype = stated_dtype(folder)
     places = _json(folder / _INDEX).get("weight_map")
     shards: dict[str, list[Outline]] = {}
     for name, shape in sorted(expected_shapes(config).items()):

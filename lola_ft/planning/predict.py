@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lola_ft.model.parts import Audit
-from lola_ft.planning.activations import Activations, activations
-from lola_ft.planning.adapter import adapter_bytes, adapter_file_bytes, adapter_outline, trained_numels
-from lola_ft.planning.base import base_audit
+from lola_ft.planning.activations import Activations
 from lola_ft.planning.job import Job
+from lola_ft.planning.kinds import kind_of
 from lola_ft.planning.optimizer import OptimizerBytes, optimizer_bytes
-from lola_ft.planning.workspace import backward_work, loss_work
+from lola_ft.planning.workspace import loss_work
 
 _FLOAT = 4
 CONTEXT_BYTES = {"cuda": 600_000_000, "cpu": 900_000_000}
@@ -89,14 +88,14 @@ def count_fixed(job: Job) -> Fixed:
     Raises:
         UserError: If the selection of experts does not fit the base.
     """
-    outline = adapter_outline(job.config, job.settings)
-    numels = trained_numels(outline, job.config)
+    kind = kind_of(job.config)
+    adapter = kind.adapter(job.config, job.settings)
     return Fixed(
-        base_audit(job.config, job.quantization, job.dtype),
-        adapter_bytes(outline, job.config),
-        adapter_file_bytes(outline, job.config),
-        sum(numels),
-        optimizer_bytes(job.optimizer, numels, job.on_cuda),
+        kind.audit(job.config, job.quantization, job.dtype),
+        adapter.held,
+        adapter.file,
+        sum(adapter.numels),
+        optimizer_bytes(job.optimizer, adapter.numels, job.on_cuda),
     )
 
 
@@ -107,8 +106,9 @@ def predict(job: Job, fixed: Fixed | None = None) -> Prediction:
         fixed: What `count_fixed` says of it, if it is known.
     """
     fixed = fixed or count_fixed(job)
-    kept = activations(job)
-    work = {"loss": loss_work(job), "backward pass": kept.recomputed + backward_work(job)}
+    kind = kind_of(job.config)
+    kept = kind.activations(job)
+    work = {"loss": loss_work(job), "backward pass": kept.recomputed + kind.backward_work(job)}
     moment = max(work, key=lambda name: work[name])
     if kept.saved + kept.held + work[moment] < fixed.optimizer.work:
         return Prediction(job, fixed, kept, "optimizer step", fixed.optimizer.work)

@@ -30,10 +30,10 @@ def backward_work(job: Job) -> int:
         length, batch = (job.tokens, 1) if job.packing else (job.length, job.sequences)
         attention += 2 * batch * config.n_head * length**2 * job.width
     mlp = 3 * job.tokens * config.n_inner * job.width
-    return stream + max(attention + _linear_tile(job), mlp + _linear_tile(job), _experts_work(job))
+    return stream + max(attention + linear_tile(job), mlp + linear_tile(job), _experts_work(job))
 
 
-def _linear_tile(job: Job) -> int:
+def linear_tile(job: Job) -> int:
     """What of the largest linear layer's 4-bit weight is dense at a time: all of it; on a CPU in float32 a tile."""
     if job.quantization != "nf4":
         return 0
@@ -54,7 +54,7 @@ def _experts_work(job: Job) -> int:
     factors = config.num_experts * 2 * rank * (hidden + inner) * (job.width + _FLOAT)
     rows = grouped_rows(job) * (3 * hidden + 4 * inner) * job.width
     if not job.on_cuda:
-        return rows + factors + _linear_tile(job)
+        return rows + factors + linear_tile(job)
     weights = config.num_experts * hidden * inner if job.quantization == "nf4" else 0
     return rows + factors + weights * job.width + _scales(weights)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lola_ft.baseline.adapter import check_settings
 from lola_ft.baseline.families import FAMILIES
+from lola_ft.baseline.settings import check_settings
 from lola_ft.errors import UserError
 from lola_ft.recipe import Recipe
 from lola_ft.training.adapter import adapter_settings

@@ -7,8 +7,9 @@ bit for bit as without it.
 import contextlib
 import heapq
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -20,15 +21,19 @@ from lola_ft.training.rng import untouched_rng
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from lola_ft.training.preference import DpoTrainer, KtoTrainer
     from lola_ft.training.trainer import LolaTrainer
 
+    AnyTrainer: TypeAlias = LolaTrainer | DpoTrainer | KtoTrainer
+
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on a CPU has no error of its own
+_ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 
 
 class LongestBatchFirst(TrainerCallback):
     """Tries the longest micro batch when training begins, on a GPU."""
 
-    def __init__(self, trainer: "LolaTrainer", optimizer: str) -> None:
+    def __init__(self, trainer: "AnyTrainer", optimizer: str) -> None:
         """Args: the trainer; the recipe's name of its optimiser, whose state the trial leaves room for."""
         self._trainer, self._optimizer = trainer, optimizer
 
@@ -42,7 +47,7 @@ def is_wanted(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
+def try_longest_batch(trainer: "AnyTrainer", optimizer: str) -> int:
     """One forward and backward pass of the longest rows; returns their tokens, padding included.
 
     Room is left for the optimiser's state, which does not exist before the first step. Gradients are dropped; random
@@ -51,19 +56,16 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
     Raises:
         torch.OutOfMemoryError: It does not fit.
     """
-    dataset = trainer.train_dataset
-    rows = [dataset[place] for place in longest_rows(dataset, trainer.args.per_device_train_batch_size)]
+    dataset, args = trainer.train_dataset, trainer.args
+    places = longest_rows(dataset, args.per_device_train_batch_size, args.train_sampling_strategy == "sequential")
     numels = [parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad]
-    device = trainer.args.device
-    state = optimizer_bytes(optimizer, numels, device.type == "cuda").state
-    counted, metrics = trainer.tokens_seen, {name: list(values) for name, values in trainer._metrics["train"].items()}
-    load_ME = None if trainer.router_load is None else trainer.router_load.counts_ME.clone()
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # the loop sets it later
-    with untouched_rng():
-        inputs = trainer.data_collator(rows)
+    state = optimizer_bytes(optimizer, numels, args.device.type == "cuda").state
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # the loop sets it later
+    with untouched_rng(), _untouched_counts(trainer):
+        inputs = trainer.data_collator([dataset[place] for place in places])
         tokens = inputs["input_ids"].numel()
         room = torch.empty(
-            0 if trainer.optimizer and trainer.optimizer.state else state, dtype=torch.uint8, device=device
+            0 if trainer.optimizer and trainer.optimizer.state else state, dtype=torch.uint8, device=args.device
         )
         try:
             trainer.training_step(trainer.model_wrapped, inputs, tokens)
@@ -71,18 +73,46 @@ def try_longest_batch(trainer: "LolaTrainer", optimizer: str) -> int:
             del room
             trainer.model.zero_grad(set_to_none=True)
             trainer.forget_micro_batches()
-    trainer.tokens_seen, trainer.own_tokens = counted, 0
-    if trainer.router_load is not None and load_ME is not None:
-        trainer.router_load.counts_ME.copy_(load_ME)
-    trainer._metrics["train"].clear()
-    trainer._metrics["train"].update(metrics)
     return tokens
 
 
-def longest_rows(dataset: "Dataset", count: int) -> list[int]:
-    """Places of the longest rows, the longest first; all of them if there are fewer."""
-    lengths = sequence_lengths(dataset).tolist()
-    return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
+@contextlib.contextmanager
+def _untouched_counts(trainer: "AnyTrainer") -> Iterator[None]:
+    """Tokens, metrics and the experts' load as they were, whatever is counted inside."""
+    tokens = trainer.tokens_seen, trainer.own_tokens, trainer._total_train_tokens
+    metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+    load = getattr(trainer, "router_load", None)  # which preferences do not watch
+    load_ME = None if load is None else load.counts_ME.clone()
+    try:
+        yield
+    finally:
+        trainer.tokens_seen, trainer.own_tokens, trainer._total_train_tokens = tokens
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update(metrics)
+        if load is not None:
+            load.counts_ME.copy_(load_ME)
+
+
+def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list[int]:
+    """Places of the rows of the longest micro batch: of the longest rows, the longest first; all if there are fewer.
+
+    Args:
+        in_order: Micro batches are rows that follow one another, as KTO's are, so the longest of these is meant.
+    """
+    lengths = _lengths(dataset)
+    if not in_order:
+        return heapq.nlargest(count, range(len(lengths)), key=lengths.__getitem__)
+    batches = [range(start, min(start + count, len(lengths))) for start in range(0, len(lengths), count)]
+    sizes = [len(batch) * max(lengths[place] for place in batch) for batch in batches]
+    return list(batches[sizes.index(max(sizes))])
+
+
+def _lengths(dataset: "Dataset") -> list[int]:
+    """Tokens of each row; of judged answers, of the prompt with the longest answer that is computed behind it."""
+    answers = [sequence_lengths(dataset, name) for name in _ANSWERS if name in dataset.column_names]
+    if not answers:
+        return sequence_lengths(dataset).tolist()
+    return (sequence_lengths(dataset, "prompt_ids") + np.maximum.reduce(answers)).tolist()
 
 
 @contextlib.contextmanager

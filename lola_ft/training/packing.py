@@ -6,7 +6,6 @@ already and that it goes through one by one. Here packed rows are written to dis
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
@@ -15,9 +14,6 @@ from trl import pack_dataset
 
 from lola_ft.data.encoded_cache import new_folder, table_file
 from lola_ft.data.table_store import map_table
-
-if TYPE_CHECKING:
-    import pyarrow
 
 READY = {"skip_prepare_dataset": True}
 """TRL's `dataset_kwargs` for datasets that come from here."""
@@ -79,11 +75,8 @@ def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> fl
     return float(lengths.sum() / (rows * np.maximum.reduceat(lengths, starts)).sum())
 
 
-def sequence_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each row, in the dataset's order."""
-    tables = dataset.select_columns("input_ids").with_format("arrow").iter(_BATCH)
-    return np.concatenate([_lengths(table) for table in tables]) if len(dataset) else np.zeros(0, dtype=np.int64)
-
-
-def _lengths(table: "pyarrow.Table") -> np.ndarray:
-    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in table["input_ids"].chunks])
+def sequence_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
+    """Tokens of each row in a column of token ids, in the dataset's order."""
+    tables = dataset.select_columns(column).with_format("arrow").iter(_BATCH)
+    lengths = [chunk.value_lengths().to_numpy() for table in tables for chunk in table[column].chunks]
+    return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)

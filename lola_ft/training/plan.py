@@ -9,16 +9,17 @@ import psutil
 import torch
 from rich.console import Console
 
-from lola_ft.baseline.families import family_in
-from lola_ft.errors import UserError
-from lola_ft.model.config import LolaConfig
+from lola_ft.baseline.checkpoint import read_dense_config
+from lola_ft.baseline.families import FAMILIES, family_in
 from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
-from lola_ft.planning.merged import merged_files
+from lola_ft.planning.dense.config import DenseConfig
+from lola_ft.planning.kinds import kind_of
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference import LEAST_MICRO_BATCH
 from lola_ft.training.adapter import adapter_settings
+from lola_ft.training.fit_base import fit_base
 from lola_ft.training.length import fit_length
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.steps import estimate_steps
@@ -52,19 +53,15 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
-    if family := family_in(folder):
-        raise UserError(
-            f"{recipe.base.model}: the plan follows LOLA's layers; it knows nothing of a dense model ({family.name}). "
-            "See what the data becomes with `lola-ft preview`, and what is trained with `--dry-run`."
-        )
-    config = read_config(folder)
-    recipe = fit_length(recipe, config, Console(stderr=True))
+    config = read_dense_config(folder) if family_in(folder) else read_config(folder)
+    notes = Console(stderr=True)
+    recipe = fit_length(fit_base(recipe, config, notes), config, notes)
     facts, note = _read_data(recipe, folder, config) if read_data else (None, "The data was not read (--no-data).")
     job = job_of(recipe, config, device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
-    merged = merged_files(folder, config)
+    merged = kind_of(job.config).merged_files(folder, job.config, None)
     if as_json:
         print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
         return
@@ -78,14 +75,13 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def advice(recipe: Recipe, config: LolaConfig, longest: int | None = None) -> str:
+def advice(recipe: Recipe, config: Any, longest: int | None = None) -> str:
     """For a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
 
     Args:
+        config: The base's.
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
-    if not isinstance(config, LolaConfig):  # what the planner does not know
-        return "Halve train.micro_batch_size and double train.grad_accum_steps, or lower data.max_length."
     device, limit = target_machine(None)
     job = job_of(recipe, config, device, longest)
     prediction = predict(job)
@@ -110,10 +106,11 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
     return "cpu", psutil.virtual_memory().total
 
 
-def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None = None) -> Job:
+def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None) -> Job:
     """What the planner needs to know of a recipe.
 
     Args:
+        config: The base's: LOLA's, or transformers' own of a dense one.
         longest: Tokens of the longest row, if it is known.
     """
     train, router = recipe.train, recipe.router
@@ -121,7 +118,7 @@ def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None 
     if device == "cpu" or torch.cuda.is_available():
         dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
     return Job(
-        config=config,
+        config=DenseConfig.of(config) if config.model_type in FAMILIES else config,
         settings=adapter_settings(recipe),
         quantization=None if recipe.base.quantization == "none" else recipe.base.quantization,
         dtype=dtype,
@@ -138,7 +135,7 @@ def job_of(recipe: Recipe, config: LolaConfig, device: str, longest: int | None 
     )
 
 
-def _read_data(recipe: Recipe, folder: Path, config: LolaConfig) -> tuple[DataFacts | None, str]:
+def _read_data(recipe: Recipe, folder: Path, config: Any) -> tuple[DataFacts | None, str]:
     """The data's numbers; or None, and why."""
     data = recipe.data
     validation = data.validation if isinstance(data.validation, list) else []

@@ -14,15 +14,16 @@ from lola_ft.nano.tokenizer import train_tokenizer
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 
 
-def make_dense(folder: Path, kind: str) -> Path:
+def make_dense(folder: Path, kind: str, **changes: Any) -> Path:
     """Write a random two-layer model; biases are random too, since a fresh model's are zero."""
     torch.manual_seed(3)
     tokens = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1, "initializer_range": 0.1}
     if kind == "gpt2":
         quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model: Any = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **tokens, **quiet))
+        sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+        model: Any = GPT2LMHeadModel(GPT2Config(**sizes | tokens | quiet | changes))
     else:
-        model = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
+        model = BloomForCausalLM(BloomConfig(**{"hidden_size": 64, "n_layer": 2, "n_head": 4} | tokens | changes))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter.data, std=0.1)

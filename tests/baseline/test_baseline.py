@@ -209,11 +209,26 @@ def test_other_kinds_of_models_are_refused(
         open_model(llama)
 
 
-def test_plan_and_routing_say_that_they_are_for_lola(
+def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
+    run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder, _ = run
+    outcome = verb("plan", folder / "recipe.yaml", "--json")
+    assert outcome.code == 0, outcome.err
+    planned, manifest = json.loads(outcome.out), json.loads((folder / "manifest.json").read_text())
+    assert planned["adapter_file_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert planned["weights"] == manifest["base"]["parts"]
+    trained = sum(count["parameters"] for count in manifest["trained"].values())
+    assert planned["trained_parameters"] == trained
+    assert planned["parts"]["gradients"] == 4 * trained
+    assert verb("merge", folder, "--out", tmp_path / "merged", "--check", "none").code == 0
+    written = {file.name: file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")}
+    assert planned["merged_file_bytes"] == written
+
+
+def test_routing_says_that_it_is_for_lola(
     dense_recipe: Callable[..., Path], dense_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
-    planned = verb("plan", dense_recipe("bloom"))
-    assert (planned.code, "knows nothing of a dense model (bloom)" in planned.err) == (2, True)
     (tmp_path / "en.txt").write_text("one two three\n")
     profiled = verb("routing", "profile", dense_bases["gpt2"], "--data", tmp_path / "en.txt", "--out", tmp_path / "p")
     assert (profiled.code, "no experts" in profiled.err) == (2, True)

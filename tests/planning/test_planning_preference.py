@@ -11,9 +11,8 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer
 
-from lola_ft.adapters import add_adapter
-from lola_ft.planning.activations import activations
-from lola_ft.quantization import load_base
+from lola_ft.baseline.either import add_adapter, load_base
+from lola_ft.planning.kinds import kind_of
 from lola_ft.recipe import load_recipe
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.arguments import training_arguments
@@ -21,6 +20,7 @@ from lola_ft.training.dataset import prepare
 from lola_ft.training.plan import job_of
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.preference import DpoTrainer, KtoTrainer
+from tests.baseline.conftest import make_dense
 from tests.conftest import Outcome, write_rows
 from tests.training.conftest import recipe_dict
 
@@ -50,13 +50,17 @@ def recipe_of(tmp_path: Path, tiny_base: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("objective", ROWS)
+@pytest.mark.parametrize("kind", ["lola", "gpt2", "bloom"])
 def test_saved_tensors_are_as_planned(
-    objective: str, checkpointing: bool, recipe_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
+    kind: str, objective: str, checkpointing: bool, recipe_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    recipe = load_recipe(recipe_of(objective, train={"micro_batch_size": 4, "gradient_checkpointing": checkpointing}))
-    tokenizer, device = AutoTokenizer.from_pretrained(tiny_base), torch.device("cpu")
+    base = tiny_base if kind == "lola" else make_dense(tmp_path / "dense", kind)
+    own = {} if kind == "lola" else {"base": {"model": str(base)}, "adapter": {"experts": None}}
+    train = {"micro_batch_size": 4, "gradient_checkpointing": checkpointing}
+    recipe = load_recipe(recipe_of(objective, train=train, **own))
+    tokenizer, device = AutoTokenizer.from_pretrained(base), torch.device("cpu")
     data = prepare(recipe.data, tokenizer, 0)
-    model: Any = add_adapter(load_base(tiny_base, "nf4", "float32", "cpu", quiet=True), adapter_settings(recipe))
+    model: Any = add_adapter(load_base(base, "nf4", "float32", "cpu", quiet=True), adapter_settings(recipe))
     arguments = training_arguments(recipe, tmp_path, choose_precision("float32", device), device, 1, evaluate=False)
     kind: Any = {"dpo": DpoTrainer, "kto": KtoTrainer}[objective]
     trainer = kind(model=model, args=arguments, train_dataset=data.mix.dataset, processing_class=tokenizer)
@@ -64,11 +68,11 @@ def test_saved_tensors_are_as_planned(
     if checkpointing:  # as the trainer does it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    frozen = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
+        if tensor.untyped_storage().data_ptr() not in frozen:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -76,7 +80,9 @@ def test_saved_tensors_are_as_planned(
         trainer.compute_loss(model.train(), batch)
     job = replace(job_of(recipe, model.config, "cpu"), length=batch["input_ids"].shape[1])
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert activations(job).saved == pytest.approx(real, rel=0.05)  # as in test_planning_activations.py
+    assert kind_of(job.config).activations(job).saved == pytest.approx(
+        real, rel=0.05
+    )  # as in test_planning_activations.py
 
 
 def test_a_pair_is_as_long_as_its_longer_answer(

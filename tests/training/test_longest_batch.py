@@ -15,6 +15,7 @@ from lola_ft.recipe import load_recipe
 from lola_ft.training import longest_batch, train
 from lola_ft.training.longest_batch import explained_out_of_memory, longest_rows
 from lola_ft.training.trainer import LolaTrainer
+from tests.conftest import write_rows
 
 
 def test_the_longest_rows_are_found_whatever_their_order() -> None:
@@ -22,6 +23,22 @@ def test_the_longest_rows_are_found_whatever_their_order() -> None:
     assert longest_rows(dataset, 2) == [1, 3]
     assert longest_rows(dataset.select([3, 2, 0]), 2) == [0, 2]
     assert longest_rows(dataset, 9) == [1, 3, 0, 2]
+
+
+def test_an_answer_stands_behind_its_prompt() -> None:
+    """A pair is as long as its longer answer; KTO's rows are computed with another's answer, too, and stay in order."""
+    ids = {
+        "prompt_ids": [[1] * n for n in (4, 1, 2, 1, 5)],
+        "chosen_ids": [[1], [1] * 9, [1] * 2, [1], [1]],
+        "rejected_ids": [[1], [1], [1] * 6, [1], [1]],
+    }
+    assert longest_rows(Dataset.from_dict(ids), 2) == [1, 2]
+    judged = {"prompt_ids": ids["prompt_ids"], "completion_ids": ids["chosen_ids"], "label": [True] * 5}
+    assert longest_rows(Dataset.from_dict(judged), 2) == [1, 4]
+    mismatched = Dataset.from_dict(judged | {"KL_completion_ids": [[1], [1], [1], [1] * 13, [1] * 14]})
+    assert longest_rows(mismatched, 2) == [4, 3]
+    assert longest_rows(mismatched, 2, in_order=True) == [2, 3], "the last one has a single row"
+    assert longest_rows(mismatched, 9, in_order=True) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -51,6 +68,61 @@ def test_training_is_bit_equal_with_and_without_the_trial(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert _metrics(trial) == _metrics(plain)
+
+
+JUDGED_ROWS: dict[str, list[dict[str, Any]]] = {
+    "dpo": [{"prompt": f"Name {i}", "chosen": "one", "rejected": "two " * (1 + i)} for i in range(8)],
+    "kto": [{"prompt": f"Name {i}", "completion": "one " * (1 + i), "label": i % 2 == 0} for i in range(8)],
+}
+
+
+@pytest.mark.parametrize("objective", JUDGED_ROWS)
+def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
+    objective: str, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens that TRL counts are in every line; random numbers are drawn here, for dropout is not allowed."""
+    rows = write_rows(tmp_path / "judged.jsonl", JUDGED_ROWS[objective])
+    form = {"dpo": "preference", "kto": "unpaired_preference"}[objective]
+    recipe = recipe_file(
+        objective=objective,
+        data={"sources": [{"path": str(rows), "format": form, "language": "en"}]},
+        train={"optimizer": "adamw", "log_every": 1, "max_steps": 2, "micro_batch_size": 4},
+    )
+    plain = train(load_recipe(recipe, [f"output={tmp_path / 'plain'}"]))
+    tried: list[torch.Tensor] = []
+    whole = longest_batch.try_longest_batch
+
+    def watched(trainer: Any, optimizer: str) -> int:
+        collate, random, model = trainer.data_collator, torch.get_rng_state(), trainer.model
+        batches = list(trainer.get_train_dataloader())
+
+        def draw(rows: list[Any]) -> dict[str, Any]:
+            torch.rand(1)
+            tried.append(collate(rows)["input_ids"])
+            return collate(rows)
+
+        torch.set_rng_state(random)
+        trainer.data_collator = draw
+        tokens = whole(trainer, optimizer)
+        trainer.data_collator = collate
+        assert torch.equal(torch.get_rng_state(), random)
+        assert tokens >= max(batch["input_ids"].numel() for batch in batches), "none is longer"
+        comes = any(torch.equal(tried[0], batch["input_ids"]) for batch in batches)
+        assert comes or objective == "dpo", "KTO's rows stay in order"
+        assert (list(model.peft_config), model.active_adapter, trainer.ref_model) == (["default"], "default", None)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert (trainer._micro_batches, dict(trainer._metrics["train"])) == ([], {})
+        assert (trainer.tokens_seen, trainer.own_tokens, trainer._total_train_tokens) == (0, 0, 0)
+        return tokens
+
+    monkeypatch.setattr(longest_batch, "is_wanted", lambda _device: True)
+    monkeypatch.setattr(longest_batch, "try_longest_batch", watched)
+    trial = train(load_recipe(recipe, [f"output={tmp_path / 'trial'}"]))
+    assert len(tried) == 1
+    file = Path("adapter") / "adapter_model.safetensors"
+    assert (trial / file).read_bytes() == (plain / file).read_bytes()
+    assert _metrics(trial) == _metrics(plain)
+    assert all("num_tokens" in line for line in _metrics(plain) if "loss" in line)
 
 
 def test_running_out_of_memory_is_explained_with_settings_to_try(
