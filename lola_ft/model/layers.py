@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lola_ft.kernels.attention import cpu_attention, suits_cpu_attention
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.experts import LolaExperts
+from lola_ft.model.packed import Stretch
 from lola_ft.model.router import RouterGate, route
 
 
@@ -37,26 +38,44 @@ class LolaAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x_BSD: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+        self,
+        x_BSD: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        stretches: list[Stretch] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the output (B, S, D) and, with eager attention only, the weights (B, H, S, S)."""
+        """Returns the output (B, S, D) and, with eager attention only, the weights (B, H, S, S).
+
+        Args:
+            stretches: Of packed documents; each attends to itself alone.
+        """
         batch, seq, _ = x_BSD.shape
         qkv = self.c_attn(x_BSD).view(batch, seq, 3, self.num_heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        dropout = self.config.attn_pdrop if self.training else 0.0
-        implementation = self.config._attn_implementation
-        weights = None
-        if implementation == "sdpa" and suits_cpu_attention(query, key, attention_mask, dropout):
-            out = cpu_attention(query, key, value, attention_mask, self.scaling).transpose(1, 2)
+        if stretches is None:
+            out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-            out, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
+            parts = []
+            for start, stop, mask in stretches:
+                q, k, v = (part[:, :, start:stop] for part in (query, key, value))
+                parts.append(self._attend(q, k, v, mask, **kwargs)[0])
+            out, weights = torch.cat(parts, dim=1), None
         out_BSD = self.c_proj(out.reshape(batch, seq, -1))
         return self.resid_dropout(out_BSD), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """From (B, H, S, head size) to (B, S, H, head size)."""
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and suits_cpu_attention(query, key, mask, dropout):
+            return cpu_attention(query, key, value, mask, self.scaling).transpose(1, 2), None
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
 def eager_attention(

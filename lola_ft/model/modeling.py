@@ -18,6 +18,7 @@ from lola_ft.kernels.loss import labelled_cross_entropy
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.layers import LolaBlock, init_weights
 from lola_ft.model.layout import IGNORED_KEYS, register_conversion
+from lola_ft.model.packed import stretches_of
 from lola_ft.model.router import load_balancing_loss
 
 
@@ -119,14 +120,19 @@ class LolaModel(LolaPreTrainedModel):
         use_cache = use_cache and not checkpointing
         embeds_BSD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_attention(embeds_BSD.device, output_attentions)
+        may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
         position_ids = self._positions(embeds_BSD, past_key_values, position_ids)
-        mask = create_causal_mask(
-            config=config,
-            inputs_embeds=embeds_BSD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        stretches = mask = None
+        if may_be_packed and config._attn_implementation == "sdpa":
+            stretches = stretches_of(position_ids)
+        if stretches is None:
+            mask = create_causal_mask(
+                config=config,
+                inputs_embeds=embeds_BSD,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         # Only now: with a cache, even an empty one, the mask would let packed documents see each other.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -139,6 +145,7 @@ class LolaModel(LolaPreTrainedModel):
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                stretches=stretches,
                 choices=[] if checkpointing else None,
                 **kwargs,
             )

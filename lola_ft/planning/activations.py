@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lola_ft.kernels.attention import LONGEST
 from lola_ft.kernels.experts import RANK_MULTIPLE
 from lola_ft.kernels.grouping import bucket_of, fitting_tile_rows
+from lola_ft.model.packed import TOKENS
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -63,10 +64,8 @@ class Walk:
     @property
     def mask_numbers(self) -> int:
         """Of the attention mask: packed rows and rows of unequal length need one."""
-        job = self.job
-        if job.packing:
-            return job.tokens**2
-        return job.sequences * job.length**2 if job.sequences > 1 else 0
+        length, batch = attended(self.job)
+        return round(batch * length**2) if self.job.packing or batch > 1 else 0
 
     def layer(self, layer_idx: int) -> int:
         saved = self.norm() + self._attention() + self.norm()
@@ -91,9 +90,8 @@ class Walk:
         saved = self._linear("attention", config.n_embd, 3 * config.n_embd, rank, self.norm_width, False)
         kept_output = False
         if self.x_grad:
-            flat = self.job.packing
-            length, batch = (self.tokens, 1) if flat else (self.job.length, self.job.sequences)
-            scores = batch * config.n_head * length**2
+            length, batch = attended(self.job)
+            scores = round(batch * config.n_head * length**2)
             saved += 3 * row * self.width
             if config.attn_pdrop and not self.cuda:
                 saved += 2 * row * self.width + 3 * scores * self.width
@@ -202,6 +200,14 @@ class Walk:
         if settings.selection is None:
             return self.config.num_experts
         return len(settings.selection[layer_idx // 2])
+
+
+def attended(job: Job) -> tuple[int, float]:
+    """Tokens of what attends to itself at most, and how often there is such: rows, or stretches of packed documents."""
+    if not job.packing:
+        return job.length, job.sequences
+    length = min(job.tokens, TOKENS.get(job.device, job.tokens))
+    return length, job.tokens / length
 
 
 def grouped_rows(job: Job) -> int:

@@ -17,7 +17,7 @@ class Job:
         length: Longest row of a batch in tokens.
         row_sequences: Sequences that a row of the data is computed as: two of a pair for DPO.
         least_micro_batch: Fewest rows that a micro batch may have.
-        packing: Rows hold several sequences; a batch is then one long row with a mask that keeps them apart.
+        packing: Rows hold several sequences; a batch is then one long row in which they are kept apart.
         optimizer: A recipe's name for it.
         router_losses: How many losses of the routers there are.
     """

@@ -4,7 +4,7 @@ Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 """
 
 from lola_ft.kernels.nf4_sizes import BLOCK
-from lola_ft.planning.activations import grouped_rows
+from lola_ft.planning.activations import attended, grouped_rows
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -27,8 +27,8 @@ def backward_work(job: Job) -> int:
     stream = 2 * row * (_FLOAT if job.on_cuda else job.width)
     attention = 4 * row * job.width
     if config.attn_pdrop and not job.on_cuda:
-        length, batch = (job.tokens, 1) if job.packing else (job.length, job.sequences)
-        attention += 2 * batch * config.n_head * length**2 * job.width
+        length, batch = attended(job)
+        attention += round(2 * batch * config.n_head * length**2) * job.width
     mlp = 3 * job.tokens * config.n_inner * job.width
     return stream + max(attention + linear_tile(job), mlp + linear_tile(job), _experts_work(job))
 

@@ -9,10 +9,19 @@ from transformers import DynamicCache
 
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
+from lola_ft.model import packed as packed_module
+from lola_ft.model.packed import stretches_of
 
 LENGTHS = (7, 1, 12, 20)
 # Float32 sums in another order, over 4 layers; the requirement.
 ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True, params=[512, 16], ids=["one stretch", "stretches"])
+def tokens_of_a_stretch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every test with the row as a whole, and with documents put together up to 16 tokens."""
+    monkeypatch.setattr(packed_module, "TOKENS", {"cpu": request.param})
+    return int(request.param)
 
 
 def documents(seed: int = 1) -> list[Tensor]:
@@ -122,3 +131,39 @@ def test_a_sequence_beyond_the_positions_is_refused(given: str, model: LolaForCa
         arguments["position_ids"] = torch.arange(65)[None, -row.shape[1] :]
     with pytest.raises(UserError, match="65 tokens long, but this model has 64 learned positions"):
         model(row, **arguments)
+
+
+def test_stretches_are_whole_documents_put_together(tokens_of_a_stretch: int) -> None:
+    _, positions = packed(documents())
+    stretches = stretches_of(positions)
+    if tokens_of_a_stretch == 512:
+        assert stretches is None
+        return
+    assert stretches is not None
+    assert [(start, stop) for start, stop, _ in stretches] == [(0, 8), (8, 20), (20, 40)]
+    assert [mask is None for _, _, mask in stretches] == [False, True, True]
+    mask = stretches[0].mask
+    assert mask is not None
+    assert mask[0, 0, 7].tolist() == [False] * 7 + [True], "the second document sees nothing of the first"
+    assert torch.equal(mask[0, 0, :7, :7], torch.ones(7, 7).tril().bool())
+
+
+@pytest.mark.parametrize("lengths", [(40,), (3, 30), (30, 3), (16, 16, 1), (5,) * 9, (1,) * 33, (17, 17)])
+def test_stretches_cover_every_token_once(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_module, "TOKENS", {"cpu": 16})
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    stretches = stretches_of(positions)
+    if len(lengths) == 1:
+        assert stretches is None
+        return
+    assert stretches is not None
+    assert [start for start, _, _ in stretches] == [0, *(stop for _, stop, _ in stretches[:-1])]
+    assert stretches[-1].stop == sum(lengths)
+    starts = {sum(lengths[:place]) for place in range(len(lengths))}
+    assert all(start in starts for start, _, _ in stretches)
+    assert all(stop - start <= max(16, *lengths) for start, stop, _ in stretches)
+
+
+def test_several_rows_and_one_document_stay_as_they_are() -> None:
+    assert stretches_of(torch.arange(600)[None]) is None
+    assert stretches_of(torch.arange(300).repeat(2, 2)) is None
