@@ -30,6 +30,17 @@ TINY_TEXT = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def float32_where_a_recipe_says_bfloat16() -> Iterator[None]:
+    """As on a CPU without bfloat16 units: so numbers are the same on every machine, and as exact as they can be.
+
+    What computes in bfloat16 is tested by name; processes of their own compute as the machine does.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+        yield
+
+
 def tiny_config(**changes: Any) -> LolaConfig:
     """Four layers, four experts, hidden 64, without dropout."""
     settings: dict[str, Any] = {
