@@ -1,8 +1,6 @@
 # make demo   sets up .venv and runs the main job on the embedded default
 # make test   sets up .venv, then format check, lint, types, tests
 # make bench  the benchmarks that a CPU runs, with a table and a plot in bench/
-# Threads that wait asleep: spinning ones cost a shared machine ten times what they gain.
-export OMP_WAIT_POLICY ?= PASSIVE
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -13,6 +11,9 @@ DEV    := $(VENV)/.ready-dev
 
 demo: $(READY)
 	$(BIN)/lola-ft demo
+
+# Two processes of tests have two threads each: such as wait asleep, since spinning ones would keep the others from work.
+test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: check
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -1,7 +1,6 @@
 """The longest micro batch is tried before the first step: memory that is not enough is missed at once, not at night.
 
-On a GPU alone: a CPU's memory seldom ends there, and its steps are slow. Nothing of the trial is left: training goes on
-bit for bit as without it.
+Nothing of the trial is left: training goes on bit for bit as without it.
 """
 
 import contextlib
@@ -31,20 +30,15 @@ _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 
 
 class LongestBatchFirst(TrainerCallback):
-    """Tries the longest micro batch when training begins, on a GPU."""
+    """Tries the longest micro batch when training begins."""
 
-    def __init__(self, trainer: "AnyTrainer", optimizer: str) -> None:
-        """Args: the trainer; the recipe's name of its optimiser, whose state the trial leaves room for."""
-        self._trainer, self._optimizer = trainer, optimizer
+    def __init__(self, trainer: "AnyTrainer", optimizer: str, say: Callable[[str], None]) -> None:
+        """Args: the trainer; the recipe's name of its optimiser, whose state the trial leaves room for; who is told."""
+        self._trainer, self._optimizer, self._say = trainer, optimizer, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if is_wanted(args.device):
-            try_longest_batch(self._trainer, self._optimizer)
-
-
-def is_wanted(device: torch.device) -> bool:
-    """Whether the longest batch is tried on this device."""
-    return device.type == "cuda"
+        tokens = try_longest_batch(self._trainer, self._optimizer)
+        self._say(f"The longest micro batch, {tokens:,} tokens, fits into memory.")
 
 
 def try_longest_batch(trainer: "AnyTrainer", optimizer: str) -> int:

@@ -277,7 +277,7 @@ def _fit(
         trainer.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, lambda: trainer.tokens_seen)
         trainer.add_callback(meter)
     add_guards(trainer, recipe.guards, recipe.train, metrics)
-    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer))
+    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer, console.print))
     console.print(_filling_line(training, prepared))
     if prepared.device.type == "cpu":
         keep_freed_memory()
