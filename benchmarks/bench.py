@@ -20,10 +20,10 @@ import matplotlib.pyplot as plt
 _HERE = Path(__file__).parent
 RUNS = {
     "train_step": ["train_step.py", "--steps", "5"],
-    "whole_step": ["whole_step.py", "--layers", "4", "--steps", "3", "--warmup", "1"],
-    "roofline": ["roofline.py", "--layers", "4", "--steps", "3"],
+    "whole_step": ["whole_step.py", "--steps", "5", "--warmup", "1"],
+    "roofline": ["roofline.py", "--steps", "5"],
     "experts": ["experts.py"],
-    "scaling": ["scaling.py", "--layers", "2", "--steps", "2"],
+    "scaling": ["scaling.py", "--layers", "4", "--steps", "3"],
     "decode": ["decode.py"],
     "load": ["load.py", "--layers", "2"],
     "merge": ["merge.py", "--layers", "2"],
