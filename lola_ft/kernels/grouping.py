@@ -1,8 +1,8 @@
 """Tokens sorted by expert into one buffer where each expert's rows are contiguous.
 
 Two plans of the same kind. On a CPU (`group_by_expert`) each group is padded to one of a few row counts: oneDNN builds
-a kernel for every new count (1 to 4 ms, against 0.05 to 0.4 ms to run it), so unpadded groups, whose sizes change every
-step, would mostly build kernels. On a GPU (`group_on_device`) the host must not wait for the counts: everything is
+a kernel for every new count (1 to 10 ms, against 0.05 to 1 ms to run it), so unpadded groups, whose sizes change every
+step, would mostly build kernels; so would the buffer as a whole, which is padded, too. On a GPU (`group_on_device`) the host must not wait for the counts: everything is
 planned there, each group is whole tiles, and the buffer is as large as the least favourable choices could make it.
 """
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 _SMALLEST_BUCKET = 8
 _BUCKETS_BEFORE_DOUBLING = 8
+BUFFER_BUCKET = 64
+"""A CPU's buffer of more rows is rounded up to a multiple of so many."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,21 @@ class Grouping:
 def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
     """Plan the buffer for these choices; reads the counts to the host once."""
     counts_E = torch.bincount(expert_ids_T, minlength=num_experts)
-    padded_E = torch.tensor([padded_rows(count) for count in counts_E.tolist()], device=expert_ids_T.device)
+    padded = [padded_rows(count) for count in counts_E.tolist()]
+    unused = -sum(padded) % BUFFER_BUCKET if sum(padded) > BUFFER_BUCKET else 0
+    padded_E = torch.tensor([*padded, unused], device=expert_ids_T.device)
     ends_E = padded_E.cumsum(0)
     starts_E = ends_E - padded_E
-    expert_of_row = torch.arange(num_experts, device=ends_E.device).repeat_interleave(padded_E)
-    rows_T = _rows_of_tokens(expert_ids_T, counts_E, starts_E)
-    return Grouping(rows_T, expert_ids_T, starts_E.int(), ends_E.int(), expert_of_row.int(), expert_of_row.numel(), 1)
+    expert_of_row = torch.arange(num_experts + 1, device=ends_E.device).repeat_interleave(padded_E).int()
+    return Grouping(
+        _rows_of_tokens(expert_ids_T, counts_E, starts_E[:-1]),
+        expert_ids_T,
+        starts_E[:-1].int(),
+        ends_E[:-1].int(),
+        expert_of_row,
+        expert_of_row.numel(),
+        1,
+    )
 
 
 def group_on_device(expert_ids_T: Tensor, num_experts: int, tile_rows: int) -> Grouping:

@@ -27,7 +27,7 @@ class LoopProducts:
 
     def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
         bias_EO = bias_EO.to(x_NI.dtype)
-        out_NO = x_NI.new_empty(x_NI.shape[0], bias_EO.shape[1])
+        out_NO = _empty_rows(x_NI, bias_EO.shape[1], groups)
         joint = side is not None and _takes_jointly(side, out_NO)
         for e, i, j, tiles in _with_tiles(weight, groups, x_NI.dtype):
             if not joint:
@@ -38,7 +38,7 @@ class LoopProducts:
         return out_NO
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
-        out_NI = x_NO.new_empty(x_NO.shape[0], weight.rows)
+        out_NI = _empty_rows(x_NO, weight.rows, groups)
         for _, i, j, tiles in _with_tiles(weight, groups, x_NO.dtype):
             times_transposed(x_NO[i:j], tiles, out_NI[i:j])
         if side is not None:
@@ -50,7 +50,7 @@ class LoopProducts:
         if _is_joint(x_NI, rank):
             all_NER = (x_NI @ factor_ERI.flatten(0, 1).t()).view(-1, num_experts, rank)
             return all_NER[torch.arange(all_NER.shape[0]), groups.expert_of_row()]
-        out_NR = x_NI.new_empty(x_NI.shape[0], rank)
+        out_NR = _empty_rows(x_NI, rank, groups)
         for e, i, j in groups.spans():
             torch.mm(x_NI[i:j], factor_ERI[e].t(), out=out_NR[i:j])
         return out_NR
@@ -63,6 +63,13 @@ class LoopProducts:
         for e, i, j in groups.spans():
             torch.mm(left_NR[i:j].t(), right_NI[i:j], out=out_ERI[e])
         return out_ERI
+
+
+def _empty_rows(like: Tensor, columns: int, groups: Grouping) -> Tensor:
+    """Rows to fill; those that no expert has are zeros, for joint products take them all."""
+    rows = like.new_empty(like.shape[0], columns)
+    rows[int(groups.ends_E[-1]) :] = 0
+    return rows
 
 
 def _with_tiles(weight: WeightStack, groups: Grouping, dtype: torch.dtype) -> Iterator[tuple[int, int, int, Tiles]]:

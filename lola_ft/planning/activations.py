@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lola_ft.kernels.attention import LONGEST
 from lola_ft.kernels.experts import RANK_MULTIPLE
-from lola_ft.kernels.grouping import bucket_of, fitting_tile_rows
+from lola_ft.kernels.grouping import BUFFER_BUCKET, bucket_of, fitting_tile_rows
 from lola_ft.model.packed import TOKENS
 from lola_ft.planning.job import Job
 
@@ -211,9 +211,10 @@ def attended(job: Job) -> tuple[int, float]:
 
 
 def grouped_rows(job: Job) -> int:
-    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket an expert more."""
+    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more, and an expert."""
     experts = min(job.config.num_experts, job.tokens)
     if job.on_cuda:
         tile = fitting_tile_rows(job.tokens, job.config.num_experts)
         return (job.tokens // tile + experts) * tile
-    return job.tokens + experts * bucket_of(job.tokens // experts) // 2
+    rows = job.tokens + experts * bucket_of(job.tokens // experts) // 2
+    return rows + (BUFFER_BUCKET // 2 if rows > BUFFER_BUCKET else 0)

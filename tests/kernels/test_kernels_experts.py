@@ -252,10 +252,13 @@ def test_two_runs_are_bit_equal() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("joint", [False, True], ids=["a call for each", "joint"])
+@pytest.mark.parametrize("load", ["spread", "more than a bucket"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_padded_rows_never_count(poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_rows_never_count(poison: float, load: str, joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever memory held before (`new_empty` is filled with NaN here) reaches neither output nor gradient."""
-    case = make_case(SPREAD, {"up_proj": 3, "down_proj": 2})
+    monkeypatch.setattr(loop_products, "_is_joint", lambda *_: joint)
+    case = make_case(LOADS[load], {"up_proj": 3, "down_proj": 2})
     expected = case.run()
     wanted = case.gradients(expected)
     real_empty_like, real_new_empty = torch.empty_like, Tensor.new_empty
