@@ -2,8 +2,9 @@
 
 Two plans of the same kind. On a CPU (`group_by_expert`) each group is padded to one of a few row counts: oneDNN builds
 a kernel for every new count (1 to 10 ms, against 0.05 to 1 ms to run it), so unpadded groups, whose sizes change every
-step, would mostly build kernels; so would the buffer as a whole, which is padded, too. On a GPU (`group_on_device`) the host must not wait for the counts: everything is
-planned there, each group is whole tiles, and the buffer is as large as the least favourable choices could make it.
+step, would mostly build kernels; so would the buffer as a whole, which is padded, too. On a GPU (`group_on_device`) the
+host must not wait for the counts: everything is planned there, each group is whole tiles, and the buffer is as large as
+the least favourable choices could make it.
 """
 
 from dataclasses import dataclass

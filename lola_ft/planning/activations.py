@@ -211,7 +211,7 @@ def attended(job: Job) -> tuple[int, float]:
 
 
 def grouped_rows(job: Job) -> int:
-    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more, and an expert."""
+    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more for each."""
     experts = min(job.config.num_experts, job.tokens)
     if job.on_cuda:
         tile = fitting_tile_rows(job.tokens, job.config.num_experts)
