@@ -4,7 +4,7 @@ PyTorch's fused attention is quick forward; backward (2.13) it takes as long in 
 training step, for it does not use the units. Here backward is five large products for some heads at a time. Where
 sequences are long, what that computes in vain, right of the diagonal, costs more than is gained.
 
-Shapes: B batch, H heads, S sequence, D head size, C heads at a time.
+Shapes: B batch, H heads, S sequence, D head size.
 """
 
 from typing import Any

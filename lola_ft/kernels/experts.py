@@ -131,29 +131,48 @@ class _Experts(torch.autograd.Function):
             act_NF = F.gelu(pre_NF, approximate="tanh")
         d_down = products.outer(act_NF, d_y_ND, groups) if wants[4] else None
         d_down_bias = _summed(d_y_ND, groups, ctx.biases[1]) if wants[5] else None
-        d_a_down = d_b_down = d_a_up = d_b_up = side = None
-        if a_down is not None:
-            d_h = products.to_rank(d_y_ND, b_down.transpose(1, 2), groups)
-            dropped_NF = _dropped(act_NF, keep_NF, dropouts, "down_proj")
-            d_a_down = products.outer(d_h, dropped_NF, groups) if wants[8] else None
-            d_b_down = products.outer(h_down, d_y_ND, groups).transpose(1, 2) if wants[9] else None
-            side = Side(d_h, a_down.transpose(1, 2), keep_NF, _scale(dropouts, "down_proj"))
+        dropped_NF, scale = _dropped(act_NF, keep_NF, dropouts, "down_proj"), _scale(dropouts, "down_proj")
+        d_a_down, d_b_down, side = _side_backward(
+            products, groups, d_y_ND, dropped_NF, h_down, a_down, b_down, wants[8:10], keep_NF, scale
+        )
         d_act_NF = products.times_transposed(d_y_ND, ctx.down, groups, side)
         d_pre_NF = torch.ops.aten.gelu_backward(d_act_NF, pre_NF, approximate="tanh")
         d_up = products.outer(rows_ND, d_pre_NF, groups) if wants[2] else None
         d_up_bias = _summed(d_pre_NF, groups, ctx.biases[0]) if wants[3] else None
-        side = None
-        if a_up is not None:
-            d_h = products.to_rank(d_pre_NF, b_up.transpose(1, 2), groups)
-            dropped_ND = _dropped(rows_ND, keep_ND, dropouts, "up_proj")
-            d_a_up = products.outer(d_h, dropped_ND, groups) if wants[6] else None
-            d_b_up = products.outer(h_up, d_pre_NF, groups).transpose(1, 2) if wants[7] else None
-            side = Side(d_h, a_up.transpose(1, 2), keep_ND, _scale(dropouts, "up_proj"))
+        dropped_ND, scale = _dropped(rows_ND, keep_ND, dropouts, "up_proj"), _scale(dropouts, "up_proj")
+        d_a_up, d_b_up, side = _side_backward(
+            products, groups, d_pre_NF, dropped_ND, h_up, a_up, b_up, wants[6:8], keep_ND, scale
+        )
         d_x_TD = None
         if wants[0]:
             d_x_TD = products.times_transposed(d_pre_NF, ctx.up, groups, side)[groups.row_of_token_T]
         factors = (d_a_up, d_b_up, d_a_down, d_b_down)
         return d_x_TD, d_probs_T, d_up, d_up_bias, d_down, d_down_bias, *factors, *(None,) * 5
+
+
+def _side_backward(
+    products: Products,
+    groups: Grouping,
+    d_out_NO: Tensor,
+    inputs_NI: Tensor,
+    hidden_NR: Tensor | None,
+    a_ERI: Tensor | None,
+    b_EOR: Tensor | None,
+    wants: tuple[bool, ...],
+    keep_NI: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Side | None]:
+    """Gradients of a side path's A and B where they are wanted, and what it adds to that of its inputs.
+
+    Args:
+        inputs_NI: What went into the side path, after dropout. No factors, no side path.
+    """
+    if hidden_NR is None or a_ERI is None or b_EOR is None:
+        return None, None, None
+    d_hidden_NR = products.to_rank(d_out_NO, b_EOR.transpose(1, 2), groups)
+    d_a = products.outer(d_hidden_NR, inputs_NI, groups) if wants[0] else None
+    d_b = products.outer(hidden_NR, d_out_NO, groups).transpose(1, 2) if wants[1] else None
+    return d_a, d_b, Side(d_hidden_NR, a_ERI.transpose(1, 2), keep_NI, scale)
 
 
 def _padded(a_ERI: Tensor, b_EOR: Tensor, dtype: torch.dtype) -> list[Tensor | None]:

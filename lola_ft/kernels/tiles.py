@@ -26,15 +26,11 @@ def times(x_NI: Tensor, tiles: Tiles, out_NO: Tensor, add: bool = False) -> Tens
     return out_NO
 
 
-def times_transposed(
-    x_NO: Tensor, tiles: Tiles, out_NI: Tensor, bias_I: Tensor | None = None, add: bool = False
-) -> Tensor:
-    """`x @ weight.T + bias`, into `out` or (without bias) added to it; each tile gives its own columns."""
+def times_transposed(x_NO: Tensor, tiles: Tiles, out_NI: Tensor, bias_I: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, into `out`; each tile gives its own columns."""
     for start, tile in tiles:
         columns = slice(start, start + tile.shape[0])
-        if add:
-            out_NI[:, columns].addmm_(x_NO, tile.t())
-        elif bias_I is None:
+        if bias_I is None:
             torch.mm(x_NO, tile.t(), out=out_NI[:, columns])
         else:
             torch.addmm(bias_I[columns], x_NO, tile.t(), out=out_NI[:, columns])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.planning import Job
 from lola_ft.quantization import load_base
 from tests.conftest import make_base
 
@@ -77,3 +78,18 @@ def saved_bytes() -> Callable[[Any, Batch, bool], int]:
         return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
 
     return measure
+
+
+def job_of(config: Any, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch) -> Job:
+    """What the planner is told of a batch, on a CPU."""
+    return Job(
+        config,
+        settings,
+        quantization,
+        dtype,
+        "cpu",
+        micro_batch_size=batch.rows,
+        length=batch.length,
+        packing=batch.packing,
+        checkpointing=batch.checkpointing,
+    )

@@ -12,9 +12,8 @@ from lola_ft.adapters import AdapterSettings
 from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.products import GroupedMatmuls
 from lola_ft.model import experts
-from lola_ft.planning import Job
 from lola_ft.planning.activations import activations
-from tests.planning.conftest import Batch, adapted
+from tests.planning.conftest import Batch, adapted, job_of
 
 # On a CPU the experts' rows are padded to multiples of 32, and how many that are depends on the router.
 TOLERANCE = 0.05
@@ -55,7 +54,7 @@ def test_saved_tensors_are_as_planned(
     quantization, dtype, given, batch, dropout = CASES[name]
     settings = AdapterSettings(**given)
     model = adapted(odd_base, quantization, dtype, settings, dropout)
-    job = _job(model.config, settings, quantization, dtype, batch)
+    job = job_of(model.config, settings, quantization, dtype, batch)
     planned = activations(job).saved
     real = saved_bytes(model, batch, dtype == "bfloat16")
     assert planned == pytest.approx(real, rel=TOLERANCE)
@@ -76,7 +75,7 @@ def test_a_gpus_way_with_the_experts_is_as_planned_to_the_byte(
     monkeypatch.setattr(experts, "run_experts", partial(run_experts, products=GroupedMatmuls()))
     batch = Batch(3, 50)
     model = adapted(odd_base, None, "float32", settings)
-    job = replace(_job(model.config, settings, None, "float32", batch), device="cuda")
+    job = replace(job_of(model.config, settings, None, "float32", batch), device="cuda")
     loss_mask = 3 * 50 - 1 + 8  # the labels' mask and the divisor
     assert saved_bytes(model, batch, False) == activations(job).saved - (3 * 50 + 64 * 4) + loss_mask
 
@@ -92,20 +91,6 @@ def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(
         model.get_base_model().transformer.h = model.get_base_model().transformer.h[:layers]
         whole[layers] = saved_bytes(model, batch, False)
     pair = whole[4] - whole[2]  # a dense layer and one with experts
-    job = _job(model.config, settings, "nf4", "float32", Batch(checkpointing=True))
+    job = job_of(model.config, settings, "nf4", "float32", Batch(checkpointing=True))
     block_input = job.tokens * job.config.n_embd * 4
     assert 0.48 * pair < activations(job).recomputed + block_input < pair
-
-
-def _job(config: Any, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch) -> Job:
-    return Job(
-        config,
-        settings,
-        quantization,
-        dtype,
-        "cpu",
-        micro_batch_size=batch.rows,
-        length=batch.length,
-        packing=batch.packing,
-        checkpointing=batch.checkpointing,
-    )

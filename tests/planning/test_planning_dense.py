@@ -27,7 +27,7 @@ from lola_ft.planning.dense.workspace import dense_backward_work
 from lola_ft.quantization import audit
 from lola_ft.training.arguments import _OPTIMIZERS
 from tests.baseline.conftest import make_dense
-from tests.planning.conftest import Batch, make_batch
+from tests.planning.conftest import Batch, job_of, make_batch
 
 KINDS = ("gpt2", "bloom")
 # Sizes that are no multiples of one another: of GPT-2 the inner one too, which BLOOM has no choice of.
@@ -161,7 +161,7 @@ def test_saved_tensors_are_as_planned(
 ) -> None:
     base = make_dense(tmp_path / "base", kind, **ODD[kind], **(DROPOUTS[kind] if dropout else {}))
     batch, settings = BATCHES[batch_name], SETTINGS[name]
-    planned = dense_activations(_job(config_of(base), settings, quantization, dtype, batch)).saved
+    planned = dense_activations(job_of(config_of(base), settings, quantization, dtype, batch)).saved
     real = saved_bytes(adapted(base, quantization, dtype, settings), batch, dtype == "bfloat16")
     assert planned == pytest.approx(real, rel=TOLERANCE)
 
@@ -173,7 +173,7 @@ def test_unquantised_16_bit_layers_save_what_is_planned(
     base = make_dense(tmp_path / "base", kind, **ODD[kind])
     for settings in SETTINGS.values():
         real = saved_bytes(adapted(base, None, "bfloat16", settings), BATCHES["padded"], True)
-        planned = dense_activations(_job(config_of(base), settings, None, "bfloat16", BATCHES["padded"])).saved
+        planned = dense_activations(job_of(config_of(base), settings, None, "bfloat16", BATCHES["padded"])).saved
         assert planned == pytest.approx(real, rel=TOLERANCE)
 
 
@@ -188,7 +188,7 @@ def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(
         model = adapted(base, "nf4", "float32", settings)
         model.get_base_model().transformer.h = model.get_base_model().transformer.h[:layers]
         whole[layers] = saved_bytes(model, batch, False)
-    job = _job(config_of(base), settings, "nf4", "float32", replace(batch, checkpointing=True))
+    job = job_of(config_of(base), settings, "nf4", "float32", replace(batch, checkpointing=True))
     block_input = job.tokens * job.config.n_embd * 4
     assert dense_activations(job).recomputed + block_input == whole[3] - whole[2]
 
@@ -199,7 +199,7 @@ def test_gpt2s_of_any_activation_are_planned(
 ) -> None:
     base = make_dense(tmp_path / "base", "gpt2", activation_function=activation)
     real = saved_bytes(adapted(base, "nf4", "float32", SETTINGS["both"]), Batch(), False)
-    planned = dense_activations(_job(config_of(base), SETTINGS["both"], "nf4", "float32", Batch())).saved
+    planned = dense_activations(job_of(config_of(base), SETTINGS["both"], "nf4", "float32", Batch())).saved
     assert planned == pytest.approx(real, rel=TOLERANCE)
     assert kept_by_activation("gelu_new") == 4
 
@@ -225,7 +225,7 @@ def test_the_peak_of_the_backward_pass_is_as_planned(kind: str, checkpointing: b
     for event in events:
         held += event.nbytes() if event.name() == "[memory]" else 0
         peak = max(peak, held) if event.start_ns() > began else 0
-    job = _job(config_of(base), settings, None, "float32", batch)
+    job = job_of(config_of(base), settings, None, "float32", batch)
     kept = dense_activations(job)
     assert kept.saved + kept.held + kept.recomputed + dense_backward_work(job) == pytest.approx(
         peak, rel=WORK_TOLERANCE
@@ -237,17 +237,3 @@ def _store_in_half(base: Path) -> None:
     save_file({name: tensor.half() for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
-
-
-def _job(config: DenseConfig, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch) -> Job:
-    return Job(
-        config,
-        settings,
-        quantization,
-        dtype,
-        "cpu",
-        micro_batch_size=batch.rows,
-        length=batch.length,
-        packing=batch.packing,
-        checkpointing=batch.checkpointing,
-    )

@@ -3,6 +3,8 @@
 Letters: T tokens, D hidden, F inner, H heads.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 from transformers.activations import ACT2FN
 
@@ -26,7 +28,7 @@ def dense_activations(job: Job) -> Activations:
     return Activations(saved, max(layers) - inputs if job.checkpointing else 0, mask)
 
 
-class DenseWalk(Walk):
+class DenseWalk(Walk, ABC):
     """Goes through the layers in order; each has attention and MLP, and each of these a norm before it.
 
     Attributes:
@@ -36,25 +38,25 @@ class DenseWalk(Walk):
     checkpoints_save_mask: bool
 
     @property
+    @abstractmethod
     def stream_width(self) -> int:
         """Bytes of a number between two layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embeddings(self) -> int:
         """What comes before the first layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mask_bytes(self) -> int:
         """The mask that all layers share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention_inside(self) -> tuple[int, bool]:
         """Between attention's two linear layers, and whether the second one's input is among it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activation(self) -> int:
         """Between MLP's two linear layers, without the second one's input."""
-        raise NotImplementedError
 
     def layer(self, layer_idx: int = 0) -> int:  # noqa: ARG002 - all are alike
         config, settings = self.config, self.settings
@@ -82,10 +84,8 @@ class Gpt2Walk(DenseWalk):
     @property
     def mask_numbers(self) -> int:
         """Packed rows and rows of unequal length need a mask."""
-        job = self.job
-        if job.packing:
-            return job.tokens**2
-        return job.sequences * job.length**2 if job.sequences > 1 else 0
+        length, batch = whole_rows(self.job)
+        return batch * length**2 if self.job.packing or batch > 1 else 0
 
     def embeddings(self) -> int:
         return self.dropout(self.config.embd_pdrop, self.tokens * self.config.n_embd)
@@ -94,10 +94,10 @@ class Gpt2Walk(DenseWalk):
         return self.mask_numbers
 
     def attention_inside(self) -> tuple[int, bool]:
-        config, job = self.config, self.job
+        config = self.config
         row = self.tokens * config.n_embd
         if config.attn_pdrop and not self.cuda:  # step by step, in float32; of a single float32 row less is copied
-            length, batch = (self.tokens, 1) if job.packing else (job.length, job.sequences)
+            length, batch = whole_rows(self.job)
             rows = 5 if batch == 1 and not self.half else 3
             return (rows * row + 3 * batch * config.n_head * length**2) * _FLOAT, False
         fused = self.tokens * config.n_head * _FLOAT + self.mask_numbers * self.width
@@ -134,6 +134,11 @@ class BloomWalk(DenseWalk):
 
     def activation(self) -> int:
         return self.tokens * self.config.n_inner * self.width
+
+
+def whole_rows(job: Job) -> tuple[int, int]:
+    """Tokens of what GPT-2 attends over, and how often there is such: rows, or all packed rows in one."""
+    return (job.tokens, 1) if job.packing else (job.length, job.sequences)
 
 
 def kept_by_activation(name: str) -> int:

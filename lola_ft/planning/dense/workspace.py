@@ -3,6 +3,7 @@
 What is saved goes as it is used, so that a step of the way back often takes the place of one of the way there.
 """
 
+from lola_ft.planning.dense.activations import whole_rows
 from lola_ft.planning.job import Job
 from lola_ft.planning.workspace import linear_tile
 
@@ -21,7 +22,7 @@ def _gpt2_inside(job: Job) -> tuple[int, int]:
     """A fused attention has no scores; a CPU has none with dropout. GELU's steps free what they were kept for."""
     config, scores = job.config, 0
     if config.attn_pdrop and not job.on_cuda:
-        length, batch = (job.tokens, 1) if job.packing else (job.length, job.sequences)
+        length, batch = whole_rows(job)
         scores = batch * config.n_head * length**2 * _FLOAT
     return scores, job.tokens * config.n_inner * (_FLOAT if job.on_cuda else job.width)
 
