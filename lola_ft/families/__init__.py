@@ -1,0 +1,55 @@
+"""The base families: what each model type's checkpoints look like, and the registry of all that are supported.
+
+To add a family, write its file and list it here.
+"""
+
+from typing import Any
+
+from lola_ft.errors import CheckpointError
+from lola_ft.families.base import Architecture, ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.bloom import BLOOM
+from lola_ft.families.gpt2 import GPT2
+from lola_ft.families.lola import LOLA
+
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "ExpertLayout",
+    "Family",
+    "Place",
+    "Routing",
+    "Sizes",
+    "architecture_of",
+    "find_family",
+]
+
+FAMILIES = {family.model_type: family for family in (LOLA, GPT2, BLOOM)}
+"""By `model_type`."""
+
+
+def find_family(model_type: object, where: object = "config.json") -> Family:
+    """Return the family of a model type.
+
+    Args:
+        where: The file that names it, for the message.
+
+    Raises:
+        CheckpointError: A type that is not supported; the message lists those that are.
+    """
+    family = FAMILIES.get(str(model_type))
+    if family is None:
+        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+        raise CheckpointError(
+            f"{where}: model_type is '{model_type}', which is not supported. lola_ft fine-tunes {known}; "
+            "`lola-ft families` says what of each."
+        )
+    return family
+
+
+def architecture_of(config: Any) -> Architecture:
+    """Return the architecture that transformers' config describes.
+
+    Raises:
+        CheckpointError: As `find_family`.
+    """
+    return Architecture(find_family(config.model_type), config)

@@ -1,0 +1,329 @@
+"""A base family: how the checkpoints of one `model_type` are laid out, on disk and in memory.
+
+Loading, auditing, adapters, planning, merging, training and routing read this table and nothing else. A family is one
+file beside this one; the names of its tensors stand there and nowhere else.
+
+Names on disk are called Hub names: they identify a weight everywhere, whatever the model in memory calls it.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+from lola_ft.errors import UserError
+
+LORA_GROUPS = ("attention", "mlp", "shared_experts", "experts", "router")
+"""Groups of weights that a recipe can give LoRA, if the family has them."""
+QUANTIZED_GROUPS = ("attention", "mlp", "shared_experts", "experts")
+"""Groups whose matrices 4-bit loading quantises."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One tensor of a checkpoint, and where it lives in the model in memory.
+
+    Attributes:
+        parameter: Name of the model's parameter that holds it.
+        shape: On disk.
+        group: One of `LORA_GROUPS`, or norms, embeddings, head, other. A bias belongs to the group of its weight.
+        layer: Index of its layer.
+        expert: The expert's id; the parameter then is a stack (E, …) and the tensor one slice of it.
+        in_by_out: The matrix is stored in×out on disk; else out×in, as `nn.Linear` holds it.
+        part: The expert's projection, where several of them share a stack (`gate_proj` or `up_proj`).
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    group: str
+    layer: int | None = None
+    expert: int | None = None
+    in_by_out: bool = False
+    part: str | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether 4-bit loading quantises this tensor."""
+        return self.group in QUANTIZED_GROUPS and len(self.shape) == 2
+
+    @property
+    def transposed(self) -> bool:
+        """Whether disk and memory differ in orientation: linear layers are out×in in memory, experts as on disk."""
+        return self.in_by_out and self.expert is None
+
+    @property
+    def module(self) -> str:
+        """Name of the module in memory that owns the parameter."""
+        return self.parameter.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """Name of the parameter within its module."""
+        return self.parameter.rpartition(".")[2]
+
+    @property
+    def out_in(self) -> tuple[int, int]:
+        """Outputs and inputs of a matrix."""
+        rows, columns = self.shape
+        return (columns, rows) if self.in_by_out else (rows, columns)
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """A Hub module name of one expert's projection, taken apart: fused module in memory, expert's id, projection."""
+
+    module: str
+    expert: int
+    projection: str
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How the experts of an MoE layer are fused in memory and named on disk.
+
+    Attributes:
+        module: Ending of the fused module's name in memory, such as `moe.experts`.
+        stacks: Each fused parameter in the order in which the module registers them, with the projections on disk
+            that it holds side by side: one, or gate and up.
+        on_disk: Ending of the name under which the experts are numbered on disk.
+    """
+
+    module: str
+    stacks: Mapping[str, tuple[str, ...]]
+    on_disk: str = ""
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names on disk of an expert's matrices, in order."""
+        return tuple(name for names in self.stacks.values() for name in names)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The fused parameters as PEFT's `target_parameters` name them."""
+        return tuple(f"{self.module.rpartition('.')[2]}.{stack}" for stack in self.stacks)
+
+    def stack_of(self, projection: str) -> str:
+        """The fused parameter that holds a projection."""
+        return next(stack for stack, names in self.stacks.items() if projection in names)
+
+    def parse(self, module: str) -> ExpertName | None:
+        """Take the Hub name of an expert's projection apart; None for any other module."""
+        if match := self._pattern.match(module):
+            return ExpertName(f"{match['layer']}{self.module}", int(match["expert"]), match["projection"])
+        return None
+
+    def name(self, module: str, expert: int, projection: str) -> str:
+        """The Hub name of an expert's projection, from the fused module's name in memory."""
+        return f"{module.removesuffix(self.module)}{self.on_disk or self.module}.{expert}.{projection}"
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        names, numbered = "|".join(self.projections), re.escape(self.on_disk or self.module)
+        return re.compile(rf"^(?P<layer>.+\.){numbered}\.(?P<expert>\d+)\.(?P<projection>{names})$")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a family's routers choose experts.
+
+    Attributes:
+        balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), or None.
+    """
+
+    balance: str | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A config's numbers under the names that the field uses.
+
+    Attributes:
+        hidden, inner: Width of the residual stream, and between the two layers of a dense MLP.
+        positions: Longest sequence in tokens.
+        learned_positions: Whether each position has an embedding; else they are rotary or slopes (ALiBi).
+        moe_layers: Indices of the layers with experts.
+        expert_inner: Width inside an expert.
+        top_k: Experts that a token uses.
+        activation: transformers' name of the activation inside MLP and experts.
+        embedding_dropout, attention_dropout, residual_dropout: Probabilities, while training.
+    """
+
+    vocab: int
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    positions: int
+    learned_positions: bool = False
+    moe_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    expert_inner: int = 0
+    top_k: int = 0
+    activation: str = "gelu"
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the toolkit knows of one `model_type`.
+
+    Attributes:
+        title: What people call such models.
+        heads: Model classes by head (`causal_lm`, …), each as `module:Class`, imported when it is wanted. A class of
+            transformers gets LOLA's loss (`families/causal_lm.py`).
+        backbone: Attribute of the causal model that holds the layers.
+        packs: Whether its attention keeps the documents of a packed row apart.
+        targets: By group, endings of the names in memory of its linear layers (of the router, its module).
+        size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
+        ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
+        embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
+        experts, routing: None for a dense family.
+        licence: The Hub's identifier, if it is the same for all of its checkpoints.
+        authors_url: Where the authors describe it.
+    """
+
+    model_type: str
+    title: str
+    heads: Mapping[str, str]
+    backbone: str
+    packs: bool
+    targets: Mapping[str, tuple[str, ...]]
+    size_keys: tuple[str, ...]
+    embeddings: tuple[str, str]
+    sizes: Callable[[Any], Sizes]
+    places: Callable[[Any], dict[str, Place]]
+    ignored: tuple[str, ...] = ()
+    experts: ExpertLayout | None = None
+    routing: Routing | None = None
+    licence: str | None = None
+    authors_url: str | None = None
+
+    @property
+    def lora_groups(self) -> dict[str, tuple[str, ...]]:
+        """Targets by group as PEFT is told them: modules, and of experts the fused parameters."""
+        own = dict(self.targets)
+        if self.experts:
+            own["experts"] = self.experts.targets
+        return {group: own[group] for group in LORA_GROUPS if group in own}
+
+    @property
+    def expert_targets(self) -> tuple[str, ...]:
+        """The fused parameters of experts, () for a dense family."""
+        return self.experts.targets if self.experts else ()
+
+    def parse_expert(self, module: str) -> ExpertName | None:
+        """Take the Hub name of an expert's projection apart; None for any other module."""
+        return self.experts.parse(module) if self.experts else None
+
+    def model_class(self, head: str = "causal_lm") -> type:
+        """The class to build.
+
+        Raises:
+            UserError: If the family has no model with such a head.
+        """
+        if head not in self.heads:
+            raise UserError(f"head '{head}': {self.title} models have {', '.join(self.heads)}. Use one of these.")
+        module, _, name = self.heads[head].partition(":")
+        found = getattr(import_module(module), name)
+        if module.startswith("lola_ft."):
+            return found
+        # Here, because it brings torch: the table itself is read without.
+        from lola_ft.families.causal_lm import with_labelled_loss
+
+        return with_labelled_loss(found)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint is a buffer of earlier versions, not a weight."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family with one config: every tensor and size of one base.
+
+    Attributes:
+        config: transformers' config of the base.
+    """
+
+    family: Family
+    config: Any = field(repr=False)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return self.family.sizes(self.config)
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Every tensor of a checkpoint, by its Hub name, in the order of the layers."""
+        return self.family.places(self.config)
+
+    @property
+    def num_experts(self) -> int:
+        return self.sizes.num_experts
+
+    @cached_property
+    def norm_modules(self) -> tuple[str, ...]:
+        """Names of the normalisation layers, without what stands before them: what PEFT's `modules_to_save` takes."""
+        return self._last_names("norms", ".weight")
+
+    @property
+    def router_modules(self) -> tuple[str, ...]:
+        """The router's name, likewise."""
+        return tuple(module.rpartition(".")[2] for module in self.family.targets.get("router", ()))
+
+    @cached_property
+    def bias_names(self) -> tuple[str, ...]:
+        """Hub names of all biases."""
+        return tuple(name for name in self.places if name.endswith(".bias"))
+
+    @property
+    def tied_modules(self) -> tuple[str, ...]:
+        """Names of input embeddings and output head, if they are one tensor."""
+        _, head = self.family.embeddings
+        return () if head in self.places else tuple(name.split(".")[-2] for name in self.family.embeddings)
+
+    @cached_property
+    def features(self) -> tuple[str, ...]:
+        """What can be trained: groups for LoRA, norms, biases."""
+        beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
+        return (*self.family.lora_groups, *beside)
+
+    def kind_of(self, name: str) -> Place | None:
+        """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""
+        return self._kinds.get(_without_numbers(name))
+
+    @cached_property
+    def _kinds(self) -> dict[str, Place]:
+        return {_without_numbers(name): place for name, place in reversed(self.places.items())}
+
+    def _last_names(self, group: str, ending: str) -> tuple[str, ...]:
+        found = (name for name, place in self.places.items() if place.group == group and name.endswith(ending))
+        return tuple(dict.fromkeys(name.split(".")[-2] for name in found))
+
+    def require(self, wanted: Mapping[str, str], has: Collection[str] | None = None) -> None:
+        """Refuse what this family lacks: the one place and form in which that is said.
+
+        Args:
+            wanted: What is asked for, by the key that asks for it: `{"adapter.experts": "experts"}`.
+            has: What there is, if not `features`.
+
+        Raises:
+            UserError: Naming every key, what is missing and what there is.
+        """
+        known = self.features if has is None else has
+        missing = {key: feature for key, feature in wanted.items() if feature not in known}
+        if missing:
+            lacks = " and no ".join(dict.fromkeys(missing.values()))
+            raise UserError(
+                f"{', '.join(missing)}: the base is a {self.family.title} model ({self.family.model_type}), which has "
+                f"no {lacks}. It has {', '.join(known)}. Remove the key{'s' if len(missing) > 1 else ''}, or choose "
+                "another base."
+            )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)

@@ -1,0 +1,91 @@
+"""transformers' own causal models with LOLA's loss: only labelled rows are scored, logits never exist as a whole.
+
+Shapes: B batch, S sequence, D hidden.
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lola_ft.errors import UserError
+from lola_ft.families import architecture_of
+from lola_ft.kernels.loss import labelled_cross_entropy
+
+
+class LabelledLoss:
+    """Mixed into a causal model of transformers; takes the arguments that `LolaForCausalLM` takes.
+
+    Attributes:
+        quantization: "nf4" or None.
+    """
+
+    config: Any
+    lm_head: Any
+    base_model_prefix: str
+    quantization: str | None = None
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Predict the next tokens; with labels, return the loss as `LolaForCausalLM` does."""
+        assert not output_router_logits, "a dense model has no routers"
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        if labels is None:
+            return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
+        self._check_packing(attention_mask, position_ids)
+        x_BSD = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state
+        loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=None if skip_logits else self.lm_head(x_BSD))
+
+    def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, each matrix in its family's orientation on disk.
+
+        Raises:
+            UserError: For 4-bit weights, which that layout cannot hold.
+        """
+        if self.quantization:
+            raise UserError(
+                "A 4-bit base is not saved as a checkpoint: its weights are rounded. Save the adapter "
+                "(lola_ft.save_adapter), or merge it into the original weights (lola_ft.merge)."
+            )
+        state = kwargs.pop("state_dict", None) or self.state_dict()  # type: ignore[attr-defined]
+        places = architecture_of(self.config).places
+        turned = {
+            name: tensor.t().contiguous() if name in places and places[name].transposed else tensor
+            for name, tensor in state.items()
+        }
+        return super().save_pretrained(folder, *args, state_dict=turned, **kwargs)  # type: ignore[misc]
+
+    def _check_packing(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Hold that a packed batch reaches only attention that keeps its documents apart."""
+        if architecture_of(self.config).family.packs:
+            return
+        packed = attention_mask is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any())
+        assert not packed, f"the attention of {self.config.model_type} models cannot keep packed documents apart"
+
+
+@cache
+def with_labelled_loss(model_class: type) -> type:
+    """Return a class of transformers with this loss, under the same name, so that configs name transformers' class."""
+    return type(model_class.__name__, (LabelledLoss, model_class), {"__module__": model_class.__module__})

@@ -1,0 +1,87 @@
+"""GPT-2 and its kind (`gpt2`, mGPT among them): learned positions, biases, matrices stored in×out (`Conv1D`)."""
+
+from typing import Any
+
+from lola_ft.families.base import Family, Place, Sizes
+
+IGNORED = (r"\.attn\.bias$", r"\.attn\.masked_bias$")
+"""Buffers of the attention that old checkpoints carry."""
+
+
+def sizes(config: Any) -> Sizes:
+    """Read a `GPT2Config`."""
+    return Sizes(
+        vocab=config.vocab_size,
+        hidden=config.n_embd,
+        inner=config.n_inner or 4 * config.n_embd,
+        layers=config.n_layer,
+        heads=config.n_head,
+        positions=config.n_positions,
+        learned_positions=True,
+        activation=config.activation_function,
+        embedding_dropout=config.embd_pdrop,
+        attention_dropout=config.attn_pdrop,
+        residual_dropout=config.resid_pdrop,
+    )
+
+
+def places(config: Any) -> dict[str, Place]:
+    """List every tensor."""
+    d, f = config.n_embd, config.n_inner or 4 * config.n_embd
+    found = embeddings(config.vocab_size, config.n_positions, d)
+    for layer in range(config.n_layer):
+        prefix = f"transformer.h.{layer}"
+        found |= norm(f"{prefix}.ln_1", d, layer) | norm(f"{prefix}.ln_2", d, layer)
+        found |= attention(prefix, d, layer) | mlp(prefix, d, f, layer)
+    if not config.tie_word_embeddings:
+        found["lm_head.weight"] = Place("lm_head.weight", (config.vocab_size, d), "head")
+    return found
+
+
+def embeddings(vocab: int, positions: int, hidden: int) -> dict[str, Place]:
+    """Tokens' and positions' embeddings, and the final norm."""
+    found = {
+        name: Place(name, (rows, hidden), "embeddings")
+        for name, rows in (("transformer.wte.weight", vocab), ("transformer.wpe.weight", positions))
+    }
+    return found | norm("transformer.ln_f", hidden, None)
+
+
+def norm(name: str, hidden: int, layer: int | None) -> dict[str, Place]:
+    """One LayerNorm."""
+    return {f"{name}.{kind}": Place(f"{name}.{kind}", (hidden,), "norms", layer) for kind in ("weight", "bias")}
+
+
+def attention(prefix: str, hidden: int, layer: int) -> dict[str, Place]:
+    """Query, key and value in one matrix, and the output projection."""
+    joint = linear(f"{prefix}.attn.c_attn", hidden, 3 * hidden, "attention", layer)
+    return joint | linear(f"{prefix}.attn.c_proj", hidden, hidden, "attention", layer)
+
+
+def mlp(prefix: str, hidden: int, inner: int, layer: int) -> dict[str, Place]:
+    """The two layers of a dense MLP."""
+    up = linear(f"{prefix}.mlp.c_fc", hidden, inner, "mlp", layer)
+    return up | linear(f"{prefix}.mlp.c_proj", inner, hidden, "mlp", layer)
+
+
+def linear(name: str, size_in: int, size_out: int, group: str, layer: int) -> dict[str, Place]:
+    """A linear layer stored in×out, and its bias."""
+    return {
+        f"{name}.weight": Place(f"{name}.weight", (size_in, size_out), group, layer, in_by_out=True),
+        f"{name}.bias": Place(f"{name}.bias", (size_out,), group, layer),
+    }
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    title="GPT-2",
+    heads={"causal_lm": "transformers:GPT2LMHeadModel"},
+    backbone="transformer",
+    packs=True,
+    targets={"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj")},
+    size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
+    embeddings=("transformer.wte.weight", "lm_head.weight"),
+    sizes=sizes,
+    places=places,
+    ignored=IGNORED,
+)

@@ -1,0 +1,77 @@
+"""LOLA (`lola_v1`; arXiv 2409.11272): GPT-2 style layers, every second one with experts, top-1."""
+
+from typing import Any
+
+from lola_ft.families.base import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.gpt2 import IGNORED, attention, embeddings, mlp, norm
+from lola_ft.model.layout import EXPERT_PROJECTIONS
+
+
+def sizes(config: Any) -> Sizes:
+    """Read a `LolaConfig`."""
+    return Sizes(
+        vocab=config.vocab_size,
+        hidden=config.n_embd,
+        inner=config.n_inner,
+        layers=config.n_layer,
+        heads=config.n_head,
+        positions=config.n_positions,
+        learned_positions=True,
+        moe_layers=tuple(filter(config.is_moe_layer, range(config.n_layer))),
+        num_experts=config.num_experts,
+        expert_inner=config.n_inner,
+        top_k=config.topk,
+        activation="gelu_pytorch_tanh",
+        embedding_dropout=config.embd_pdrop,
+        attention_dropout=config.attn_pdrop,
+        residual_dropout=config.resid_pdrop,
+    )
+
+
+def places(config: Any) -> dict[str, Place]:
+    """List every tensor: matrices are stored in×out but for the router's; one tensor per expert and projection."""
+    d, f = config.n_embd, config.n_inner
+    found = embeddings(config.vocab_size, config.n_positions, d)
+    for layer in range(config.n_layer):
+        prefix = f"transformer.h.{layer}"
+        found |= norm(f"{prefix}.ln_1", d, layer) | norm(f"{prefix}.ln_2", d, layer)
+        found |= attention(prefix, d, layer)
+        if not config.is_moe_layer(layer):
+            found |= mlp(prefix, d, f, layer)
+            continue
+        gate = f"{prefix}.moe.gate.weight"
+        found[gate] = Place(gate, (config.num_experts, d), "router", layer)
+        for expert in range(config.num_experts):
+            for projection, (size_in, size_out) in (("c_fc", (d, f)), ("c_proj", (f, d))):
+                name = f"{prefix}.moe.experts.{expert}.{projection}"
+                stack = f"{prefix}.moe.experts.{EXPERT_PROJECTIONS[projection]}"
+                found[f"{name}.weight"] = Place(stack, (size_in, size_out), "experts", layer, expert, in_by_out=True)
+                found[f"{name}.bias"] = Place(f"{stack}_bias", (size_out,), "experts", layer, expert)
+    return found
+
+
+LOLA = Family(
+    model_type="lola_v1",
+    title="LOLA",
+    heads={
+        "causal_lm": "lola_ft.model.modeling:LolaForCausalLM",
+        "sequence_classification": "lola_ft.model.heads:LolaForSequenceClassification",
+        "token_classification": "lola_ft.model.heads:LolaForTokenClassification",
+    },
+    backbone="transformer",
+    packs=True,
+    targets={
+        "attention": ("attn.c_attn", "attn.c_proj"),
+        "mlp": ("mlp.c_fc", "mlp.c_proj"),
+        "router": ("moe.gate",),
+    },
+    size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_experts"),
+    embeddings=("transformer.wte.weight", "lm_head.weight"),
+    sizes=sizes,
+    places=places,
+    ignored=IGNORED,
+    experts=ExpertLayout("moe.experts", {fused: (disk,) for disk, fused in EXPERT_PROJECTIONS.items()}),
+    routing=Routing(balance="layer_sum"),
+    licence="cc-by-4.0",
+    authors_url="https://arxiv.org/abs/2409.11272",
+)
