@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.baseline.either import load_adapter, load_base
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
+from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.templates import Template
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, resolve_folder
-from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization.cache import is_cache
 from lola_ft.quantization.load import default_device
 

@@ -15,9 +15,10 @@ if not Path("/dev/nvidia0").exists():
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config
 
 import lola_ft  # noqa: F401 (registers the model)
-from lola_ft.adapters import AdapterSettings, attach, lora_config, save_adapter
+from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
@@ -39,24 +40,6 @@ def float32_where_a_recipe_says_bfloat16() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
         yield
-
-
-def tiny_config(**changes: Any) -> LolaConfig:
-    """Four layers, four experts, hidden 64, without dropout."""
-    settings: dict[str, Any] = {
-        "vocab_size": 320,
-        "n_positions": 128,
-        "n_embd": 64,
-        "n_layer": 4,
-        "n_head": 4,
-        "n_inner": 128,
-        "num_experts": 4,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "initializer_range": 0.1,
-    }
-    return LolaConfig(**settings | changes)
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +132,7 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.manual_seed(1)
     base = load_base(tiny_base, quantization=None, dtype="float32", device="cpu", quiet=True)
     settings = AdapterSettings(attention_rank=4, mlp_rank=8, expert_rank=4, alpha=8.0, dropout=0.0)
-    model = attach(base, lora_config(settings))
+    model = add_adapter(base, settings)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter.data, std=0.1)
@@ -185,3 +168,63 @@ def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_model(make_config: Callable[..., LolaConfig]) -> Callable[..., LolaForCausalLM]:
+    """Makes a random model in evaluation mode: four layers, hidden 64, no dropout; keywords change its config."""
+
+    def make(seed: int = 0, **changes: Any) -> LolaForCausalLM:
+        torch.manual_seed(seed)
+        return LolaForCausalLM(make_config(**{"n_positions": 64} | changes)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden_base() -> Path:
+    """The authors' checkpoint; read only."""
+    return GOLDEN / "base"
+
+
+class Folder:
+    """A copy of the authors' checkpoint whose config and tensors can be rewritten."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.weights_file = path / "model.safetensors"
+        self.index_file = path / "model.safetensors.index.json"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.weights_file)
+
+    def set_config(self, **changes: Any) -> None:
+        config = json.loads(self.config_file.read_text())
+        self.config_file.write_text(json.dumps(config | changes))
+
+    def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, self.weights_file, metadata={"format": "pt"})
+
+    def cast(self, dtype: torch.dtype) -> None:
+        self.set_tensors({name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    def shard(self, count: int = 3) -> list[Path]:
+        """Deal the tensors out to shards with an index; returns the shards."""
+        tensors, weight_map, files = self.tensors, {}, []
+        for i in range(count):
+            files.append(self.path / f"model-{i + 1:05}-of-{count:05}.safetensors")
+            part = {name: tensors[name] for name in list(tensors)[i::count]}
+            save_file(part, files[-1], metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(part, files[-1].name)
+        self.index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        self.weights_file.unlink()
+        return files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """A copy of the authors' checkpoint, to rewrite."""
+    shutil.copytree(GOLDEN / "base", tmp_path / "base")
+    return Folder(tmp_path / "base")

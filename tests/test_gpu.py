@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lola_ft
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.cli import main
 
 pytestmark = pytest.mark.gpu
@@ -21,9 +21,7 @@ def test_logits_and_gradients_equal_the_cpus(quantization: str | None, tiny_base
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         base = lola_ft.load_base(tiny_base, quantization, "float32", device, quiet=True)
-        model = attach(
-            base, lora_config(AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4, tune_router=True))
-        )
+        model = add_adapter(base, AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4, tune_router=True))
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim == 2:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY
 
 import lola_ft
 from lola_ft.adapters.files import read_adapter, write_adapter
@@ -72,9 +73,9 @@ def test_an_adapter_that_names_no_base_is_refused(tiny_adapter: Path) -> None:
 def test_an_adapter_of_the_4_bit_base_alone_is_opened_on_that(
     tiny_adapter: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    weights = read_adapter(tiny_adapter).weights(4)
+    weights = read_adapter(tiny_adapter).weights(TINY)
     weights.starts_at_rounding_error = True
-    adapter = write_adapter(weights, tmp_path / "loftq", "peft", 4)
+    adapter = write_adapter(weights, tmp_path / "loftq", "peft")
     assert find_subject(adapter, base=str(tiny_base)).quantization == "nf4"
     assert find_subject(tiny_adapter, base=str(tiny_base)).quantization is None
 

@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lola_ft.adapters.attaching import add_adapter, attach
     from lola_ft.adapters.combine import combine_adapters
-    from lola_ft.adapters.load import fitting_layout, load_adapter, save_adapter
+    from lola_ft.adapters.load_save import fitting_layout, load_adapter, save_adapter
+    from lola_ft.adapters.peft_model import add_adapter, attach
     from lola_ft.adapters.settings import AdapterSettings, lora_config
 
 __all__ = [
@@ -25,13 +25,13 @@ __all__ = [
 
 _HOMES = {
     "AdapterSettings": "settings",
-    "add_adapter": "attaching",
-    "attach": "attaching",
+    "add_adapter": "peft_model",
+    "attach": "peft_model",
     "combine_adapters": "combine",
-    "fitting_layout": "load",
-    "load_adapter": "load",
+    "fitting_layout": "load_save",
+    "load_adapter": "load_save",
     "lora_config": "settings",
-    "save_adapter": "load",
+    "save_adapter": "load_save",
 }
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import torch
 from peft import PeftModel
 
-from lola_ft.adapters.load import adapter_weights, put_weights
+from lola_ft.adapters.load_save import adapter_weights, put_weights
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
+from lola_ft.families import architecture_of
 
 
 def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -> PeftModel:
@@ -22,7 +23,7 @@ def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -
     Raises:
         AdapterError: If one of them is more than LoRA.
     """
-    joined = AdapterWeights({})
+    joined = AdapterWeights(architecture_of(model.config))
     for adapter, share in shares.items():
         if adapter not in model.peft_config:
             raise UserError(f"This model has no adapter '{adapter}'; it has {', '.join(model.peft_config)}.")

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.errors import UserError
 from lola_ft.files import copy_files
-from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,18 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     """
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"{out}: already there and not empty. Choose another --out.")
-    checkpoint = HubCheckpoint.open(base)
+    checkpoint = Checkpoint.open(base)
     stored = read_adapter(adapter)
-    weights = stored.weights(checkpoint.config.num_experts)
-    weights.check_against({name: entry.shape for name, entry in checkpoint.entries.items()})
+    weights = stored.weights(checkpoint.architecture)
+    weights.check_fit()
     if Path(weights.base).exists() or weights.base.startswith((".", "/", "~")):
         weights.base, weights.revision = "", None  # a folder's path means nothing to others
 
     if layout == "peft":
-        weights.base_biases |= {
-            name: checkpoint.entries[name].read() for name in weights.untrained_biases(checkpoint.config.num_experts)
-        }
+        weights.base_biases |= {name: checkpoint.entries[name].read() for name in weights.untrained_biases()}
 
     def copy_companions(folder: Path) -> None:
         copy_files(stored.folder, folder, (*TOKENIZER_FILES, "*.jinja"))
 
-    write_adapter(weights, out, layout, checkpoint.config.num_experts, also=copy_companions)
+    write_adapter(weights, out, layout, also=copy_companions)
     return Conversion(stored.layout, len(stored.entries))

@@ -17,9 +17,8 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper as StockParamWrapper
 from torch import Tensor, nn
 
-from lola_ft.adapters.selection import check_selection
+from lola_ft.adapters.selection import Selection, check_selection
 from lola_ft.adapters.stacks import split_a, split_b
-from lola_ft.adapters.targets import Selection
 from lola_ft.errors import AdapterError
 from lola_ft.kernels.stacks import LowRank
 from lola_ft.model.experts import LolaExperts
@@ -115,7 +114,7 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
     chosen = [
         (name.replace(".base_layer", ""), module, ids) for (name, module), ids in zip(layers, selection, strict=True)
     ]
-    named_in_full = any(target.startswith("transformer.") for target in config.target_parameters or ())
+    named_in_full = any(target.count(".") > 1 for target in config.target_parameters or ())  # not just experts.up_proj
     if config.target_parameters and not all(selection) and not named_in_full:
         projections = [target.rpartition(".")[2] for target in config.target_parameters]
         prefix = "base_model.model."

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lola_ft.adapters.contents import CHECKSUMS_KEY, check_contents, checksums_of
+from lola_ft.adapters.checksums import CHECKSUMS_KEY, check_contents, checksums_of
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
-from lola_ft.adapters.targets import EXPERT_TARGETS, target_of
 from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.checkpoints.checkpoint import WEIGHT_KINDS
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
+from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import AdapterError, CheckpointError, UserError
+from lola_ft.families import Architecture, Family
 from lola_ft.files import replace_folder
-from lola_ft.model.hub_checkpoint import WEIGHT_KINDS
-from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
-from lola_ft.model.safetensors_writer import SafetensorsWriter
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
@@ -66,20 +66,27 @@ class StoredAdapter:
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
 
-    def weights(self, num_experts: int) -> AdapterWeights:
-        """The adapter's numbers under the Hub's names."""
-        return self._arranged({key: entry.read() for key, entry in self.entries.items()}, num_experts)
+    def weights(self, architecture: Architecture) -> AdapterWeights:
+        """Read the adapter's numbers, by Hub names.
 
-    def outline(self, num_experts: int) -> AdapterWeights:
-        """As `weights`, but shapes alone (meta tensors); `keys` says where the numbers are."""
+        Args:
+            architecture: Of the base that it is for.
+
+        Raises:
+            AdapterError: If a tensor has no place in such a base.
+        """
+        return self._arranged({key: entry.read() for key, entry in self.entries.items()}, architecture)
+
+    def outline(self, architecture: Architecture) -> AdapterWeights:
+        """Return the same with shapes only (meta tensors); `keys` says where the numbers are."""
         shapes = {
             key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in self.entries.items()
         }
-        return self._arranged(shapes, num_experts)
+        return self._arranged(shapes, architecture)
 
-    def _arranged(self, state: dict[str, torch.Tensor], num_experts: int) -> AdapterWeights:
+    def _arranged(self, state: dict[str, torch.Tensor], architecture: Architecture) -> AdapterWeights:
         try:
-            weights = from_state(state, self.config, num_experts)
+            weights = from_state(state, self.config, architecture)
         except AdapterError as error:
             raise AdapterError(f"{self.folder}: {error}") from error
         if "lola_ft_biases" in self.metadata:
@@ -87,7 +94,7 @@ class StoredAdapter:
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
         weights.starts_at_rounding_error = self.starts_at_rounding_error
         if "lola_ft_layout" not in self.metadata:  # a file of ours lists its tensors, and may leave layers out
-            weights.announced = self.config
+            weights.declared = self.config
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
@@ -139,11 +146,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
 
 
 def write_adapter(
-    weights: AdapterWeights,
-    path: str | Path,
-    layout: str,
-    num_experts: int,
-    also: Callable[[Path], None] | None = None,
+    weights: AdapterWeights, path: str | Path, layout: str, also: Callable[[Path], None] | None = None
 ) -> Path:
     """Write an adapter folder whole or not at all; an older adapter there is replaced at the end.
 
@@ -152,10 +155,12 @@ def write_adapter(
     """
     if layout not in LAYOUTS:
         raise AdapterError(f"layout '{layout}' is not known; use one of {', '.join(LAYOUTS)}.")
+    if layout == "per_expert":
+        weights.architecture.require({f"layout {layout}": "experts"})
     if not is_replaceable(path):
         raise UserError(f"{path}: already there and no adapter. Choose another folder.")
-    state = to_state(weights, layout, num_experts)
-    metadata = file_metadata(weights, layout, num_experts, state)
+    state = to_state(weights, layout)
+    metadata = file_metadata(weights, layout, state)
     config = config_for(weights, layout)
     with replace_folder(path) as folder:
         _write_tensors(folder / WEIGHTS_FILE, state, metadata)
@@ -165,10 +170,8 @@ def write_adapter(
     return Path(path)
 
 
-def file_metadata(
-    weights: AdapterWeights, layout: str, num_experts: int, state: dict[str, torch.Tensor]
-) -> dict[str, str]:
-    """What an adapter's file says about itself beside its tensors.
+def file_metadata(weights: AdapterWeights, layout: str, state: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Return what an adapter's file says about itself beside its tensors.
 
     Args:
         state: The tensors, as the layout has them.
@@ -180,7 +183,7 @@ def file_metadata(
         metadata["lola_ft_start"] = "loftq"
     if weights.biases():
         metadata["lola_ft_biases"] = json.dumps(weights.experts_with_biases(), sort_keys=True)
-    if layout == "peft" and (experts_of := weights.experts_of(num_experts)):
+    if layout == "peft" and (experts_of := weights.experts_of()):
         metadata["lola_ft_experts"] = json.dumps(experts_of, sort_keys=True)
     return metadata
 
@@ -204,7 +207,7 @@ def is_replaceable(path: str | Path) -> bool:
 
 
 def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
-    """`adapter_config.json` for these weights: what stock PEFT needs to load them.
+    """Return `adapter_config.json` for these weights: what stock PEFT needs to load them.
 
     Dropout is written as 0: it plays no part once trained, and PEFT refuses it on expert parameters.
     """
@@ -213,9 +216,10 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
 
     from lola_ft.adapters.settings import linear_targets
 
+    family = weights.architecture.family
     ranks, alphas = _by_target(weights, layout)
-    common_rank = _preferred(ranks)
-    common_alpha = _preferred(alphas)
+    common_rank = _preferred(ranks, family)
+    common_alpha = _preferred(alphas, family)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=weights.base,
@@ -227,9 +231,9 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         alpha_pattern={target: alpha for target, alpha in alphas.items() if alpha != common_alpha},
         use_rslora=weights.rslora,
         use_dora=weights.dora,
-        fan_in_fan_out=layout == "per_expert",
-        target_modules=linear_targets(ranks),
-        target_parameters=[target for target in EXPERT_TARGETS if target in ranks] or None,
+        fan_in_fan_out=_others_hold_in_by_out(weights.architecture, layout),
+        target_modules=linear_targets(ranks, family),
+        target_parameters=[target for target in family.expert_targets if target in ranks] or None,
         modules_to_save=sorted({name.split(".")[-2] for name in weights.trained if name.endswith(".weight")}) or None,
         bias="all" if weights.biases() else "none",
     )
@@ -242,16 +246,27 @@ def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], di
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, pair in weights.pairs.items():
-        target = target_of(module, layout)
+        target = weights.architecture.family.target_of(module, layout)
         assert target is not None, f"{module} is in no group"
         if (ranks.setdefault(target, pair.rank), alphas.setdefault(target, pair.alpha)) != (pair.rank, pair.alpha):
             raise AdapterError(f"{module}: its rank or alpha differs from that of other '{target}' modules.")
     return ranks, alphas
 
 
-def _preferred(values: dict[str, Any]) -> Any:
+def _others_hold_in_by_out(architecture: Architecture, layout: str) -> bool:
+    """Whether the model that others load the adapter onto holds its linear layers in×out (transformers' `Conv1D`).
+
+    A native class of ours holds them out×in, LOLA's authors' code as the files do.
+    """
+    if architecture.family.native:
+        return layout == "per_expert"
+    return any(place.in_by_out for place in architecture.places.values())
+
+
+def _preferred(values: dict[str, Any], family: Family) -> Any:
     """The experts' value if there is one (PEFT wants no pattern for parameters), else the first, else 1."""
-    return values.get(EXPERT_TARGETS[0], values.get(EXPERT_TARGETS[1], next(iter(values.values()), 1)))
+    of_experts = (values[target] for target in family.expert_targets if target in values)
+    return next(of_experts, next(iter(values.values()), 1))
 
 
 def _jsonable(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """The two layouts of an adapter on disk, to and from `AdapterWeights`.
 
-`peft`: what PEFT writes for the native model; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
-`per_expert`: the authors'; one A (R, in) and B (out, R) an expert, under Conv1D names.
+`peft`: what PEFT writes for the model in memory; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
+`per_expert`: one A (R, in) and B (out, R) per expert, under the names of the checkpoint (LOLA's authors' own layout).
 Both call linear layers by the same names and hold a router's trained weight as it is.
 """
 
@@ -14,24 +14,22 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
-from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON
-from lola_ft.adapters.trained_state import split_stacks, trained_name, trained_state
-from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair
+from lola_ft.adapters.trained_weights import split_stacks, trained_name, trained_state
+from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
-from lola_ft.model.layout import EXPERT_PROJECTIONS
+from lola_ft.families import Architecture, ExpertLayout
 
 LAYOUTS = ("peft", "per_expert")
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-FUSED = re.compile(r"^(?P<experts>.+\.moe\.experts)(?P<inner>\.base_layer)?$")
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>A\.weight|B\.weight|magnitude_vector)$")
-_DISK_NAME = {fused: disk for disk, fused in EXPERT_PROJECTIONS.items()}
+_NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")  # in every family
 
 
 def from_state(
     state: dict[str, Tensor],
     config: dict[str, Any],
-    num_experts: int,
+    architecture: Architecture,
     experts_of: Mapping[str, Sequence[int]] | None = None,
 ) -> AdapterWeights:
     """Read either layout's tensors; every one is used, or it is an error.
@@ -39,32 +37,33 @@ def from_state(
     Args:
         state: Tensors by their name in the file.
         config: `adapter_config.json`.
-        num_experts: Of the base, to cut fused factors apart.
+        architecture: The base's.
         experts_of: The experts that a layer's fused factors are of, where these are not all.
     """
     weights = AdapterWeights(
-        {},
+        architecture,
         rslora=bool(config.get("use_rslora")),
         base=config.get("base_model_name_or_path") or "",
         revision=config.get("revision"),
     )
+    layout = architecture.family.experts
     factors, keys = _sort_factors(state, weights)
-    split_stacks(weights, num_experts, experts_of or {})
+    split_stacks(weights, experts_of or {})
     for module, pair in factors.items():
         pair_keys = tuple(keys[module, factor] for factor in pair)
-        fused = FUSED.match(module)
-        if fused is None:
+        fused = _fused_module(module, layout)
+        if fused is None or layout is None:
             _check_rank(module, pair, config, 1)
             weights.keys[module] = pair_keys
             weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config), pair.get("magnitude"))
             continue
-        projection = _fused_projection(fused, factors, config)
-        named = f"{fused['experts']}.{projection}"
-        experts = (experts_of or {}).get(fused["experts"], range(num_experts))
+        stack = _fused_stack(fused, module != fused, factors, config, layout)
+        named, (projection,) = f"{fused}.{stack}", layout.stacks[stack]
+        experts = (experts_of or {}).get(fused, range(architecture.num_experts))
         _check_rank(named, pair, config, len(experts))
         a_ERI, b_EOR = split_a(pair["A"], len(experts)), split_b(pair["B"], len(experts))
         for place, e in enumerate(experts):
-            single = f"{fused['experts']}.{e}.{_DISK_NAME[projection]}"
+            single = layout.name(fused, e, projection)
             if single in factors:
                 raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
             weights.keys[single] = pair_keys
@@ -77,11 +76,12 @@ def from_state(
 def _sort_factors(
     state: dict[str, Tensor], weights: AdapterWeights
 ) -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], str]]:
-    """Factors by module and kind, and their keys; weights trained as they are go where they belong.
+    """Factors by module and kind, and their keys; fully trained weights go where they belong.
 
     Raises:
-        AdapterError: Naming the tensors that have no place in LOLA.
+        AdapterError: Naming the tensors that have no place in the base.
     """
+    architecture = weights.architecture
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
     keys: dict[tuple[str, str], str] = {}
     unknown: list[str] = []
@@ -96,39 +96,39 @@ def _sort_factors(
                 keys[match["module"], kind] = key
                 continue
         else:
-            plain = trained_name(name)
+            plain = trained_name(name, architecture)
             if plain is not None and plain not in weights.trained:
                 weights.trained[plain] = tensor
                 weights.keys[plain] = (key,)
                 continue
         unknown.append(key)
     for module, pair in factors.items():
-        allowed = ({"A", "B"},) if FUSED.match(module) else ({"A", "B"}, {"A", "B", "magnitude"})
+        fused = _fused_module(module, architecture.family.experts)
+        allowed = ({"A", "B"},) if fused else ({"A", "B"}, {"A", "B", "magnitude"})
         if set(pair) not in allowed:
-            incomplete.append(f"{module} (holds {', '.join(sorted(pair))} alone)")
+            incomplete.append(f"{module} (holds only {', '.join(sorted(pair))})")
     if incomplete and not unknown:
         raise AdapterError(
             f"{len(incomplete)} modules lack a LoRA factor, or have DoRA's lengths where there can be none: "
             f"{', '.join(sorted(incomplete)[:3])}."
         )
     if unknown:
-        tied = any(part in TIED_MODULES for key in unknown for part in key.split("."))
+        tied = any(part in architecture.tied_modules for key in unknown for part in key.split("."))
         raise AdapterError(
-            f"{len(unknown)} adapter tensors have no place in LOLA: {', '.join(sorted(unknown)[:3])}. "
-            + f"{TIED_REASON} " * tied
-            + "lola_ft takes LoRA pairs of attention, dense MLP, experts and router, trained weights of router and "
-            "norms, and trained biases."
+            f"{len(unknown)} adapter tensors have no place in {architecture.family.title}: "
+            f"{', '.join(sorted(unknown)[:3])}. "
+            + f"{architecture.tied_reason} "
+            * tied
+            + f"lola_ft takes LoRA pairs of {', '.join(architecture.family.lora_groups)}, and fully trained norms, "
+            "biases and routers."
         )
     return factors, keys
 
 
 def to_state(
-    weights: AdapterWeights,
-    layout: str,
-    num_experts: int,
-    experts_of: Mapping[str, Sequence[int]] | None = None,
+    weights: AdapterWeights, layout: str, experts_of: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a layout, by their name in the file; bit-equal to those they were read from.
+    """Return the tensors of a layout, by their name in the file; bit-equal to those they were read from.
 
     Args:
         experts_of: The experts to stack in a layer, where these are not all. In a file of the layout `peft` they must
@@ -141,34 +141,36 @@ def to_state(
             "per_expert cannot hold: the authors' code would want lengths for all of them. Keep it in the layout peft, "
             "or merge it."
         )
-    trained = trained_state(weights, layout, num_experts, experts_of or {})
+    family = weights.architecture.family
+    trained = trained_state(weights, layout, experts_of or {})
     state = {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
-        single = EXPERT_MODULE.match(module)
+        single = family.parse_expert(module)
         if single is None or layout == "per_expert":
             state |= _pair_state(module, pair.a, pair.b)
             if pair.magnitude is not None:
                 state[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
-        else:
-            stacks[single["experts"], EXPERT_PROJECTIONS[single["proj"]]][int(single["expert"])] = pair
-    if len({frozenset(e for e, p in stacks if p == projection) for _, projection in stacks}) > 1:
+        elif family.experts:
+            stacks[single.module, family.experts.stack_of(single.projection)][single.expert] = pair
+    if len({frozenset(m for m, s in stacks if s == stack) for _, stack in stacks}) > 1:
         raise AdapterError(
             "Some layers have LoRA on both projections of their experts, some on one: only per_expert can hold it."
         )
-    for (experts, projection), by_expert in stacks.items():
-        wanted = (experts_of or {}).get(experts, range(num_experts))
-        a_ERI, b_EOR = _stack(by_expert, wanted, f"{experts}.{projection}")
-        # PEFT nests the wrappers: up_proj's lies inside down_proj's where both have one.
-        inner = projection == "up_proj" and (experts, "down_proj") in stacks
-        state |= _pair_state(experts + ".base_layer" * inner, join_a(a_ERI), join_b(b_EOR))
+    for (module, stack), by_expert in stacks.items():
+        wanted = (experts_of or {}).get(module, range(weights.architecture.num_experts))
+        a_ERI, b_EOR = _stack(by_expert, wanted, f"{module}.{stack}")
+        # PEFT nests the wrappers: the first parameter's lies inside the second's where both have one.
+        assert family.experts is not None, "only experts are stacked"
+        first, second = family.experts.stacks
+        inner = stack == first and (module, second) in stacks
+        state |= _pair_state(module + ".base_layer" * inner, join_a(a_ERI), join_b(b_EOR))
     return {key: tensor.contiguous() for key, tensor in sorted(state.items())}
 
 
 def detect_layout(names: Iterable[str]) -> str:
-    """`per_expert` if a tensor belongs to one numbered expert, else `peft`."""
-    modules = (re.split(r"\.lora_|\.base_layer|\.bias$", name.removeprefix(PREFIX))[0] for name in names)
-    return "per_expert" if any(EXPERT_MODULE.match(module) for module in modules) else "peft"
+    """Return `per_expert` if a tensor belongs to one numbered expert, else `peft`."""
+    return "per_expert" if any(_NUMBERED_EXPERT.search(name) for name in names) else "peft"
 
 
 def _pair_state(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -187,17 +189,28 @@ def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) ->
     return torch.stack(a), torch.stack(b)
 
 
-def _fused_projection(fused: re.Match[str], factors: dict[str, dict[str, Tensor]], config: dict[str, Any]) -> str:
-    """Which projection a fused pair belongs to: wrappers nest, and the config tells which one stands alone."""
-    if fused["inner"]:
-        return "up_proj"
-    if f"{fused['experts']}.base_layer" in factors:
-        return "down_proj"
+def _fused_module(module: str, layout: ExpertLayout | None) -> str | None:
+    """The fused experts' module that a LoRA pair is on; None for another module."""
+    plain = module.removesuffix(".base_layer")
+    return plain if layout and plain.endswith(f".{layout.module}") else None
+
+
+def _fused_stack(
+    module: str, inner: bool, factors: dict[str, dict[str, Tensor]], config: dict[str, Any], layout: ExpertLayout
+) -> str:
+    """Which fused parameter a pair belongs to: wrappers nest, and the config tells which one stands alone.
+
+    Args:
+        inner: Whether it is the inner one of two wrappers.
+    """
+    first, second = layout.stacks
+    if inner:
+        return first
+    if f"{module}.base_layer" in factors:
+        return second
     targets = {target.rpartition(".")[2] for target in config.get("target_parameters") or ()}
-    if len(targets) != 1 or not targets <= set(_DISK_NAME):
-        raise AdapterError(
-            f"{fused['experts']}: target_parameters {sorted(targets)} do not tell which projection it is."
-        )
+    if len(targets) != 1 or not targets <= set(layout.stacks):
+        raise AdapterError(f"{module}: target_parameters {sorted(targets)} do not tell which projection it is.")
     return targets.pop()
 
 

@@ -13,16 +13,15 @@ from torch import Tensor
 
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.errors import UserError
-from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.layout import place_of
 from lola_ft.quantization import NF4Experts, NF4Linear
 
 _OVERSAMPLING, _ITERATIONS, _SEED = 8, 2, 0
 
 
 @torch.no_grad()
-def start_at_rounding_error(model: PeftModel, checkpoint: HubCheckpoint, adapter_name: str = "default") -> str:
+def start_at_rounding_error(model: PeftModel, checkpoint: Checkpoint, adapter_name: str = "default") -> str:
     """Fill a fresh adapter's factors; returns a sentence with how much of the error they take away.
 
     Args:
@@ -35,23 +34,23 @@ def start_at_rounding_error(model: PeftModel, checkpoint: HubCheckpoint, adapter
     wrappers = _wrappers(model)
     before = after = 0.0
     for entry in checkpoint:
-        place = place_of(entry.name)
-        owner, _, kind = place.parameter.rpartition(".")
-        module = modules.get(owner)
-        wrapper = wrappers.get(place.parameter if place.expert_id is not None else owner)
-        if wrapper is None or kind.endswith("bias") or adapter_name not in wrapper.lora_A:
+        place = checkpoint.architecture.places[entry.name]
+        module = modules.get(place.module)
+        wrapper = wrappers.get(place.parameter if place.expert is not None else place.module)
+        if wrapper is None or not place.quantized or adapter_name not in wrapper.lora_A:
             continue
-        if isinstance(module, NF4Experts) and place.expert_id is not None:
-            if place.expert_id not in wrapper.experts_of[adapter_name]:
+        if isinstance(module, NF4Experts) and place.expert is not None:
+            if place.expert not in wrapper.experts_of[adapter_name]:
                 continue
-            rounded_OI = module.expert_weight(kind, place.expert_id, torch.float32).t()
+            rounded_OI = module.expert_weight(place.leaf, place.expert, torch.float32).t()
         elif isinstance(wrapper.get_base_layer(), NF4Linear):
             rounded_OI = wrapper.get_base_layer().dense_weight(torch.float32)
         else:
             continue
-        error_OI = entry.read(torch.float32).to(rounded_OI.device).t() - rounded_OI
+        weight = entry.read(torch.float32).to(rounded_OI.device)
+        error_OI = (weight.t() if place.in_by_out else weight) - rounded_OI
         b_OR, a_RI = _best_factors(error_OI, wrapper.r[adapter_name], wrapper.scaling[adapter_name])
-        _set_factors(wrapper, adapter_name, place.expert_id, a_RI, b_OR)
+        _set_factors(wrapper, adapter_name, place.expert, a_RI, b_OR)
         before += error_OI.square().sum().item()
         after += (error_OI - wrapper.scaling[adapter_name] * b_OR @ a_RI).square().sum().item()
     if not before:

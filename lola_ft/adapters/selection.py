@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
-from lola_ft.adapters.targets import Selection
 from lola_ft.errors import UserError
+
+Selection = tuple[tuple[int, ...], ...]
+"""The experts that get LoRA, for each MoE layer in order."""
 
 
 def read_selection(select: str | list[list[int]]) -> Selection | None:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lola_ft.adapters.targets import EXPERT_TARGETS, GROUPS, NORM_MODULES, ROUTER_MODULE, Selection
+from lola_ft.adapters.selection import Selection
 from lola_ft.errors import UserError
+from lola_ft.families import Architecture, Family
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -27,7 +28,7 @@ class AdapterSettings:
         init: `default` (A random, B zero), `gaussian` (A normal), or `loftq` (both start at the error of the 4-bit
             base, arXiv 2310.08659).
         selection: Experts that get LoRA; None for all.
-        tune_router: Train the router's weights as they are and save them with the adapter.
+        tune_router: Fully train the router's weights and save them with the adapter.
         tune_norms: The same for the LayerNorms.
         tune_biases: The same for every bias; of the experts', those of the selection.
     """
@@ -58,21 +59,35 @@ class AdapterSettings:
         }
         return {group: rank for group, rank in given.items() if rank is not None}
 
+    def wanted(self) -> dict[str, str]:
+        """Recipe keys in use, with the feature of a family that each needs."""
+        keys = {
+            "adapter.attention": ("attention", self.attention_rank is not None),
+            "adapter.mlp": ("mlp", self.mlp_rank is not None),
+            "adapter.experts": ("experts", self.expert_rank is not None),
+            "router.mode": ("router", self.tune_router or self.router_rank is not None),
+            "adapter.norms": ("norms", self.tune_norms),
+            "adapter.biases": ("biases", self.tune_biases),
+        }
+        return {key: feature for key, (feature, given) in keys.items() if given}
+
     def dropout_of(self, group: str) -> float:
         return self.dropouts.get(group, self.dropout)
 
 
-def lora_config(settings: AdapterSettings) -> "LoraConfig":
-    """PEFT's config for these settings. (`attach` does what it has no place for: dropout by group, selection, biases.)
+def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraConfig":
+    """Return PEFT's config. (`attach` does what PEFT has no place for: dropout by group, selection, biases.)
 
     Raises:
-        UserError: If nothing would be trained, or two settings contradict each other.
+        UserError: If the family lacks a group, nothing would be trained, or two settings contradict each other.
     """
     # Here, so that planning does without PEFT.
     from peft import LoraConfig
 
-    ranks = settings.ranks()
-    trained_modules = [ROUTER_MODULE] * settings.tune_router + list(NORM_MODULES) * settings.tune_norms
+    family, ranks = architecture.family, settings.ranks()
+    architecture.require(settings.wanted())
+    trained_modules = [*architecture.router_modules] * settings.tune_router
+    trained_modules += [*architecture.norm_modules] * settings.tune_norms
     if not ranks and not trained_modules and not settings.tune_biases:
         raise UserError("Nothing would be trained: give at least one of attention, mlp and experts a rank.")
     if settings.tune_router and settings.router_rank is not None:
@@ -85,7 +100,7 @@ def lora_config(settings: AdapterSettings) -> "LoraConfig":
     # The experts' values are the common ones: PEFT warns of a pattern that names a parameter, though it follows it.
     common = "experts" if "experts" in ranks else next(iter(ranks), "")
     common_rank, common_alpha = ranks.get(common, 1), alphas.get(common, settings.alpha)
-    targets = {target: group for group in ranks for target in GROUPS[group]}
+    targets = {target: group for group in ranks for target in family.lora_groups[group]}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=common_rank,
@@ -96,14 +111,15 @@ def lora_config(settings: AdapterSettings) -> "LoraConfig":
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         init_lora_weights="gaussian" if settings.init == "gaussian" else True,
-        target_modules=linear_targets(targets),
-        target_parameters=[target for target in targets if target in EXPERT_TARGETS] or None,
+        target_modules=linear_targets(targets, family),
+        target_parameters=[target for target in targets if target in family.expert_targets] or None,
         modules_to_save=trained_modules or None,
     )
 
 
-def linear_targets(targets: Mapping[str, object]) -> list[str] | str:
-    """PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
+def linear_targets(targets: Mapping[str, object], family: Family) -> list[str] | str:
+    """Return PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    return sorted(target for target in targets if target not in EXPERT_TARGETS) if targets else DUMMY_TARGET_MODULES
+    linear = sorted(target for target in targets if target not in family.expert_targets)
+    return linear if targets else DUMMY_TARGET_MODULES

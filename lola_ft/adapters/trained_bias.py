@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lola_ft.adapters.layouts import PREFIX
-from lola_ft.adapters.selection import check_selection
-from lola_ft.adapters.targets import NORM_MODULES, Selection
-from lola_ft.adapters.weights import EXPERT_MODULE
+from lola_ft.adapters.selection import Selection, check_selection
 from lola_ft.errors import AdapterError
-from lola_ft.model.config import LolaConfig
+from lola_ft.families import Architecture, architecture_of
 from lola_ft.model.experts import LolaExperts
-from lola_ft.model.hub_checkpoint import expected_shapes
-from lola_ft.model.layout import place_of
 
 _IN_MEMORY = re.compile(r"\.parametrizations\.(?P<kind>\w+)\.0\.trained_bias$")
 
@@ -102,8 +98,8 @@ class TrainedBias(AuxiliaryTrainingWrapper):
         raise AdapterError("PEFT cannot unload trained biases. Merge with merge.py (lola_ft.merge).")
 
 
-def bias_names(config: LolaConfig, selection: Selection | None, norms: bool) -> list[str]:
-    """The Hub's names of all biases that an adapter may train; of experts, the chosen ones' alone.
+def bias_names(architecture: Architecture, selection: Selection | None, norms: bool) -> list[str]:
+    """List the Hub names of all biases that an adapter may train; of experts, only the chosen ones'.
 
     Args:
         norms: Whether the LayerNorms' are among them.
@@ -111,23 +107,22 @@ def bias_names(config: LolaConfig, selection: Selection | None, norms: bool) -> 
     Raises:
         UserError: If the selection does not fit the model.
     """
-    names = [name for name in expected_shapes(config) if name.endswith(".bias")]
-    if not norms:
-        names = [name for name in names if name.split(".")[-2] not in NORM_MODULES]
+    places = architecture.places
+    names = [name for name in architecture.bias_names if norms or places[name].group != "norms"]
     if selection is None:
         return names
-    layers = list(dict.fromkeys(match["experts"] for name in names if (match := _expert(name))))
-    check_selection(selection, len(layers), config.num_experts)
+    layers = list(dict.fromkeys(places[name].module for name in names if places[name].expert is not None))
+    check_selection(selection, len(layers), architecture.num_experts)
     chosen = dict(zip(layers, selection, strict=True))
-    return [name for name in names if not (match := _expert(name)) or int(match["expert"]) in chosen[match["experts"]]]
+    return [name for name in names if places[name].expert is None or places[name].expert in chosen[places[name].module]]
 
 
 def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) -> None:
-    """Give an adapter biases of its own, by the Hub's names; active if the adapter is."""
+    """Give an adapter biases of its own, by Hub names; active if the adapter is."""
+    places = architecture_of(model.config).places
     experts_of: dict[str, list[int]] = {}
-    for name in names:
-        place = place_of(name)
-        experts_of.setdefault(place.parameter, []).extend([] if place.expert_id is None else [place.expert_id])
+    for place in (places[name] for name in names):
+        experts_of.setdefault(place.parameter, []).extend([] if place.expert is None else [place.expert])
     owners = _owners(model)
     for parameter, experts in experts_of.items():
         owner, _, kind = parameter.rpartition(".")
@@ -196,12 +191,8 @@ def _own(module: nn.Module, kind: str) -> nn.Parameter:
     return module.get_parameter(f"parametrizations.{kind}.original")
 
 
-def _expert(name: str) -> re.Match[str] | None:
-    return EXPERT_MODULE.match(name.removesuffix(".bias"))
-
-
 def _owners(model: PeftModel) -> dict[str, nn.Module]:
-    """The base's own modules that have a bias, whatever is wrapped around them, by their native name."""
+    """The base's own modules that have a bias, whatever is wrapped around them, by their name in the base."""
     return {
         _without_wrappers(path): module
         for path, module in model.get_base_model().named_modules()

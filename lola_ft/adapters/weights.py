@@ -1,10 +1,9 @@
-"""An adapter's numbers under the Hub's names, whatever layout they are stored in.
+"""An adapter's numbers by Hub names, whatever layout they are stored in.
 
-Every module that has LoRA on disk's terms, each expert's projection included, has one pair of matrices here; merging,
+Every module of the checkpoint that has LoRA, each expert's projection included, has one pair of matrices here; merging,
 converting and loading all start from this form.
 """
 
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,16 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lola_ft.adapters.announced import announced_modules
-from lola_ft.adapters.targets import TIED_MODULES, TIED_REASON, target_of
+from lola_ft.adapters.declared import declared_modules
 from lola_ft.errors import AdapterError
-
-EXPERT_MODULE = re.compile(r"^(?P<experts>.+\.moe\.experts)\.(?P<expert>\d+)\.(?P<proj>c_fc|c_proj)$")
+from lola_ft.families import Architecture
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The update of one 2-D weight: `scaling * b @ a`, out×in (the Hub stores all but the router in×out).
+    """The update of one 2-D weight: `scaling * b @ a`, out×in.
 
     Attributes:
         a: (R, in).
@@ -46,20 +43,22 @@ class AdapterWeights:
     """A whole adapter.
 
     Attributes:
+        architecture: The base's.
         pairs: By Hub module name, such as `transformer.h.1.moe.experts.3.c_fc`.
-        trained: Weights trained as they are (the router's, the norms', biases), by Hub tensor name.
-        base_biases: The base's biases of experts that are left alone: `peft` holds a layer's as one stack.
+        trained: Fully trained weights (the router's, the norms', biases), by Hub tensor name.
+        base_biases: The base's biases of experts that are not trained: `peft` holds a layer's as one stack.
         bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
         base: The base's Hub id, or "".
         revision: Of the base on the Hub, if it is not its main branch.
         base_fingerprint: Identity of the base's weights, if it is known.
         starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that.
-        announced: The config of a file of another tool, which must hold all that this says; None for one of ours.
+        declared: The config of a file of another tool, which must hold all that this says; None for one of ours.
         keys: Names in the file that it was read from, by module (A's and B's) or trained weight.
     """
 
-    pairs: dict[str, LoraPair]
+    architecture: Architecture
+    pairs: dict[str, LoraPair] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     base_biases: dict[str, Tensor] = field(default_factory=dict)
     bias_experts: Mapping[str, Collection[int]] | None = None
@@ -68,7 +67,7 @@ class AdapterWeights:
     revision: str | None = None
     base_fingerprint: str | None = None
     starts_at_rounding_error: bool = False
-    announced: Mapping[str, Any] | None = None
+    declared: Mapping[str, Any] | None = None
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def scaling(self, module: str) -> float:
@@ -76,10 +75,15 @@ class AdapterWeights:
         return pair.alpha / (pair.rank**0.5 if self.rslora else pair.rank)
 
     def delta(self, module: str) -> Tensor:
-        """The update of `module`'s Hub weight as the Hub stores it, float32 (LoRA, arXiv 2106.09685); without DoRA."""
+        """Return the update of a weight as the checkpoint stores it, float32 (LoRA, arXiv 2106.09685); without DoRA."""
         pair = self.pairs[module]
         delta_OI = torch.mm(pair.b.float(), pair.a.float()).mul_(self.scaling(module))
-        return delta_OI if is_out_by_in(module) else delta_OI.t().contiguous()
+        return delta_OI.t().contiguous() if self.is_in_by_out(module) else delta_OI
+
+    def is_in_by_out(self, module: str) -> bool:
+        """Whether the checkpoint stores this module's weight in×out."""
+        place = self.architecture.kind_of(f"{module}.weight")
+        return place is not None and place.in_by_out
 
     @property
     def dora(self) -> bool:
@@ -97,72 +101,84 @@ class AdapterWeights:
             if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in self.trained
         ]
 
-    def experts_of(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def experts_of(self) -> dict[str, tuple[int, ...]]:
         """Ids of the experts that have LoRA or trained biases, by layer; layers where all of them do are left out."""
-        found = _experts_in([*self.pairs, *(name.removesuffix(".bias") for name in self.trained)])
-        return {layer: ids for layer, ids in found.items() if len(ids) < num_experts}
+        found = self._experts_in([*self.pairs, *(name.removesuffix(".bias") for name in self.trained)])
+        return {layer: ids for layer, ids in found.items() if len(ids) < self.architecture.num_experts}
 
-    def untrained_biases(self, num_experts: int) -> list[str]:
+    def untrained_biases(self) -> list[str]:
         """Names of the biases that a layer's stack has beside the trained ones."""
+        experts = self.architecture.family.experts
         return [
-            f"{layer}.{e}.{projection}.bias"
+            f"{experts.name(layer, e, projection)}.bias"
             for layer, ids in self.experts_with_biases().items()
-            for e in range(num_experts)
-            for projection in ("c_fc", "c_proj")
-            if e not in ids
+            for e in range(self.architecture.num_experts)
+            for projection in (experts.projections if experts else ())
+            if experts and e not in ids
         ]
 
     def experts_with_biases(self) -> dict[str, tuple[int, ...]]:
         """Ids of the experts whose biases are trained, by layer."""
-        return _experts_in(name.removesuffix(".bias") for name in self.trained)
+        return self._experts_in(name.removesuffix(".bias") for name in self.trained)
+
+    def _experts_in(self, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Ids of the experts among these modules, by layer."""
+        found: dict[str, set[int]] = {}
+        for module in modules:
+            if expert := self.architecture.family.parse_expert(module):
+                found.setdefault(expert.module, set()).add(expert.expert)
+        return {layer: tuple(sorted(ids)) for layer, ids in found.items()}
 
     def keep_experts(self, experts_of: Mapping[str, Collection[int]]) -> None:
         """Drop pairs and biases of experts that are not named; layers that are not named stay whole."""
         for name in [*self.pairs, *self.trained]:
-            match = EXPERT_MODULE.match(name.removesuffix(".bias"))
-            if match and int(match["expert"]) not in experts_of.get(match["experts"], (int(match["expert"]),)):
+            own = self.architecture.family.parse_expert(name.removesuffix(".bias"))
+            if own and own.expert not in experts_of.get(own.module, (own.expert,)):
                 self.pairs.pop(name, None)
                 self.keys.pop(name, None)
                 if name in self.trained:
                     self.base_biases[name] = self.trained.pop(name)
 
-    def check_against(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse an adapter that does not fit a checkpoint's tensors (Hub names and shapes, in×out).
+    def check_fit(self) -> None:
+        """Refuse an adapter that does not fit its base's tensors.
 
         Raises:
             AdapterError: Naming every module that does not fit.
         """
+        places = self.architecture.places
         problems = []
         for module, pair in self.pairs.items():
-            shape = shapes.get(f"{module}.weight")
-            update = (pair.a.shape[1], pair.b.shape[0])
-            if is_out_by_in(module):
-                update = (update[1], update[0])
-            if shape is None:
-                problems.append(f"{module}: the base has no such module{_reason(module)}")
-            elif tuple(shape) != update:
-                problems.append(f"{module}: the adapter changes a {list(update)} weight, the base's is {list(shape)}")
+            place = places.get(f"{module}.weight")
+            update = (pair.b.shape[0], pair.a.shape[1])
+            if place is None:
+                problems.append(f"{module}: the base has no such module{self._reason(module)}")
+            elif len(place.shape) != 2 or place.out_in != update:
+                stored = list(update[::-1] if place.in_by_out else update)
+                problems.append(f"{module}: the adapter changes a {stored} weight, the base's is {list(place.shape)}")
         for name, tensor in self.trained.items():
-            if name not in shapes:
+            if name not in places:
                 problems.append(f"{name}: the base has no such tensor")
-            elif tuple(shapes[name]) != tuple(tensor.shape):
-                problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(shapes[name])} in the base")
-        problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing(shapes)]
-        lost = self._not_held(shapes)
+            elif places[name].shape != tuple(tensor.shape):
+                problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(places[name].shape)} in the base")
+        problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing_biases()]
+        lost = self._not_held()
         problems += lost
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
             hint = "\nWhat was left out on purpose must not stand in adapter_config.json." if lost else ""
-            raise AdapterError(f"The adapter does not fit this base:\n  {shown}{hint}")
+            family = self.architecture.family
+            raise AdapterError(
+                f"The adapter does not fit this base, a {family.title} model ({family.model_type}):\n  {shown}{hint}"
+            )
 
-    def _not_held(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What the file's config announces and the file does not hold."""
-        if self.announced is None:
+    def _not_held(self) -> list[str]:
+        """What the file's config declares and the file does not hold."""
+        if self.declared is None:
             return []
-        lora, trained = announced_modules(self.announced, shapes)
+        lora, trained = declared_modules(self.declared, self.architecture)
         lost = self._lost([module for module in lora if module not in self.pairs])
         return [
-            f"{module}: adapter_config.json says that it has LoRA, but the file holds none{_reason(module)}"
+            f"{module}: adapter_config.json says that it has LoRA, but the file holds none{self._reason(module)}"
             for module in lost
         ] + [
             f"{module}: adapter_config.json says that it was trained, but the file does not hold it"
@@ -170,13 +186,14 @@ class AdapterWeights:
             if f"{module}.weight" not in self.trained
         ]
 
-    def _lost(self, announced: list[str]) -> list[str]:
-        """Of announced modules without LoRA, those of a kind of which others have it; the other kinds are said.
+    def _lost(self, declared: list[str]) -> list[str]:
+        """Of declared modules without LoRA, those of a kind of which others have it; the other kinds are said.
 
         A config's `c_proj` means attention, dense layers and experts at once; a file may have left some of them out.
         """
+        target_of = self.architecture.family.target_of
         held = {target_of(module, "peft") for module in self.pairs}
-        kinds = {module: target_of(module, "peft") for module in announced}
+        kinds = {module: target_of(module, "peft") for module in declared}
         left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
         if left_out:
             warnings.warn(
@@ -184,7 +201,7 @@ class AdapterWeights:
             )
         return [module for module, kind in kinds.items() if kind not in left_out]
 
-    def _missing(self, names: Collection[str]) -> list[str]:
+    def _missing_biases(self) -> list[str]:
         """The biases that an adapter with trained biases should hold, and does not."""
         if not self.biases():
             return []
@@ -192,28 +209,12 @@ class AdapterWeights:
         of_all = self.bias_experts is None and bool(self.experts_with_biases())
 
         def wanted(name: str) -> bool:
-            match = EXPERT_MODULE.match(name.removesuffix(".bias"))
-            return (
-                match is None or of_all or int(match["expert"]) in (self.bias_experts or {}).get(match["experts"], ())
-            )
+            own = self.architecture.family.parse_expert(name.removesuffix(".bias"))
+            return own is None or of_all or own.expert in (self.bias_experts or {}).get(own.module, ())
 
-        return [name for name in names if name.endswith(".bias") and name not in self.trained and wanted(name)]
+        return [name for name in self.architecture.bias_names if name not in self.trained and wanted(name)]
 
-
-def _reason(module: str) -> str:
-    """Why some modules cannot have LoRA."""
-    return f". {TIED_REASON}" if module.endswith(TIED_MODULES) else ""
-
-
-def _experts_in(modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Ids of the experts among these modules, by layer."""
-    found: dict[str, set[int]] = {}
-    for module in modules:
-        if match := EXPERT_MODULE.match(module):
-            found.setdefault(match["experts"], set()).add(int(match["expert"]))
-    return {layer: tuple(sorted(ids)) for layer, ids in found.items()}
-
-
-def is_out_by_in(module: str) -> bool:
-    """Whether the Hub stores this module's weight out×in: the router's alone; all others are in×out."""
-    return module.endswith(".moe.gate")
+    def _reason(self, module: str) -> str:
+        """Why some modules cannot have LoRA."""
+        tied = self.architecture.tied_modules
+        return f". {self.architecture.tied_reason}" if tied and module.endswith(tied) else ""

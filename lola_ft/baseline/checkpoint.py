@@ -8,9 +8,10 @@ import torch
 from transformers import AutoConfig
 
 from lola_ft.baseline.families import Family, family_in
+from lola_ft.checkpoints.checkpoint import WEIGHT_KINDS
+from lola_ft.checkpoints.folder import resolve_folder, weight_files
+from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
 from lola_ft.errors import CheckpointError
-from lola_ft.model.hub_checkpoint import WEIGHT_KINDS, resolve_folder, weight_files
-from lola_ft.model.safetensors_file import TensorEntry, read_header
 
 BLOOM_POSITIONS = 2048
 """BLOOM has no learned positions; it was trained on sequences of this length."""
@@ -20,7 +21,7 @@ _LEGACY = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 @dataclass(frozen=True)
-class DenseCheckpoint:
+class Checkpoint:
     """A folder with a dense model.
 
     Attributes:
@@ -34,7 +35,7 @@ class DenseCheckpoint:
     entries: dict[str, TensorEntry]
 
     @staticmethod
-    def open(path: str | Path, revision: str | None = None) -> "DenseCheckpoint":
+    def open(path: str | Path, revision: str | None = None) -> "Checkpoint":
         """Open a folder or a Hub repository of a known family.
 
         Raises:
@@ -50,7 +51,7 @@ class DenseCheckpoint:
                 raise CheckpointError(
                     f"{entry.file}: tensor '{name}' is {entry.kind}; weights must be F32, F16 or BF16."
                 )
-        return DenseCheckpoint(folder, family, read_dense_config(folder), entries)
+        return Checkpoint(folder, family, read_dense_config(folder), entries)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,16 +10,16 @@ from peft import PeftModel
 from lola_ft import adapters, quantization
 from lola_ft.adapters import AdapterSettings
 from lola_ft.baseline.adapter import add_dense_adapter, load_dense_adapter, save_dense_adapter
-from lola_ft.baseline.checkpoint import DenseCheckpoint, read_dense_config
+from lola_ft.baseline.checkpoint import read_dense_config
 from lola_ft.baseline.families import FAMILIES, Family, family_in, family_of
 from lola_ft.baseline.load import load_dense
-from lola_ft.model.hub_checkpoint import HubCheckpoint
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.model.tokenizer import read_config as read_lola_config
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None) -> HubCheckpoint | DenseCheckpoint:
+def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint | Checkpoint:
     """A base's checkpoint, checked."""
-    return DenseCheckpoint.open(path, revision) if family_of(path, revision) else HubCheckpoint.open(path, revision)
+    return Checkpoint.open(path, revision) if family_of(path, revision) else Checkpoint.open(path, revision)
 
 
 def read_config(folder: Path) -> Any:

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import CheckpointError
-from lola_ft.model.hub_checkpoint import resolve_folder
 
 FAMILY_KEY = "family"
 """In a manifest's `base`, of a baseline alone."""

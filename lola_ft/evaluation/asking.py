@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
+from lola_ft.checkpoints.folder import TEMPLATE_FILE
 from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE
 from lola_ft.opening import OpenModel, Subject, find_subject, is_adapted, open_model
 
 T = TypeVar("T")

@@ -12,7 +12,10 @@ from lola_ft.families.gpt2 import GPT2
 from lola_ft.families.lola import LOLA
 
 __all__ = [
+    "BLOOM",
     "FAMILIES",
+    "GPT2",
+    "LOLA",
     "Architecture",
     "ExpertLayout",
     "Family",

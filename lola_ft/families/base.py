@@ -215,9 +215,29 @@ class Family:
         """The fused parameters of experts, () for a dense family."""
         return self.experts.targets if self.experts else ()
 
+    @property
+    def native(self) -> bool:
+        """Whether the model class is ours; else it is transformers' own."""
+        return self.heads["causal_lm"].startswith("lola_ft.")
+
     def parse_expert(self, module: str) -> ExpertName | None:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         return self.experts.parse(module) if self.experts else None
+
+    def target_of(self, module: str, layout: str) -> str | None:
+        """Return the shortest ending of a Hub module name that says in a layout's config what is meant.
+
+        None if the module is in no group that can have LoRA.
+        """
+        if expert := self.parse_expert(module):
+            numbered = ".".join(module.split(".")[-3:])
+            return numbered if layout == "per_expert" else self._fused_target(expert.projection)
+        targets = (target for group in self.targets.values() for target in group)
+        return next((target for target in targets if module.endswith(f".{target}")), None)
+
+    def _fused_target(self, projection: str) -> str:
+        assert self.experts is not None, "only experts have projections"
+        return self.experts.targets[list(self.experts.stacks).index(self.experts.stack_of(projection))]
 
     def model_class(self, head: str = "causal_lm") -> type:
         """The class to build.
@@ -229,7 +249,7 @@ class Family:
             raise UserError(f"head '{head}': {self.title} models have {', '.join(self.heads)}. Use one of these.")
         module, _, name = self.heads[head].partition(":")
         found = getattr(import_module(module), name)
-        if module.startswith("lola_ft."):
+        if self.native:
             return found
         # Here, because it brings torch: the table itself is read without.
         from lola_ft.families.causal_lm import with_labelled_loss
@@ -285,6 +305,15 @@ class Architecture:
         """Names of input embeddings and output head, if they are one tensor."""
         _, head = self.family.embeddings
         return () if head in self.places else tuple(name.split(".")[-2] for name in self.family.embeddings)
+
+    @property
+    def tied_reason(self) -> str:
+        """Why input embeddings and output head cannot have LoRA."""
+        embeddings, head = self.tied_modules
+        return (
+            f"{self.family.title}'s embeddings ({embeddings}) and output head ({head}) are one tensor, so two updates of "
+            "it contradict each other and could not be merged."
+        )
 
     @cached_property
     def features(self) -> tuple[str, ...]:

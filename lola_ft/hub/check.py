@@ -20,10 +20,10 @@ from transformers import AutoConfig
 
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import read_adapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.errors import PublishError, UserError
 from lola_ft.kernels.precision import comparison_dtype, is_small
 from lola_ft.model import LolaConfig
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.quantization import load_base
 from lola_ft.quantization.load import default_device
 
@@ -81,7 +81,7 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
 
 
 def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
-    entries = HubCheckpoint.open(folder).entries.values()
+    entries = Checkpoint.open(folder).entries.values()
     numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
     # A large model in 4 bit, so that the check fits where training did.
     return None if is_small(numel) else "nf4", comparison_dtype(numel, torch.bfloat16, default_device())

@@ -7,7 +7,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE
+from lola_ft.checkpoints.folder import TEMPLATE_FILE
 
 _HEADER = "# The recipe of this model. Local files go by their names alone.\n"
 

@@ -10,11 +10,11 @@ from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.card import CardFacts, render_card
+from lola_ft.checkpoints.folder import weight_files
 from lola_ft.errors import PublishError
 from lola_ft.hub.base import Base
 from lola_ft.hub.recipe_copy import portable_recipe
 from lola_ft.hub.source import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, Source, read_json
-from lola_ft.model.hub_checkpoint import weight_files
 
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.fingerprint import fingerprint
+from lola_ft.checkpoints.safetensors_file import Empty, TensorEntry
 from lola_ft.model.config import LolaConfig
-from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layout import is_quantized
-from lola_ft.model.safetensors_file import Empty, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CheckpointBase(MergeBase):
     """A checkpoint in the Hub's layout, as it is or as NF4 rounding would leave it."""
 
     @staticmethod
-    def open(checkpoint: HubCheckpoint, rounding: str) -> "CheckpointBase":
+    def open(checkpoint: Checkpoint, rounding: str) -> "CheckpointBase":
         """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`).
 
         Raises:

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lola_ft.adapters.files import read_adapter
 from lola_ft.baseline.adapter import load_dense_adapter
 from lola_ft.baseline.card import write_dense_card
-from lola_ft.baseline.checkpoint import MERGED_SHARD, DenseCheckpoint
+from lola_ft.baseline.checkpoint import MERGED_SHARD
 from lola_ft.baseline.families import Family
 from lola_ft.baseline.load import load_dense
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, TOKENIZER_FILES, resolve_folder
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.files import copy_files, replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
@@ -24,7 +26,6 @@ from lola_ft.merging.outputs import PROMPTS
 from lola_ft.merging.record import run_record
 from lola_ft.merging.report import REPORT_FILE, MergeReport
 from lola_ft.merging.verify import TOLERANCE, Verification
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, TOKENIZER_FILES, resolve_folder
 
 
 def merge_dense(
@@ -118,7 +119,7 @@ def _companions(base: Path, adapter: Path, folder: Path) -> None:
 
 
 def _stored_dtype(base: str | Path, revision: str | None) -> torch.dtype:
-    return DenseCheckpoint.open(base, revision).dtype
+    return Checkpoint.open(base, revision).dtype
 
 
 def _prompts(adapter: Path, base: Path, vocab_size: int) -> list[Tensor]:

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, TOKENIZER_FILES
 from lola_ft.files import copy_files, write_text
 from lola_ft.merging.base import MergeBase
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, TOKENIZER_FILES
 
 _OTHER_FILES = ("generation_config.json", "*.py")
 _ARCHITECTURE = "LOLALMHeadModel"  # the class's name in the authors' code

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
 from lola_ft.baseline.families import family_of
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
@@ -17,7 +19,6 @@ from lola_ft.merging.proof import prove
 from lola_ft.merging.record import run_record
 from lola_ft.merging.report import REPORT_FILE, MergeReport
 from lola_ft.merging.stream import Written, write_weights
-from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
@@ -129,7 +130,7 @@ def _open_base(base: str | Path, revision: str | None, rounding: str | None, sto
                 raise
             four_bit = caches[0]
         else:
-            return CheckpointBase.open(HubCheckpoint.open(base, revision), rounding or "base")
+            return CheckpointBase.open(Checkpoint.open(base, revision), rounding or "base")
     if rounding == "base":
         raise UserError(
             f"{base}: the original weights are not here, only their 4-bit form ({four_bit}), so --rounding base has "

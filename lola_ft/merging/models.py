@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from lola_ft.adapters.files import StoredAdapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.merging.base import MergeBase
 from lola_ft.merging.effects import measure_effects
 from lola_ft.merging.outputs import Models, compute_dtype, too_large
 from lola_ft.merging.record import trained_in_4_bit
 from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import compare
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 
 def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
@@ -21,7 +21,7 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
     Raises:
         AdapterError: If merged and base plus adapter differ by more than rounding explains.
     """
-    merged = HubCheckpoint.open(folder)
+    merged = Checkpoint.open(folder)
     weights_dtype = merged.entries["transformer.h.0.attn.c_attn.weight"].dtype
     parameters = sum(torch.Size(entry.shape).numel() for entry in merged.entries.values())
     compute = compute_dtype(parameters, weights_dtype)

@@ -8,8 +8,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.kernels.precision import comparison_dtype
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 # Ordinary sentences of several scripts, so that many experts are visited.
 PROMPTS = (
@@ -77,7 +77,7 @@ class Models:
             tokenizer = AutoTokenizer.from_pretrained(self.merged)
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
         else:
-            vocab_size = HubCheckpoint.open(self.merged).config.vocab_size
+            vocab_size = Checkpoint.open(self.merged).config.vocab_size
             ids = [[(17 * row + 7919 * i) % vocab_size for i in range(16)] for row in range(len(PROMPTS))]
         return [torch.tensor([row[:64]]) for row in ids]
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.adapter_keys import factor_keys, stacked_row
 from lola_ft.merging.base import MergeBase
-from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.safetensors_file import TensorEntry, bytes_of
 
 _ROWS = 4  # of every changed weight
 _SAMPLE = 12  # changed weights recomputed in whole, at least
@@ -86,7 +86,7 @@ def prove(
     Raises:
         CheckpointError: Naming file and tensor.
     """
-    merged = HubCheckpoint.open(folder).entries  # checks names and shapes
+    merged = Checkpoint.open(folder).entries  # checks names and shapes
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
         raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.base import MergeBase
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.model.layout import is_quantized, place_of
-from lola_ft.model.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.quantization.cache import NF4_PARTS, SOURCE_FILE, WEIGHTS_FILE
 from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code
 

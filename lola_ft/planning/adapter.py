@@ -10,9 +10,9 @@ from lola_ft.adapters.selection import check_selection
 from lola_ft.adapters.settings import AdapterSettings
 from lola_ft.adapters.targets import GROUPS, NORM_MODULES
 from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair, is_out_by_in
+from lola_ft.checkpoints.safetensors_writer import file_header
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
-from lola_ft.model.safetensors_writer import file_header
 
 _FLOAT = 4
 

@@ -2,12 +2,12 @@
 
 from math import prod
 
+from lola_ft.families.parts import Audit, part_of
 from lola_ft.kernels.nf4_sizes import packed_sizes
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.model.layout import is_quantized
-from lola_ft.model.parts import Audit, part_of
 
 _CODE_BYTES = 16 * 4  # bitsandbytes' table of the 16 values of NF4, one a linear layer
 _SCALE_CODE_BYTES = 256 * 4  # the table of the scales' 256 values, one a linear layer or layer of experts

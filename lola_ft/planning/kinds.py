@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lola_ft.adapters.settings import AdapterSettings
-from lola_ft.model.parts import Audit
+from lola_ft.families.parts import Audit
 from lola_ft.planning.activations import Activations, activations
 from lola_ft.planning.adapter import AdapterSizes, adapter_sizes
 from lola_ft.planning.base import base_audit

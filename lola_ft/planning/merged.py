@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from lola_ft.checkpoints.folder import weight_files
+from lola_ft.checkpoints.safetensors_file import read_header
+from lola_ft.checkpoints.safetensors_writer import Outline, file_header
 from lola_ft.errors import CheckpointError
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.model.config import LolaConfig
-from lola_ft.model.hub_checkpoint import expected_shapes, weight_files
+from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.model.layout import is_ignored
-from lola_ft.model.safetensors_file import read_header
-from lola_ft.model.safetensors_writer import Outline, file_header
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lola_ft.model.parts import Audit
+from lola_ft.families.parts import Audit
 from lola_ft.planning.activations import Activations
 from lola_ft.planning.job import Job
 from lola_ft.planning.kinds import kind_of

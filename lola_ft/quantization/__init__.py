@@ -1,6 +1,6 @@
 """4-bit weights: the NF4 store, its layers, and the loader that fills them."""
 
-from lola_ft.model.parts import Audit
+from lola_ft.families.parts import Audit
 from lola_ft.quantization.audit import audit
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear

@@ -1,51 +1,72 @@
 """What is in a model, by part and by format: parameters and bytes. Silence about a dense expert is the enemy."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
-from lola_ft.model.experts import PROJECTIONS, LolaExperts
-from lola_ft.model.parts import Audit, part_of
+from lola_ft.families import architecture_of
+from lola_ft.families.parts import Audit, part_of_group
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
+
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 
 
 def audit(model: nn.Module) -> Audit:
     """Count every parameter and every scale of a model, tied weights once."""
     result = Audit()
+    config = getattr(model, "config", None)  # a part of a model has none: what has no place counts as embeddings
+    places = architecture_of(config).places if config else {}
+    groups = {place.module: place.group for place in places.values()}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                _count(result, f"{module_name}.{name}", module, name, tensor)
+                _count(result, _part_of(f"{module_name}.{name}", groups), module, name, tensor)
     return result
 
 
 def require_quantized(model: nn.Module) -> None:
-    """Refuse a model loaded in 4 bit that still holds a dense expert, attention or MLP weight.
+    """Refuse a model loaded in 4 bit that still holds a dense matrix of experts, attention or MLP.
 
     Raises:
         CheckpointError: Naming the first dense weights.
     """
     dense = [
-        f"{name}.{projection}"
-        for name, module in model.named_modules()
-        if isinstance(module, LolaExperts)
-        for projection in PROJECTIONS
-        if getattr(module, projection).dtype != torch.uint8
+        place.parameter
+        for place in architecture_of(model.config).places.values()
+        if place.quantized and not _is_four_bit(model.get_submodule(place.module), place.leaf)
     ]
-    dense += [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and part_of(name) in ("attention", "dense mlp")
-    ]
-    if dense:
+    if dense := list(dict.fromkeys(dense)):
         raise CheckpointError(f"{len(dense)} weights are still dense after 4-bit loading: {', '.join(dense[:3])}.")
 
 
-def _count(result: Audit, full_name: str, module: nn.Module, name: str, tensor: Tensor) -> None:
-    part = part_of(full_name)
+def _is_four_bit(module: nn.Module, name: str) -> bool:
+    return isinstance(module, NF4Linear | NF4Experts) and getattr(module, name).dtype == torch.uint8
+
+
+def _part_of(name: str, groups: dict[str, str]) -> str:
+    """The part that a parameter or buffer belongs to, by its name in the model.
+
+    Args:
+        groups: Of the base's modules, by their names in memory.
+    """
+    if "lora_" in name:
+        return "adapter"
+    if ".trained_bias." in name:
+        return "biases"
+    if name.startswith("score."):
+        return "head"
+    group = groups.get(_WRAPPERS.sub("", name.partition(".parametrizations.")[0]).rpartition(".")[0])
+    if group is None:
+        group = groups.get(_WRAPPERS.sub("", name.partition(".parametrizations.")[0]), "embeddings")
+    return "adapter" if group == "router" and ".modules_to_save." in name else part_of_group(group)
+
+
+def _count(result: Audit, part: str, module: nn.Module, name: str, tensor: Tensor) -> None:
     num_bytes = tensor.numel() * tensor.element_size()
     kind = str(tensor.dtype).removeprefix("torch.")
     parameters = tensor.numel()
@@ -56,8 +77,8 @@ def _count(result: Audit, full_name: str, module: nn.Module, name: str, tensor: 
         num_bytes += sum(scale.numel() * scale.element_size() for scale in scales)
     elif isinstance(module, NF4Experts) and not name.endswith("_bias"):
         kind = "nf4"
-        in_features, out_features = module.shapes["up_proj"]
-        parameters = module.num_experts * in_features * out_features if name in PROJECTIONS else 0
+        in_features, out_features = module.shapes.get(name, (0, 0))  # scales stand for no parameters
+        parameters = module.num_experts * in_features * out_features
     count = result.counts[part, kind]
     count.parameters += parameters
     count.num_bytes += num_bytes

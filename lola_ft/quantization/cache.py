@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import TOKENIZER_FILES
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
+from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import CheckpointError, WriteError
 from lola_ft.files import cache_root, copy_files, replace_folder
-from lola_ft.model.hub_checkpoint import TOKENIZER_FILES, HubCheckpoint
-from lola_ft.model.modeling import LolaPreTrainedModel
-from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
-from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
 from lola_ft.quantization.nf4 import NF4
@@ -36,7 +36,7 @@ def cache_folder(identity: dict[str, Any]) -> Path:
     return cache_root() / "nf4" / f"{identity['fingerprint']}-{identity['dtype']}"
 
 
-def source_identity(checkpoint: HubCheckpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
+def source_identity(checkpoint: Checkpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a cache must agree with: format, fingerprint, and every weight file's name, size and time of change.
 
     A Hub snapshot's folder is named by its revision.
@@ -50,7 +50,7 @@ def source_identity(checkpoint: HubCheckpoint, base_fingerprint: str, dtype: tor
     }
 
 
-def write_cache(model: LolaPreTrainedModel, identity: dict[str, Any], source: Path) -> Path:
+def write_cache(model: nn.Module, identity: dict[str, Any], source: Path) -> Path:
     """Save a model that was quantised from the source of this identity, whole or not at all; returns the folder.
 
     Args:
@@ -98,7 +98,7 @@ def caches_of(base_fingerprint: str) -> list[Path]:
     return [folder for folder in sorted((cache_root() / "nf4").glob(f"{base_fingerprint}-*")) if is_cache(folder)]
 
 
-def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -> None:
+def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
     """Fill a model of empty NF4 modules from a cache, tensor by tensor.
 
     Raises:
@@ -122,16 +122,19 @@ def read_cache(model: LolaPreTrainedModel, folder: Path, device: torch.device) -
         module.load_quantized(NF4(*(parts[name] for name in NF4_PARTS)))
 
 
-def _stored_parts(model: LolaPreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a cache holds, by name: parameters, and the scales of 4-bit weights."""
-    for module_name, module in model.transformer.named_modules(prefix="transformer"):
+def _stored_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a cache holds, by name: parameters, a tied one once, and the scales of 4-bit weights."""
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
         if isinstance(module, NF4Linear):
             yield f"{module_name}.bias", module.bias.data
             for name in NF4_PARTS:
                 yield f"{module_name}.{name}", getattr(module.stored(), name)
             continue
         for name, tensor in module.named_parameters(recurse=False):
-            yield f"{module_name}.{name}", tensor.data
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{module_name}.{name}", tensor.data
         if isinstance(module, NF4Experts):
             for name, tensor in module.named_buffers(recurse=False):
                 if name != "absmax_code":

@@ -1,36 +1,36 @@
-"""Loading a base model, dense or in 4 bit, from a folder or the Hub."""
+"""Loading a base model of any family, dense or in 4 bit, from a folder or the Hub.
+
+The model is built without memory; its linear layers and experts are replaced by their 4-bit forms; then the shards
+stream in, tensor by tensor.
+"""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
+from lola_ft.checkpoints.checkpoint import Checkpoint, open_config
+from lola_ft.checkpoints.fingerprint import fingerprint
+from lola_ft.checkpoints.safetensors_file import read_ahead
 from lola_ft.errors import CheckpointError, UserError
+from lola_ft.families import Architecture, Place
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
-from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.heads import LolaForSequenceClassification, LolaForTokenClassification
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 from lola_ft.model.layers import init_weights
-from lola_ft.model.layout import place_of
-from lola_ft.model.modeling import LolaPreTrainedModel
-from lola_ft.model.safetensors_file import TensorEntry, read_ahead
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
-from lola_ft.quantization.linear import NF4Linear, is_quantizable
+from lola_ft.quantization.linear import NF4Linear
 
 QUANTIZATIONS = ("nf4", None)
-HEADS: dict[str, type[LolaPreTrainedModel]] = {
-    "causal_lm": LolaForCausalLM,
-    "sequence_classification": LolaForSequenceClassification,
-    "token_classification": LolaForTokenClassification,
-}
+CAUSAL_LM = "causal_lm"
 
 
 def load_base(
@@ -40,10 +40,10 @@ def load_base(
     device: str | torch.device | None = None,
     revision: str | None = None,
     quiet: bool = False,
-    head: str = "causal_lm",
+    head: str = CAUSAL_LM,
     num_labels: int = 2,
-) -> LolaPreTrainedModel:
-    """Load LOLA in the Hub's layout, ready for evaluation or for an adapter.
+) -> Any:
+    """Load a base model of any supported family, ready for evaluation or for an adapter.
 
     With "nf4", attention, dense MLP and every expert become NF4 with double quantisation while loading, one tensor at
     a time; embeddings, norms, biases and router stay in `dtype`.
@@ -54,35 +54,39 @@ def load_base(
         dtype: What stays dense is held, and everything is computed, in this dtype.
         device: Where to; the GPU if there is one.
         quiet: Do not print the audit (parameters and bytes by part and format).
-        head: "causal_lm"; or "sequence_classification" or "token_classification", a fresh layer of `num_labels`
-            outputs, which stays in `dtype`.
+        head: "causal_lm"; or, where the family has them, "sequence_classification" or "token_classification", a fresh
+            layer of `num_labels` outputs, which stays in `dtype`.
+
+    Returns:
+        The family's model in evaluation mode, with `base_id`, `base_revision`, `base_fingerprint` and
+        `quantization`.
 
     Raises:
-        CheckpointError: Naming file and tensor; also for weights that are not finite, for an output head that is not
-            the embeddings, or if a weight stayed dense that should not.
+        CheckpointError: Naming file and tensor; also for weights that are not finite, for an output head that should
+            be the embeddings and is not, or if a weight stayed dense that should not.
         UserError: For an unknown quantization, dtype or head.
     """
     quantization, torch_dtype = known_quantization(quantization), known_dtype(dtype)
-    if head not in HEADS:
-        raise UserError(f"head '{head}' is not known; use one of {', '.join(HEADS)}.")
     target = torch.device(device) if device else default_device()
     if is_cache(path):
-        if head != "causal_lm":
-            raise UserError(f"{path}: a base of which only the 4-bit form is there takes no head; give the original.")
+        if head != CAUSAL_LM:
+            raise UserError(
+                f"{path}: only the 4-bit form of this base is here, which takes no head; give the original."
+            )
         return _load_quantized(Path(path), quantization, torch_dtype, target)
-    checkpoint = HubCheckpoint.open(path, revision)
+    checkpoint = Checkpoint.open(path, revision)
     checkpoint.check_tied_head()
     base_fingerprint = fingerprint(checkpoint)
-    labels = {} if head == "causal_lm" else {"num_labels": num_labels}
-    if quantization is None:
-        model = HEADS[head].from_pretrained(checkpoint.folder, dtype=torch_dtype, **labels).to(target)
-        for name, parameter in model.named_parameters():
-            require_finite(parameter, f"{checkpoint.folder}: tensor '{name}'")
+    architecture = checkpoint.architecture
+    if head != CAUSAL_LM:
+        architecture.config.num_labels = num_labels
+    model = _build(architecture, head, quantization, torch_dtype, target)
+    cached = quantization and matching_cache(source_identity(checkpoint, base_fingerprint, torch_dtype))
+    if cached:
+        read_cache(model, cached, target)
     else:
-        cached = matching_cache(source_identity(checkpoint, base_fingerprint, torch_dtype))
-        model = _load_nf4(checkpoint, cached, HEADS[head], labels, torch_dtype, target)
-        require_quantized(model)
-    model.eval()
+        _stream(model, checkpoint, torch_dtype, target)
+    _finish(model, checkpoint.folder, torch_dtype, target)
     model.config._name_or_path = str(path)
     model.base_id = "" if Path(path).exists() else str(path)  # a local path would mean nothing to others
     model.base_revision = revision if model.base_id and revision != "main" else None
@@ -107,7 +111,7 @@ def quantize_base(
         CheckpointError: As `load_base`; also if the cache cannot be written. Nothing partial is left.
     """
     torch_dtype = known_dtype(dtype)
-    checkpoint = HubCheckpoint.open(path, revision)
+    checkpoint = Checkpoint.open(path, revision)
     model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
     identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
     return matching_cache(identity) or write_cache(model, identity, checkpoint.folder)
@@ -148,113 +152,119 @@ def require_finite(tensor: Tensor, what: str) -> None:
         raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged, or its training diverged.")
 
 
-def _load_nf4(
-    checkpoint: HubCheckpoint,
-    cached: Path | None,
-    model_class: type[LolaPreTrainedModel],
-    labels: dict[str, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> LolaPreTrainedModel:
-    config = checkpoint.config
-    for name, value in labels.items():
-        setattr(config, name, value)
-    with torch.device("meta"):
-        model = model_class(config)
-    _make_nf4_modules(model, device)
-    if cached is not None:
-        read_cache(model, cached, device)
-    else:
-        _quantize_into(model, checkpoint, dtype, device)
-    _make_head(model, dtype, device)
-    model.tie_weights()
-    model.config.dtype = dtype
-    model.quantization = "nf4"
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    assert not left, f"parameters were left without weights: {left[:3]}"
-    return model
-
-
-def _load_quantized(
-    folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device
-) -> LolaPreTrainedModel:
+def _load_quantized(folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device) -> Any:
     """Load a base of which only the 4-bit form is there."""
     if quantization is None:
         raise UserError(f"{folder}: holds a base in 4 bit; load it with quantization='nf4'.")
-    with torch.device("meta"):
-        model = LolaForCausalLM(LolaConfig.from_pretrained(folder))
-    _make_nf4_modules(model, device)
+    architecture = open_config(folder)[1]
+    model = _build(architecture, CAUSAL_LM, quantization, dtype, device)
     read_cache(model, folder, device)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    model.tie_weights()
-    model.config.dtype = dtype
-    model.quantization = "nf4"
+    _finish(model, folder, dtype, device)
     model.base_id = ""
     model.base_fingerprint = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))["fingerprint"]
-    return model.eval()
+    return model
 
 
-def _quantize_into(
-    model: LolaPreTrainedModel, checkpoint: HubCheckpoint, dtype: torch.dtype, device: torch.device
-) -> None:
+def _build(
+    architecture: Architecture, head: str, quantization: str | None, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Make a model whose parameters have no memory; what 4-bit loading quantises is there in its 4-bit form."""
+    with init_empty_weights(include_buffers=False):  # buffers, such as rotary tables, are in no file
+        model = architecture.family.model_class(head)(architecture.config)
+    for name, module in [item for item in model.named_modules() if isinstance(item[1], Conv1D)]:
+        _replace(model, name, _linear_like(module))
+    if quantization:
+        for place in architecture.places.values():
+            if place.quantized:
+                _quantize_module(model, place, device)
+    model.quantization = quantization
+    model.config.dtype = dtype
+    return model
+
+
+def _linear_like(module: Conv1D) -> nn.Linear:
+    """A linear layer, whose weight is out×in, for transformers' `Conv1D`."""
+    with torch.device("meta"):
+        return nn.Linear(*module.weight.shape, bias=module.bias is not None)
+
+
+def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> None:
+    """Put the 4-bit form in the place of the module that owns a weight, unless it is there."""
+    module = model.get_submodule(place.module)
+    if isinstance(module, NF4Linear | NF4Experts):
+        return
+    if isinstance(module, LolaExperts):
+        hidden_size, inner_size = module.shapes["up_proj"]
+        with torch.device("meta"):
+            experts = NF4Experts(hidden_size, inner_size, module.num_experts)
+        experts.allocate(device)
+        _replace(model, place.module, experts)
+    else:
+        assert isinstance(module, nn.Linear), f"{place.module} is a {type(module).__name__}, which has no 4-bit form"
+        _replace(model, place.module, NF4Linear(module.in_features, module.out_features))
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _stream(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
     """Read the checkpoint in file order; quantise or cast each tensor into its place, and free it."""
+    places = checkpoint.architecture.places
 
-    def quantised_module(entry: TensorEntry) -> NF4Experts | NF4Linear | None:
-        module_name, _, name = place_of(entry.name).parameter.rpartition(".")
-        module = model.get_submodule(module_name)
-        return module if isinstance(module, NF4Experts | NF4Linear) and not name.endswith("bias") else None
+    def four_bit(place: Place) -> NF4Experts | NF4Linear | None:
+        module = model.get_submodule(place.module)
+        return module if place.quantized and isinstance(module, NF4Experts | NF4Linear) else None
 
     # Weights are quantised from what is stored: a cast first would round twice.
-    wanted = [(entry, None if quantised_module(entry) else dtype) for entry in checkpoint]
+    wanted = [(entry, None if four_bit(places[entry.name]) else dtype) for entry in checkpoint]
     for number, (entry, read) in enumerate(read_ahead(wanted)):
         if number % 16 == 0:
             give_back_freed_memory()
         tensor = read.to(device)
         require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
-        place = place_of(entry.name)
-        module_name, _, name = place.parameter.rpartition(".")
-        quantised = quantised_module(entry)
+        place = places[entry.name]
+        quantised = four_bit(place)
         if isinstance(quantised, NF4Experts):
-            quantised.load_expert(name, place.expert_id or 0, tensor)
+            quantised.load_expert(place.leaf, place.expert or 0, tensor)
         elif quantised is not None:
-            quantised.load_dense(tensor.t())
-        elif place.expert_id is not None:
-            _bias_stack(model.get_submodule(module_name), name, dtype, device).data[place.expert_id] = tensor
+            quantised.load_dense(tensor.t() if place.transposed else tensor)
+        elif place.expert is not None:
+            _stack(model, place, dtype, device).data[place.expert] = tensor
         else:
-            setattr(model.get_submodule(module_name), name, nn.Parameter(tensor, requires_grad=False))
+            weight = tensor.t().contiguous() if place.transposed else tensor
+            parameter = nn.Parameter(weight, requires_grad=not model.quantization)
+            setattr(model.get_submodule(place.module), place.leaf, parameter)
 
 
-def _make_head(model: LolaPreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a classification head, which no checkpoint of the base holds, fresh weights."""
+def _stack(model: Any, place: Place, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """The parameter (E, …) that one slice per expert fills, allocated at the first of them."""
+    module = model.get_submodule(place.module)
+    stack = getattr(module, place.leaf)
+    if stack.is_meta:
+        stack = nn.Parameter(torch.empty_like(stack, dtype=dtype, device=device), requires_grad=not model.quantization)
+        setattr(module, place.leaf, stack)
+    return stack
+
+
+def _finish(model: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a fresh head its weights, tie the output head, and hold that nothing was left out."""
     head = getattr(model, "score", None)
-    if head is not None:
+    if head is not None:  # no checkpoint of a base holds one
         head.to_empty(device=device).to(dtype)
         init_weights(head, model.config.initializer_range)
-
-
-def _make_nf4_modules(model: LolaPreTrainedModel, device: torch.device) -> None:
-    """Replace, on the meta device, every linear layer and every MoE layer's experts by their 4-bit form."""
-    for name, module in list(model.transformer.named_modules()):
-        parent = model.transformer.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if is_quantizable(module):
-            setattr(parent, leaf, NF4Linear(module.in_features, module.out_features))
-        elif type(module) is LolaExperts:
-            hidden_size, inner_size = module.shapes["up_proj"]
-            with torch.device("meta"):
-                experts = NF4Experts(hidden_size, inner_size, module.num_experts)
-            experts.allocate(device)
-            setattr(parent, leaf, experts)
-
-
-def _bias_stack(module: nn.Module, name: str, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """The (E, …) bias parameter to fill, allocated at the first expert's bias."""
-    stack = getattr(module, name)
-    if stack.is_meta:
-        stack = nn.Parameter(torch.empty_like(stack, dtype=dtype, device=device), requires_grad=False)
-        setattr(module, name, stack)
-    return stack
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    left = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    assert not left, f"parameters were left without weights: {left[:3]}"
+    if model.quantization:
+        require_quantized(model)
+    model.eval()

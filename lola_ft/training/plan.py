@@ -11,7 +11,9 @@ from rich.console import Console
 
 from lola_ft.baseline.checkpoint import read_dense_config
 from lola_ft.baseline.families import FAMILIES, family_in
-from lola_ft.model.tokenizer import load_tokenizer, read_config, text_folder
+from lola_ft.checkpoints.folder import text_folder
+from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.model.tokenizer import read_config
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
 from lola_ft.planning.dense.config import DenseConfig
 from lola_ft.planning.kinds import kind_of

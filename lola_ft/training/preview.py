@@ -11,8 +11,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.baseline.either import read_config
+from lola_ft.checkpoints.folder import text_folder
+from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.encoding import MASKED
-from lola_ft.model.tokenizer import load_tokenizer, text_folder
 from lola_ft.recipe import Recipe
 from lola_ft.training.data_report import print_report
 from lola_ft.training.dataset import pin, prepare

@@ -16,12 +16,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lola_ft.adapters import fitting_layout
 from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.baseline.either import add_adapter, load_base, open_checkpoint, save_adapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import TEMPLATE_FILE
+from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
 from lola_ft.memory import keep_freed_memory
-from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, HubCheckpoint
-from lola_ft.model.tokenizer import load_tokenizer
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, render_recipe
 from lola_ft.training import processes, run_folder
@@ -226,7 +227,7 @@ def _prepare(
     settings = adapter_settings(recipe)
     model = add_adapter(base, settings)
     if settings.init == "loftq":
-        assert isinstance(checkpoint, HubCheckpoint), "loftq is refused for a dense base"
+        assert isinstance(checkpoint, Checkpoint), "loftq is refused for a dense base"
         console.print(start_at_rounding_error(model, checkpoint))
     trained = count_trainable(model)
     console.print(trainable_table(trained, settings.ranks()))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.quantization import load_base
 
 # The end of the Hub's module names, by a name for tests.
@@ -73,8 +73,9 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
         only: Callable[[str], bool] = lambda _: True,
         **groups: tuple[int, float],
     ) -> AdapterWeights:
-        weights = AdapterWeights({}, rslora=rslora)
-        for name, shape in expected_shapes(config).items():
+        weights = AdapterWeights(architecture_of(config), rslora=rslora)
+        for name, place in weights.architecture.places.items():
+            shape = place.shape
             module = name.removesuffix(".weight")
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             if router and name.endswith("gate.weight") and only(module):

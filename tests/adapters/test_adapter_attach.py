@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 
-from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, lora_config
 from lola_ft.adapters.files import write_adapter
-from lola_ft.adapters.load import adapter_weights
+from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
 
@@ -54,7 +55,7 @@ def frozen_state(model: PeftModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("group", PARAMETERS)
 def test_only_the_group_trains(group: str, quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
     settings, expected = PARAMETERS[group]
-    model = attach(fresh(quantization), lora_config(settings))
+    model = add_adapter(fresh(quantization), settings)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert sum(parameter.numel() for parameter in trained.values()) == expected
     marker = {"attention": ".attn.", "mlp": ".mlp.", "experts": ".experts.", "router": ".gate."}[group]
@@ -64,19 +65,19 @@ def test_only_the_group_trains(group: str, quantization: str | None, fresh: Call
 
 
 def test_groups_add_up(fresh: Callable[..., Any]) -> None:
-    model = attach(fresh(), lora_config(ALL))
+    model = add_adapter(fresh(), ALL)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert count == sum(expected for _, expected in PARAMETERS.values())
 
 
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(UserError, match="Nothing would be trained"):
-        lora_config(AdapterSettings())
+        lora_config(AdapterSettings(), TINY)
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_adapter_is_float32_on_a_16_bit_base(quantization: str | None, fresh: Callable[..., Any]) -> None:
-    model = attach(fresh(quantization, "bfloat16"), lora_config(ALL))
+    model = add_adapter(fresh(quantization, "bfloat16"), ALL)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
@@ -90,7 +91,7 @@ def test_no_effect_at_first_and_none_once_disabled(
 ) -> None:
     base = fresh(quantization)
     expected = base(ids).logits
-    model = attach(base, lora_config(ALL)).eval()
+    model = add_adapter(base, ALL).eval()
     assert torch.equal(model(ids).logits, expected)
     randomize(model)
     assert (model(ids).logits - expected).abs().max() > 0.01
@@ -101,7 +102,7 @@ def test_no_effect_at_first_and_none_once_disabled(
 def test_disabled_after_a_merge_in_memory_it_is_the_base(fresh: Callable[..., Any], ids: Tensor) -> None:
     base = fresh()
     expected = base(ids).logits
-    model = randomize(attach(base, lora_config(AdapterSettings(attention_rank=4, expert_rank=2)))).eval()
+    model = randomize(add_adapter(base, AdapterSettings(attention_rank=4, expert_rank=2))).eval()
     adapted = model(ids).logits
     model.merge_adapter()
     assert_close(model(ids).logits, adapted, atol=ROUNDING, rtol=0)
@@ -112,8 +113,8 @@ def test_disabled_after_a_merge_in_memory_it_is_the_base(fresh: Callable[..., An
 @pytest.mark.parametrize("group", ["attention", "mlp", "experts"])
 def test_dropout_acts_in_training_only(group: str, fresh: Callable[..., Any], ids: Tensor) -> None:
     ranks: dict[str, Any] = {f"{group.removesuffix('s') if group == 'experts' else group}_rank": 4}
-    model = randomize(attach(fresh(), lora_config(AdapterSettings(dropout=0.5, **ranks))))
-    still = randomize(attach(fresh(), lora_config(AdapterSettings(dropout=0.0, **ranks))))
+    model = randomize(add_adapter(fresh(), AdapterSettings(dropout=0.5, **ranks)))
+    still = randomize(add_adapter(fresh(), AdapterSettings(dropout=0.0, **ranks)))
     expected = still.train()(ids).logits
     assert torch.equal(still(ids).logits, expected)
     assert torch.equal(model.eval()(ids).logits, expected)
@@ -129,8 +130,8 @@ def test_dropout_acts_in_training_only(group: str, fresh: Callable[..., Any], id
 def test_two_active_adapters_add_up(fresh: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
     first = AdapterSettings(attention_rank=4, mlp_rank=2, expert_rank=2, alpha=8.0)
     second = AdapterSettings(attention_rank=3, mlp_rank=5, expert_rank=6, alpha=5.0)
-    model = randomize(attach(fresh(), lora_config(first))).eval()
-    model.add_adapter("second", lora_config(second))
+    model = randomize(add_adapter(fresh(), first)).eval()
+    model.add_adapter("second", lora_config(second, TINY))
     randomize(model, "second", seed=1)
     weights, alone = {}, {}
     for name in ("default", "second"):
@@ -139,13 +140,13 @@ def test_two_active_adapters_add_up(fresh: Callable[..., Any], ids: Tensor, tmp_
     model.base_model.set_adapter(["default", "second"])
 
     # One adapter with both in it: the ranks side by side, each B with its own scaling.
-    joined = AdapterWeights({})
+    joined = AdapterWeights(TINY)
     for module, pair in weights["default"].pairs.items():
         other = weights["second"].pairs[module]
         b = [part.b * weights[name].scaling(module) for name, part in (("default", pair), ("second", other))]
         rank = pair.rank + other.rank
         joined.pairs[module] = LoraPair(torch.cat([pair.a, other.a]), torch.cat(b, dim=1), alpha=float(rank))
-    write_adapter(joined, tmp_path / "joined", "peft", num_experts=E)
+    write_adapter(joined, tmp_path / "joined", "peft")
     expected = load_adapter(fresh(), tmp_path / "joined")(ids).logits
     both = model(ids).logits
     assert_close(both, expected, atol=ROUNDING, rtol=0)
@@ -155,8 +156,8 @@ def test_two_active_adapters_add_up(fresh: Callable[..., Any], ids: Tensor, tmp_
 
 
 def test_two_active_adapters_with_different_dropout_do_not_train(fresh: Callable[..., Any], ids: Tensor) -> None:
-    model = attach(fresh(), lora_config(AdapterSettings(expert_rank=2, dropout=0.1)))
-    model.add_adapter("second", lora_config(AdapterSettings(expert_rank=2)))
+    model = add_adapter(fresh(), AdapterSettings(expert_rank=2, dropout=0.1))
+    model.add_adapter("second", lora_config(AdapterSettings(expert_rank=2), TINY))
     model.base_model.set_adapter(["default", "second"])
     model.eval()(ids)
     with pytest.raises(AdapterError, match="default, second have different dropout"):
@@ -167,7 +168,7 @@ def test_two_active_adapters_with_different_dropout_do_not_train(fresh: Callable
 def test_a_step_on_a_4_bit_base_moves_the_adapter_alone(
     settings: AdapterSettings, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
-    model = attach(fresh("nf4", "bfloat16"), lora_config(settings))
+    model = add_adapter(fresh("nf4", "bfloat16"), settings)
     frozen = frozen_state(model)
     assert any(tensor.dtype == torch.uint8 for tensor in frozen.values())
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -193,7 +194,7 @@ def test_a_step_on_a_4_bit_base_moves_the_adapter_alone(
 def test_a_4_bit_base_is_not_merged_in_memory(
     settings: AdapterSettings, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
-    model = randomize(attach(fresh("nf4"), lora_config(settings))).eval()
+    model = randomize(add_adapter(fresh("nf4"), settings)).eval()
     expected, frozen = model(ids).logits, frozen_state(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(AdapterError, match=r"round the adapter away. Use merge.py"):
@@ -206,7 +207,7 @@ def test_a_base_takes_one_adapter(
     fresh: Callable[..., Any], everything: AdapterWeights, tmp_path: Path, ids: Tensor
 ) -> None:
     """The base is changed in place, so that it is no base any more; what was returned takes more, by other names."""
-    write_adapter(everything, tmp_path / "adapter", "peft", num_experts=E)
+    write_adapter(everything, tmp_path / "adapter", "peft")
     base = fresh()
     model = load_adapter(base, tmp_path / "adapter")
     expected = model(ids).logits
@@ -214,5 +215,5 @@ def test_a_base_takes_one_adapter(
         with pytest.raises(UserError, match=message):
             load_adapter(taken, tmp_path / "adapter")
         with pytest.raises(UserError, match=message):
-            attach(taken, lora_config(ALL))
+            add_adapter(taken, ALL)
     assert torch.equal(model(ids).logits, expected)

@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 from torch import Tensor
 
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 E = 4
 
 
 @pytest.fixture
 def adapter(everything: AdapterWeights, tiny_base: Path, tmp_path: Path) -> Path:
-    everything.base, everything.base_fingerprint = "someone/lola", fingerprint(HubCheckpoint.open(tiny_base))
-    return write_adapter(everything, tmp_path / "adapter", "peft", E)
+    everything.base, everything.base_fingerprint = "someone/lola", fingerprint(Checkpoint.open(tiny_base))
+    return write_adapter(everything, tmp_path / "adapter", "peft")
 
 
 def test_there_and_back_gives_the_same_files(
@@ -49,7 +50,7 @@ def test_there_and_back_gives_the_same_files(
     config = "adapter_config.json"
     assert (adapter / config).read_text() == (tmp_path / "back" / config).read_text()
     stored = read_adapter(tmp_path / "there")
-    same(stored.weights(E), everything)
+    same(stored.weights(TINY), everything)
     assert stored.metadata["base_fingerprint"] == everything.base_fingerprint
     assert stored.config["base_model_name_or_path"] == "someone/lola"
     assert stored.config["fan_in_fan_out"] is True
@@ -85,7 +86,7 @@ def test_an_adapter_of_another_shape_is_refused_and_nothing_written(
     golden_base: Path, everything: AdapterWeights, tmp_path: Path
 ) -> None:
     everything.pairs["transformer.h.4.attn.c_attn"] = everything.pairs.pop("transformer.h.0.attn.c_attn")
-    deeper = write_adapter(everything, tmp_path / "deeper", "peft", E)
+    deeper = write_adapter(everything, tmp_path / "deeper", "peft")
     with pytest.raises(AdapterError, match=r"transformer.h.4.attn.c_attn: the base has no such module"):
         convert_adapter(deeper, golden_base, "per_expert", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deeper"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import TINY
 
-from lola_ft.adapters.announced import announced_modules
-from lola_ft.adapters.contents import CHECKSUMS_KEY
+from lola_ft.adapters.checksums import CHECKSUMS_KEY
+from lola_ft.adapters.declared import declared_modules
 from lola_ft.adapters.files import read_adapter, write_adapter
-from lola_ft.adapters.load import adapter_weights, load_adapter
+from lola_ft.adapters.load_save import adapter_weights, load_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig
-from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.quantization import load_base
 
 E = 4
@@ -28,7 +30,7 @@ E = 4
 def adapter(everything: AdapterWeights, tmp_path: Path) -> Path:
     """A whole adapter folder, to be damaged."""
     everything.base, everything.base_fingerprint = "someone/lola", "0123456789abcdef"
-    return write_adapter(everything, tmp_path / "adapter", "peft", E)
+    return write_adapter(everything, tmp_path / "adapter", "peft")
 
 
 def change_config(adapter: Path, **changes: Any) -> None:
@@ -38,7 +40,7 @@ def change_config(adapter: Path, **changes: Any) -> None:
 
 def refusal(adapter: Path) -> str:
     with pytest.raises(AdapterError) as error:
-        read_adapter(adapter).weights(E)
+        read_adapter(adapter).weights(TINY)
     assert str(adapter) in str(error.value)
     return str(error.value)
 
@@ -106,7 +108,7 @@ def test_an_initialisation_that_leaves_the_base_alone(
     value: Any, adapter: Path, everything: AdapterWeights, same: Callable[[AdapterWeights, AdapterWeights], None]
 ) -> None:
     change_config(adapter, init_lora_weights=value)
-    same(read_adapter(adapter).weights(E), everything)
+    same(read_adapter(adapter).weights(TINY), everything)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -184,16 +186,17 @@ def test_another_tool_s_file_must_hold_what_its_config_says(
     golden_adapter: Path, golden_base: Path, tmp_path: Path
 ) -> None:
     """One expert's projection is lost with both its factors, which no half pair tells."""
-    folder, shapes = tmp_path / "authors", expected_shapes(LolaConfig.from_pretrained(golden_base))
+    folder = tmp_path / "authors"
+    architecture = architecture_of(LolaConfig.from_pretrained(golden_base))
     shutil.copytree(golden_adapter, folder)
-    read_adapter(folder).weights(E).check_against(shapes)
+    read_adapter(folder).weights(architecture).check_fit()
     state = load_file(folder / "adapter_model.safetensors")
     lost = "transformer.h.3.moe.experts.2.c_fc"
     save_file({key: tensor for key, tensor in state.items() if lost not in key}, folder / "adapter_model.safetensors")
     with pytest.raises(
         AdapterError, match=rf"{lost}: adapter_config.json says that it has LoRA, but the file holds none"
     ):
-        read_adapter(folder).weights(E).check_against(shapes)
+        read_adapter(folder).weights(architecture).check_fit()
 
 
 @pytest.mark.parametrize(
@@ -218,8 +221,8 @@ def test_another_tool_s_file_must_hold_what_its_config_says(
         ),
     ],
 )
-def test_what_a_config_announces(config: dict[str, Any], lost: list[str], tiny: LolaConfig) -> None:
-    found, saved = announced_modules(config, expected_shapes(tiny))
+def test_what_a_config_declares(config: dict[str, Any], lost: list[str], tiny: LolaConfig) -> None:
+    found, saved = declared_modules(config, architecture_of(tiny))
     assert sorted(name.removeprefix("transformer.") for name in found) == sorted(lost)
     assert saved == []
 
@@ -235,15 +238,17 @@ def test_a_kind_that_only_the_config_names_was_left_out(
     with pytest.warns(UserWarning, match="the adapter holds none of it"):
         loaded = load_adapter(load_base(golden_base, None, "float32", quiet=True), tmp_path)
     found = adapter_weights(loaded).pairs
-    assert found.keys() == {module for module in read_adapter(golden_adapter).weights(E).pairs if kept in f"{module}."}
+    assert found.keys() == {
+        module for module in read_adapter(golden_adapter).weights(TINY).pairs if kept in f"{module}."
+    }
 
 
-def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights, tiny: LolaConfig) -> None:
-    everything.announced = {"modules_to_save": ["gate"]}
-    everything.check_against(expected_shapes(tiny))
+def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights) -> None:
+    everything.declared = {"modules_to_save": ["gate"]}
+    everything.check_fit()
     del everything.trained["transformer.h.3.moe.gate.weight"]
     with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json says that it was trained"):
-        everything.check_against(expected_shapes(tiny))
+        everything.check_fit()
 
 
 # What stock PEFT loads
@@ -262,9 +267,9 @@ def test_stock_peft_is_not_promised_more_than_it_can(
     groups: dict[str, Any], layout: str, loads: bool, make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
     weights = make_weights(**groups)
-    assert read_adapter(write_adapter(weights, tmp_path / "one", layout, E)).loads_with_stock_peft is loads
+    assert read_adapter(write_adapter(weights, tmp_path / "one", layout)).loads_with_stock_peft is loads
     weights.starts_at_rounding_error = True  # stock PEFT would put it on unrounded weights
-    assert not read_adapter(write_adapter(weights, tmp_path / "two", layout, E)).loads_with_stock_peft
+    assert not read_adapter(write_adapter(weights, tmp_path / "two", layout)).loads_with_stock_peft
 
 
 # An adapter of another shape
@@ -273,7 +278,7 @@ def test_stock_peft_is_not_promised_more_than_it_can(
 def test_an_adapter_of_another_hidden_size(everything: AdapterWeights, tiny: LolaConfig) -> None:
     config = LolaConfig(**tiny.to_diff_dict() | {"n_embd": 32, "n_head": 2})
     with pytest.raises(AdapterError) as error:
-        everything.check_against(expected_shapes(config))
+        replace(everything, architecture=architecture_of(config)).check_fit()
     message = str(error.value)
     assert "transformer.h.0.attn.c_attn: the adapter changes a [64, 192] weight, the base's is [32, 96]" in message
     assert message.count("\n") == 6  # five by name, the rest counted
@@ -281,24 +286,24 @@ def test_an_adapter_of_another_hidden_size(everything: AdapterWeights, tiny: Lol
 
 
 def test_an_adapter_of_a_deeper_base(everything: AdapterWeights, tiny: LolaConfig) -> None:
-    shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"n_layer": 2}))
+    architecture = architecture_of(LolaConfig(**tiny.to_diff_dict() | {"n_layer": 2}))
     with pytest.raises(AdapterError, match=r"transformer.h.2.attn.c_attn: the base has no such module"):
-        everything.check_against(shapes)
+        replace(everything, architecture=architecture).check_fit()
 
 
 def test_a_router_of_another_shape(make_weights: Callable[..., AdapterWeights], tiny: LolaConfig) -> None:
     weights = make_weights(router=True)
-    shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"num_experts": 8}))
+    architecture = architecture_of(LolaConfig(**tiny.to_diff_dict() | {"num_experts": 8}))
     with pytest.raises(AdapterError, match=r"h.1.moe.gate.weight: \[4, 64\] in the adapter, \[8, 64\] in the base"):
-        weights.check_against(shapes)
+        replace(weights, architecture=architecture).check_fit()
 
 
-def test_lora_on_embeddings_and_head_is_refused_by_name(everything: AdapterWeights, tiny: LolaConfig) -> None:
+def test_lora_on_embeddings_and_head_is_refused_by_name(everything: AdapterWeights) -> None:
     pair = everything.pairs["transformer.h.0.attn.c_attn"]
     for name in ("lm_head", "transformer.h.9.attn.c_attn"):
         everything.pairs[name] = pair
     with pytest.raises(AdapterError) as error:
-        everything.check_against(expected_shapes(tiny))
+        everything.check_fit()
     assert "lm_head: the base has no such module" in str(error.value)
     assert "transformer.h.9.attn.c_attn: the base has no such module" in str(error.value)
 
@@ -322,14 +327,14 @@ def test_what_is_written(adapter: Path) -> None:
 
 def test_an_unknown_layout(everything: AdapterWeights, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="layout 'gguf' is not known; use one of peft, per_expert"):
-        write_adapter(everything, tmp_path / "new", "gguf", E)
+        write_adapter(everything, tmp_path / "new", "gguf")
     assert not (tmp_path / "new").exists()
 
 
 def test_an_older_adapter_is_replaced(adapter: Path, make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(c_attn=(2, 8.0))
-    write_adapter(weights, adapter, "per_expert", E)
-    assert read_adapter(adapter).weights(E).pairs.keys() == weights.pairs.keys()
+    write_adapter(weights, adapter, "per_expert")
+    assert read_adapter(adapter).weights(TINY).pairs.keys() == weights.pairs.keys()
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
@@ -339,7 +344,7 @@ def test_what_is_no_adapter_is_not_replaced(everything: AdapterWeights, tmp_path
     (tmp_path / "file").write_text("mine")
     for taken in ("thesis", "file"):
         with pytest.raises(UserError, match=f"{taken}: already there and no adapter"):
-            write_adapter(everything, tmp_path / taken, "peft", E)
+            write_adapter(everything, tmp_path / taken, "peft")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -353,19 +358,19 @@ def test_a_failure_while_writing_keeps_the_older_adapter(adapter: Path, everythi
 
     everything.pairs.popitem()
     with pytest.raises(OSError, match="no space left"):
-        write_adapter(everything, adapter, "peft", E, also=fail)
+        write_adapter(everything, adapter, "peft", also=fail)
     assert {file.name: file.read_bytes() for file in adapter.iterdir()} == before
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
 def test_what_belongs_beside_the_adapter_comes_with_it(everything: AdapterWeights, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "adapter"
-    write_adapter(everything, out, "peft", E, also=lambda folder: (folder / "README.md").touch())
+    write_adapter(everything, out, "peft", also=lambda folder: (folder / "README.md").touch())
     assert (out / "README.md").is_file()
 
 
 def test_numbers_are_stored_in_the_precision_they_have(everything: AdapterWeights, tmp_path: Path) -> None:
     everything.trained = {name: tensor.bfloat16() for name, tensor in everything.trained.items()}
-    write_adapter(everything, tmp_path / "adapter", "peft", E)
+    write_adapter(everything, tmp_path / "adapter", "peft")
     for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
         assert tensor.dtype == (torch.bfloat16 if "gate" in name else torch.float32)

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY, tiny_config
 from torch import Tensor
 
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import LAYOUTS, detect_layout, from_state, to_state
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
+from lola_ft.families import architecture_of
 
 E = 4
 GROUPS: dict[str, dict[str, Any]] = {
@@ -30,7 +32,7 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def stored(weights: AdapterWeights, layout: str) -> State:
-    return to_state(weights, layout, E), config_for(weights, layout)
+    return to_state(weights, layout), config_for(weights, layout)
 
 
 @pytest.mark.parametrize("mix", MIXES, ids="+".join)
@@ -43,8 +45,8 @@ def test_every_mix_of_groups_survives_both_layouts(
     weights = make_weights(**{key: value for group in mix for key, value in GROUPS[group].items()})
     current, states = weights, []
     for step, layout in enumerate(("peft", "per_expert", "peft", "per_expert")):
-        folder = write_adapter(current, tmp_path / str(step), layout, E)
-        current = read_adapter(folder).weights(E)
+        folder = write_adapter(current, tmp_path / str(step), layout)
+        current = read_adapter(folder).weights(TINY)
         same(current, weights)
         states.append(load_file(folder / "adapter_model.safetensors"))
     for first, second in ((states[0], states[2]), (states[1], states[3])):
@@ -54,7 +56,7 @@ def test_every_mix_of_groups_survives_both_layouts(
 
 def test_a_stack_is_expert_slowest_in_a_and_expert_fastest_in_b(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(up=(3, 8.0))
-    state = to_state(weights, "peft", E)
+    state = to_state(weights, "peft")
     a = state["base_model.model.transformer.h.3.moe.experts.lora_A.weight"]
     b = state["base_model.model.transformer.h.3.moe.experts.lora_B.weight"]
     assert a.shape == (E * 3, 64)
@@ -69,7 +71,7 @@ def test_a_stack_is_expert_slowest_in_a_and_expert_fastest_in_b(make_weights: Ca
 def test_wrappers_nest_where_both_projections_have_lora(
     groups: dict[str, Any], nested: bool, make_weights: Callable[..., AdapterWeights]
 ) -> None:
-    state = to_state(make_weights(**groups), "peft", E)
+    state = to_state(make_weights(**groups), "peft")
     up = f"base_model.model.transformer.h.1.moe.experts{'.base_layer' * nested}.lora_A.weight"
     assert state[up].shape == (E * 2, 64)
     assert len(state) == (8 if nested else 4)
@@ -78,12 +80,12 @@ def test_wrappers_nest_where_both_projections_have_lora(
 def test_the_layout_is_told_from_the_names(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(c_attn=(4, 8.0), up=(2, 8.0))
     for layout in LAYOUTS:
-        assert detect_layout(to_state(weights, layout, E)) == layout
+        assert detect_layout(to_state(weights, layout)) == layout
 
 
 def test_every_tensor_of_a_state_is_contiguous_and_named_once(everything: AdapterWeights) -> None:
     for layout, count in (("peft", 34), ("per_expert", 58)):
-        state = to_state(everything, layout, E)
+        state = to_state(everything, layout)
         assert all(tensor.is_contiguous() for tensor in state.values())
         assert len(state) == count
     assert everything.tensor_count() == 58
@@ -94,7 +96,7 @@ def test_every_tensor_of_a_state_is_contiguous_and_named_once(everything: Adapte
 
 def test_experts_left_out_are_zeros_in_a_stack(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(up=(2, 8.0), down=(3, 8.0), only=lambda module: ".experts.2." in module)
-    again = from_state(*stored(weights, "peft"), E)
+    again = from_state(*stored(weights, "peft"), TINY)
     assert len(weights.pairs) == 4
     assert len(again.pairs) == 4 * E
     for module, pair in again.pairs.items():
@@ -109,7 +111,7 @@ def test_experts_left_out_stay_out_per_expert(
     make_weights: Callable[..., AdapterWeights], same: Callable[[AdapterWeights, AdapterWeights], None]
 ) -> None:
     weights = make_weights(up=(2, 8.0), only=lambda module: ".experts.2." in module)
-    same(from_state(*stored(weights, "per_expert"), E), weights)
+    same(from_state(*stored(weights, "per_expert"), TINY), weights)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,7 +128,7 @@ def test_layers_left_out_stay_out(
         router=True,
         only=lambda module: module.startswith(("transformer.h.2.", "transformer.h.3.")),
     )
-    same(from_state(*stored(weights, layout), E), weights)
+    same(from_state(*stored(weights, layout), TINY), weights)
 
 
 # What a layout cannot hold
@@ -136,9 +138,9 @@ def test_experts_of_different_rank_fit_per_expert_only(make_weights: Callable[..
     weights = make_weights(up=(2, 8.0), only=lambda module: ".h.1." in module)
     other = make_weights(up=(3, 8.0))
     weights.pairs["transformer.h.1.moe.experts.1.c_fc"] = other.pairs["transformer.h.1.moe.experts.1.c_fc"]
-    assert len(to_state(weights, "per_expert", E)) == 2 * E
+    assert len(to_state(weights, "per_expert")) == 2 * E
     with pytest.raises(AdapterError, match=r"transformer.h.1.moe.experts.up_proj: its experts differ in rank or alpha"):
-        to_state(weights, "peft", E)
+        to_state(weights, "peft")
 
 
 def test_layers_of_different_rank_are_refused_by_name(make_weights: Callable[..., AdapterWeights]) -> None:
@@ -157,8 +159,8 @@ def test_one_layer_with_both_projections_and_one_with_up_alone_is_refused_in_a_s
     for e in range(E):
         del weights.pairs[f"transformer.h.3.moe.experts.{e}.c_proj"]
     with pytest.raises(AdapterError, match="only per_expert can hold it"):
-        to_state(weights, "peft", E)
-    assert len(to_state(weights, "per_expert", E)) == 2 * (2 * E + E)
+        to_state(weights, "peft")
+    assert len(to_state(weights, "per_expert")) == 2 * (2 * E + E)
 
 
 # Tensors that cannot be right
@@ -217,16 +219,16 @@ def test_a_tensor_without_a_place_is_named(
     else:
         state = broken(state, **changes)
     with pytest.raises(AdapterError, match=named):
-        from_state(state, config, E)
+        from_state(state, config, TINY)
 
 
 def test_an_expert_beside_its_own_stack_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(up=(2, 8.0))
     state, config = stored(weights, "peft")
-    both = to_state(weights, "per_expert", E)
+    both = to_state(weights, "per_expert")
     state |= {key: tensor for key, tensor in both.items() if ".h.3.moe.experts.1." in key}
     with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: the file holds it twice.*expert 1"):
-        from_state(state, config, E)
+        from_state(state, config, TINY)
 
 
 @pytest.mark.parametrize("num_experts", [2, 3, 8])
@@ -236,18 +238,18 @@ def test_a_stack_for_another_number_of_experts_is_refused(
     """Also one that divides the rows: cut into 2, a stack of 4 experts of rank 4 looks like rank 8, all scrambled."""
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
     with pytest.raises(AdapterError, match=rf"h.1.moe.experts.up_proj: A has 16 rows.*each of {num_experts} experts"):
-        from_state(state, config, num_experts)
+        from_state(state, config, architecture_of(tiny_config(num_experts=num_experts)))
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_a_config_without_rank_or_alpha_is_refused(key: str, make_weights: Callable[..., AdapterWeights]) -> None:
     state, config = stored(make_weights(c_attn=(4, 8.0)), "peft")
     with pytest.raises(AdapterError, match=rf"adapter_config.json gives no {key} for transformer.h.0.attn.c_attn"):
-        from_state(state, {name: value for name, value in config.items() if name != key}, E)
+        from_state(state, {name: value for name, value in config.items() if name != key}, TINY)
 
 
 def test_a_lone_stack_without_a_named_projection_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
     for targets in (None, ["experts.up_proj", "experts.down_proj"], ["experts.gate_up_proj"]):
         with pytest.raises(AdapterError, match=r"transformer.h.1.moe.experts: target_parameters .* do not tell"):
-            from_state(state, config | {"target_parameters": targets}, E)
+            from_state(state, config | {"target_parameters": targets}, TINY)

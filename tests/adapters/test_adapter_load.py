@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lola_ft.adapters import load_adapter, save_adapter
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.layouts import LAYOUTS, to_state
-from lola_ft.adapters.load import adapter_weights
+from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.model import LolaConfig, LolaForCausalLM
@@ -71,7 +72,7 @@ def test_the_parts_that_an_adapter_covers(
 ) -> None:
     groups = {"c_attn": (4, 8.0), "attn_c_proj": (3, 2.0), "mlp_up": (5, 8.0), "up": (2, 8.0), "down": (6, 3.0)}
     weights = make_weights(router=True, only=PARTS[part], **groups)
-    write_adapter(weights, tmp_path / "adapter", layout, E)
+    write_adapter(weights, tmp_path / "adapter", layout)
     model = load_adapter(fresh(), tmp_path / "adapter")
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
@@ -100,11 +101,11 @@ def test_saved_and_loaded_it_is_the_same_adapter(
     tmp_path: Path,
     same: Callable[[AdapterWeights, AdapterWeights], None],
 ) -> None:
-    write_adapter(everything, tmp_path / "first", "peft", E)
+    write_adapter(everything, tmp_path / "first", "peft")
     first = load_adapter(fresh(quantization), tmp_path / "first")
     save_adapter(first, tmp_path / "second", layout)
     assert read_adapter(tmp_path / "second").layout == layout
-    same(read_adapter(tmp_path / "second").weights(E), everything)
+    same(read_adapter(tmp_path / "second").weights(TINY), everything)
     second = load_adapter(fresh(quantization), tmp_path / "second")
     assert torch.equal(second(ids).logits, first(ids).logits)
 
@@ -118,7 +119,7 @@ def test_rslora_is_kept(
         weights = make_weights(rslora=rslora, **groups)
         assert weights.scaling("transformer.h.0.attn.c_attn") == (4.0 if rslora else 2.0)
         for layout in LAYOUTS:
-            write_adapter(weights, tmp_path / f"{rslora}-{layout}", layout, E)
+            write_adapter(weights, tmp_path / f"{rslora}-{layout}", layout)
             logits[rslora, layout] = load_adapter(fresh(), tmp_path / f"{rslora}-{layout}")(ids).logits
         assert torch.equal(logits[rslora, "peft"], logits[rslora, "per_expert"])
     assert not torch.equal(logits[False, "peft"], logits[True, "peft"])
@@ -127,20 +128,20 @@ def test_rslora_is_kept(
 def test_a_16_bit_base_holds_the_adapter_in_float32(
     everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], tmp_path: Path, same: Callable[..., None]
 ) -> None:
-    write_adapter(everything, tmp_path / "adapter", "peft", E)
+    write_adapter(everything, tmp_path / "adapter", "peft")
     same(adapter_weights(load_adapter(fresh(dtype="bfloat16"), tmp_path / "adapter")), everything)
 
 
 def test_training_goes_on_where_asked(
     everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], ids: Tensor, tmp_path: Path
 ) -> None:
-    write_adapter(everything, tmp_path / "adapter", "peft", E)
+    write_adapter(everything, tmp_path / "adapter", "peft")
     model = load_adapter(fresh(), tmp_path / "adapter", trainable=True)
     assert model.training
     model(ids, labels=ids).loss.backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert sum(parameter.numel() for parameter in trained) == sum(
-        tensor.numel() for tensor in to_state(everything, "peft", E).values()
+        tensor.numel() for tensor in to_state(everything, "peft").values()
     )
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
 
@@ -152,7 +153,7 @@ def test_training_goes_on_where_asked(
 def foreign(everything: AdapterWeights, tmp_path: Path) -> Path:
     """An adapter that fits the tiny base and says that it belongs to another."""
     everything.base_fingerprint = "feedfacefeedface"
-    return write_adapter(everything, tmp_path / "foreign", "peft", E)
+    return write_adapter(everything, tmp_path / "foreign", "peft")
 
 
 def test_an_adapter_of_another_base_is_refused_unless_allowed(
@@ -178,7 +179,7 @@ def test_a_base_that_transformers_loaded_is_known_by_its_weights(
 ) -> None:
     own, other = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype), make_base(tmp_path / "other", seed=7)
     everything.base_fingerprint = fresh().base_fingerprint
-    write_adapter(everything, tmp_path / "adapter", "peft", E)
+    write_adapter(everything, tmp_path / "adapter", "peft")
     save_adapter(load_adapter(own, tmp_path / "adapter"), tmp_path / "again")
     assert read_adapter(tmp_path / "again").metadata["base_fingerprint"] == everything.base_fingerprint
     foreign = AutoModelForCausalLM.from_pretrained(other, dtype=dtype)
@@ -193,7 +194,7 @@ def test_a_base_that_transformers_loaded_is_known_by_its_weights(
 def test_an_adapter_names_the_base_it_was_made_on(
     everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], tmp_path: Path, tiny_base: Path
 ) -> None:
-    write_adapter(everything, tmp_path / "unsigned", "peft", E)
+    write_adapter(everything, tmp_path / "unsigned", "peft")
     base = fresh()
     save_adapter(load_adapter(base, tmp_path / "unsigned"), tmp_path / "signed")
     stored = read_adapter(tmp_path / "signed")
@@ -206,7 +207,7 @@ def test_an_adapter_names_the_base_it_was_made_on(
 def test_an_adapter_of_another_shape_leaves_the_base_as_it_was(
     everything: AdapterWeights, tiny_base: Path, tmp_path: Path, ids: Tensor
 ) -> None:
-    write_adapter(everything, tmp_path / "adapter", "per_expert", E)
+    write_adapter(everything, tmp_path / "adapter", "per_expert")
     other = LolaForCausalLM(LolaConfig.from_pretrained(tiny_base, n_inner=96)).eval()
     expected = other(ids).logits
     with pytest.raises(
@@ -222,7 +223,7 @@ def test_the_authors_script_e_is_refused_by_name(
     name: str, everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], tmp_path: Path
 ) -> None:
     """Their script E also adapts the embeddings, which are tied here; dropping that would change the answers."""
-    write_adapter(everything, tmp_path / "adapter", "per_expert", E)
+    write_adapter(everything, tmp_path / "adapter", "per_expert")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     state: dict[str, Any] = load_file(file)
     kind = ("lora_embedding_A", "lora_embedding_B") if name.endswith("wte") else ("lora_A.weight", "lora_B.weight")

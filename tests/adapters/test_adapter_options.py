@@ -9,21 +9,22 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 
 from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, lora_config, save_adapter
-from lola_ft.adapters.attaching import RouterLora
 from lola_ft.adapters.combine import combine_adapters
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.files import read_adapter, write_adapter
-from lola_ft.adapters.load import adapter_weights
+from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.adapters.peft_model import RouterLora
 from lola_ft.adapters.selection import read_selection
 from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.errors import AdapterError, UserError
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 ROUNDING = 1e-5  # float32 sums in another order
 D, F, E = 64, 128, 4  # of the tiny base, which has MoE layers 1 and 3
@@ -107,7 +108,7 @@ def test_only_selected_experts_hold_tensors_and_learn(
     few = add_adapter(fresh(quantization), AdapterSettings(expert_rank=2, selection=SELECTION))
     assert sum(p.numel() for p in few.parameters() if p.requires_grad) == 3 * 2 * 2 * (D + F)
     randomize(few).train()
-    write_adapter(adapter_weights(few), tmp_path / "padded", "peft", E)
+    write_adapter(adapter_weights(few), tmp_path / "padded", "peft")
     with safe_open(tmp_path / "padded" / "adapter_model.safetensors", "pt") as file:
         padded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     every = add_adapter(fresh(quantization), AdapterSettings(expert_rank=2)).train()
@@ -140,7 +141,7 @@ def test_a_selection_survives_the_file(
     model = randomize(add_adapter(fresh(), AdapterSettings(expert_rank=2, selection=SELECTION))).eval()
     save_adapter(model, tmp_path / "adapter", layout)
     stored = read_adapter(tmp_path / "adapter")
-    same(stored.weights(E), adapter_weights(model))
+    same(stored.weights(TINY), adapter_weights(model))
     again = load_adapter(fresh(), tmp_path / "adapter")
     assert [m.experts_of["default"] for m in again.modules() if isinstance(m, ParamWrapper)] == [(0, 2)] * 2 + [
         (3,)
@@ -234,7 +235,7 @@ def test_norms_are_trained_and_stored(
     assert all(".ln_" in name for name in names)
     randomize(model)
     save_adapter(model, tmp_path / "adapter")
-    assert len(read_adapter(tmp_path / "adapter").weights(E).trained) == 18
+    assert len(read_adapter(tmp_path / "adapter").weights(TINY).trained) == 18
     assert_close(
         load_adapter(fresh(quantization), tmp_path / "adapter")(ids).logits, model(ids).logits, atol=ROUNDING, rtol=0
     )
@@ -282,20 +283,20 @@ def test_dora_and_the_layouts(
     """The authors' PEFT makes lengths for all that has LoRA, or for nothing."""
     with_experts = make_weights(c_attn=(3, 8.0), up=(2, 8.0), dora=True)
     with pytest.raises(AdapterError, match=r"plain LoRA on others \(.*experts.*\), which the layout per_expert cannot"):
-        write_adapter(with_experts, tmp_path / "adapter", "per_expert", E)
+        write_adapter(with_experts, tmp_path / "adapter", "per_expert")
     weights = make_weights(c_attn=(3, 8.0), mlp_down=(2, 8.0), dora=True)
-    write_adapter(weights, tmp_path / "authors", "per_expert", E)
-    same(read_adapter(tmp_path / "authors").weights(E), weights)
+    write_adapter(weights, tmp_path / "authors", "per_expert")
+    same(read_adapter(tmp_path / "authors").weights(TINY), weights)
     config = json.loads((tmp_path / "authors" / "adapter_config.json").read_text())
     assert (config["use_dora"], config["fan_in_fan_out"]) == (True, True)
     keys = read_adapter(tmp_path / "authors").entries  # the name that their PEFT (0.11) gives them
     assert "base_model.model.transformer.h.2.mlp.c_proj.lora_magnitude_vector" in keys
 
-    write_adapter(weights, tmp_path / "adapter", "peft", E)
+    write_adapter(weights, tmp_path / "adapter", "peft")
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": False}))
     with pytest.raises(AdapterError, match="disagree on whether it uses DoRA"):
-        read_adapter(tmp_path / "adapter").weights(E)
+        read_adapter(tmp_path / "adapter").weights(TINY)
 
 
 # LoftQ
@@ -308,14 +309,14 @@ def test_loftq_brings_the_4_bit_base_nearer(
     plain = (fresh("nf4")(ids).logits - expected).abs().mean()
     settings = AdapterSettings(attention_rank=16, mlp_rank=16, expert_rank=16, init="loftq", alpha=7.0)
     model = add_adapter(fresh("nf4"), settings).eval()
-    sentence = start_at_rounding_error(model, HubCheckpoint.open(tiny_base))
+    sentence = start_at_rounding_error(model, Checkpoint.open(tiny_base))
     corrected = (model(ids).logits - expected).abs().mean()
     assert corrected < 0.8 * plain
     share = float(sentence.split("takes away ")[1].split("%")[0])
     assert 15 < share < 100
     # By the book: the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
-    weight = HubCheckpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
+    weight = Checkpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
     error = weight - linear.base_layer.dense_weight(torch.float32)
     update = linear.scaling["default"] * linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     best = torch.linalg.svdvals(error)[16:].norm()
@@ -330,12 +331,12 @@ def test_loftq_brings_the_4_bit_base_nearer(
 def test_loftq_wants_a_4_bit_base(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh(), AdapterSettings(attention_rank=2))
     with pytest.raises(UserError, match="no weight with LoRA is in 4 bit"):
-        start_at_rounding_error(model, HubCheckpoint.open(tiny_base))
+        start_at_rounding_error(model, Checkpoint.open(tiny_base))
 
 
 def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh("nf4"), AdapterSettings(expert_rank=2, selection=SELECTION))
-    start_at_rounding_error(model, HubCheckpoint.open(tiny_base))
+    start_at_rounding_error(model, Checkpoint.open(tiny_base))
     pairs = adapter_weights(model).pairs
     assert {module.split(".experts.")[1].split(".")[0] for module in pairs if ".h.1." in module} == {"0", "2"}
     assert all(pair.b.abs().max() > 0 for pair in pairs.values())
@@ -358,7 +359,7 @@ def test_adapters_side_by_side(
     model: Any = fresh()
     base_logits = model(ids).logits
     for name, weights in mixes.items():
-        write_adapter(weights, tmp_path / name, "peft", E)
+        write_adapter(weights, tmp_path / name, "peft")
         alone[name] = load_adapter(fresh(), tmp_path / name)(ids).logits
         model = load_adapter(model, tmp_path / name, name=name)
         assert torch.equal(model(ids).logits, alone[name]), "the one loaded last is active"
@@ -379,8 +380,8 @@ def test_adapters_side_by_side(
 def test_what_cannot_be_combined(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
-    write_adapter(make_weights(c_attn=(4, 8.0), router=True), tmp_path / "router", "peft", E)
-    write_adapter(make_weights(c_attn=(4, 8.0)), tmp_path / "plain", "peft", E)
+    write_adapter(make_weights(c_attn=(4, 8.0), router=True), tmp_path / "router", "peft")
+    write_adapter(make_weights(c_attn=(4, 8.0)), tmp_path / "plain", "peft")
     model = load_adapter(fresh(), tmp_path / "router", name="router")
     model = load_adapter(model, tmp_path / "plain", name="plain")
     with pytest.raises(AdapterError, match="'router' holds weights trained as they are"):
@@ -400,4 +401,4 @@ def test_what_cannot_be_combined(
 )
 def test_settings_that_contradict_each_other(settings: AdapterSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        lora_config(settings)
+        lora_config(settings, TINY)

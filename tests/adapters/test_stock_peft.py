@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config, save_adapter
+from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_adapter
 from lola_ft.adapters.files import write_adapter
 from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.weights import AdapterWeights
@@ -79,7 +79,7 @@ def test_logits_and_gradients(
     ids: Tensor,
     tmp_path: Path,
 ) -> None:
-    write_adapter(make_weights(**MIXES[mix]), tmp_path / "adapter", "peft", num_experts=4)
+    write_adapter(make_weights(**MIXES[mix]), tmp_path / "adapter", "peft")
     ours = load_adapter(fresh(), tmp_path / "adapter", trainable=True).eval()
     stock, missed = load_stock(tiny_base, tmp_path / "adapter", is_trainable=True)
 
@@ -110,7 +110,7 @@ def test_an_expert_s_update_is_stock_peft_s(
 ) -> None:
     """A (E*R, in) expert-slowest, B (out, R*E) expert-fastest: another order has the right shapes and scrambles all."""
     weights = make_weights(up=(3, 8.0), down=(2, 6.0))
-    write_adapter(weights, tmp_path / "adapter", "peft", num_experts=4)
+    write_adapter(weights, tmp_path / "adapter", "peft")
     stock, _ = load_stock(tiny_base, tmp_path / "adapter")
     wrappers = {
         (name.partition("base_model.model.")[2].partition(".experts")[0], module.parameter_name): module
@@ -131,7 +131,7 @@ def test_what_training_attaches_is_what_stock_peft_loads(
     settings = AdapterSettings(
         attention_rank=4, mlp_rank=6, expert_rank=2, alpha=12.0, dropout=0.1, rslora=True, tune_router=True
     )
-    model = attach(fresh("nf4"), lora_config(settings)).train()
+    model = add_adapter(fresh("nf4"), settings).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):  # two steps, for A has no gradient while B is zero
         optimizer.zero_grad()

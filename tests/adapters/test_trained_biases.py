@@ -9,18 +9,20 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import TINY, tiny_config
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import AdapterSettings, add_adapter, combine_adapters, fitting_layout, load_adapter, save_adapter
-from lola_ft.adapters.contents import CHECKSUMS_KEY
+from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter, write_adapter
-from lola_ft.adapters.load import adapter_weights
+from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.trained_bias import TrainedBias
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
+from lola_ft.families import architecture_of
 from lola_ft.quantization import load_base
 from lola_ft.quantization.audit import audit
 from lola_ft.training.trainables import count_trainable
@@ -177,18 +179,18 @@ def test_stock_peft_loads_it(
     assert (stock(ids).logits - expected).abs().max() < PARITY
     assert (expected - load()(ids).logits).abs().max() > 0.1
 
-    same(read_adapter(folder).weights(E), adapter_weights(model))
+    same(read_adapter(folder).weights(TINY), adapter_weights(model))
     assert torch.equal(load_adapter(load(), folder)(ids).logits, expected)
     if not settings.dora:
         convert_adapter(folder, biased_base, "per_expert", tmp_path / "authors")
-        same(read_adapter(tmp_path / "authors").weights(E), adapter_weights(model))
+        same(read_adapter(tmp_path / "authors").weights(TINY), adapter_weights(model))
         convert_adapter(tmp_path / "authors", biased_base, "peft", tmp_path / "back")
         assert (tmp_path / "back" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
 
 
 def test_the_authors_names(make_weights: Callable[..., AdapterWeights], tmp_path: Path) -> None:
     """As their PEFT calls the biases of its Conv1D modules: inside a wrapper where there is one."""
-    write_adapter(make_weights(biases=True, c_attn=(2, 4.0), up=(2, 4.0)), tmp_path / "adapter", "per_expert", E)
+    write_adapter(make_weights(biases=True, c_attn=(2, 4.0), up=(2, 4.0)), tmp_path / "adapter", "per_expert")
     keys = {key.removeprefix("base_model.model.") for key in read_adapter(tmp_path / "adapter").entries}
     wanted = ("h.1.moe.experts.3.c_fc.base_layer", "h.1.moe.experts.3.c_proj", "h.0.attn.c_attn.base_layer")
     assert {f"transformer.{module}.bias" for module in (*wanted, "h.0.attn.c_proj", "ln_f")} <= keys
@@ -212,7 +214,7 @@ def test_what_stock_peft_trained_is_read(
 def test_a_missing_bias_is_named(
     layout: str, lost: str, make_weights: Callable[..., AdapterWeights], fresh: Callable[..., Any], tmp_path: Path
 ) -> None:
-    file = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", layout, E) / WEIGHTS_FILE
+    file = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", layout) / WEIGHTS_FILE
     metadata = {name: text for name, text in read_adapter(file.parent).metadata.items() if name != CHECKSUMS_KEY}
     state = load_file(file)
     del state[next(key for key in sorted(state) if lost in key and key.endswith("bias"))]
@@ -224,12 +226,12 @@ def test_a_missing_bias_is_named(
 def test_what_does_not_fit(
     make_weights: Callable[..., AdapterWeights], fresh: Callable[..., Any], tmp_path: Path
 ) -> None:
-    folder = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", "peft", E)
+    folder = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", "peft")
     stored = read_adapter(folder)
     with pytest.raises(
         AdapterError, match=r"experts\.down_proj_bias: holds \[4, 64\], not a row for each of 8 experts"
     ):
-        stored.weights(8)
+        stored.weights(architecture_of(tiny_config(num_experts=8)))
     state = load_file(folder / WEIGHTS_FILE)
     save_file(state | {"base_model.model.transformer.wte.bias": torch.zeros(3)}, folder / WEIGHTS_FILE)
     with pytest.raises(AdapterError, match=r"1 adapter tensors have no place in LOLA: .*wte\.bias"):
@@ -246,7 +248,7 @@ def test_a_stack_needs_every_row(make_weights: Callable[..., AdapterWeights], tm
     weights = make_weights(biases=True)
     del weights.trained["transformer.h.1.moe.experts.2.c_fc.bias"]
     with pytest.raises(AdapterError, match=r"h\.1\.moe\.experts\.2\.c_fc\.bias: the layout peft holds .* one stack"):
-        write_adapter(weights, tmp_path / "adapter", "peft", E)
+        write_adapter(weights, tmp_path / "adapter", "peft")
 
 
 # Several adapters

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import TINY
 
-from lola_ft.adapters.contents import CHECKSUMS_KEY
+from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
@@ -39,9 +40,9 @@ def test_a_converted_adapter_passes(tiny_base: Path, tiny_adapter: Path, tmp_pat
 
 def test_an_adapter_of_the_4_bit_base_alone_is_compared_there(tiny_base: Path, adapter: Path) -> None:
     """LoftQ's start belongs to the 4-bit base; a small base is else compared unquantised."""
-    weights = read_adapter(adapter).weights(4)
+    weights = read_adapter(adapter).weights(TINY)
     weights.starts_at_rounding_error = True
-    write_adapter(weights, adapter, "peft", 4)
+    write_adapter(weights, adapter, "peft")
     assert compare_adapter(tiny_base, adapter, adapter).max_logit_difference == 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 from transformers import AutoModelForCausalLM
 
 from lola_ft.errors import PublishError
@@ -99,9 +100,9 @@ def test_the_other_layout_holds_the_same_numbers(hub: Any, adapter: Path, tiny_b
     sent, own = read_adapter(tmp_path), read_adapter(adapter)
     assert sent.layout == "per_expert"
     assert sent.config["base_model_name_or_path"] == "tester/base"
-    expected = own.weights(4)
-    assert sent.weights(4).pairs.keys() == expected.pairs.keys()
-    for module, pair in sent.weights(4).pairs.items():
+    expected = own.weights(TINY)
+    assert sent.weights(TINY).pairs.keys() == expected.pairs.keys()
+    for module, pair in sent.weights(TINY).pairs.items():
         assert torch.equal(pair.a, expected.pairs[module].a)
         assert torch.equal(pair.b, expected.pairs[module].b)
     assert b"PeftModel" not in files["README.md"]  # stock PEFT cannot read this layout

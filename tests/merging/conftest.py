@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lola_ft.adapters.files import write_adapter
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.model.hub_checkpoint import expected_shapes
 
 RANKS = {".attn.c_attn": 4, ".attn.c_proj": 3, ".mlp.c_fc": 6, ".mlp.c_proj": 5, ".c_fc": 2, ".c_proj": 7}
 
@@ -35,8 +35,9 @@ def ids() -> Tensor:
 @pytest.fixture
 def weights(tiny_base: Path) -> AdapterWeights:
     """A random adapter on every target, no two ranks equal, and the router."""
-    result = AdapterWeights({})
-    for name, shape in expected_shapes(LolaConfig.from_pretrained(tiny_base)).items():
+    result = AdapterWeights(architecture_of(LolaConfig.from_pretrained(tiny_base)))
+    for name, place in result.architecture.places.items():
+        shape = place.shape
         module = name.removesuffix(".weight")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         if module.endswith(".gate"):
@@ -54,7 +55,7 @@ def store(tmp_path: Path) -> Callable[..., Path]:
     """Write an adapter folder."""
 
     def write(weights: AdapterWeights, name: str = "adapter", layout: str = "peft") -> Path:
-        return write_adapter(weights, tmp_path / name, layout, num_experts=4)
+        return write_adapter(weights, tmp_path / name, layout)
 
     return write
 

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lola_ft.adapters import AdapterSettings, attach, load_adapter, lora_config, save_adapter
+from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_adapter
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import AdapterError, CheckpointError, UserError, WriteError
 from lola_ft.merging import merge
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.outputs import Models
 from lola_ft.merging.verify import compare
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.model.hub_checkpoint import HubCheckpoint
-from lola_ft.model.safetensors_writer import SafetensorsWriter
 from lola_ft.quantization import load_base
 
 # Float32: one merged weight against base and side path.
@@ -341,7 +341,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
     model = LolaForCausalLM(LolaConfig(**sizes, n_inner=128, initializer_range=0.1))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     ranks = AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4)
-    adapted = attach(load_base(tmp_path / "base", None, "float32", quiet=True), lora_config(ranks))
+    adapted = add_adapter(load_base(tmp_path / "base", None, "float32", quiet=True), ranks)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -374,7 +374,7 @@ def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Pat
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:
     """Merged, it has its own identity, loads in 4 bit, and takes the next adapter."""
     merge(tiny_base, adapter, tmp_path / "merged", check="weights")
-    assert HubCheckpoint.open(tmp_path / "merged").ignored == []
+    assert Checkpoint.open(tmp_path / "merged").ignored == []
     model = load_base(tmp_path / "merged", "nf4", "float32", quiet=True)
     assert model.base_fingerprint != load_base(tiny_base, None, "float32", quiet=True).base_fingerprint
     before = model(ids).logits

@@ -11,8 +11,8 @@ import torch
 
 from lola_ft.adapters.files import write_adapter
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.model.hub_checkpoint import expected_shapes
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count of memory")
 
@@ -52,12 +52,13 @@ def make_model(folder: Path, make_config: Callable[..., LolaConfig], layers: int
     """A base in float32 and an adapter on every expert; the size of both in MB."""
     config = make_config(n_layer=layers, n_embd=256, n_inner=2048, num_experts=8)
     LolaForCausalLM(config).save_pretrained(folder / "base")
-    weights = AdapterWeights({})
-    for name, shape in expected_shapes(config).items():
+    weights = AdapterWeights(architecture_of(config))
+    for name, place in weights.architecture.places.items():
+        shape = place.shape
         if ".experts." in name and name.endswith(".weight"):
             pair = LoraPair(torch.randn(16, shape[0]) * 0.02, torch.randn(shape[1], 16) * 0.02, alpha=32.0)
             weights.pairs[name.removesuffix(".weight")] = pair
-    write_adapter(weights, folder / "adapter", "peft", 8)
+    write_adapter(weights, folder / "adapter", "peft")
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors")) // 2**20
 
 

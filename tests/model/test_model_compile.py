@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.quantization import load_base
 
 pytestmark = pytest.mark.slow
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", None])
 def test_compiled_it_computes_the_same(tiny_base: Path, quantization: str | None) -> None:
     base = load_base(tiny_base, quantization, "float32", torch.device("cpu"), quiet=True)
-    model = attach(base, lora_config(AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4))).train()
+    model = add_adapter(base, AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4)).train()
     ids = torch.randint(6, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     reasons = torch._dynamo.explain(loss_of)(model, ids).break_reasons
     assert reasons  # the experts are always left out

@@ -34,13 +34,13 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Filled with a word each time that weights are quantised anew."""
     calls: list[str] = []
-    original: Callable[..., None] = load._quantize_into
+    original: Callable[..., None] = load._stream
 
     def noted(*arguments: object) -> None:
         calls.append("quantised")
         original(*arguments)
 
-    monkeypatch.setattr(load, "_quantize_into", noted)
+    monkeypatch.setattr(load, "_stream", noted)
     return calls
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lola_ft import load_base
 from lola_ft.errors import CheckpointError, UserError
+from lola_ft.families import Place
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import LolaExperts
 from lola_ft.model.layout import place_of
@@ -336,17 +337,14 @@ def test_a_dense_linear_layer_is_refused(name: str, base: Path) -> None:
 def test_a_loader_that_forgets_a_layer_does_not_go_on(
     forgotten: type[nn.Module], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = load_module._make_nf4_modules
+    real = load_module._quantize_module
+    name = "transformer.h.1." + ("moe.experts" if forgotten is LolaExperts else "attn.c_attn")
 
-    def forget(model: LolaForCausalLM, device: torch.device) -> None:
-        name = "moe.experts" if forgotten is LolaExperts else "attn.c_attn"
-        layer = model.transformer.h[1]
-        kept = layer.get_submodule(name)
-        real(model, device)
-        parent, _, leaf = name.rpartition(".")
-        setattr(layer.get_submodule(parent), leaf, kept)
+    def forget(model: LolaForCausalLM, place: Place, device: torch.device) -> None:
+        if place.module != name:
+            real(model, place, device)
 
-    monkeypatch.setattr(load_module, "_make_nf4_modules", forget)
+    monkeypatch.setattr(load_module, "_quantize_module", forget)
     with pytest.raises(CheckpointError, match=r"still dense after 4-bit loading: transformer\.h\.1\."):
         load_base(base, quiet=True)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lola_ft
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.training.first_step import FirstStepCheck
 
@@ -14,7 +14,7 @@ from lola_ft.training.first_step import FirstStepCheck
 @pytest.fixture
 def model(tiny_base: Path) -> torch.nn.Module:
     base = lola_ft.load_base(tiny_base, dtype="float32", quiet=True)
-    return attach(base, lora_config(AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4, tune_router=True)))
+    return add_adapter(base, AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4, tune_router=True))
 
 
 def step(model: torch.nn.Module, labels_from: int) -> str:

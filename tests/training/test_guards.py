@@ -15,7 +15,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 import lola_ft
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.errors import UserError
 from lola_ft.model.layers import LolaMoe
 from lola_ft.quantization import load_base
@@ -134,9 +134,9 @@ def test_a_spike_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def tiny_model(base: Path, checkpointing: bool) -> Any:
-    model = attach(
+    model = add_adapter(
         load_base(base, None, "float32", "cpu", quiet=True),
-        lora_config(AdapterSettings(attention_rank=4, expert_rank=4, alpha=8.0, dropout=0.0)),
+        AdapterSettings(attention_rank=4, expert_rank=4, alpha=8.0, dropout=0.0),
     )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
+from lola_ft.model.tokenizer import read_config
 from trl import SFTConfig, SFTTrainer
 
+from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.encoding import dataset_of
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.tokenizer import load_tokenizer, read_config
 from lola_ft.training import packing, run
 from lola_ft.training.packing import pack, ready, sequence_lengths, share_of_tokens
 

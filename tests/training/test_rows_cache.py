@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lola_ft.model.tokenizer import read_config
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data import encoded_cache
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root
-from lola_ft.model.tokenizer import load_tokenizer, read_config
 from lola_ft.recipe.schema import Data
 from lola_ft.training.dataset import RunData, prepare
 from tests.conftest import alpaca_rows, write_rows

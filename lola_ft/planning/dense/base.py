@@ -2,8 +2,8 @@
 
 from math import prod
 
+from lola_ft.families.parts import Audit, part_of
 from lola_ft.kernels.precision import DTYPES
-from lola_ft.model.parts import Audit, part_of
 from lola_ft.planning.base import nf4_linear_bytes
 from lola_ft.planning.dense.config import DenseConfig
 

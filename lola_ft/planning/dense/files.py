@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from lola_ft.adapters.settings import AdapterSettings
-from lola_ft.baseline.checkpoint import MERGED_SHARD, DenseCheckpoint
+from lola_ft.baseline.checkpoint import MERGED_SHARD
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES
 from lola_ft.errors import CheckpointError
-from lola_ft.model.safetensors_file import DTYPE_NAMES
 from lola_ft.planning.adapter import AdapterSizes
 from lola_ft.planning.dense.config import DenseConfig
 from lola_ft.planning.merged import stated_dtype
@@ -60,6 +61,6 @@ def file_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     try:
-        return DenseCheckpoint.open(folder).dtype
+        return Checkpoint.open(folder).dtype
     except CheckpointError:
         return stated_dtype(folder)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import AdapterError
-from lola_ft.model.safetensors_file import TensorEntry, bytes_of
 
 CHECKSUMS_KEY = "lola_ft_tensors"
 

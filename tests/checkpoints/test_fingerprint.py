@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.fingerprint import fingerprint
-from lola_ft.model.hub_checkpoint import HubCheckpoint
 
 
 def identity(path: Path) -> str:
-    return fingerprint(HubCheckpoint.open(path))
+    return fingerprint(Checkpoint.open(path))
 
 
 def test_shards_precision_and_legacy_tensors_do_not_matter(folder: Any) -> None:

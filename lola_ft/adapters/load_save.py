@@ -6,22 +6,22 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lola_ft.adapters.attaching import attach, identity_of
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
+from lola_ft.adapters.peft_model import attach, identity_of
 from lola_ft.adapters.trained_bias import partly_trained, plain_key
-from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights
+from lola_ft.adapters.trained_weights import stack_parts
+from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
-from lola_ft.model import LolaForCausalLM
+from lola_ft.families import architecture_of
 from lola_ft.model.experts import LolaExperts
-from lola_ft.model.hub_checkpoint import expected_shapes
-from lola_ft.model.layout import EXPERT_PROJECTIONS
 
 
 def load_adapter(
-    model: LolaForCausalLM | PeftModel,
+    model: PreTrainedModel | PeftModel,
     path: str | Path,
     allow_other_base: bool = False,
     trainable: bool = False,
@@ -37,8 +37,8 @@ def load_adapter(
     Raises:
         AdapterError: If a tensor of the adapter has no place, or a place no tensor; or if the base is another.
     """
-    weights = read_adapter(path).weights(model.config.num_experts)
-    weights.check_against(expected_shapes(model.config))
+    weights = read_adapter(path).weights(architecture_of(model.config))
+    weights.check_fit()
     own = identity_of(model)
     if own and weights.base_fingerprint and own != weights.base_fingerprint and not allow_other_base:
         raise AdapterError(
@@ -53,12 +53,12 @@ def load_adapter(
     return put_weights(model, weights, name, trainable)
 
 
-def put_weights(model: LolaForCausalLM | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
+def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
     """Attach an adapter with these numbers and make it the active one."""
-    num_experts = model.config.num_experts
-    experts_of = weights.experts_of(num_experts)
-    state = to_state(weights, "peft", num_experts, experts_of)
+    experts_of = weights.experts_of()
+    state = to_state(weights, "peft", experts_of)
     config = _loading_config(weights, state, model)
+    config.fan_in_fan_out = False  # in memory every linear layer is out×in
     config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own
     selection = _selection(model, weights, experts_of) if experts_of else None
     peft_model = attach(model, config, name, selection, biases=weights.biases())
@@ -76,12 +76,13 @@ def save_adapter(
     Args:
         also: Called with the folder before it is put in place, to write what belongs beside the adapter.
     """
-    return write_adapter(adapter_weights(model), path, layout, model.config.num_experts, also)
+    return write_adapter(adapter_weights(model), path, layout, also)
 
 
 def fitting_layout(model: PeftModel) -> str:
     """`peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
-    some = any(len(ids) < model.config.num_experts for ids in experts_of(model, model.active_adapter).values())
+    num_experts = architecture_of(model.config).num_experts
+    some = any(len(ids) < num_experts for ids in experts_of(model, model.active_adapter).values())
     dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
     return "per_expert" if some and not dora else "peft"
 
@@ -94,7 +95,7 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
     config = model.peft_config[name]
     held = get_peft_model_state_dict(model, adapter_name=name)
     state = {plain_key(key): tensor.detach().cpu() for key, tensor in held.items()}
-    weights = from_state(state, config.to_dict(), model.config.num_experts, experts_of(model, name))
+    weights = from_state(state, config.to_dict(), architecture_of(model.config), experts_of(model, name))
     weights.base_biases = _untrained_biases(model, name)
     base = model.get_base_model()
     weights.base, weights.revision = getattr(base, "base_id", ""), getattr(base, "base_revision", None)
@@ -125,12 +126,13 @@ def plain_name(path: str) -> str:
 
 def _untrained_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The base's biases of the experts that an adapter leaves out, by the Hub's names; none if it trains no biases."""
-    found: dict[str, Tensor] = {}
+    architecture, found = architecture_of(model.config), dict[str, Tensor]()
     for parameter, (chosen, stack) in partly_trained(model, name).items():
-        experts, _, fused = parameter.rpartition(".")
-        projection = next(disk for disk, native in EXPERT_PROJECTIONS.items() if fused == f"{native}_bias")
+        parts, layout = stack_parts(parameter, architecture), architecture.family.experts
+        assert parts is not None, f"{parameter} is no stack of experts' biases"
+        assert layout is not None, "only experts have stacks"
         rest = set(range(len(stack))).difference(chosen)
-        found |= {f"{experts}.{e}.{projection}.bias": stack[e].cpu() for e in rest}
+        found |= {f"{layout.name(parts[0], e, parts[1])}.bias": stack[e].cpu() for e in rest}
     return found
 
 
@@ -140,13 +142,13 @@ def _selection(
     """Of each MoE layer in order, the experts with LoRA or trained biases."""
     layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
     names = [*weights.pairs, *(name.removesuffix(".bias") for name in weights.trained)]
-    held = {match["experts"] for name in names if (match := EXPERT_MODULE.match(name))}
+    held = {expert.module for name in names if (expert := weights.architecture.family.parse_expert(name))}
     return tuple(
         experts_of.get(name, tuple(range(module.num_experts))) if name in held else () for name, module in layers
     )
 
 
-def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: LolaForCausalLM) -> LoraConfig:
+def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: PreTrainedModel) -> LoraConfig:
     """PEFT's config for the native model; a target is named in full where it covers only some layers."""
     config = config_for(weights, "peft")
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
@@ -156,7 +158,7 @@ def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: Lo
     return LoraConfig(**known)
 
 
-def _names_of(target: str, kind: str, state: dict[str, Tensor], model: LolaForCausalLM) -> list[str]:
+def _names_of(target: str, kind: str, state: dict[str, Tensor], model: PreTrainedModel) -> list[str]:
     """`[target]` if every module that ends so has a tensor in the state, else the full names of those that have."""
     parts = model.named_parameters() if kind == "target_parameters" else model.named_modules()
     full = list(dict.fromkeys(plain_name(name) for name, _ in parts if plain_name(name).endswith(f".{target}")))

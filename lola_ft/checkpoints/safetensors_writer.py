@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from lola_ft.model.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, bytes_of
 
 Outline = tuple[str, tuple[int, ...], torch.dtype]
 """A tensor's name, shape and dtype."""

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from lola_ft.checkpoints import safetensors_file
+from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import CheckpointError
-from lola_ft.model import safetensors_file
-from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 
 C_PROJ = "transformer.h.1.moe.experts.2.c_proj.weight"
 
@@ -57,7 +58,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "config is not JSON": (lambda f: f.config_file.write_text("{'a'"), ["{config_file}: not valid JSON"]),
     "config is not UTF-8": (lambda f: f.config_file.write_bytes(b"\xff\xfe\xff"), ["{config_file}: not valid JSON"]),
     "config is a list": (lambda f: f.config_file.write_text("[1]"), ["{config_file}: holds list, not an object"]),
-    "another model": (lambda f: f.set_config(model_type="gpt2"), ["{config_file}: model_type is 'gpt2'", "lola_v1"]),
+    "another model": (lambda f: f.set_config(model_type="t5"), ["{config_file}: model_type is 't5'", "lola_v1", "gpt2"]),
     "no model type": (lambda f: f.config_file.write_text("{}"), ["{config_file}: model_type is 'None'"]),
     "two experts a token": (lambda f: f.set_config(topk=2), ["{config_file}: topk is 2"]),
     "a size that is text": (lambda f: f.set_config(n_head="4"), ["{config_file}: n_head is '4'"]),
@@ -123,7 +124,7 @@ def test_a_broken_checkpoint_is_refused(case: str, folder: Any) -> None:
     break_it, words = BROKEN[case]
     break_it(folder)
     with pytest.raises(CheckpointError) as caught:
-        HubCheckpoint.open(folder.path)
+        Checkpoint.open(folder.path)
     message = str(caught.value)
     for part in words:
         for name in ("config_file", "weights_file", "index_file", "path"):
@@ -133,7 +134,7 @@ def test_a_broken_checkpoint_is_refused(case: str, folder: Any) -> None:
 
 
 def test_a_file_that_shrinks_after_opening_is_refused(folder: Any) -> None:
-    checkpoint = HubCheckpoint.open(folder.path)
+    checkpoint = Checkpoint.open(folder.path)
     last = max(checkpoint, key=lambda entry: entry.start)
     cut(folder.weights_file, last.start + last.num_bytes // 2)
     with pytest.raises(CheckpointError, match="truncated"):
@@ -149,7 +150,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id(path: str, tmp_path: Path, mon
 
 def test_a_file_in_place_of_a_folder(folder: Any) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is a file; give the checkpoint's folder"):
-        HubCheckpoint.open(folder.weights_file)
+        Checkpoint.open(folder.weights_file)
 
 
 def test_a_hub_id_that_breaks_the_rules() -> None:
@@ -162,7 +163,7 @@ def test_every_tensor_is_read_as_stored(shards: int, folder: Any) -> None:
     expected = folder.tensors
     if shards:
         folder.shard(shards)
-    checkpoint = HubCheckpoint.open(folder.path)
+    checkpoint = Checkpoint.open(folder.path)
     assert set(checkpoint.entries) == set(expected)
     assert len(checkpoint.files) == max(shards, 1)
     places = [(entry.file, entry.start) for entry in checkpoint]
@@ -181,7 +182,7 @@ def test_a_tensor_is_cast_while_it_is_read(
     monkeypatch.setattr(safetensors_file, "_PIECE", 1000)  # so that a small tensor is read in several pieces
     folder.cast(stored)
     expected = folder.tensors
-    for entry in HubCheckpoint.open(folder.path):
+    for entry in Checkpoint.open(folder.path):
         assert torch.equal(entry.read(wanted), expected[entry.name].to(wanted)), entry.name
 
 
@@ -189,7 +190,7 @@ def test_legacy_tensors_are_left_out_and_named(folder: Any) -> None:
     names = ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]
     legacy = [torch.ones(320, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool), torch.tensor(-1e4)]
     folder.set_tensors(folder.tensors | dict(zip(names, legacy, strict=True)))
-    checkpoint = HubCheckpoint.open(folder.path)
+    checkpoint = Checkpoint.open(folder.path)
     assert checkpoint.ignored == names
     assert not set(names) & set(checkpoint.entries)
 
@@ -199,4 +200,4 @@ def test_with_both_a_single_file_and_an_index_the_file_counts_as_in_transformers
     shutil.copy(folder.weights_file, tmp_path / "kept")
     folder.shard()
     shutil.copy(tmp_path / "kept", folder.weights_file)
-    assert HubCheckpoint.open(folder.path).files == [folder.weights_file]
+    assert Checkpoint.open(folder.path).files == [folder.weights_file]

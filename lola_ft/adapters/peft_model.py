@@ -9,15 +9,16 @@ from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lola_ft.adapters.dora import DenseLoraLinear, SideDora
 from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge, select_experts
+from lola_ft.adapters.selection import Selection
 from lola_ft.adapters.settings import AdapterSettings, lora_config
-from lola_ft.adapters.targets import GROUPS, Selection
 from lola_ft.adapters.trained_bias import bias_names, drop_copied_biases, seen_by_peft, train_biases
+from lola_ft.checkpoints.fingerprint import fingerprint_in_memory
 from lola_ft.errors import UserError
-from lola_ft.model import LolaForCausalLM
-from lola_ft.model.fingerprint import fingerprint_in_memory
+from lola_ft.families import architecture_of
 from lola_ft.model.router import RouterGate
 from lola_ft.quantization import NF4Linear
 
@@ -53,16 +54,18 @@ class RouterLora(LoraLinear):
             return super().forward(x.float(), *args, **kwargs)
 
 
-def add_adapter(model: LolaForCausalLM, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
+def add_adapter(model: PreTrainedModel, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
     """Wrap a model (changed in place) with a fresh adapter, or give a wrapped one another; all else is frozen."""
-    dropouts = {target: settings.dropout_of(group) for group in settings.ranks() for target in GROUPS[group]}
-    config = lora_config(settings)
-    biases = bias_names(model.config, settings.selection, not settings.tune_norms) if settings.tune_biases else ()
+    architecture = architecture_of(model.config)
+    config = lora_config(settings, architecture)
+    groups = architecture.family.lora_groups
+    dropouts = {target: settings.dropout_of(group) for group in settings.ranks() for target in groups[group]}
+    biases = bias_names(architecture, settings.selection, not settings.tune_norms) if settings.tune_biases else ()
     return attach(model, config, adapter_name, settings.selection, dropouts, biases)
 
 
 def attach(
-    model: LolaForCausalLM | PeftModel,
+    model: PreTrainedModel | PeftModel,
     config: LoraConfig,
     adapter_name: str = "default",
     selection: Selection | None = None,
@@ -76,7 +79,7 @@ def attach(
     Args:
         selection: Experts that get LoRA, for each MoE layer; None for all.
         dropouts: Dropout of a target (the end of a module's name) in place of the config's.
-        biases: The Hub's names of biases to train as they are.
+        biases: Hub names of biases to train fully.
 
     Raises:
         UserError: If the model has an adapter already and was not given as the PeftModel around it.
@@ -108,7 +111,7 @@ def attach(
     return peft_model
 
 
-def identity_of(model: LolaForCausalLM | PeftModel) -> str | None:
+def identity_of(model: PreTrainedModel | PeftModel) -> str | None:
     """The fingerprint of a model's base weights, which it keeps; None if it cannot be told."""
     if not isinstance(model, PeftModel) and not hasattr(model, "base_fingerprint"):
         model.base_fingerprint = fingerprint_in_memory(model)

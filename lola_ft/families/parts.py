@@ -1,11 +1,15 @@
-"""What a model takes, by part and by format: counted on a loaded model (`quantization/audit.py`) or planned."""
+"""Parameters and bytes by part and format: counted on a loaded model (`quantization/audit.py`) or planned."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 from rich.table import Table
 
-PARTS = ("embeddings", "attention", "dense mlp", "experts", "router", "norms", "head", "adapter", "biases")
+PARTS = (
+    *("embeddings", "attention", "dense mlp", "shared experts", "experts", "router", "norms", "head", "other"),
+    *("adapter", "biases"),
+)
+_PART_OF_GROUP = {"mlp": "dense mlp", "shared_experts": "shared experts"}
 
 
 @dataclass
@@ -53,24 +57,6 @@ class Audit:
         return sorted(self.counts.items(), key=lambda item: (PARTS.index(item[0][0]), item[0][1]))
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter or buffer belongs to, by its name in the model."""
-    if "lora_" in name:
-        return "adapter"
-    if ".trained_bias." in name:
-        return "biases"
-    if name.startswith("score."):
-        return "head"
-    if ".moe.gate" in name:
-        return "adapter" if "modules_to_save" in name else "router"
-    return next((part for marker, part in _MARKERS if marker in name), "embeddings")
-
-
-_MARKERS = (
-    (".attn", "attention"),
-    (".self_attention", "attention"),  # BLOOM's names (baseline/families.py)
-    (".mlp", "dense mlp"),
-    (".experts", "experts"),
-    (".ln_", "norms"),
-    ("layernorm", "norms"),
-)
+def part_of_group(group: str) -> str:
+    """Return the name under which a group of weights is counted."""
+    return _PART_OF_GROUP.get(group, group)

@@ -1,0 +1,104 @@
+"""How files hold fully trained weights: routers, LayerNorms, biases.
+
+A bias has the name that the base's own has once PEFT has wrapped its module: under that one stock PEFT puts it into the
+base. In the layout `peft` the biases of an MoE layer's experts are one stack (E, out), in `per_expert` each by itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lola_ft.adapters.weights import AdapterWeights
+from lola_ft.errors import AdapterError
+from lola_ft.families import Architecture
+
+
+def trained_name(name: str, architecture: Architecture) -> str | None:
+    """Return a fully trained weight's Hub name (of a stack, the name in memory) from its name in a file.
+
+    None for anything that cannot be trained so.
+    """
+    plain = name.replace(".base_layer", "") if name.endswith("bias") else name
+    if stack_parts(plain, architecture):
+        return plain
+    kind = architecture.kind_of(plain)
+    trainable = kind is not None and (kind.group in ("router", "norms") or plain.endswith(".bias"))
+    return plain if trainable else None
+
+
+def stack_parts(name: str, architecture: Architecture) -> tuple[str, str] | None:
+    """Take the name of a stack of experts' biases apart: the experts' module, and the projection on disk."""
+    layout = architecture.family.experts
+    module, _, leaf = name.rpartition(".")
+    if layout is None or not module.endswith(f".{layout.module}"):
+        return None
+    stacked = layout.stacks.get(leaf.removesuffix("_bias")) if leaf.endswith("_bias") else None
+    return (module, stacked[0]) if stacked else None
+
+
+def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]]) -> None:
+    """Put each expert's bias in the place of its layer's stack, which has a row per expert.
+
+    Args:
+        experts_of: The experts that a layer's stack is of, where these are not all.
+    """
+    layout = weights.architecture.family.experts
+    for name in list(weights.trained):
+        parts = stack_parts(name, weights.architecture)
+        if parts is None or layout is None:
+            continue
+        module, projection = parts
+        experts = experts_of.get(module, range(weights.architecture.num_experts))
+        stack, keys = weights.trained.pop(name), weights.keys.pop(name)
+        if stack.ndim != 2 or len(stack) != len(experts):
+            raise AdapterError(
+                f"{name}: holds {list(stack.shape)}, not a row for each of {len(experts)} experts. Was the adapter "
+                "trained on a base with another number of experts?"
+            )
+        for place, e in enumerate(experts):
+            single = f"{layout.name(module, e, projection)}.bias"
+            if single in weights.trained:
+                raise AdapterError(f"{name}: the file holds it twice, as a stack and for expert {e} alone.")
+            weights.trained[single], weights.keys[single] = stack[place], keys
+
+
+def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Return the trained weights by their names in a file of a layout."""
+    family = weights.architecture.family
+    targets = {family.target_of(module, layout) for module in weights.pairs}
+    state: dict[str, Tensor] = {}
+    stacks: dict[tuple[str, str], dict[int, Tensor]] = defaultdict(dict)
+    for name, tensor in weights.trained.items():
+        module, _, kind = name.rpartition(".")
+        single = family.parse_expert(module)
+        if single and layout == "peft":
+            stacks[single.module, single.projection][single.expert] = tensor
+        else:
+            wrapped = kind == "bias" and family.target_of(module, layout) in targets
+            state[f"{module}{'.base_layer' * wrapped}.{kind}"] = tensor
+    nesting = ".base_layer" * len(targets.intersection(family.expert_targets))
+    for (module, projection), by_expert in stacks.items():
+        assert family.experts is not None, "only experts have stacks"
+        like = next(iter(by_expert.values()))
+        names = {
+            e: f"{family.experts.name(module, e, projection)}.bias"
+            for e in experts_of.get(module, range(weights.architecture.num_experts))
+        }
+        rows = [
+            by_expert[e] if e in by_expert else _base_row(weights, name).to(like.dtype) for e, name in names.items()
+        ]
+        state[f"{module}{nesting}.{family.experts.stack_of(projection)}_bias"] = torch.stack(rows)
+    return state
+
+
+def _base_row(weights: AdapterWeights, name: str) -> Tensor:
+    """The base's bias of an expert that is not trained, which stock PEFT will put into the base with the others."""
+    if name not in weights.base_biases:
+        raise AdapterError(
+            f"{name}: the layout peft holds the biases of a layer's experts as one stack, and this one was not trained "
+            "and is not at hand. Convert the adapter with `lola-ft convert … --base BASE`, or keep it in the layout "
+            "per_expert."
+        )
+    return weights.base_biases[name]

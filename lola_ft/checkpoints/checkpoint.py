@@ -1,0 +1,174 @@
+"""A checkpoint folder of any family, opened: which tensors it holds and where, and what is wrong with it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lola_ft.checkpoints.folder import CONFIG_FILE, read_json, resolve_folder, weight_files
+from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
+from lola_ft.errors import CheckpointError
+from lola_ft.families import Architecture, Family, find_family
+
+WEIGHT_KINDS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint folder: its architecture and the place of each weight.
+
+    Attributes:
+        config_json: The config as the file has it.
+        entries: By Hub name.
+        files: The safetensors files.
+        ignored: Names of legacy buffers and of copies of tied weights, which are left out.
+        head: A copy of the embeddings under the output head's name, if a file holds one.
+        omitted_prefix: Beginning of the Hub names that this folder's files leave out: some were saved from the
+            backbone alone.
+    """
+
+    folder: Path
+    architecture: Architecture
+    config_json: dict[str, Any]
+    entries: dict[str, TensorEntry]
+    files: list[Path]
+    ignored: list[str]
+    head: TensorEntry | None
+    omitted_prefix: str = ""
+
+    @staticmethod
+    def open(path: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Open a folder or a Hub repository (downloaded, or from the cache) and check every weight's shape.
+
+        Raises:
+            CheckpointError: Naming file and tensor.
+        """
+        folder = resolve_folder(path, revision)
+        config_json, architecture = open_config(folder)
+        files = weight_files(folder)
+        found, prefix = _named_as_on_the_hub(_find_tensors(files), architecture.family)
+        family, (_, head) = architecture.family, architecture.family.embeddings
+        ignored = {
+            name: entry
+            for name, entry in found.items()
+            if family.is_ignored(name) or (name == head and head not in architecture.places)
+        }
+        entries = {name: entry for name, entry in found.items() if name not in ignored}
+        _check_tensors(folder, entries, architecture, config_json)
+        return Checkpoint(folder, architecture, config_json, entries, files, sorted(ignored), ignored.get(head), prefix)
+
+    @property
+    def family(self) -> Family:
+        return self.architecture.family
+
+    @property
+    def config(self) -> Any:
+        return self.architecture.config
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        """The weights in file order, so that reading them is sequential."""
+        yield from sorted(self.entries.values(), key=lambda entry: (entry.file, entry.start))
+
+    def stored_name(self, name: str) -> str:
+        """Return a weight's name in this folder's files."""
+        return name.removeprefix(self.omitted_prefix)
+
+    def check_tied_head(self) -> None:
+        """Refuse a checkpoint whose output head should be its embeddings and is not: it would be lost.
+
+        Raises:
+            CheckpointError: If the stored head differs in any value.
+        """
+        if self.head is None:
+            return
+        embeddings = self.entries[self.family.embeddings[0]]
+        same = self.head.shape == embeddings.shape and self.head.kind in WEIGHT_KINDS
+        if not same or any(
+            not a.equal(b) for (_, a), (_, b) in zip(self.head.pieces(), embeddings.pieces(), strict=True)
+        ):
+            raise CheckpointError(
+                f"{self.head.file}: tensor '{self.head.name}' differs from '{embeddings.name}', but config.json ties "
+                f"the output head to the embeddings, as in {self.family.title}. Remove it if it is stale."
+            )
+
+
+def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
+    """Read a folder's config, as the file has it and as an architecture.
+
+    Raises:
+        CheckpointError: There is none, it is of no supported family, or it cannot be used.
+    """
+    file = folder / CONFIG_FILE
+    config_json = read_json(file)
+    family = find_family(config_json.get("model_type"), file)
+    # Here: transformers knows the config classes, and a message about a folder does without it.
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[family.model_type].from_dict(dict(config_json))
+        architecture = Architecture(family, config)
+        assert architecture.places, "a family lists its tensors"
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}/{error}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{file}: not a config of {family.title} ({reason[-1] if reason else error!r})."
+        ) from error
+    return config_json, architecture
+
+
+def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
+    """Every tensor of the files; one that stands in two of them is refused."""
+    found: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in found:
+                raise CheckpointError(
+                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}; which counts?"
+                )
+            found[entry.name] = entry
+    return found
+
+
+def _named_as_on_the_hub(found: dict[str, TensorEntry], family: Family) -> tuple[dict[str, TensorEntry], str]:
+    """The tensors by Hub name, and the beginning of it that the files leave out ("" if they do not)."""
+    prefix = f"{family.backbone}."
+    if any(name.startswith(prefix) for name in found):
+        return found, ""
+    head = family.embeddings[1]
+    if family.embeddings[0].removeprefix(prefix) not in found:
+        return found, ""
+    renamed = {name if name == head else f"{prefix}{name}": entry for name, entry in found.items()}
+    return {name: replace(entry, name=name) for name, entry in renamed.items()}, prefix
+
+
+def _check_tensors(
+    folder: Path, entries: dict[str, TensorEntry], architecture: Architecture, config_json: dict[str, Any]
+) -> None:
+    expected = architecture.places
+    assumed = [key for key in architecture.family.size_keys if key not in config_json]
+    hint = f" (config.json lacks {', '.join(assumed)}, so transformers' default was taken.)" if assumed else ""
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights that config.json calls for are missing: {_few(missing)}.{hint}"
+        )
+    extra = [name for name in entries if name not in expected]
+    if extra:
+        raise CheckpointError(
+            f"{folder}: {len(extra)} tensors that config.json does not call for: {_few(extra)}.{hint}"
+        )
+    for name, place in expected.items():
+        entry = entries[name]
+        if entry.kind not in WEIGHT_KINDS:
+            raise CheckpointError(f"{entry.file}: tensor '{name}' is {entry.kind}; weights must be F32, F16 or BF16.")
+        if entry.shape != place.shape:
+            raise CheckpointError(
+                f"{entry.file}: tensor '{name}' has shape {list(entry.shape)}, but config.json calls for "
+                f"{list(place.shape)}.{hint}"
+            )
+
+
+def _few(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

@@ -1,0 +1,98 @@
+"""A checkpoint's folder: found here or on the Hub, with the names of what lies in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from lola_ft.errors import CheckpointError
+from lola_ft.repo_id import is_repo_id
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+TEMPLATE_FILE = "prompt_template.jinja"
+"""The prompt template that training used, beside an adapter or a merged model."""
+
+_WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+_TEXT_FILES = ("*.json", "*.txt", "*.model")
+
+
+def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of a checkpoint; a Hub id is downloaded or found in the cache.
+
+    Raises:
+        CheckpointError: If there is no such folder and no such repository.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    text = str(path)
+    if folder.exists():
+        raise CheckpointError(f"{text}: is a file; give the checkpoint's folder.")
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise CheckpointError(f"{text}: no such folder. Give a checkpoint's folder or a Hub id like owner/name.")
+    try:
+        return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED_FILES)))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(f"{text}: no such folder here, and no such repository on the Hub ({error}).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{text}: not a folder here, and the Hub cannot be reached ({reason}).") from error
+
+
+def text_folder(model: str, revision: str) -> Path:
+    """Return a folder with a base's config and tokenizer; of a base on the Hub the weights are not downloaded.
+
+    Raises:
+        CheckpointError: No such base.
+    """
+    if Path(model).exists() or not is_repo_id(model):
+        return resolve_folder(model, revision)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_TEXT_FILES)))
+    except Exception as error:  # whatever the network raises
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{model}: not a folder here, and not found on the Hub ({reason}).") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files: the single file or, without one, those of the index (as transformers).
+
+    Raises:
+        CheckpointError: If there are none, or a shard is missing.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    index = folder / INDEX_FILE
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: its weight_map does not say which shard holds which tensor.")
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing or not names:
+            raise CheckpointError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
+        return [folder / name for name in names]
+    raise CheckpointError(
+        f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. (Pickled .bin weights are never loaded.)"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: If the file is missing or holds anything else.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; a checkpoint's folder holds config.json and safetensors files.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {type(content).__name__}, not an object.")
+    return content
