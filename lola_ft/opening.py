@@ -1,6 +1,6 @@
 """Opening what a user points at: a base, a run, an adapter or a merged model, with its tokenizer and template.
 
-The base is LOLA or a dense baseline.
+The base may be of any family.
 """
 
 import json
@@ -10,18 +10,17 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
-from lola_ft.baseline.either import load_adapter, load_base
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.templates import Template
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.kernels.precision import has_bfloat16
-from lola_ft.model import LolaForCausalLM
 from lola_ft.quantization.cache import is_cache
-from lola_ft.quantization.load import default_device
+from lola_ft.quantization.load import default_device, load_base
 
 _REPORT_FILE = "merge_report.json"
 
@@ -60,13 +59,13 @@ class OpenModel:
     """
 
     subject: Subject
-    model: LolaForCausalLM | PeftModel
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerFast
     template: Template | None
     fingerprint: str
 
     @property
-    def causal(self) -> LolaForCausalLM:
+    def causal(self) -> PreTrainedModel:
         """The language model itself, with an adapter's wrappers inside it where there is one."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lola_ft.families import Family
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -12,6 +14,7 @@ class CardFacts:
         location: The repository's id; in the draft of a run, the adapter's folder.
         published: Whether `location` is a repository.
         base: The base's Hub id; in a draft, whatever the recipe has.
+        family: The base's.
         base_revision: Branch, tag or commit of the base.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
@@ -25,6 +28,7 @@ class CardFacts:
     location: str
     published: bool
     base: str
+    family: Family
     base_revision: str | None = None
     layout: str | None = None
     stock_peft: bool = False

@@ -10,7 +10,6 @@ from lola_ft.card.merge_rows import merge_rows
 from lola_ft.card.snippet import snippets
 from lola_ft.repo_id import is_repo_id
 
-_LICENCE = "cc-by-4.0"  # of LOLA's weights, so of what is made from them
 _RECIPE_FILE = "recipe.yaml"
 _SECTIONS = ("routing", "energy")
 _NAMED_RESULTS = {
@@ -47,11 +46,11 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base if has_base else None,
         base_model_relation=("adapter" if adapter else "finetune") if has_base else None,
         library_name="peft" if adapter else "transformers",
-        license=_LICENCE,
+        license=facts.family.licence,
         language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
         datasets=datasets or None,
         pipeline_tag="text-generation",
-        tags=["lola", "lola_ft", "mixture-of-experts", "multilingual", *(["lora"] if adapter else [])],
+        tags=[*sorted(["lola_ft", *facts.family.tags]), *(["lora"] if adapter else [])],
     )
 
 
@@ -147,11 +146,13 @@ def _loading(facts: CardFacts) -> str:
 
 
 def _licence(facts: CardFacts) -> str:
+    family = facts.family
+    if not family.licence_name:
+        return "## Licence\n\nThe base's licence holds for what is made from it."
     change = "adds low-rank updates to" if facts.kind == "adapter" else "changes"
     return (
-        "## Licence\n\n[LOLA](https://arxiv.org/abs/2409.11272) is published by its authors under "
-        f"[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). This model {change} its weights and is under the "
-        "same licence."
+        f"## Licence\n\n[{family.title}]({family.authors_url}) is published by its authors under "
+        f"{family.licence_name}. This model {change} its weights and is under the same licence."
     )
 
 

@@ -5,7 +5,8 @@ from lola_ft.card.facts import CardFacts
 
 def snippets(facts: CardFacts) -> list[tuple[str, str]]:
     """Pairs of a heading and code; each runs alone, but the last, which uses the first one's model."""
-    found = [("With lola_ft", _merged(facts) if facts.kind == "merged" else _adapter(facts))]
+    merged_with = "With lola_ft" if facts.family.native else "With transformers"
+    found = [(merged_with, _merged(facts)) if facts.kind == "merged" else ("With lola_ft", _adapter(facts))]
     if facts.stock_peft:
         found.append(("With stock PEFT", _stock_peft(facts)))
     if any(name.startswith("tokenizer") for name in facts.files):
@@ -24,8 +25,7 @@ model = lola_ft.load_adapter(model, {folder})
 
 
 def _stock_peft(facts: CardFacts) -> str:
-    return f"""import lola_ft  # tells transformers what LOLA is
-from peft import PeftModel
+    return f"""{_registration(facts)}from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({_base(facts)}, dtype="auto")
@@ -34,11 +34,15 @@ model = PeftModel.from_pretrained(model, "{facts.location}")
 
 
 def _merged(facts: CardFacts) -> str:
-    return f"""import lola_ft  # tells transformers what LOLA is
-from transformers import AutoModelForCausalLM
+    return f"""{_registration(facts)}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{facts.location}", dtype="auto")
 """
+
+
+def _registration(facts: CardFacts) -> str:
+    """The import that makes transformers load a native class of ours; "" where transformers brings the class."""
+    return f"import lola_ft  # tells transformers what {facts.family.title} is\n" if facts.family.native else ""
 
 
 def _generate(facts: CardFacts) -> str:

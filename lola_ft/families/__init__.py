@@ -24,6 +24,7 @@ __all__ = [
     "Sizes",
     "architecture_of",
     "find_family",
+    "recorded_family",
 ]
 
 FAMILIES = {family.model_type: family for family in (LOLA, GPT2, BLOOM)}
@@ -47,6 +48,11 @@ def find_family(model_type: object, where: object = "config.json") -> Family:
             "`lola-ft families` says what of each."
         )
     return family
+
+
+def recorded_family(model_type: str | None) -> Family:
+    """Return the family that a run's manifest records; earlier versions recorded none where it was LOLA."""
+    return find_family(model_type or LOLA.model_type, "manifest.json")
 
 
 def architecture_of(config: Any) -> Architecture:

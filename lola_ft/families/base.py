@@ -182,8 +182,10 @@ class Family:
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
         experts, routing: None for a dense family.
-        licence: The Hub's identifier, if it is the same for all of its checkpoints.
+        hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
+        licence, licence_name: The Hub's identifier and the name (Markdown), if all of its checkpoints have one licence.
         authors_url: Where the authors describe it.
+        tags: For the Hub.
     """
 
     model_type: str
@@ -199,8 +201,11 @@ class Family:
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None
     routing: Routing | None = None
+    hub_class: str | None = None
     licence: str | None = None
+    licence_name: str = ""
     authors_url: str | None = None
+    tags: tuple[str, ...] = ()
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:

@@ -72,6 +72,9 @@ LOLA = Family(
     ignored=IGNORED,
     experts=ExpertLayout("moe.experts", {fused: (disk,) for disk, fused in EXPERT_PROJECTIONS.items()}),
     routing=Routing(balance="layer_sum"),
+    hub_class="LOLALMHeadModel",  # of the authors' code; `model_type` is enough for ours
     licence="cc-by-4.0",
+    licence_name="[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/)",
     authors_url="https://arxiv.org/abs/2409.11272",
+    tags=("lola", "mixture-of-experts", "multilingual"),
 )

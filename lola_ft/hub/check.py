@@ -12,18 +12,16 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import read_adapter
 from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.errors import PublishError, UserError
+from lola_ft.families import architecture_of
 from lola_ft.kernels.precision import comparison_dtype, is_small
-from lola_ft.model import LolaConfig
 from lola_ft.quantization import load_base
 from lola_ft.quantization.load import default_device
 
@@ -71,9 +69,6 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
     Raises:
         PublishError: If they differ.
     """
-    config = AutoConfig.from_pretrained(staged)
-    if not isinstance(config, LolaConfig):
-        raise PublishError(f"{staged}: loads as {type(config).__name__}, not as LOLA.")
     quantization, dtype = _how_to_load(source)
     expected = _logits(load_base(source, quantization=quantization, dtype=dtype, quiet=True))
     actual = _logits(load_base(staged, quantization=quantization, dtype=dtype, quiet=True))
@@ -91,11 +86,9 @@ def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
 def _logits(model: nn.Module) -> Tensor:
     """Logits (R, S, V) in float32 on ids spread over the vocabulary."""
     model.eval()
-    config: Any = model.config
-    length = min(_LENGTH, config.n_positions)
-    ids_RS = torch.tensor(
-        [[(1009 * row + 7919 * i) % config.vocab_size for i in range(length)] for row in range(_ROWS)]
-    )
+    sizes = architecture_of(model.config).sizes
+    length = min(_LENGTH, sizes.positions)
+    ids_RS = torch.tensor([[(1009 * row + 7919 * i) % sizes.vocab for i in range(length)] for row in range(_ROWS)])
     return model(ids_RS.to(next(model.parameters()).device)).logits.float().cpu()
 
 

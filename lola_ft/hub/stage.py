@@ -10,8 +10,10 @@ from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.card import CardFacts, render_card
+from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
 from lola_ft.checkpoints.folder import weight_files
 from lola_ft.errors import PublishError
+from lola_ft.families import Family, find_family, recorded_family
 from lola_ft.hub.base import Base
 from lola_ft.hub.recipe_copy import portable_recipe
 from lola_ft.hub.source import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, Source, read_json
@@ -79,6 +81,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         location=repo,
         published=True,
         base=base.id,
+        family=_family_of(source, base),
         base_revision=base.revision,
         layout=(layout or source.layout) if source.kind == "adapter" else None,
         stock_peft=source.kind == "adapter" and read_adapter(folder).loads_with_stock_peft,
@@ -89,6 +92,23 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
     _write_json(folder / LIST_FILE, {"made_with": "lola_ft", "files": sorted(names)})
     return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)))
+
+
+def _family_of(source: Source, base: Base) -> Family:
+    """The base's family: as the merged model's or the base's config, or the run's manifest, says.
+
+    Raises:
+        PublishError: If nothing says it: the card could not name the licence.
+    """
+    folder = source.folder if source.kind == "merged" else base.folder
+    if folder is not None and (folder / MODEL_CONFIG_FILE).is_file():
+        return find_family(read_json(folder / MODEL_CONFIG_FILE).get("model_type"), folder / MODEL_CONFIG_FILE)
+    if source.manifest:
+        return recorded_family(source.manifest.get("base", {}).get("family"))
+    raise PublishError(
+        f"{source.folder}: its base {base.id} is not on this machine, and no run says of which family it is, so its "
+        "card cannot be written. Name the base's folder with --base."
+    )
 
 
 def _left_out(source: Source, names: set[str]) -> list[str]:

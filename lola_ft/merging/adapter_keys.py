@@ -1,55 +1,72 @@
-"""Which tensors of an adapter's file belong to a weight, told from names alone, for checks that trust nothing else."""
+"""Which tensors of an adapter's file belong to a weight, told from names alone, for checks that trust nothing else.
+
+The family says what experts are called; which key is whose is worked out here, apart from how the merge does it.
+"""
 
 import re
 from collections.abc import Collection
 from typing import Any
 
+from lola_ft.families import Family
+
 _PREFIX = "base_model.model."
-_EXPERT = re.compile(r"^(?P<experts>.+\.moe\.experts)\.\d+\.(?P<projection>c_fc|c_proj)$")
-_NATIVE = {"c_fc": "experts.up_proj", "c_proj": "experts.down_proj"}
 _WRAPPED = ("", ".base_layer", ".base_layer.base_layer")
 
 
-def factor_keys(name: str, held: Collection[str], config: dict[str, Any]) -> list[str]:
-    """A's and B's key (and DoRA's lengths'), or a trained weight's one; none if the file leaves this weight alone.
+def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family: Family) -> list[str]:
+    """Find A's and B's key (and DoRA's lengths'), or a trained weight's one; none if the file does not change it.
 
     Args:
-        name: The Hub's name of the weight.
+        name: Hub name of the weight.
         held: The file's keys.
         config: `adapter_config.json`.
     """
     if found := _held((name,), held):
         return found
     if name.endswith(".bias"):
-        return _bias(name.removesuffix(".bias"), held)
+        return _bias(name.removesuffix(".bias"), held, family)
     if not name.endswith(".weight"):
         return []
     module = name.removesuffix(".weight")
     if found := _pair(module, held):
         return found
-    expert = _EXPERT.match(module)
-    if expert is None:
+    found = expert_of(module, family)
+    if found is None or family.experts is None:
         return []
+    experts, _, stack = found
     # PEFT wraps the first-named projection first, so with both its factors lie inside, under `base_layer`.
-    outer, inner = _pair(expert["experts"], held), _pair(f"{expert['experts']}.base_layer", held)
+    outer, inner = _pair(experts, held), _pair(f"{experts}.base_layer", held)
     if inner:
-        return inner if expert["projection"] == "c_fc" else outer
+        return inner if stack == next(iter(family.experts.stacks)) else outer
     targets = config.get("target_parameters") or ()
-    return outer if any(target.endswith(_NATIVE[expert["projection"]]) for target in targets) else []
+    return outer if any(target.endswith(f"experts.{stack}") for target in targets) else []
 
 
-def stacked_row(name: str, key: str) -> int | None:
-    """The row of a stack of biases that is this weight's; None if the key is of the weight alone."""
-    return int(name.split(".experts.")[1].split(".")[0]) if key.endswith("_proj_bias") else None
+def expert_of(module: str, family: Family) -> tuple[str, int, str] | None:
+    """Take an expert's Hub name apart: the fused module, the expert's id, the fused parameter."""
+    if family.experts is None:
+        return None
+    for stack, names in family.experts.stacks.items():
+        match = re.fullmatch(
+            rf"(.+\.)?{re.escape(family.experts.on_disk or family.experts.module)}\.(\d+)\.(\w+)", module
+        )
+        if match and match[3] in names:
+            return f"{match[1] or ''}{family.experts.module}", int(match[2]), stack
+    return None
 
 
-def _bias(module: str, held: Collection[str]) -> list[str]:
+def stacked_row(name: str, key: str, family: Family) -> int | None:
+    """Find the row of a stack of biases that is this weight's; None if the key is only this weight's."""
+    found = expert_of(name.removesuffix(".bias"), family)
+    return found[1] if found and key.endswith(f"{found[2]}_bias") else None
+
+
+def _bias(module: str, held: Collection[str], family: Family) -> list[str]:
     """A trained bias's key, by itself or in its layer's stack; PEFT's wrappers leave `.base_layer` in it."""
     names = [f"{module}{wrapped}.bias" for wrapped in _WRAPPED]
-    if expert := _EXPERT.match(module):
-        native = _NATIVE[expert["projection"]].removeprefix("experts.")
-        names += [f"{expert['experts']}{wrapped}.{native}_bias" for wrapped in _WRAPPED]
-    return next((found for name in names if (found := _held((name,), held))), [])
+    if found := expert_of(module, family):
+        names += [f"{found[0]}{wrapped}.{found[2]}_bias" for wrapped in _WRAPPED]
+    return next((keys for name in names if (keys := _held((name,), held))), [])
 
 
 def _pair(module: str, held: Collection[str]) -> list[str]:

@@ -13,32 +13,34 @@ from torch import Tensor
 from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.safetensors_file import Empty, TensorEntry
-from lola_ft.model.config import LolaConfig
-from lola_ft.model.layout import is_quantized
+from lola_ft.families import Architecture
 
 
 @dataclass(frozen=True)
 class MergeBase(ABC):
-    """A base's tensors under the Hub's names, read a piece at a time.
+    """A base's tensors by Hub names, read a piece at a time.
 
     Attributes:
         folder: Where the config, the tokenizer and other small files lie.
+        architecture: Its family, sizes and places.
         config_json: The config as the file has it.
         shards: The files to write, each with its tensors in order.
         ignored: Names of legacy tensors that are left out.
         fingerprint: Identity of the original weights.
         rounded: Whether the tensors are as 4-bit rounding leaves them.
         kind: `checkpoint`, or `nf4` where the original weights are not there.
+        omitted_prefix: Beginning of the Hub names that the base's own files leave out, and the merged ones, too.
     """
 
     folder: Path
-    config: LolaConfig
+    architecture: Architecture
     config_json: dict[str, Any]
     shards: list[tuple[str, list[TensorEntry]]]
     ignored: list[str]
     fingerprint: str
     rounded: bool
     kind: str
+    omitted_prefix: str
 
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:
@@ -47,7 +49,11 @@ class MergeBase(ABC):
 
     def is_rounded(self, name: str) -> bool:
         """Whether 4-bit rounding has changed this tensor."""
-        return self.rounded and is_quantized(name)
+        return self.rounded and self.architecture.places[name].quantized
+
+    def stored_name(self, name: str) -> str:
+        """Return a weight's name in the files to write."""
+        return name.removeprefix(self.omitted_prefix)
 
     @abstractmethod
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -67,19 +73,20 @@ class CheckpointBase(MergeBase):
         """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`).
 
         Raises:
-            CheckpointError: If the base has an output head that is not its embeddings: it would be lost.
+            CheckpointError: If the base has an output head that should be its embeddings and is not.
         """
         checkpoint.check_tied_head()
         entries = list(checkpoint)
         return CheckpointBase(
             folder=checkpoint.folder,
-            config=checkpoint.config,
+            architecture=checkpoint.architecture,
             config_json=checkpoint.config_json,
             shards=[(file.name, [entry for entry in entries if entry.file == file]) for file in checkpoint.files],
             ignored=checkpoint.ignored,
             fingerprint=fingerprint(checkpoint),
             rounded=rounding == "nf4",
             kind="checkpoint",
+            omitted_prefix=checkpoint.omitted_prefix,
         )
 
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -97,4 +104,4 @@ class CheckpointBase(MergeBase):
         # Here, so that a merge into the original weights does without bitsandbytes.
         from lola_ft.merging.rounding import nf4_rounded
 
-        return nf4_rounded(entry.name, entry.read())
+        return nf4_rounded(self.architecture.places[entry.name], entry.read())

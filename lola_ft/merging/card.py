@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.card import CardFacts, render_card
+from lola_ft.families import Family
 from lola_ft.files import write_text
 from lola_ft.merging.report import MergeReport
 
 CARD_FILE = "README.md"
 
 
-def write_card(report: MergeReport, base: str, record: dict[str, Any] | None, folder: Path) -> None:
+def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any] | None, folder: Path) -> None:
     """Write `README.md`.
 
     Args:
@@ -19,11 +20,12 @@ def write_card(report: MergeReport, base: str, record: dict[str, Any] | None, fo
         record: The run's manifest, if the adapter lies in a run.
     """
     facts = CardFacts(
-        title=f"{base.rpartition('/')[2] or 'LOLA'}, fine-tuned and merged",
+        title=f"{base.rpartition('/')[2] or family.title}, fine-tuned and merged",
+        family=family,
         kind="merged",
         location="path/to/this/folder",
         published=False,
-        base=base or "a local LOLA checkpoint",
+        base=base or f"a local {family.title} checkpoint",
         manifest=record or {},
         merge_report=asdict(report),
         files=tuple(sorted(file.name for file in folder.iterdir())),

@@ -5,24 +5,23 @@ from torch import Tensor
 
 from lola_ft.adapters.files import StoredAdapter
 from lola_ft.adapters.stacks import split_b
-from lola_ft.adapters.weights import is_out_by_in
 from lola_ft.merging.base import MergeBase
 
 _STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
 
 
 class Deltas:
-    """What an adapter does to each weight of a checkpoint (Hub names, in×out).
+    """What an adapter does to each weight of a checkpoint, by Hub names and as the checkpoint stores it.
 
     Attributes:
         outline: The adapter's pairs and trained weights, shapes alone.
     """
 
     def __init__(self, stored: StoredAdapter, base: MergeBase) -> None:
-        self.outline = stored.outline(base.config.num_experts)
+        self.outline = stored.outline(base.architecture)
         self._base = base
         self._entries = stored.entries
-        self._num_experts = base.config.num_experts
+        self._num_experts = base.architecture.num_experts
         self._stacks: dict[str, Tensor] = {}
         self._name = ""  # the tensor whose numbers are at hand
         self._pair: tuple[Tensor, Tensor] | None = None
@@ -41,9 +40,9 @@ class Deltas:
         return [f"{module}.lora_A", f"{module}.lora_B", *lengths]
 
     def update(self, name: str, start: int, values: Tensor) -> Tensor:
-        """What to add to the values there, float32: `scaling * (b @ a)^T` (LoRA, arXiv 2106.09685).
+        """Return what to add to the values there, float32: `scaling * b @ a`, oriented as stored (arXiv 2106.09685).
 
-        With DoRA (arXiv 2402.09353), what makes `factor * (values + that)` of them.
+        With DoRA (arXiv 2402.09353), what makes `factor * (values + that)` of them; `factor` is one number per output.
 
         Args:
             start: Place of the first value in the flat weight; a row's first.
@@ -60,8 +59,11 @@ class Deltas:
             return torch.sub(self._trained[start : start + values.numel()], values, out=update)
         self._product(name, start, update)
         if self._factor is not None:
-            columns = len(self._factor)
-            update.add_(values).view(-1, columns).mul_(self._factor)
+            columns = self._base.entries[name].shape[-1]
+            factor = self._factor
+            if not self.outline.is_in_by_out(name.removesuffix(".weight")):  # outputs are rows
+                factor = factor[start // columns : (start + values.numel()) // columns, None]
+            update.add_(values).view(-1, columns).mul_(factor)
             update.sub_(values)
         return update
 
@@ -89,7 +91,7 @@ class Deltas:
             (key,) = self.outline.keys[name]
             entry = self._entries[key]
             if name.endswith(".bias") and len(entry.shape) == 2:  # a layer's stack, a row an expert
-                expert = int(name.split(".")[-3])
+                expert = self._expert(name.removesuffix(".bias"))
                 entry = entry.rows(expert, expert + 1)
             self._trained = entry.read(torch.float32).view(-1)
         else:
@@ -100,30 +102,42 @@ class Deltas:
         self._name = name
 
     def _dora_factor(self, name: str) -> Tensor:
-        """Learned length of each output over the length that it has with the update, float32 (columns,)."""
-        entry = self._base.entries[name]
-        squares = torch.zeros(entry.shape[-1], dtype=torch.float64)
-        for start, values in self._base.pieces(entry, entry.shape[-1]):
+        """Learned length of each output over the length that it has with the update, float32 (outputs,)."""
+        entry, module = self._base.entries[name], name.removesuffix(".weight")
+        columns, by_column = entry.shape[-1], self.outline.is_in_by_out(module)
+        squares = torch.zeros(columns if by_column else entry.shape[0], dtype=torch.float64)
+        for start, values in self._base.pieces(entry, columns):
             changed = torch.empty(values.numel())
             self._product(name, start, changed)
-            squares += changed.add_(values).view(-1, entry.shape[-1]).square().sum(0, dtype=torch.float64)
-        key = self.outline.keys[name.removesuffix(".weight")][2]
+            part_XY = changed.add_(values).view(-1, columns).square()
+            if by_column:
+                squares += part_XY.sum(0, dtype=torch.float64)
+            else:
+                squares[start // columns : start // columns + len(part_XY)] = part_XY.sum(1, dtype=torch.float64)
+        key = self.outline.keys[module][2]
         return (self._entries[key].read(torch.float32).double() / squares.sqrt()).float()
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
         """The factors (R, rows) and (R, columns) of the stored weight; an expert's are cut from its layer's stack.
 
-        A and B^T for a weight that is stored in×out, the other way round for the router's.
+        A and B^T for a weight that is stored in×out, the other way round for one that is stored out×in.
         """
         key_a, key_b = self.outline.keys[module][:2]
         entry_a, entry_b = self._entries[key_a], self._entries[key_b]
         rank = self.outline.pairs[module].rank
         if entry_a.shape[0] == rank:
             a_RI, b_RO = entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
-            return (b_RO, a_RI) if is_out_by_in(module) else (a_RI, b_RO)
-        expert = int(module.split(".")[-2])
-        a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
-        return a_RI, split_b(self._stack(key_b), self._num_experts)[expert].t().contiguous()
+        else:
+            expert = self._expert(module)
+            a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
+            b_RO = split_b(self._stack(key_b), self._num_experts)[expert].t().contiguous()
+        return (a_RI, b_RO) if self.outline.is_in_by_out(module) else (b_RO, a_RI)
+
+    def _expert(self, module: str) -> int:
+        """Id of the expert that a Hub module belongs to."""
+        expert = self._base.architecture.family.parse_expert(module)
+        assert expert is not None, f"{module} belongs to no expert"
+        return expert.expert
 
     def _stack(self, key: str) -> Tensor:
         """A layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""

@@ -8,11 +8,10 @@ from lola_ft.files import copy_files, write_text
 from lola_ft.merging.base import MergeBase
 
 _OTHER_FILES = ("generation_config.json", "*.py")
-_ARCHITECTURE = "LOLALMHeadModel"  # the class's name in the authors' code
 
 
 def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None:
-    """The base's config with the dtype that was written, fit for the native class and for the authors' code.
+    """Write the base's config with the dtype of the merged weights, fit for every class that loads them.
 
     Args:
         origin: The Hub id, "" for a folder; remote code that the base names without one is looked for there.
@@ -22,7 +21,8 @@ def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None
     config["torch_dtype"] = dtype  # the name that transformers 4 and 5 read
     if "dtype" in config:  # transformers 5 prefers this one
         config["dtype"] = dtype
-    config["architectures"] = [_ARCHITECTURE]
+    if base.architecture.family.hub_class:
+        config["architectures"] = [base.architecture.family.hub_class]
     if "auto_map" in config and origin:
         config["auto_map"] = {
             name: code if "--" in code else f"{origin}--{code}" for name, code in config["auto_map"].items()

@@ -1,11 +1,10 @@
-"""Merging an adapter into the weights on disk: tensor by tensor, in the Hub's layout, whole or not at all."""
+"""Merging an adapter into the weights on disk: tensor by tensor, in the base's own layout, whole or not at all."""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
-from lola_ft.baseline.families import family_of
 from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
@@ -34,10 +33,10 @@ def merge(
     allow_other_base: bool = False,
     check: bool | str = True,
 ) -> MergeReport:
-    """Write base plus adapter as a checkpoint in the Hub's layout, with the tokenizer, and prove it from the files.
+    """Write base plus adapter as a checkpoint in the base's layout, with the tokenizer, and prove it from the files.
 
     Args:
-        base: The base's folder or Hub id; or the folder of a quantised base that `lola-ft quantize` wrote.
+        base: The folder or Hub id of a base of any family; or of a quantised base that `lola-ft quantize` wrote.
         adapter: An adapter's folder, either layout.
         out: Folder to write; must not hold anything yet.
         dtype: Of the merged weights: `auto` (the base's own), float32, bfloat16 or float16.
@@ -53,21 +52,16 @@ def merge(
     """
     checks = check if isinstance(check, str) else ("full" if check else "none")
     _check_options(dtype, rounding, checks, out)
-    if family := family_of(base, revision):
-        # Here, because it brings whole models.
-        from lola_ft.merging.dense import merge_dense
-
-        return merge_dense(family, base, adapter, out, dtype, rounding, revision, allow_other_base, checks)
     stored = read_adapter(adapter)
     source = _open_base(base, revision, _own_rounding(stored, rounding), stored)
-    deltas = Deltas(stored, source)
-    deltas.outline.check_against({name: entry.shape for name, entry in source.entries.items()})
-    own = source.fingerprint
-    if deltas.outline.base_fingerprint not in (None, own) and not allow_other_base:
+    own, other = source.fingerprint, stored.metadata.get("base_fingerprint")
+    if other not in (None, own) and not allow_other_base:
         raise AdapterError(
-            f"{adapter} was trained on base {deltas.outline.base_fingerprint}; {base} is {own}. Merge it with its own "
-            "base, or pass --allow-other-base."
+            f"{adapter} was trained on base {other}; {base} is {own}. Merge it with its own base, or pass "
+            "--allow-other-base."
         )
+    deltas = Deltas(stored, source)
+    deltas.outline.check_fit()
     with replace_folder(out) as folder:
         written = write_weights(source, deltas, folder, DTYPES.get(dtype), checksums=checks != "none")
         report = _report(source, stored, deltas, written, dtype)
@@ -79,7 +73,8 @@ def merge(
         if checks == "full":
             report = _compare_models(report, source, stored, folder)
         origin = "" if Path(base).exists() else str(base)
-        write_card(report, origin or _base_id(stored), run_record(stored.folder), folder)
+        family = source.architecture.family
+        write_card(report, origin or _base_id(stored), family, run_record(stored.folder), folder)
         write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
@@ -186,7 +181,7 @@ def _compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter,
 
 
 def _written_dtype(base: MergeBase, dtype: str) -> str:
-    own = base.entries["transformer.wte.weight"].dtype
+    own = base.entries[base.architecture.family.embeddings[0]].dtype
     return dtype if dtype != "auto" else str(own).removeprefix("torch.")
 
 

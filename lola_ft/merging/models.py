@@ -22,7 +22,8 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
         AdapterError: If merged and base plus adapter differ by more than rounding explains.
     """
     merged = Checkpoint.open(folder)
-    weights_dtype = merged.entries["transformer.h.0.attn.c_attn.weight"].dtype
+    places = merged.architecture.places
+    weights_dtype = next(entry.dtype for name, entry in merged.entries.items() if places[name].quantized)
     parameters = sum(torch.Size(entry.shape).numel() for entry in merged.entries.values())
     compute = compute_dtype(parameters, weights_dtype)
     if reason := too_large(parameters, compute):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.families import architecture_of
 from lola_ft.kernels.precision import comparison_dtype
 
 # Ordinary sentences of several scripts, so that many experts are visited.
@@ -27,6 +28,8 @@ _SPARE_BYTES = 500_000_000  # PEFT, bitsandbytes and what they bring
 @dataclass(frozen=True)
 class Outputs:
     """Of one prompt: its token ids (S,), logits (S, V), and scores (S*L, E) of L routers, token by token.
+
+    Without routers, scores are (S, 1) zeros: every token takes the only way there is.
 
     Attributes:
         dtype: What was computed in.
@@ -77,7 +80,7 @@ class Models:
             tokenizer = AutoTokenizer.from_pretrained(self.merged)
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
         else:
-            vocab_size = Checkpoint.open(self.merged).config.vocab_size
+            vocab_size = Checkpoint.open(self.merged).architecture.sizes.vocab
             ids = [[(17 * row + 7919 * i) % vocab_size for i in range(16)] for row in range(len(PROMPTS))]
         return [torch.tensor([row[:64]]) for row in ids]
 
@@ -109,8 +112,12 @@ def _run(model: nn.Module, prompts: list[Tensor]) -> list[Outputs]:
     name = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     results = []
     for ids in prompts:
-        out = model(ids.to(parameter.device), output_router_logits=True)
-        scores = torch.stack(out.router_logits, dim=1).flatten(0, 1).float().cpu()
+        if architecture_of(model.config).family.routing:
+            out = model(ids.to(parameter.device), output_router_logits=True)
+            scores = torch.stack(out.router_logits, dim=1).flatten(0, 1).float().cpu()
+        else:
+            out = model(ids.to(parameter.device))
+            scores = torch.zeros(ids.shape[1], 1)
         results.append(Outputs(ids[0], out.logits[0].float().cpu(), scores, name))
     del model
     gc.collect()

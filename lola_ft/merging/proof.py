@@ -20,7 +20,7 @@ from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
 from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import CheckpointError
-from lola_ft.merging.adapter_keys import factor_keys, stacked_row
+from lola_ft.merging.adapter_keys import expert_of, factor_keys, stacked_row
 from lola_ft.merging.base import MergeBase
 
 _ROWS = 4  # of every changed weight
@@ -136,9 +136,10 @@ class _Found:
 
 @dataclass(frozen=True)
 class _Factors:
-    """Factors a (R, rows) and b (columns, R) and their absolute values in float64, scaled: the update is (b @ a)^T.
+    """Factors a (R, rows) and b (columns, R) of the stored weight and their absolute values in float64, scaled.
 
-    `factor` (columns,) multiplies weight plus update, with DoRA.
+    The update is (b @ a)^T. With DoRA, `factor` multiplies weight plus update: (1, columns) or (rows, 1), as the
+    outputs are columns or rows.
     """
 
     a: Tensor
@@ -156,6 +157,10 @@ class _Factors:
         """Some rows of the update, and the sum of the sizes of what is added in it."""
         return (self.b @ self.a[:, rows]).T, (self.abs_b @ self.abs_a[:, rows]).T
 
+    def factor_of(self, rows: list[int]) -> Tensor | None:
+        """What multiplies these rows, with DoRA."""
+        return self.factor if self.factor is None or len(self.factor) == 1 else self.factor[rows]
+
 
 class _AdapterFile:
     """The adapter's file by its own keys: `update` is float64, from one expert's slices."""
@@ -163,17 +168,18 @@ class _AdapterFile:
     def __init__(self, stored: StoredAdapter, base: MergeBase) -> None:
         self.stored = stored
         self._base = base
-        self._num_experts = base.config.num_experts
-        self._scaling = stored.outline(self._num_experts).scaling
+        self._family = base.architecture.family
+        self._num_experts = base.architecture.num_experts
+        self._scaling = stored.outline(base.architecture).scaling
         self._experts_of = json.loads(stored.metadata.get("lola_ft_experts", "{}"))
         self._latest: tuple[str, _Factors] | None = None
 
     def keys_of(self, name: str) -> list[str]:
         """The file's tensors that change this weight."""
-        expert = re.search(r"^(?P<experts>.+\.experts)\.(?P<expert>\d+)\.", name)
-        if expert and int(expert["expert"]) not in self._experts_of.get(expert["experts"], (int(expert["expert"]),)):
+        found = expert_of(name.rpartition(".")[0], self._family)
+        if found and found[1] not in self._experts_of.get(found[0], (found[1],)):
             return []  # the stack has a place for it that nothing was trained in
-        return factor_keys(name, self.stored.entries, self.stored.config)
+        return factor_keys(name, self.stored.entries, self.stored.config, self._family)
 
     def factors(self, name: str) -> _Factors:
         """Of a weight; the latest one's are kept."""
@@ -186,29 +192,34 @@ class _AdapterFile:
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
             a, b = file.get_tensor(key_a), file.get_tensor(key_b)
             lengths = file.get_tensor(key_lengths[0]) if key_lengths else None
-        if ".experts." in name and not re.search(r"\.experts\.\d+\.", key_a):
-            expert, rank = int(name.split(".experts.")[1].split(".")[0]), a.shape[0] // self._num_experts
+        module = name.removesuffix(".weight")
+        if (found := expert_of(module, self._family)) and not re.search(r"\.experts\.\d+\.", key_a):
+            expert, rank = found[1], a.shape[0] // self._num_experts
             a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: self._num_experts]
-        if name.endswith(".gate.weight"):  # stored out×in
+        in_by_out = self._base.architecture.places[name].in_by_out
+        if not in_by_out:
             a, b = b.T, a.T
-        scaled = self._scaling(name.removesuffix(".weight")) * b.double()
+        scaled = self._scaling(module) * b.double()
         factors = _Factors(a.double(), scaled, a.double().abs(), scaled.abs(), None)
-        return factors if lengths is None else replace(factors, factor=lengths.double() / self._lengths(name, factors))
+        if lengths is None:
+            return factors
+        factor = lengths.double() / self._lengths(name, factors, in_by_out)
+        return replace(factors, factor=factor[None] if in_by_out else factor[:, None])
 
-    def _lengths(self, name: str, factors: _Factors) -> Tensor:
-        """Lengths of the columns of weight plus update."""
-        columns = len(factors.b)
-        squares = torch.zeros(columns, dtype=torch.float64)
+    def _lengths(self, name: str, factors: _Factors, in_by_out: bool) -> Tensor:
+        """Lengths of the outputs of weight plus update: its columns or its rows."""
+        columns, found = len(factors.b), []
         for start, values in self._base.pieces(self._base.entries[name], unit=columns):
             rows = list(range(start // columns, (start + values.numel()) // columns))
-            squares += (values.view(-1, columns).double() + factors.update(rows)[0]).square().sum(0)
-        return squares.sqrt()
+            squares = (values.view(-1, columns).double() + factors.update(rows)[0]).square()
+            found.append(squares.sum(0) if in_by_out else squares.sum(1))
+        return (torch.stack(found).sum(0) if in_by_out else torch.cat(found)).sqrt()
 
     def trained(self, name: str) -> Tensor:
         """The trained weight itself."""
         (key,) = self.keys_of(name)
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
-            row = stacked_row(name, key)
+            row = stacked_row(name, key, self._family)
             return file.get_tensor(key) if row is None else file.get_slice(key)[row]
 
 
@@ -284,11 +295,11 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
     exact = start.double() + update
     # What float32 sums of R products and one addition may lose, by the sizes of what is added.
     lost = (len(factors.a) + 4) * 2.0**-24 * (start.double().abs() + sizes)
-    if factors.factor is not None:
-        exact = exact * factors.factor
+    if (factor := factors.factor_of(rows)) is not None:
+        exact = exact * factor
         update = exact - start.double()
-        # Each column is scaled, and the base taken off and put on again.
-        lost = lost * factors.factor.abs() + 2.0**-22 * (exact.abs() + start.double().abs())
+        # Each output is scaled, and the base taken off and put on again.
+        lost = lost * factor.abs() + 2.0**-22 * (exact.abs() + start.double().abs())
     allowed = _half_step(exact, written.dtype) + lost
     error = ((written.double() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max().item()
     if error > 1:

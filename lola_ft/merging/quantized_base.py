@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lola_ft.checkpoints.checkpoint import open_config
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.errors import CheckpointError
+from lola_ft.families import Place
 from lola_ft.merging.base import MergeBase
-from lola_ft.model.config import LolaConfig
-from lola_ft.model.hub_checkpoint import expected_shapes
-from lola_ft.model.layout import is_quantized, place_of
 from lola_ft.quantization.cache import NF4_PARTS, SOURCE_FILE, WEIGHTS_FILE
 from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code
 
@@ -22,10 +21,10 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class QuantizedBase(MergeBase):
-    """A folder that `lola-ft quantize` wrote, under the Hub's names.
+    """A folder that `lola-ft quantize` wrote, by Hub names.
 
     Attributes:
-        stored: The file's tensors, by their native names.
+        stored: The file's tensors, by their names in memory.
     """
 
     stored: dict[str, TensorEntry]
@@ -44,22 +43,22 @@ class QuantizedBase(MergeBase):
             )
         try:
             source = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
-            config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             fingerprint, dtype = source["fingerprint"], getattr(torch, source["dtype"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{folder}: not a whole quantised base ({error}). Quantise the base again."
             ) from error
-        config = LolaConfig.from_dict(config_json)
+        config_json, architecture = open_config(folder)
         base = QuantizedBase(
             folder=folder,
-            config=config,
+            architecture=architecture,
             config_json=config_json,
-            shards=_shards(expected_shapes(config), folder / WEIGHTS_FILE, dtype),
+            shards=_shards(architecture.places, folder / WEIGHTS_FILE, dtype),
             ignored=[],
             fingerprint=fingerprint,
             rounded=True,
             kind="nf4",
+            omitted_prefix="",
             stored={entry.name: entry for entry in read_header(folder / WEIGHTS_FILE)},
         )
         missing = [part for name in base.entries for part in base.parts_of(name) if part not in base.stored]
@@ -70,35 +69,36 @@ class QuantizedBase(MergeBase):
         return base
 
     def parts_of(self, name: str) -> list[str]:
-        """The stored tensors that make up a weight of the Hub's layout."""
-        place = place_of(name)
-        if not is_quantized(name):
+        """List the stored tensors that make up a weight of the checkpoint."""
+        place = self.architecture.places[name]
+        if not place.quantized:
             return [place.parameter]
-        if place.expert_id is not None:
+        if place.expert is not None:
             return [place.parameter, *(f"{place.parameter}_{part}" for part in NF4_PARTS[1:])]
-        return [f"{place.parameter.removesuffix('.weight')}.{part}" for part in NF4_PARTS]
+        return [f"{place.module}.{part}" for part in NF4_PARTS]
 
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
-        if is_quantized(entry.name):
+        if self.architecture.places[entry.name].quantized:
             yield 0, self._dequantized(entry).view(-1)
         else:
             yield from self._dense(entry).pieces(unit, empty)
 
     def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
-        values = self._dequantized(entry) if is_quantized(entry.name) else self._dense(entry).read().view(entry.shape)
-        return values[wanted]
+        quantized = self.architecture.places[entry.name].quantized
+        return (self._dequantized(entry) if quantized else self._dense(entry).read().view(entry.shape))[wanted]
 
     def _dense(self, entry: TensorEntry) -> TensorEntry:
         """Where a tensor that stayed dense lies; an expert's bias is a row of its layer's."""
-        place = place_of(entry.name)
+        place = self.architecture.places[entry.name]
         stored = self.stored[place.parameter]
-        return stored if place.expert_id is None else stored.rows(place.expert_id, place.expert_id + 1)
+        return stored if place.expert is None else stored.rows(place.expert, place.expert + 1)
 
     def _dequantized(self, entry: TensorEntry) -> Tensor:
-        """The weight in×out, float32."""
-        place, parts = place_of(entry.name), [self.stored[part] for part in self.parts_of(entry.name)]
-        if place.expert_id is not None:
-            parts = [part.rows(place.expert_id, place.expert_id + 1) for part in parts]
+        """The weight as the checkpoint stores it, float32."""
+        place = self.architecture.places[entry.name]
+        parts = [self.stored[part] for part in self.parts_of(entry.name)]
+        if place.expert is not None:
+            parts = [part.rows(place.expert, place.expert + 1) for part in parts]
         packed, absmax, absmax2, offset = (part.read().view(-1) for part in parts)
         rows, columns = entry.shape
         shape = (columns, rows) if place.transposed else (rows, columns)
@@ -106,16 +106,16 @@ class QuantizedBase(MergeBase):
         return weight.t().contiguous() if place.transposed else weight
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
+def _shards(places: dict[str, Place], file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
     """The tensors to write, cut into files of a few gigabytes."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    for name, place in places.items():
+        num_bytes = torch.Size(place.shape).numel() * dtype.itemsize
         if size + num_bytes > _SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1].append(TensorEntry(name, file, DTYPE_NAMES[dtype], shape, 0, 0))
+        shards[-1].append(TensorEntry(name, file, DTYPE_NAMES[dtype], place.shape, 0, 0))
         size += num_bytes
     if len(shards) == 1:
         return [("model.safetensors", shards[0])]

@@ -27,7 +27,7 @@ class Written:
         applied: How often each tensor of the adapter was merged, by module and factor.
         changes: Largest absolute update of each weight that the adapter touches; 0 where nothing of it was written,
             for it is smaller than the output dtype's rounding.
-        weight_map: File of each tensor.
+        weight_map: File of each tensor, by its name there.
         num_bytes: Of all tensors.
         checksums: CRC-32 of each tensor's bytes, if they were asked for.
     """
@@ -128,7 +128,7 @@ class _Sink:
     """Writes pieces to their files, which come one after another; a file is synced when the next one starts."""
 
     def __init__(self, base: MergeBase, folder: Path, dtype: torch.dtype | None, checksums: bool) -> None:
-        self._entries = dict(base.shards)
+        self._base, self._entries = base, dict(base.shards)
         self._folder, self._dtype, self._checksums = folder, dtype, checksums
         self._file = ""
         self._writer: SafetensorsWriter | None = None
@@ -140,12 +140,13 @@ class _Sink:
         if piece.file != self._file:
             self._finish()
             self._file = piece.file
-            self._writer = SafetensorsWriter(self._folder / piece.file, self._entries[piece.file], self._dtype)
+            named = [replace(entry, name=self._base.stored_name(entry.name)) for entry in self._entries[piece.file]]
+            self._writer = SafetensorsWriter(self._folder / piece.file, named, self._dtype)
             self.num_bytes += self._writer.num_bytes
         assert self._writer is not None
         name = piece.entry.name
         self._writer.write_piece(piece.values)
-        self.weight_map[name] = piece.file
+        self.weight_map[self._base.stored_name(name)] = piece.file
         if self._checksums:
             self.sums[name] = zlib.crc32(bytes_of(piece.values), self.sums.get(name, 0))
 

@@ -58,7 +58,10 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "config is not JSON": (lambda f: f.config_file.write_text("{'a'"), ["{config_file}: not valid JSON"]),
     "config is not UTF-8": (lambda f: f.config_file.write_bytes(b"\xff\xfe\xff"), ["{config_file}: not valid JSON"]),
     "config is a list": (lambda f: f.config_file.write_text("[1]"), ["{config_file}: holds list, not an object"]),
-    "another model": (lambda f: f.set_config(model_type="t5"), ["{config_file}: model_type is 't5'", "lola_v1", "gpt2"]),
+    "another model": (
+        lambda f: f.set_config(model_type="t5"),
+        ["{config_file}: model_type is 't5'", "lola_v1", "gpt2"],
+    ),
     "no model type": (lambda f: f.config_file.write_text("{}"), ["{config_file}: model_type is 'None'"]),
     "two experts a token": (lambda f: f.set_config(topk=2), ["{config_file}: topk is 2"]),
     "a size that is text": (lambda f: f.set_config(n_head="4"), ["{config_file}: n_head is '4'"]),

@@ -18,6 +18,7 @@ from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.checkpoints.safetensors_file import read_header
 from lola_ft.errors import CheckpointError
+from lola_ft.families import LOLA
 from lola_ft.merging import merge
 from lola_ft.merging.adapter_keys import factor_keys
 from lola_ft.merging.base import CheckpointBase
@@ -255,7 +256,7 @@ def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: P
 def test_factor_keys(name: str, held: list[str], targets: list[str], found: str | None) -> None:
     keys = {f"base_model.model.{module}.lora_{factor}.weight" for module in held for factor in "AB"}
     expected = [f"base_model.model.{found}.lora_{factor}.weight" for factor in "AB"] if found else []
-    assert factor_keys(name, keys, {"target_parameters": targets}) == expected
+    assert factor_keys(name, keys, {"target_parameters": targets}, LOLA) == expected
 
 
 def test_checksums_are_of_what_is_written(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
