@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from lola_ft.errors import UserError
@@ -271,7 +270,7 @@ def convert(
     from lola_ft.adapters.convert import convert_adapter
 
     result = convert_adapter(adapter, base, layout, out)
-    Console().print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
+    print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
 
 
 @app.command()
@@ -302,7 +301,7 @@ def quantize(
     """Quantise a base once; later runs load the result, many times faster."""
     from lola_ft.quantization import quantize_base
 
-    Console().print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
+    print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
 
 
 @routing_app.command("texts")

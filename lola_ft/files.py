@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from lola_ft.errors import UserError, WriteError
 
 _DISK = (
@@ -102,6 +100,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _named(target: Path, partial: Path) -> Iterator[None]:
     """Turn what a full or closed disk raises while `partial` is written into a message that names the target."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:

@@ -3,8 +3,9 @@
 What needs PEFT is imported when it is first used: reading an adapter's files does not, and a merge has little memory.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lola_ft.lazy_attributes import lazy_attributes
 
 if TYPE_CHECKING:
     from lola_ft.adapters.attaching import add_adapter, attach
@@ -23,19 +24,10 @@ __all__ = [
     "save_adapter",
 ]
 
-_HOMES = {
-    "AdapterSettings": "settings",
-    "add_adapter": "attaching",
-    "attach": "attaching",
-    "combine_adapters": "combine",
-    "fitting_layout": "load",
-    "load_adapter": "load",
-    "lora_config": "settings",
-    "save_adapter": "load",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lola_ft.adapters' has no attribute '{name}'")
-    return getattr(import_module(f"lola_ft.adapters.{_HOMES[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    attaching="add_adapter attach",
+    combine="combine_adapters",
+    load="fitting_layout load_adapter save_adapter",
+    settings="AdapterSettings lora_config",
+)
