@@ -1,22 +1,20 @@
 """Rows of a dataset on the Hub, at the commit that was found when the run began."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lola_ft.data.rows import Row, Rows
 from lola_ft.errors import DataError
+from lola_ft.repo_id import is_commit
 
 if TYPE_CHECKING:
     from lola_ft.data.sources import Source
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def commit_of(hub: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a dataset stands for now; None if the Hub cannot be asked (then the cache
     decides), and for a folder."""
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
     if Path(hub).is_dir():
         return None

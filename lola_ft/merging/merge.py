@@ -18,6 +18,7 @@ from lola_ft.merging.record import run_record
 from lola_ft.merging.report import REPORT_FILE, MergeReport
 from lola_ft.merging.stream import Written, write_weights
 from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
+from lola_ft.repo_id import is_repo_id
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
@@ -192,7 +193,7 @@ def _written_dtype(base: MergeBase, dtype: str) -> str:
 def _base_id(stored: StoredAdapter) -> str:
     """The Hub id that the adapter names as its base; "" for a path, which means nothing to others."""
     name = str(stored.config.get("base_model_name_or_path") or "")
-    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else ""
+    return name if is_repo_id(name) and not Path(name).exists() else ""
 
 
 def _write_index(base: MergeBase, written: Written, folder: Path) -> None:

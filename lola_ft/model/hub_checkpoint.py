@@ -13,6 +13,7 @@ from lola_ft.errors import CheckpointError
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.layout import is_ignored
 from lola_ft.model.safetensors_file import TensorEntry, read_header
+from lola_ft.repo_id import is_repo_id
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 TEMPLATE_FILE = "prompt_template.jinja"
@@ -91,7 +92,7 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     text = str(path)
     if folder.exists():
         raise CheckpointError(f"{text}: is a file; give the checkpoint's folder.")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not is_repo_id(text):
         raise CheckpointError(f"{text}: no such folder. Give a checkpoint's folder or a Hub id like owner/name.")
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED_FILES)))
