@@ -30,6 +30,7 @@ LEVELS = {
     "kernels": 9,
     "recipe": 9,
     "environment": 10,
+    "file_names": 10,
     "files": 10,
     "after_import": 10,
     "language_codes": 10,

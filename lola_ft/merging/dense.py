@@ -18,11 +18,12 @@ from lola_ft.baseline.checkpoint import MERGED_SHARD, DenseCheckpoint
 from lola_ft.baseline.families import Family
 from lola_ft.baseline.load import load_dense
 from lola_ft.errors import AdapterError, UserError
+from lola_ft.file_names import MERGE_REPORT_FILE
 from lola_ft.files import copy_files, replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.outputs import PROMPTS
 from lola_ft.merging.record import run_record
-from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import TOLERANCE, Verification
 from lola_ft.model.hub_checkpoint import TEMPLATE_FILE, TOKENIZER_FILES, resolve_folder
 
@@ -77,7 +78,7 @@ def merge_dense(
             verification=_verify(folder, prompts, expected, own) if check == "full" else None,
             skipped="" if check == "full" else f"--check {check} (of a dense base nothing else is checked)",
         )
-        write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+        write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
         origin = "" if Path(base).exists() else str(base)
         write_dense_card(folder, run_record(stored.folder) or {}, family, origin, merged=True)
     del adapted, source

@@ -7,6 +7,7 @@ from pathlib import Path
 from lola_ft.adapters.files import StoredAdapter, read_adapter
 from lola_ft.baseline.families import family_of
 from lola_ft.errors import AdapterError, CheckpointError, UserError
+from lola_ft.file_names import MERGE_REPORT_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.base import CheckpointBase, MergeBase
@@ -15,7 +16,7 @@ from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.folder import copy_companions, write_config
 from lola_ft.merging.proof import prove
 from lola_ft.merging.record import run_record
-from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.report import MergeReport
 from lola_ft.merging.stream import Written, write_weights
 from lola_ft.model.hub_checkpoint import HubCheckpoint, resolve_folder
 from lola_ft.repo_id import is_repo_id
@@ -80,7 +81,7 @@ def merge(
             report = _compare_models(report, source, stored, folder)
         origin = "" if Path(base).exists() else str(base)
         write_card(report, origin or _base_id(stored), run_record(stored.folder), folder)
-        write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+        write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -197,6 +198,6 @@ def _base_id(stored: StoredAdapter) -> str:
 
 
 def _write_index(base: MergeBase, written: Written, folder: Path) -> None:
-    if [file for file, _ in base.shards] != ["model.safetensors"]:
+    if [file for file, _ in base.shards] != [WEIGHTS_FILE]:
         index = {"metadata": {"total_size": written.num_bytes}, "weight_map": written.weight_map}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(folder / WEIGHTS_INDEX_FILE, json.dumps(index, indent=2) + "\n")
