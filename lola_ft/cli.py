@@ -184,7 +184,7 @@ def generate(
 ) -> None:
     """Let a model answer: a prompt, a file of prompts, or a person."""
     from lola_ft.generation import Sampling
-    from lola_ft.generation.command import generate_command
+    from lola_ft.generation.generate import generate_command
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     generate_command(model, base, adapter, prompt, file, chat, template, sampling, quantization, batch_size, out)
@@ -239,8 +239,8 @@ def evaluate(
         )
         evaluate_suite(models, options_of_suite, out, base, quantization)
         return
-    from lola_ft.evaluation.command import TaskOptions, evaluate_rows
-    from lola_ft.evaluation.rows import RowOptions
+    from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
+    from lola_ft.evaluation.held_out_rows import RowOptions
 
     rows = RowOptions(
         files=data or [],

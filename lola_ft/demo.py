@@ -28,7 +28,7 @@ from lola_ft.evaluation import ExactMatch, best_constant_answer, exact_match_by_
 from lola_ft.file_names import ADAPTER_FOLDER, LOSS_PLOT, MERGED_FOLDER, RECIPE_FILE
 from lola_ft.nano import build_nano
 from lola_ft.nano.corpus import load_split
-from lola_ft.nano.task import build_rows, write_rows
+from lola_ft.nano.demo_task import build_rows, write_rows
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, load_recipe
 

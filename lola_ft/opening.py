@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.baseline.either import load_adapter, load_base
-from lola_ft.data.templates import Template
+from lola_ft.data.prompt_template import Template
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.file_names import MANIFEST_FILE, MERGE_REPORT_FILE, RECIPE_FILE
 from lola_ft.kernels.precision import has_bfloat16

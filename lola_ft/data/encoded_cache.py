@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.data.encoding import Encoded, encoded_of
-from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.table_store import map_table
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root, sha256_of

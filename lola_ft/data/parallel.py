@@ -16,7 +16,7 @@ _AHEAD = 2
 """Batches of each thread that are on their way."""
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map(work, items)` in `workers` threads.
 
     The first item is done alone: a tokenizer's first call sets it up. A mistake that reading the items raises comes

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from lola_ft.errors import UserError
 from lola_ft.evaluation.comparison import Comparison, Line
-from lola_ft.evaluation.plot import pyplot
-from lola_ft.evaluation.table import shown
+from lola_ft.evaluation.comparison_plot import pyplot
+from lola_ft.evaluation.comparison_table import shown
 from lola_ft.file_names import MANIFEST_FILE
 
 MEASURE = "bits_per_byte"

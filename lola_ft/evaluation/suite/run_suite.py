@@ -13,10 +13,10 @@ from rich.console import Console
 
 from lola_ft.data import Template
 from lola_ft.errors import UserError
-from lola_ft.evaluation.asking import Opening, ask_each
+from lola_ft.evaluation.ask_models import Opening, ask_each
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
-from lola_ft.evaluation.suite.report import plan_table, result_table
+from lola_ft.evaluation.suite.suite_tables import plan_table, result_table
 from lola_ft.files import check_folder_target, sha256_of, write_text
 from lola_ft.opening import OpenModel
 
