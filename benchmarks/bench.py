@@ -27,6 +27,7 @@ RUNS = {
     "decode": ["decode.py"],
     "load": ["load.py", "--layers", "2"],
     "merge": ["merge.py", "--layers", "2"],
+    "startup": ["startup.py"],
 }
 
 
@@ -84,6 +85,8 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
         found.append(("loading over quantising alone", load["load_over_quantising_alone"]))
     if merge := results.get("merge"):
         found.append(("merge over a copy", merge["ratio"]))
+    if startup := results.get("startup"):
+        found += [(f"{name}, over import torch", share) for name, share in startup["share_of_import_torch"].items()]
     return found
 
 

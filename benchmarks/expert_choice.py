@@ -17,9 +17,9 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from lola_ft.data import Example
-from lola_ft.data.templates import Template
+from lola_ft.data.prompt_template import Template
 from lola_ft.evaluation.comparison import compare
-from lola_ft.evaluation.loss import LossTask
+from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.nano import build_nano
 from lola_ft.nano.corpus import build_documents, load_split
 from lola_ft.opening import open_model

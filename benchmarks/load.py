@@ -24,8 +24,8 @@ from memory import Peak, read_memory
 from random_checkpoint import write_checkpoint
 
 import lola_ft
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.model import LolaForCausalLM
-from lola_ft.checkpoints.checkpoint import Checkpoint
 from lola_ft.model.layout import place_of
 from lola_ft.quantization import audit
 from lola_ft.quantization.cache import source_identity, write_cache
@@ -62,7 +62,7 @@ def measure_load(folder: Path, args: argparse.Namespace) -> tuple[LolaForCausalL
     memory["load"] = peak.result()
     memory["loaded"] = read_memory()
     began = time.perf_counter()
-    write_cache(model, source_identity(Checkpoint.open(source), model.base_fingerprint, model.dtype), source)
+    write_cache(model, source_identity(BaseCheckpoint.open(source), model.base_fingerprint, model.dtype), source)
     seconds["write_cache"] = time.perf_counter() - began
     seconds["load_from_cache"], memory["load_from_cache"] = in_child(load_again, source, args.dtype)[1]
     parts = audit(model).as_dict()
@@ -86,7 +86,7 @@ def time_parts(source: Path) -> dict[str, float]:
     """
     seconds: dict[str, float] = defaultdict(float)
     weights: dict[tuple[int, ...], int] = Counter()
-    for entry in Checkpoint.open(source):
+    for entry in BaseCheckpoint.open(source):
         began = time.perf_counter()
         tensor = entry.read()
         seconds["read_alone"] += time.perf_counter() - began

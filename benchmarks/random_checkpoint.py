@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import torch
+from lola_ft.model.hub_checkpoint import expected_shapes
 from torch import Tensor
 
-from lola_ft.model import LolaConfig
-from lola_ft.checkpoints.checkpoint import Checkpoint
-from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
+from lola_ft.model import LolaConfig
 
 SHARD_BYTES = 5_000_000_000
 
@@ -57,7 +57,7 @@ def write_random_adapter(folder: Path, base: Path, rank: int) -> None:
     from lola_ft.adapters.weights import AdapterWeights, LoraPair
 
     torch.manual_seed(1)
-    config = Checkpoint.open(base).config
+    config = BaseCheckpoint.open(base).config
     weights = AdapterWeights({})
     for name, shape in expected_shapes(config).items():
         if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from lola_ft.environment import usable_cores
 from lola_ft.nano.tokenizer import train_tokenizer
 from lola_ft.recipe.schema import Data
 from lola_ft.training import dataset
@@ -56,7 +57,7 @@ def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]
         "rows": rows,
         "file_mb": round(file.stat().st_size / 1e6, 1),
         "tokens": made.mix.tokens,
-        "workers": min(dataset.usable_cores(), dataset._MOST_THREADS),
+        "workers": min(usable_cores(), dataset._MOST_THREADS),
         "encode_s": round(first_s, 1),
         "rows_per_s": round(rows / first_s),
         "before_mb": round(before / 1e6),

@@ -4,9 +4,9 @@ Importing it makes `transformers.AutoModelForCausalLM` load LOLA checkpoints nat
 functions are imported when they are first used: PEFT and bitsandbytes take seconds.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lola_ft.lazy_attributes import lazy_attributes
 from lola_ft.model import register
 
 if TYPE_CHECKING:
@@ -19,15 +19,4 @@ register()
 __all__ = ["load_adapter", "load_base", "merge", "save_adapter"]
 __version__ = "0.1.0"
 
-_HOMES = {
-    "load_adapter": "lola_ft.adapters",
-    "load_base": "lola_ft.quantization",
-    "merge": "lola_ft.merging",
-    "save_adapter": "lola_ft.adapters",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lola_ft' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy_attributes(__name__, adapters="load_adapter save_adapter", merging="merge", quantization="load_base")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from lola_ft.errors import UserError
@@ -185,7 +184,7 @@ def generate(
 ) -> None:
     """Let a model answer: a prompt, a file of prompts, or a person."""
     from lola_ft.generation import Sampling
-    from lola_ft.generation.command import generate_command
+    from lola_ft.generation.generate import generate_command
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     generate_command(model, base, adapter, prompt, file, chat, template, sampling, quantization, batch_size, out)
@@ -240,8 +239,8 @@ def evaluate(
         )
         evaluate_suite(models, options_of_suite, out, base, quantization)
         return
-    from lola_ft.evaluation.command import TaskOptions, evaluate_rows
-    from lola_ft.evaluation.rows import RowOptions
+    from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
+    from lola_ft.evaluation.held_out_rows import RowOptions
 
     rows = RowOptions(
         files=data or [],
@@ -271,7 +270,7 @@ def convert(
     from lola_ft.adapters.convert import convert_adapter
 
     result = convert_adapter(adapter, base, layout, out)
-    Console().print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
+    print(f"{result.tensors} tensors ({result.source_layout}) written to {out} ({layout}).")
 
 
 @app.command()
@@ -302,7 +301,7 @@ def quantize(
     """Quantise a base once; later runs load the result, many times faster."""
     from lola_ft.quantization import quantize_base
 
-    Console().print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
+    print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
 
 
 @routing_app.command("texts")

@@ -25,9 +25,10 @@ from transformers import AutoTokenizer
 import lola_ft
 from lola_ft.errors import UserError
 from lola_ft.evaluation import ExactMatch, best_constant_answer, exact_match_by_language
+from lola_ft.file_names import ADAPTER_FOLDER, LOSS_PLOT, MERGED_FOLDER, RECIPE_FILE
 from lola_ft.nano import build_nano
 from lola_ft.nano.corpus import load_split
-from lola_ft.nano.task import build_rows, write_rows
+from lola_ft.nano.demo_task import build_rows, write_rows
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, load_recipe
 
@@ -65,7 +66,8 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
         + "."
     )
     console.print(_size_and_time(sizes, seconds))
-    console.print(f"Base {base}, adapter {run / 'adapter'}, merged model {run / 'merged'}, plot {run / 'loss.png'}.")
+    adapter, merged = run / ADAPTER_FOLDER, run / MERGED_FOLDER
+    console.print(f"Base {base}, adapter {adapter}, merged model {merged}, plot {run / LOSS_PLOT}.")
     summary: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
     summary |= {"best_constant": {"answer": answer, "accuracy": share}, "bytes": sizes, "seconds": seconds}
     (run / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -75,8 +77,8 @@ def _make_room(run: Path, recipe: Recipe) -> None:
     """Remove the run of an earlier demo; refuse to touch anything else."""
     if not run.exists() or not any(run.iterdir()):
         return
-    manifest = run / "recipe.yaml"
-    if not manifest.is_file() or load_recipe(manifest).base.model != recipe.base.model:
+    earlier = run / RECIPE_FILE
+    if not earlier.is_file() or load_recipe(earlier).base.model != recipe.base.model:
         raise UserError(f"{run}: holds something else than a run of the demo. Move it away first.")
     shutil.rmtree(run)
 
@@ -101,7 +103,7 @@ def _command(console: Console, script: str, argument: str) -> None:
 
 def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:
     """Exact match before, after (adapter on the 4-bit base) and merged; bytes of the base dense and in 4 bit."""
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(run / ADAPTER_FOLDER)
     results: dict[str, ExactMatch] = {}
     sizes = {}
 
@@ -113,8 +115,8 @@ def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[s
     ask("before", dense)
     quantised = lola_ft.load_base(base, "nf4", torch.float32, quiet=True)
     sizes["nf4"] = audit(quantised).total_bytes
-    ask("after", lola_ft.load_adapter(quantised, run / "adapter"))
-    ask("merged", lola_ft.load_base(run / "merged", None, torch.float32, quiet=True))
+    ask("after", lola_ft.load_adapter(quantised, run / ADAPTER_FOLDER))
+    ask("merged", lola_ft.load_base(run / MERGED_FOLDER, None, torch.float32, quiet=True))
     return results, sizes
 
 

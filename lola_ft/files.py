@@ -1,13 +1,12 @@
-"""Writing so that nothing is ever half-written: beside, then renamed."""
+"""Files and folders that are written whole or not at all (beside, then renamed), copied and hashed."""
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from lola_ft.errors import UserError, WriteError
 
@@ -102,6 +101,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 @contextlib.contextmanager
 def _named(target: Path, partial: Path) -> Iterator[None]:
     """Turn what a full or closed disk raises while `partial` is written into a message that names the target."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except OSError as error:
@@ -113,6 +114,16 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
         if "I/O error" not in str(error):
             raise
         raise WriteError(target, str(error)) from error
+
+
+def sha256_of(*files: Path) -> str:
+    """Return the SHA-256 of files' contents, one after another, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while piece := handle.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

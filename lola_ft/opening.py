@@ -16,13 +16,12 @@ from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
-from lola_ft.data.templates import Template
+from lola_ft.data.prompt_template import Template
 from lola_ft.errors import AdapterError, UserError
+from lola_ft.file_names import MANIFEST_FILE, MERGE_REPORT_FILE, RECIPE_FILE
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.quantization.cache import is_cache
 from lola_ft.quantization.load import default_device, load_base
-
-_REPORT_FILE = "merge_report.json"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def find_subject(
     given, name = Path(path), str(path)
     if adapter is not None:
         return _with_adapter(given, name, base, revision, adapter)
-    if (given / "manifest.json").is_file() or (given / "recipe.yaml").is_file():
+    if (given / MANIFEST_FILE).is_file() or (given / RECIPE_FILE).is_file():
         return _run(given, name, base, revision)
     if (given / CONFIG_FILE).is_file():
         stored = read_adapter(given)
@@ -104,7 +103,7 @@ def find_subject(
     if base:
         raise UserError(f"--base is for a run or an adapter; {path} is neither.")
     folder = resolve_folder(name, revision)
-    return Subject(name, "merged" if (folder / _REPORT_FILE).is_file() else "base", folder, name, revision, None)
+    return Subject(name, "merged" if (folder / MERGE_REPORT_FILE).is_file() else "base", folder, name, revision, None)
 
 
 def open_model(
@@ -154,20 +153,20 @@ def _with_adapter(given: Path, name: str, base: str | None, revision: str | None
 
 def is_adapted(folder: Path) -> bool:
     """Whether a folder is a run's or an adapter's."""
-    return any((folder / file).is_file() for file in ("manifest.json", "recipe.yaml", CONFIG_FILE))
+    return any((folder / file).is_file() for file in (MANIFEST_FILE, RECIPE_FILE, CONFIG_FILE))
 
 
 def _run(folder: Path, name: str, base: str | None, revision: str | None) -> Subject:
     adapter = folder / "adapter"
-    if not (adapter / CONFIG_FILE).is_file() or not (folder / "manifest.json").is_file():
+    if not (adapter / CONFIG_FILE).is_file() or not (folder / MANIFEST_FILE).is_file():
         raise UserError(f"{folder}: this run has no adapter yet. Did the run end? Go on with it with --resume.")
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         own = manifest["recipe"]["base"]
         quantization = None if own["quantization"] == "none" else own["quantization"]
         return Subject(name, "run", adapter, base or own["model"], revision if base else own["revision"], quantization)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'manifest.json'}: damaged ({error!r}); it does not tell the run's base.") from error
+        raise UserError(f"{folder / MANIFEST_FILE}: damaged ({error!r}); it does not tell the run's base.") from error
 
 
 def _fitting(subject: Subject) -> str | None:

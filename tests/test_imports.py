@@ -30,8 +30,11 @@ LEVELS = {
     "kernels": 9,
     "recipe": 9,
     "environment": 10,
+    "file_names": 10,
     "files": 10,
+    "after_import": 10,
     "language_codes": 10,
+    "lazy_attributes": 10,
     "memory": 10,
     "repo_id": 10,
     "row_formats": 10,
@@ -53,6 +56,29 @@ def test_imports_point_down(path: Path) -> None:
             assert LEVELS[imported] > LEVELS[own], f"{own} imports {imported}, which is not below it"
         if imported == "recipe":
             assert own in ("cli", "training", "merging", "recipe", "demo"), f"{own} imports recipe"
+
+
+def test_no_two_modules_need_each_other() -> None:
+    """Also not through others, in a function, or for types only."""
+    imports = {module_name(path): modules_imported_by(path) for path in MODULES if path.name != "__init__.py"}
+    left = dict(imports)
+    while leaves := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"a circle of imports among {', '.join(sorted(left))}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def modules_imported_by(path: Path) -> set[str]:
+    """The modules that a file imports, or imports something from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def part(path: Path) -> str:

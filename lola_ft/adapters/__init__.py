@@ -3,8 +3,9 @@
 What needs PEFT is imported when it is first used: reading an adapter's files does not, and a merge has little memory.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lola_ft.lazy_attributes import lazy_attributes
 
 if TYPE_CHECKING:
     from lola_ft.adapters.combine import combine_adapters
@@ -23,19 +24,10 @@ __all__ = [
     "save_adapter",
 ]
 
-_HOMES = {
-    "AdapterSettings": "settings",
-    "add_adapter": "peft_model",
-    "attach": "peft_model",
-    "combine_adapters": "combine",
-    "fitting_layout": "load_save",
-    "load_adapter": "load_save",
-    "lora_config": "settings",
-    "save_adapter": "load_save",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lola_ft.adapters' has no attribute '{name}'")
-    return getattr(import_module(f"lola_ft.adapters.{_HOMES[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    combine="combine_adapters",
+    load_save="fitting_layout load_adapter save_adapter",
+    peft_model="add_adapter attach",
+    settings="AdapterSettings lora_config",
+)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.adapters.files import read_adapter, write_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.errors import UserError
 from lola_ft.files import copy_files
@@ -29,7 +29,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     """
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"{out}: already there and not empty. Choose another --out.")
-    checkpoint = Checkpoint.open(base)
+    checkpoint = BaseCheckpoint.open(base)
     stored = read_adapter(adapter)
     weights = stored.weights(checkpoint.architecture)
     weights.check_fit()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from lola_ft.adapters.checksums import CHECKSUMS_KEY, check_contents, checksums_of
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.checkpoints.checkpoint import WEIGHT_KINDS
+from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import AdapterError, CheckpointError, UserError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import UserError
 from lola_ft.quantization import NF4Experts, NF4Linear
 
@@ -21,7 +21,7 @@ _OVERSAMPLING, _ITERATIONS, _SEED = 8, 2, 0
 
 
 @torch.no_grad()
-def start_at_rounding_error(model: PeftModel, checkpoint: Checkpoint, adapter_name: str = "default") -> str:
+def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapter_name: str = "default") -> str:
     """Fill a fresh adapter's factors; returns a sentence with how much of the error they take away.
 
     Args:

@@ -10,8 +10,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
 from lola_ft.adapters import AdapterSettings
-from lola_ft.adapters.peft_model import attach
 from lola_ft.adapters.files import CONFIG_FILE, WEIGHTS_FILE, is_replaceable, read_adapter
+from lola_ft.adapters.peft_model import attach
 from lola_ft.baseline.families import FAMILIES, Family
 from lola_ft.baseline.settings import check_settings
 from lola_ft.errors import AdapterError, UserError

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from lola_ft.baseline.families import Family, family_in
-from lola_ft.checkpoints.checkpoint import WEIGHT_KINDS
+from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
 from lola_ft.checkpoints.folder import resolve_folder, weight_files
 from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
 from lola_ft.errors import CheckpointError
@@ -21,7 +21,7 @@ _LEGACY = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class BaseCheckpoint:
     """A folder with a dense model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Checkpoint:
     entries: dict[str, TensorEntry]
 
     @staticmethod
-    def open(path: str | Path, revision: str | None = None) -> "Checkpoint":
+    def open(path: str | Path, revision: str | None = None) -> "BaseCheckpoint":
         """Open a folder or a Hub repository of a known family.
 
         Raises:
@@ -51,7 +51,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{entry.file}: tensor '{name}' is {entry.kind}; weights must be F32, F16 or BF16."
                 )
-        return Checkpoint(folder, family, read_dense_config(folder), entries)
+        return BaseCheckpoint(folder, family, read_dense_config(folder), entries)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,13 +13,13 @@ from lola_ft.baseline.adapter import add_dense_adapter, load_dense_adapter, save
 from lola_ft.baseline.checkpoint import read_dense_config
 from lola_ft.baseline.families import FAMILIES, Family, family_in, family_of
 from lola_ft.baseline.load import load_dense
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.model.tokenizer import read_config as read_lola_config
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint | Checkpoint:
+def open_checkpoint(path: str | Path, revision: str | None = None) -> BaseCheckpoint | BaseCheckpoint:
     """A base's checkpoint, checked."""
-    return Checkpoint.open(path, revision) if family_of(path, revision) else Checkpoint.open(path, revision)
+    return BaseCheckpoint.open(path, revision) if family_of(path, revision) else BaseCheckpoint.open(path, revision)
 
 
 def read_config(folder: Path) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lola_ft.baseline.families import Family
 from lola_ft.baseline.models import CLASSES
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.errors import CheckpointError
 from lola_ft.quantization import NF4Linear, audit
@@ -36,7 +36,7 @@ def load_dense(
     """
     wanted, torch_dtype = known_quantization(quantization), known_dtype(dtype)
     target = torch.device(device) if device else default_device()
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = BaseCheckpoint.open(path, revision)
     model = _read(checkpoint, checkpoint.dtype if wanted else torch_dtype)
     for name, parameter in model.named_parameters():
         require_finite(parameter, f"{checkpoint.folder}: tensor '{name}'")
@@ -55,7 +55,7 @@ def load_dense(
     return model.eval()
 
 
-def _read(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _read(checkpoint: BaseCheckpoint, dtype: torch.dtype) -> Any:
     """The model as transformers reads it; a weight that it would make up is refused."""
     model, info = CLASSES[checkpoint.family.name].from_pretrained(  # type: ignore[attr-defined]
         checkpoint.folder,

@@ -8,9 +8,9 @@ from huggingface_hub import ModelCardData
 from lola_ft.card.facts import CardFacts
 from lola_ft.card.merge_rows import merge_rows
 from lola_ft.card.snippet import snippets
+from lola_ft.file_names import RECIPE_FILE
 from lola_ft.repo_id import is_repo_id
 
-_RECIPE_FILE = "recipe.yaml"
 _SECTIONS = ("routing", "energy")
 _NAMED_RESULTS = {
     "steps": "optimiser steps",
@@ -58,7 +58,7 @@ def _introduction(facts: CardFacts) -> str:
     what = f"A LoRA adapter for {_link(facts)}" if facts.kind == "adapter" else f"{_link(facts)}, fine-tuned with LoRA"
     merged = " and merged into the weights" if facts.kind == "merged" else ""
     trained = ", trained with lola_ft" if facts.kind == "adapter" else ", made with lola_ft"
-    recipe = f"; its settings are in `{_RECIPE_FILE}`" if facts.recipe and facts.kind == "adapter" else ""
+    recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe and facts.kind == "adapter" else ""
     return f"{what}{merged}{trained}{recipe}."
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry
 from lola_ft.families import FAMILIES, architecture_of
 
 _SAMPLES = 64
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: BaseCheckpoint) -> str:
     """Return sixteen hex digits over every weight's name, shape and 64 values spread over it.
 
     Values are compared in bfloat16, so that a float32 checkpoint and its bfloat16 copy have the same identity.

@@ -8,10 +8,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lola_ft.errors import CheckpointError
+from lola_ft.file_names import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.repo_id import is_repo_id
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
 TEMPLATE_FILE = "prompt_template.jinja"
 """The prompt template that training used, beside an adapter or a merged model."""
@@ -32,7 +32,7 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     text = str(path)
     if folder.exists():
         raise CheckpointError(f"{text}: is a file; give the checkpoint's folder.")
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not is_repo_id(text):
         raise CheckpointError(f"{text}: no such folder. Give a checkpoint's folder or a Hub id like owner/name.")
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED_FILES)))
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
-    index = folder / INDEX_FILE
+    index = folder / WEIGHTS_INDEX_FILE
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -77,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
         return [folder / name for name in names]
     raise CheckpointError(
-        f"{folder}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}. (Pickled .bin weights are never loaded.)"
+        f"{folder}: holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}. (Pickled .bin weights are never loaded.)"
     )
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.data.encoding import Encoded, encoded_of
-from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.table_store import map_table
 from lola_ft.errors import UserError
-from lola_ft.files import cache_root
+from lola_ft.files import cache_root, sha256_of
 
 VERSION = 2
 """Of what rows become; a change of it makes every entry anew."""
@@ -114,7 +114,7 @@ def keep(folder: Path, key: str, rows: StoredRows) -> None:
         "reports": {
             side: {code: asdict(counts) for code, counts in one.report.languages.items()} for side, one in sides.items()
         },
-        "sha256": {side: _sha256(table_file(folder, side)) for side in sides},
+        "sha256": {side: sha256_of(table_file(folder, side)) for side in sides},
     }
     (folder / _FACTS).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     with contextlib.suppress(OSError):  # another process made the same entry; either will do
@@ -135,7 +135,7 @@ def _read(folder: Path) -> StoredRows:
     sides: dict[str, Encoded] = {}
     for side, digest in content["sha256"].items():
         file = table_file(folder, side)
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             raise ValueError(f"{file.name} has changed since it was written")
         report = EncodingReport({code: Counts(**counts) for code, counts in content["reports"][side].items()})
         sides[side] = encoded_of(map_table(file), report)
@@ -147,8 +147,3 @@ def _used(folder: Path) -> float:
         return folder.stat().st_mtime
     except OSError:  # another process has just removed it
         return 0.0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

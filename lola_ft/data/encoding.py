@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
-from lola_ft.data.parallel import in_order
-from lola_ft.data.report import Counts, EncodingReport
+from lola_ft.data.parallel import map_in_order
+from lola_ft.data.prompt_template import Template
 from lola_ft.data.table_store import TableSink
-from lola_ft.data.templates import Template
 from lola_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def encode(
     report, shortest = EncodingReport(), list[int]()
     encoder = Encoder(tokenizer, template, max_length, overlong)
     with TableSink(file) as sink:
-        for batch in in_order(encoder, batches(examples), workers):
+        for batch in map_in_order(encoder, batches(examples), workers):
             report.add(batch.report)
             shortest.append(batch.shortest)
             sink.write(batch.table)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lola_ft.data.encoding import MASKED, Encoded, TokenizedRow, batches, dataset_of, encode_texts, tokenize, too_long
+from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
-from lola_ft.data.report import Counts, EncodingReport
-from lola_ft.data.templates import Template
+from lola_ft.data.prompt_template import Template
 from lola_ft.errors import DataError
 
 if TYPE_CHECKING:

@@ -10,8 +10,15 @@ from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, pr
 from lola_ft.data.fields import language_of, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
 from lola_ft.data.rows import BadRow, Row
-from lola_ft.data.sources import Source, scan_rows
-from lola_ft.data.tasks import in_order, read_classification, read_pair, read_translation, translation_language
+from lola_ft.data.source import Source
+from lola_ft.data.source_rows import scan_rows
+from lola_ft.data.task_formats import (
+    alphabetical,
+    read_classification,
+    read_pair,
+    read_translation,
+    translation_language,
+)
 from lola_ft.errors import DataError
 from lola_ft.row_formats import FORMAT_FIELDS
 
@@ -69,7 +76,7 @@ def composed(example: Example) -> Example:
     earlier = tuple((_composed(fields), _nfc(answer)) for fields, answer in example.earlier)
     prompt = None if example.prompt is None else _composed(example.prompt)
     rejected = None if example.rejected is None else _nfc(example.rejected)
-    pair = None if example.pair is None else in_order(*map(_nfc, example.pair))
+    pair = None if example.pair is None else alphabetical(*map(_nfc, example.pair))
     return replace(
         example, prompt=prompt, completion=_nfc(example.completion), earlier=earlier, rejected=rejected, pair=pair
     )

@@ -1,22 +1,18 @@
 """Rows of a dataset on the Hub, at the commit that was found when the run began."""
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lola_ft.data.rows import Row, Rows
+from lola_ft.data.source import Source
 from lola_ft.errors import DataError
-
-if TYPE_CHECKING:
-    from lola_ft.data.sources import Source
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+from lola_ft.repo_id import is_commit
 
 
 def commit_of(hub: str, revision: str | None) -> str | None:
     """The commit that a branch or tag of a dataset stands for now; None if the Hub cannot be asked (then the cache
     decides), and for a folder."""
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if is_commit(revision):
         return revision
     if Path(hub).is_dir():
         return None
@@ -28,7 +24,7 @@ def commit_of(hub: str, revision: str | None) -> str | None:
         return None
 
 
-def hub_rows(source: "Source") -> Rows:
+def hub_rows(source: Source) -> Rows:
     """The rows of a split. Without streaming it is downloaded first; with it, rows come as they are needed.
 
     Raises:
@@ -50,7 +46,7 @@ def hub_rows(source: "Source") -> Rows:
     return _numbered(rows, source)
 
 
-def _numbered(rows: Any, source: "Source") -> Rows:
+def _numbered(rows: Any, source: Source) -> Rows:
     """Rows with their number; a connection that breaks half-way is the user's to know, not a bug."""
     iterator = enumerate(rows)
     while True:
@@ -63,7 +59,7 @@ def _numbered(rows: Any, source: "Source") -> Rows:
         yield Row(dict(row), f"{source.name}:[{index}]")
 
 
-def _failed(source: "Source", error: Exception, what: str) -> DataError:
+def _failed(source: Source, error: Exception, what: str) -> DataError:
     """The message for whatever `datasets`, the network or a dataset's files raise."""
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return DataError(f"{source.name}: {what}: {reason}")

@@ -4,7 +4,6 @@ Threads, not processes: tokenising is done outside of Python's lock, on all core
 the work meanwhile. Processes would each hold the libraries once more.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +16,7 @@ _AHEAD = 2
 """Batches of each thread that are on their way."""
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map(work, items)` in `workers` threads.
 
     The first item is done alone: a tokenizer's first call sets it up. A mistake that reading the items raises comes
@@ -49,8 +48,3 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
             pool.shutdown(wait=True, cancel_futures=True)
     if failure:
         raise failure[0]
-
-
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

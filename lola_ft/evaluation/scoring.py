@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from peft import PeftModel
 
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
-from lola_ft.evaluation.windows import windows
 from lola_ft.kernels.loss import label_nats
 
 Floats = NDArray[np.float64]
@@ -73,3 +72,26 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
     x_BSD = causal.transformer(ids_BS.to(device), use_cache=False).last_hidden_state
     nats_N = label_nats(x_BSD, causal.lm_head.weight, labels_BS.to(device)).double().cpu().numpy()
     return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
+
+
+class Window(NamedTuple):
+    """Tokens `begin` to `end` are read, those from `scored` on are scored."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+def windows(length: int, size: int, stride: int) -> Iterator[Window]:
+    """Cover a sequence. The first token is never scored, since nothing precedes it.
+
+    Args:
+        size: Tokens that the model can read at a time.
+        stride: Tokens that a window but the first scores at most; each then has at least `size - stride` before it.
+    """
+    assert 0 < stride < size, f"stride {stride} must be between 1 and {size - 1}"
+    scored, end = 1, min(length, size)
+    yield Window(0, end, scored)
+    while end < length:
+        scored, end = end, min(end + stride, length)
+        yield Window(end - size, end, scored)

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from lola_ft.errors import UserError
 from lola_ft.evaluation.comparison import Comparison, Line
-from lola_ft.evaluation.plot import pyplot
-from lola_ft.evaluation.table import shown
+from lola_ft.evaluation.comparison_plot import pyplot
+from lola_ft.evaluation.comparison_table import shown
+from lola_ft.file_names import MANIFEST_FILE
 
 MEASURE = "bits_per_byte"
 _NAMED = 3
@@ -24,9 +25,9 @@ def trained_languages(run: str) -> list[str]:
     Raises:
         UserError: It is no run, or its manifest does not tell.
     """
-    file = Path(run) / "manifest.json"
+    file = Path(run) / MANIFEST_FILE
     if not file.is_file():
-        raise UserError(f"--transfer needs a base and then runs; {run} has no manifest.json that tells its languages.")
+        raise UserError(f"--transfer needs a base, then runs; {run} has no {MANIFEST_FILE} that names its languages.")
     try:
         counts = json.loads(file.read_text(encoding="utf-8"))["data"]["train"]["languages"]
         return sorted(counts, key=lambda code: (-counts[code]["trained_tokens"], code))

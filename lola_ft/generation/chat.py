@@ -9,7 +9,7 @@ from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
 from lola_ft.generation.prompts import conversation_ids, request
-from lola_ft.generation.streaming import Typed
+from lola_ft.generation.streaming import TerminalStreamer
 
 HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
 
@@ -47,7 +47,7 @@ def chat(
         elif line:
             fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
             said, ids = _fitting(said, fields, template, tokenizer, model.config.n_positions, sampling)
-            given = answer(model, tokenizer, ids, sampling, Typed(tokenizer))
+            given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer))
             if not given.ended:
                 print(f"(cut after {given.tokens} tokens)", file=sys.stderr)
             said = [*said, (fields, given.text)]

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TextStreamer
 
 
-class Typed(TextStreamer):
+class TerminalStreamer(TextStreamer):
     """Prints each token as soon as its characters are whole, in any script; nothing that could steer the terminal.
 
     transformers' own waits for a space, which some languages do not write.
@@ -29,10 +29,10 @@ class Typed(TextStreamer):
         self.print_len = len(text)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(printable(text), stream_end)
+        super().on_finalized_text(without_control_characters(text), stream_end)
 
 
-def printable(text: str) -> str:
+def without_control_characters(text: str) -> str:
     """Text without characters that steer a terminal; line breaks and tabs stay."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) != "Cc" else char.encode("unicode_escape").decode()

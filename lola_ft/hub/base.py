@@ -1,6 +1,5 @@
 """The base of what is published: its name on the Hub, and where it lies on this machine."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from lola_ft.errors import PublishError
 from lola_ft.hub.source import Source
-from lola_ft.repo_id import is_repo_id
+from lola_ft.repo_id import is_commit, is_repo_id
 
 _FILES = ("*.safetensors", "*.json")
 
@@ -55,7 +54,7 @@ def find_base(source: Source, base: str | None = None, base_id: str | None = Non
     if local and Path(local).is_dir():
         return Base(public, revision, Path(local))
     folder = _cached(local or public, source.revision if local == source.base else None)
-    if folder and public == (local or public) and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+    if folder and public == (local or public) and is_commit(folder.name):
         revision = folder.name
     return Base(public, revision, folder)
 

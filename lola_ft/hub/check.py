@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.files import read_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import PublishError, UserError
 from lola_ft.families import architecture_of
 from lola_ft.kernels.precision import comparison_dtype, is_small
@@ -76,7 +76,7 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
 
 
 def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
-    entries = Checkpoint.open(folder).entries.values()
+    entries = BaseCheckpoint.open(folder).entries.values()
     numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
     # A large model in 4 bit, so that the check fits where training did.
     return None if is_small(numel) else "nf4", comparison_dtype(numel, torch.bfloat16, default_device())

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lola_ft.adapters.layouts import LAYOUTS
 from lola_ft.errors import PublishError, UserError
+from lola_ft.file_names import CARD_FILE
 from lola_ft.hub.base import Base, find_base
 from lola_ft.hub.fresh import check_in_fresh_process
 from lola_ft.hub.retry import Wait
@@ -120,7 +121,7 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
     console.print(table)
     _say_left_out(staged, console)
     console.print(
-        (staged.folder / "README.md").read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
+        (staged.folder / CARD_FILE).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
     )
     console.print("Dry run: nothing was sent.")
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.errors import PublishError
-
-RECIPE_FILE, MANIFEST_FILE, REPORT_FILE = "recipe.yaml", "manifest.json", "merge_report.json"
+from lola_ft.file_names import MANIFEST_FILE, RECIPE_FILE
 
 
 @dataclass(frozen=True)

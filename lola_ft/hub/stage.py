@@ -14,9 +14,19 @@ from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
 from lola_ft.checkpoints.folder import weight_files
 from lola_ft.errors import PublishError
 from lola_ft.families import Family, find_family, recorded_family
+from lola_ft.file_names import (
+    CARD_FILE,
+    LANGUAGES_PLOT,
+    LOSS_PLOT,
+    MANIFEST_FILE,
+    MERGE_REPORT_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    ROUTING_PLOT,
+)
 from lola_ft.hub.base import Base
 from lola_ft.hub.recipe_copy import portable_recipe
-from lola_ft.hub.source import MANIFEST_FILE, RECIPE_FILE, REPORT_FILE, Source, read_json
+from lola_ft.hub.source import Source, read_json
 
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
@@ -25,8 +35,8 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "prompt_template.jinja"),
 )
-_MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", REPORT_FILE)
-_RUN = ("metrics.jsonl", "loss.png", "languages.png", "routing.png")
+_MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", MERGE_REPORT_FILE)
+_RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
@@ -74,7 +84,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         _stage_merged(source, folder)
     if source.run is not None and source.kind == "adapter":
         _stage_run(source.run, source.manifest, base, folder)
-    names = {file.name for file in folder.iterdir()} | {"README.md", LIST_FILE}
+    names = {file.name for file in folder.iterdir()} | {CARD_FILE, LIST_FILE}
     facts = CardFacts(
         title=repo.partition("/")[2],
         kind=source.kind,
@@ -86,10 +96,10 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         layout=(layout or source.layout) if source.kind == "adapter" else None,
         stock_peft=source.kind == "adapter" and read_adapter(folder).loads_with_stock_peft,
         manifest=source.manifest,
-        merge_report=read_json(folder / REPORT_FILE) if REPORT_FILE in names else {},
+        merge_report=read_json(folder / MERGE_REPORT_FILE) if MERGE_REPORT_FILE in names else {},
         files=tuple(sorted(names)),
     )
-    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+    (folder / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
     _write_json(folder / LIST_FILE, {"made_with": "lola_ft", "files": sorted(names)})
     return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)))
 

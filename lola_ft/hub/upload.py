@@ -4,7 +4,6 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 
 from lola_ft.errors import PublishError
+from lola_ft.files import sha256_of
 from lola_ft.hub.retry import Wait, with_retries
 from lola_ft.hub.stage import LIST_FILE, Staged
 
@@ -101,18 +101,5 @@ def _same(file: Path, sibling: object) -> bool:
     if size != file.stat().st_size:
         return False
     if lfs is not None:
-        return lfs.sha256 == _digest("sha256", _pieces(file))
-    return blob == _digest("sha1", [b"blob %d\0" % size, *_pieces(file)])
-
-
-def _digest(name: str, pieces: Iterable[bytes]) -> str:
-    digest = hashlib.new(name)
-    for piece in pieces:
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(file: Path) -> Iterable[bytes]:
-    with file.open("rb") as handle:
-        while piece := handle.read(1 << 20):
-            yield piece
+        return lfs.sha256 == sha256_of(file)
+    return blob == hashlib.sha1(b"blob %d\0" % size + file.read_bytes()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.safetensors_file import Empty, TensorEntry
 from lola_ft.families import Architecture
@@ -69,7 +69,7 @@ class CheckpointBase(MergeBase):
     """A checkpoint in the Hub's layout, as it is or as NF4 rounding would leave it."""
 
     @staticmethod
-    def open(checkpoint: Checkpoint, rounding: str) -> "CheckpointBase":
+    def open(checkpoint: BaseCheckpoint, rounding: str) -> "CheckpointBase":
         """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`).
 
         Raises:

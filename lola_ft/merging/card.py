@@ -6,10 +6,9 @@ from typing import Any
 
 from lola_ft.card import CardFacts, render_card
 from lola_ft.families import Family
+from lola_ft.file_names import CARD_FILE
 from lola_ft.files import write_text
 from lola_ft.merging.report import MergeReport
-
-CARD_FILE = "README.md"
 
 
 def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any] | None, folder: Path) -> None:

@@ -6,10 +6,11 @@ from rich.console import Console
 
 from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.errors import UserError
+from lola_ft.file_names import MERGE_REPORT_FILE
 from lola_ft.merging.effects import advice, effects_table
 from lola_ft.merging.merge import merge
 from lola_ft.merging.proof import WeightProof
-from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import Verification
 from lola_ft.recipe import load_recipe
 
@@ -76,7 +77,7 @@ def _say(report: MergeReport, target: Path) -> None:
         console.print(effects_table(report.effects, report.rounding))
         if hint := advice(report.effects):
             console.print(hint)
-    console.print(f"The merged model is in {target}; the proof in {target / REPORT_FILE}.")
+    console.print(f"The merged model is in {target}; the proof in {target / MERGE_REPORT_FILE}.")
 
 
 def _say_weights(proof: WeightProof, report: MergeReport, console: Console) -> None:

@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lola_ft.adapters.files import StoredAdapter, read_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
+from lola_ft.file_names import MERGE_REPORT_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.base import CheckpointBase, MergeBase
@@ -16,8 +17,9 @@ from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.folder import copy_companions, write_config
 from lola_ft.merging.proof import prove
 from lola_ft.merging.record import run_record
-from lola_ft.merging.report import REPORT_FILE, MergeReport
+from lola_ft.merging.report import MergeReport
 from lola_ft.merging.stream import Written, write_weights
+from lola_ft.repo_id import is_repo_id
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
@@ -75,7 +77,7 @@ def merge(
         origin = "" if Path(base).exists() else str(base)
         family = source.architecture.family
         write_card(report, origin or _base_id(stored), family, run_record(stored.folder), folder)
-        write_text(folder / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+        write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -125,7 +127,7 @@ def _open_base(base: str | Path, revision: str | None, rounding: str | None, sto
                 raise
             four_bit = caches[0]
         else:
-            return CheckpointBase.open(Checkpoint.open(base, revision), rounding or "base")
+            return CheckpointBase.open(BaseCheckpoint.open(base, revision), rounding or "base")
     if rounding == "base":
         raise UserError(
             f"{base}: the original weights are not here, only their 4-bit form ({four_bit}), so --rounding base has "
@@ -188,10 +190,10 @@ def _written_dtype(base: MergeBase, dtype: str) -> str:
 def _base_id(stored: StoredAdapter) -> str:
     """The Hub id that the adapter names as its base; "" for a path, which means nothing to others."""
     name = str(stored.config.get("base_model_name_or_path") or "")
-    return name if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else ""
+    return name if is_repo_id(name) and not Path(name).exists() else ""
 
 
 def _write_index(base: MergeBase, written: Written, folder: Path) -> None:
-    if [file for file, _ in base.shards] != ["model.safetensors"]:
+    if [file for file, _ in base.shards] != [WEIGHTS_FILE]:
         index = {"metadata": {"total_size": written.num_bytes}, "weight_map": written.weight_map}
-        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_text(folder / WEIGHTS_INDEX_FILE, json.dumps(index, indent=2) + "\n")

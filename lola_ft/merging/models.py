@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from lola_ft.adapters.files import StoredAdapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.merging.base import MergeBase
 from lola_ft.merging.effects import measure_effects
 from lola_ft.merging.outputs import Models, compute_dtype, too_large
@@ -21,7 +21,7 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
     Raises:
         AdapterError: If merged and base plus adapter differ by more than rounding explains.
     """
-    merged = Checkpoint.open(folder)
+    merged = BaseCheckpoint.open(folder)
     places = merged.architecture.places
     weights_dtype = next(entry.dtype for name, entry in merged.entries.items() if places[name].quantized)
     parameters = sum(torch.Size(entry.shape).numel() for entry in merged.entries.values())

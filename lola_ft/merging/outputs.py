@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.families import architecture_of
 from lola_ft.kernels.precision import comparison_dtype
 
@@ -80,7 +80,7 @@ class Models:
             tokenizer = AutoTokenizer.from_pretrained(self.merged)
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROMPTS]
         else:
-            vocab_size = Checkpoint.open(self.merged).architecture.sizes.vocab
+            vocab_size = BaseCheckpoint.open(self.merged).architecture.sizes.vocab
             ids = [[(17 * row + 7919 * i) % vocab_size for i in range(16)] for row in range(len(PROMPTS))]
         return [torch.tensor([row[:64]]) for row in ids]
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.adapter_keys import expert_of, factor_keys, stacked_row
@@ -86,7 +86,7 @@ def prove(
     Raises:
         CheckpointError: Naming file and tensor.
     """
-    merged = Checkpoint.open(folder).entries  # checks names and shapes
+    merged = BaseCheckpoint.open(folder).entries  # checks names and shapes
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
         raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")

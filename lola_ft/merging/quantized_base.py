@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lola_ft.checkpoints.checkpoint import open_config
+from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import Place

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lola_ft.file_names import MANIFEST_FILE
+
 
 def run_record(adapter: Path) -> dict[str, Any] | None:
     """The manifest of the run whose adapter this is (`RUN/adapter`), if it lies in one."""
     try:
-        record = json.loads((adapter.parent / "manifest.json").read_text(encoding="utf-8"))
+        record = json.loads((adapter.parent / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None

@@ -6,8 +6,6 @@ from lola_ft.merging.effects import Effects
 from lola_ft.merging.proof import WeightProof
 from lola_ft.merging.verify import Verification
 
-REPORT_FILE = "merge_report.json"
-
 
 @dataclass(frozen=True)
 class MergeReport:

@@ -4,9 +4,9 @@ Its classes are imported when they are first used: they bring most of transforme
 which reading checkpoints and merging do without.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lola_ft.lazy_attributes import lazy_attributes
 from lola_ft.model.registration import register
 
 if TYPE_CHECKING:
@@ -15,10 +15,4 @@ if TYPE_CHECKING:
 
 __all__ = ["LolaConfig", "LolaForCausalLM", "LolaModel", "register"]
 
-_HOMES = {"LolaConfig": "config", "LolaForCausalLM": "modeling", "LolaModel": "modeling"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lola_ft.model' has no attribute '{name}'")
-    return getattr(import_module(f"lola_ft.model.{_HOMES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, config="LolaConfig", modeling="LolaForCausalLM LolaModel")

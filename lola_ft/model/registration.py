@@ -1,32 +1,47 @@
-"""Making transformers' Auto classes give the native model, without importing it before it is used."""
+"""LOLA's place in transformers' Auto classes: they give the native model, without remote code.
+
+Nothing of transformers is imported for it: the classes register once somebody imports the Auto classes, and the model
+itself is imported when somebody first uses it.
+"""
 
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from lola_ft.after_import import run_after_import
 
-from lola_ft.model.config import LolaConfig
-
-_CLASSES: dict[Any, tuple[str, str]] = {
-    AutoModel: ("modeling", "LolaModel"),
-    AutoModelForCausalLM: ("modeling", "LolaForCausalLM"),
-    AutoModelForSequenceClassification: ("heads", "LolaForSequenceClassification"),
-    AutoModelForTokenClassification: ("heads", "LolaForTokenClassification"),
+_CLASSES = {
+    "AutoModel": ("modeling", "LolaModel"),
+    "AutoModelForCausalLM": ("modeling", "LolaForCausalLM"),
+    "AutoModelForSequenceClassification": ("heads", "LolaForSequenceClassification"),
+    "AutoModelForTokenClassification": ("heads", "LolaForTokenClassification"),
 }
 
 
-class _LazyClass:
-    """Stands for a model class in an Auto class's list until something of it is wanted."""
+def register() -> None:
+    """Make transformers' Auto classes give the native model for `lola_v1` (called by `import lola_ft`)."""
+    run_after_import("transformers.models.auto.configuration_auto", _register_config)
+    run_after_import("transformers.models.auto.modeling_auto", _register_stand_ins)
 
-    config_class = LolaConfig
 
-    def __init__(self, module: str, name: str) -> None:
+def _register_config(auto: ModuleType) -> None:
+    from lola_ft.model.config import LolaConfig
+
+    auto.AutoConfig.register(LolaConfig.model_type, LolaConfig, exist_ok=True)
+
+
+def _register_stand_ins(auto: ModuleType) -> None:
+    from lola_ft.model.config import LolaConfig
+
+    for auto_class, home in _CLASSES.items():
+        getattr(auto, auto_class).register(LolaConfig, _StandIn(LolaConfig, *home), exist_ok=True)
+
+
+class _StandIn:
+    """Stands for a model class in an Auto class's list until somebody uses something of it."""
+
+    def __init__(self, config_class: type, module: str, name: str) -> None:
+        self.config_class = config_class  # the Auto classes compare it
         self._home = (module, name)
 
     def __getattr__(self, attribute: str) -> Any:
@@ -36,19 +51,16 @@ class _LazyClass:
         return _load(*self._home)(*args, **kwargs)
 
 
-def register() -> None:
-    """Make transformers' Auto classes give the native model for `lola_v1` (called by `import lola_ft`)."""
-    AutoConfig.register(LolaConfig.model_type, LolaConfig, exist_ok=True)
-    for auto_class, home in _CLASSES.items():
-        auto_class.register(LolaConfig, _LazyClass(*home), exist_ok=True)
-
-
-def register_classes() -> None:
-    """Put the classes themselves in place of what stands for them."""
-    for auto_class, home in _CLASSES.items():
-        auto_class.register(LolaConfig, getattr(import_module(f"lola_ft.model.{home[0]}"), home[1]), exist_ok=True)
-
-
 def _load(module: str, name: str) -> Any:
-    register_classes()
+    """Import a model class; from now on all Auto classes have the classes themselves."""
+    import transformers
+
+    from lola_ft.model.config import LolaConfig
+
+    for auto_class, home in _CLASSES.items():
+        getattr(transformers, auto_class).register(LolaConfig, _class_at(*home), exist_ok=True)
+    return _class_at(module, name)
+
+
+def _class_at(module: str, name: str) -> Any:
     return getattr(import_module(f"lola_ft.model.{module}"), name)

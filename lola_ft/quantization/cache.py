@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
@@ -36,7 +36,7 @@ def cache_folder(identity: dict[str, Any]) -> Path:
     return cache_root() / "nf4" / f"{identity['fingerprint']}-{identity['dtype']}"
 
 
-def source_identity(checkpoint: Checkpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
+def source_identity(checkpoint: BaseCheckpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a cache must agree with: format, fingerprint, and every weight file's name, size and time of change.
 
     A Hub snapshot's folder is named by its revision.

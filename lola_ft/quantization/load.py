@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from lola_ft.checkpoints.checkpoint import Checkpoint, open_config
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.safetensors_file import read_ahead
 from lola_ft.errors import CheckpointError, UserError
@@ -74,7 +74,7 @@ def load_base(
                 f"{path}: only the 4-bit form of this base is here, which takes no head; give the original."
             )
         return _load_quantized(Path(path), quantization, torch_dtype, target)
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = BaseCheckpoint.open(path, revision)
     checkpoint.check_tied_head()
     base_fingerprint = fingerprint(checkpoint)
     architecture = checkpoint.architecture
@@ -111,7 +111,7 @@ def quantize_base(
         CheckpointError: As `load_base`; also if the cache cannot be written. Nothing partial is left.
     """
     torch_dtype = known_dtype(dtype)
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = BaseCheckpoint.open(path, revision)
     model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
     identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
     return matching_cache(identity) or write_cache(model, identity, checkpoint.folder)
@@ -212,7 +212,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _stream(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
     """Read the checkpoint in file order; quantise or cast each tensor into its place, and free it."""
     places = checkpoint.architecture.places
 

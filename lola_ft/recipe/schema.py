@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from lola_ft.recipe import preference, unsupported
+from lola_ft.recipe import preference_rules, unsupported
 from lola_ft.recipe.document import KeyPath
 from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
@@ -432,7 +432,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve_preference(cls, given: Any) -> Any:
-        return preference.with_defaults(given)
+        return preference_rules.with_defaults(given)
 
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
@@ -456,5 +456,5 @@ class Recipe(Section):
                 ("hub", "base_id"),
                 f"the base is a folder of this machine ({base}), which nobody else has. Give its Hub id, owner/name",
             )
-        yield from preference.problems(self.model_dump())
+        yield from preference_rules.problems(self.model_dump())
         yield from unsupported.find(self.model_dump())

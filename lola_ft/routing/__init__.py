@@ -3,9 +3,9 @@
 What needs PEFT or matplotlib is imported when it is first used: training takes the measures alone.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lola_ft.lazy_attributes import lazy_attributes
 from lola_ft.routing.measures import dead_experts, flip_rate, jensen_shannon, largest_share, load_entropy, shares
 
 if TYPE_CHECKING:
@@ -34,20 +34,12 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
-    "Profile": "profile",
-    "compare": "drift",
-    "follow_descent": "descent",
-    "profile_routing": "profiling",
-    "read_profile": "profile",
-    "save_choice": "relevance",
-    "save_profile": "profile",
-    "select_experts": "relevance",
-    "write_report": "report",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lola_ft.routing' has no attribute '{name}'")
-    return getattr(import_module(f"lola_ft.routing.{_HOMES[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    descent="follow_descent",
+    drift="compare",
+    profile="Profile read_profile save_profile",
+    profiling="profile_routing",
+    relevance="save_choice select_experts",
+    report="write_report",
+)

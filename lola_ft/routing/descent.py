@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lola_ft.routing.families import family_distances, find_language, script_distances
+from lola_ft.routing.language_families import family_distances, find_language, script_distances
 from lola_ft.routing.mantel import mantel, neighbour_agreement
 from lola_ft.routing.measures import jensen_shannon
 from lola_ft.routing.profile import Profile

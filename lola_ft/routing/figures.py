@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lola_ft.routing.families import describe, find_language
+from lola_ft.routing.language_families import describe, find_language
 
 _ROW, _FONT, _DPI = 0.155, 7, 110  # inches a language; points; dots an inch
 _OTHER = "#777777"

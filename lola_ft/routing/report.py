@@ -21,7 +21,7 @@ from lola_ft.routing.descent import (
     routing_distances,
 )
 from lola_ft.routing.drift import Drift, compare
-from lola_ft.routing.families import describe
+from lola_ft.routing.language_families import describe
 from lola_ft.routing.profile import Profile
 from lola_ft.routing.summary import ROUNDING, describe_drift, summarise, summarise_drift
 

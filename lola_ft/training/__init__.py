@@ -4,7 +4,9 @@ What trains is imported when it is first used: previews and plans do without PEF
 seconds.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lola_ft.lazy_attributes import lazy_attributes
 
 if TYPE_CHECKING:
     from lola_ft.training.run import train
@@ -12,9 +14,4 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name != "train":
-        raise AttributeError(f"module 'lola_ft.training' has no attribute '{name}'")
-    from lola_ft.training.run import train
-
-    return train
+__getattr__ = lazy_attributes(__name__, run="train")

@@ -7,7 +7,6 @@ adapter/                        the adapter as every other adapter folder, for u
 SHA256SUMS                      as `sha256sum -c` reads it
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lola_ft.errors import UserError, WriteError
-from lola_ft.files import replace_folder
+from lola_ft.files import replace_folder, sha256_of
 from lola_ft.training.state_file import read_state
 
 PREFIX = "step"
@@ -110,7 +109,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _write_sums(folder: Path) -> None:
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in _files(folder)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -127,7 +126,7 @@ def _check_sums(folder: Path) -> None:
         raise ValueError(f"{missing[0]} is missing")
     if strange := sorted(present - set(sums)):
         raise ValueError(f"{strange[0]} is not one of its files")
-    if changed := [name for name, digest in sums.items() if _sha256(folder / name) != digest]:
+    if changed := [name for name, digest in sums.items() if sha256_of(folder / name) != digest]:
         raise ValueError(f"{changed[0]} has changed since it was written")
 
 
@@ -135,11 +134,6 @@ def _files(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SUMS_FILE:
             yield path.relative_to(folder).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

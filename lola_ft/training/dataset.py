@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,13 +31,13 @@ from lola_ft.data import (
     without_duplicates,
 )
 from lola_ft.data.encoded_cache import Damaged, StoredRows, find_entry, keep, key_of, new_folder, table_file
-from lola_ft.data.parallel import usable_cores
-from lola_ft.environment import version_of
+from lola_ft.environment import usable_cores, version_of
+from lola_ft.files import sha256_of
 from lola_ft.recipe.names import OBJECTIVE_FORMATS
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
+from lola_ft.repo_id import is_commit
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _DECIDES_NO_ROW = ("packing", "language_temperature", "max_per_language", "max_repeats")
 _LIBRARIES = ("lola-ft", "tokenizers", "jinja2", "babel", "pyarrow", "datasets")
 _MOST_THREADS = 4  # more only wait: tokenising uses all cores by itself
@@ -198,7 +196,7 @@ def rows_key(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
 ) -> str | None:
     """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
-    if any(source.hub and not _COMMIT.fullmatch(source.revision or "") for source in _all_sources(data)):
+    if any(source.hub and not is_commit(source.revision) for source in _all_sources(data)):
         return None
     settings = {key: value for key, value in data.model_dump(mode="json").items() if key not in _DECIDES_NO_ROW}
     words = tokenizer.backend_tokenizer.to_str()
@@ -226,12 +224,4 @@ def shown_progress() -> Iterator[Callable[[int], None]]:
 
 def _hashes(data: Data) -> dict[str, str]:
     files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
-    return {str(file): _sha256(file) for file in files}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {str(file): sha256_of(file) for file in files}

@@ -19,7 +19,7 @@ from lola_ft.planning.dense.config import DenseConfig
 from lola_ft.planning.kinds import kind_of
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
-from lola_ft.recipe.preference import LEAST_MICRO_BATCH
+from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.adapter import adapter_settings
 from lola_ft.training.fit_base import fit_base
 from lola_ft.training.length import fit_length

@@ -1,6 +1,5 @@
 """Going on with a run: what its folder holds, and whether the recipe is still the one it was started with."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from lola_ft.errors import RecipeError, UserError
 from lola_ft.files import write_text
 from lola_ft.recipe import Recipe, load_recipe
 from lola_ft.recipe.schema import Source
+from lola_ft.repo_id import is_commit
 from lola_ft.training import run_folder
 from lola_ft.training.checkpoint import Checkpoint, checkpoints, newest_whole, remove_leftovers
 
@@ -28,7 +28,6 @@ _FREE = (
 )
 _OPTIMIZER = "train.optimizer"
 _FITTED = ("max_length", "packing")  # of the data section, to what the base can do
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NOTHING = object()
 
 
@@ -166,7 +165,7 @@ def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:
 
 def _at_commit(source: Source, stored: Source) -> Source:
     moving = source.hub is not None and source.hub == stored.hub and source.revision in (None, "main")
-    if moving and stored.revision is not None and _COMMIT.fullmatch(stored.revision):
+    if moving and is_commit(stored.revision):
         return source.model_copy(update={"revision": stored.revision})
     return source
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from lola_ft.adapters import fitting_layout
 from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.baseline.either import add_adapter, load_base, open_checkpoint, save_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TEMPLATE_FILE
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.environment import library_versions
@@ -227,7 +227,7 @@ def _prepare(
     settings = adapter_settings(recipe)
     model = add_adapter(base, settings)
     if settings.init == "loftq":
-        assert isinstance(checkpoint, Checkpoint), "loftq is refused for a dense base"
+        assert isinstance(checkpoint, BaseCheckpoint), "loftq is refused for a dense base"
         console.print(start_at_rounding_error(model, checkpoint))
     trained = count_trainable(model)
     console.print(trainable_table(trained, settings.ranks()))

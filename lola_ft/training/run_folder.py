@@ -9,12 +9,17 @@ from lola_ft.baseline.card import write_dense_card
 from lola_ft.baseline.families import FAMILIES, FAMILY_KEY
 from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
+from lola_ft.file_names import (  # noqa: F401 (the folder's names, for the rest of training)
+    ADAPTER_FOLDER,
+    CARD_FILE,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+)
 from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training.lock import LOCK_FILE, is_locked
-
-RECIPE_FILE, MANIFEST_FILE, METRICS_FILE = "recipe.yaml", "manifest.json", "metrics.jsonl"
-ADAPTER_FOLDER, CHECKPOINTS_FOLDER, CARD_FILE = "adapter", "checkpoints", "README.md"
 
 _NOTHING_YET = (
     LOCK_FILE,

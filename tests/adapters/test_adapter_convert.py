@@ -15,7 +15,7 @@ from lola_ft.adapters import load_adapter
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.model import LolaForCausalLM
@@ -25,7 +25,7 @@ E = 4
 
 @pytest.fixture
 def adapter(everything: AdapterWeights, tiny_base: Path, tmp_path: Path) -> Path:
-    everything.base, everything.base_fingerprint = "someone/lola", fingerprint(Checkpoint.open(tiny_base))
+    everything.base, everything.base_fingerprint = "someone/lola", fingerprint(BaseCheckpoint.open(tiny_base))
     return write_adapter(everything, tmp_path / "adapter", "peft")
 
 

@@ -23,7 +23,7 @@ from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.adapters.peft_model import RouterLora
 from lola_ft.adapters.selection import read_selection
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, UserError
 
 ROUNDING = 1e-5  # float32 sums in another order
@@ -309,14 +309,14 @@ def test_loftq_brings_the_4_bit_base_nearer(
     plain = (fresh("nf4")(ids).logits - expected).abs().mean()
     settings = AdapterSettings(attention_rank=16, mlp_rank=16, expert_rank=16, init="loftq", alpha=7.0)
     model = add_adapter(fresh("nf4"), settings).eval()
-    sentence = start_at_rounding_error(model, Checkpoint.open(tiny_base))
+    sentence = start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     corrected = (model(ids).logits - expected).abs().mean()
     assert corrected < 0.8 * plain
     share = float(sentence.split("takes away ")[1].split("%")[0])
     assert 15 < share < 100
     # By the book: the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
-    weight = Checkpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
+    weight = BaseCheckpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
     error = weight - linear.base_layer.dense_weight(torch.float32)
     update = linear.scaling["default"] * linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     best = torch.linalg.svdvals(error)[16:].norm()
@@ -331,12 +331,12 @@ def test_loftq_brings_the_4_bit_base_nearer(
 def test_loftq_wants_a_4_bit_base(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh(), AdapterSettings(attention_rank=2))
     with pytest.raises(UserError, match="no weight with LoRA is in 4 bit"):
-        start_at_rounding_error(model, Checkpoint.open(tiny_base))
+        start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
 
 
 def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh("nf4"), AdapterSettings(expert_rank=2, selection=SELECTION))
-    start_at_rounding_error(model, Checkpoint.open(tiny_base))
+    start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     pairs = adapter_weights(model).pairs
     assert {module.split(".experts.")[1].split(".")[0] for module in pairs if ".h.1." in module} == {"0", "2"}
     assert all(pair.b.abs().max() > 0 for pair in pairs.values())

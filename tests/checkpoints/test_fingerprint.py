@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.model import LolaForCausalLM
 
 
 def identity(path: Path) -> str:
-    return fingerprint(Checkpoint.open(path))
+    return fingerprint(BaseCheckpoint.open(path))
 
 
 def test_shards_precision_and_legacy_tensors_do_not_matter(folder: Any) -> None:

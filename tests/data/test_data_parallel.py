@@ -10,7 +10,7 @@ import pytest
 
 from lola_ft.data import Example, Template, encode
 from lola_ft.data.example import prompt_fields
-from lola_ft.data.parallel import in_order
+from lola_ft.data.parallel import map_in_order
 from lola_ft.errors import DataError
 from lola_ft.nano.tokenizer import train_tokenizer
 
@@ -22,13 +22,13 @@ def late_first(number: int) -> int:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_results_come_in_order(workers: int) -> None:
-    assert list(in_order(late_first, range(20), workers)) == list(range(20))
-    assert list(in_order(late_first, [], workers)) == []
+    assert list(map_in_order(late_first, range(20), workers)) == list(range(20))
+    assert list(map_in_order(late_first, [], workers)) == []
 
 
 def test_only_a_few_batches_are_read_ahead() -> None:
     read = itertools.count()
-    results = in_order(late_first, (next(read) for _ in range(1000)), 2)
+    results = map_in_order(late_first, (next(read) for _ in range(1000)), 2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     assert next(read) <= 8
     results.close()  # type: ignore[attr-defined]
@@ -49,9 +49,9 @@ def test_the_first_mistake_is_the_one_that_is_raised(workers: int) -> None:
 
     seen = []
     with pytest.raises(DataError, match="row 4's"):
-        seen.extend(in_order(work, items(), workers))
+        seen.extend(map_in_order(work, items(), workers))
     with pytest.raises(DataError, match="the reader's"):
-        list(in_order(late_first, items(), workers))
+        list(map_in_order(late_first, items(), workers))
 
 
 def test_one_thread_two_threads_and_a_file_give_equal_rows(tmp_path: Path) -> None:

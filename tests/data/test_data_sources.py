@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lola_ft.data import BadRows, Source, read_examples, read_rows
-from lola_ft.data.sources import _READERS, KINDS, files_of
+from lola_ft.data.source_rows import _READERS, KINDS, files_of
 from lola_ft.errors import DataError
 from lola_ft.recipe import schema
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN

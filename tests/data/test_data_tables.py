@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from lola_ft.data import BadRows, Source, read_examples, read_rows
-from lola_ft.data.sources import KINDS, files_of
+from lola_ft.data.source_rows import KINDS, files_of
 from lola_ft.errors import DataError
 
 

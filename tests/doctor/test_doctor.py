@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lola_ft.doctor import command, examine, probes
+from lola_ft.doctor import examine, probes, run_checks
 from lola_ft.doctor.check import MissingError
 from lola_ft.quantization import nf4
 from tests.conftest import Outcome
@@ -84,7 +84,7 @@ def test_no_token_is_shown(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for look in (refuse, lack):
         assert TOKEN not in examine("Hub", look, "", core=False).detail
-    monkeypatch.setattr(command, "_core", list)
+    monkeypatch.setattr(run_checks, "_core", list)
     monkeypatch.setattr(probes, "hub_answers", refuse)
     outcome = verb("doctor", "--online")
     assert outcome.code == 0, "the Hub is not core"

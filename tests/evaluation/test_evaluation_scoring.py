@@ -13,10 +13,9 @@ from lola_ft.data import Example, Template, encode, encode_texts
 from lola_ft.data.encoding import MASKED, Sequence
 from lola_ft.data.example import prompt_fields
 from lola_ft.errors import UserError
-from lola_ft.evaluation.choice import ChoiceTask, Question
-from lola_ft.evaluation.loss import LossTask
-from lola_ft.evaluation.scoring import score
-from lola_ft.evaluation.windows import windows
+from lola_ft.evaluation.choice_task import ChoiceTask, Question
+from lola_ft.evaluation.loss_task import LossTask
+from lola_ft.evaluation.scoring import score, windows
 from lola_ft.kernels import loss as kernel
 from lola_ft.opening import OpenModel, open_model
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from lola_ft.evaluation.answering import _sacrebleu, _tokenizer
+from lola_ft.evaluation.generate_task import _sacrebleu, _tokenizer
 from lola_ft.merging import merge
 from tests.conftest import Outcome, write_rows
 
@@ -248,9 +248,9 @@ def test_without_sacrebleu_its_extra_is_named(
             raise ImportError(name)
         return real(name, *arguments)
 
-    from lola_ft.evaluation import answering
+    from lola_ft.evaluation import generate_task
 
-    answering._chrf.cache_clear()
+    generate_task._chrf.cache_clear()
     assert _sacrebleu()
     monkeypatch.setattr(builtins, "__import__", without)
     outcome = verb("evaluate", tiny_base, "--data", rows_file, "--format", "alpaca", "--task", "generate")

@@ -11,7 +11,7 @@ from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError, UserError
 from lola_ft.generation import Sampling, answer_all, answer_one, conversation_ids
 from lola_ft.generation.prompts import read_prompts, request
-from lola_ft.generation.streaming import Typed
+from lola_ft.generation.streaming import TerminalStreamer
 from lola_ft.quantization import load_base
 from tests.conftest import make_base, write_rows
 
@@ -115,7 +115,7 @@ def test_a_conversation_is_tokenised_as_in_training(tokenizer) -> None:  # type:
 
 def test_text_is_streamed_by_whole_characters(tokenizer, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     text = "one ภาษา red\x1b[31m"
-    streamer, steps = Typed(tokenizer), []
+    streamer, steps = TerminalStreamer(tokenizer), []
     streamer.put(torch.tensor([[7, 8, 9]]))
     for token in encode_texts([text], tokenizer)[0]:
         streamer.put(torch.tensor([token]))

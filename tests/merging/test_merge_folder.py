@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import AdapterError, CheckpointError, UserError, WriteError
 from lola_ft.merging import merge
@@ -374,7 +374,7 @@ def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Pat
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:
     """Merged, it has its own identity, loads in 4 bit, and takes the next adapter."""
     merge(tiny_base, adapter, tmp_path / "merged", check="weights")
-    assert Checkpoint.open(tmp_path / "merged").ignored == []
+    assert BaseCheckpoint.open(tmp_path / "merged").ignored == []
     model = load_base(tmp_path / "merged", "nf4", "float32", quiet=True)
     assert model.base_fingerprint != load_base(tiny_base, None, "float32", quiet=True).base_fingerprint
     before = model(ids).logits

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lola_ft
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 
 BASE_ID, OLD, NEW = "someone/lola", "a" * 40, "b" * 40
@@ -60,7 +60,7 @@ def test_the_revision_that_the_adapter_names(
         assert done.code == 0, done.err
         return str(json.loads((tmp_path / name / "merge_report.json").read_text())["base_fingerprint"])
 
-    old, new = (fingerprint(Checkpoint.open(cached / "snapshots" / commit)) for commit in (OLD, NEW))
+    old, new = (fingerprint(BaseCheckpoint.open(cached / "snapshots" / commit)) for commit in (OLD, NEW))
     assert base_of_merge("own") == old
     # A base that the user names is taken as it stands: the revision is the other one's.
     assert base_of_merge("given", "--base", BASE_ID) == new

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.adapters.loftq import start_at_rounding_error
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging.proof import prove
 
@@ -93,7 +93,7 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     state[name] = 2 * original - state[name]
     save_file(state, file, metadata={"format": "pt"})
     sums = {key: zlib.crc32(bytes_of(tensor)) for key, tensor in state.items()}
-    base = CheckpointBase.open(Checkpoint.open(tiny_base), "base")
+    base = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base")
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         prove(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged", None, sums)
 
@@ -125,7 +125,7 @@ def test_loftq_is_merged_into_rounded_weights_alone(
 ) -> None:
     base = lola_ft.load_base(tiny_base, "nf4", "float32", "cpu", quiet=True)
     model = add_adapter(base, AdapterSettings(attention_rank=8, expert_rank=8)).eval()
-    start_at_rounding_error(model, Checkpoint.open(tiny_base))
+    start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(UserError, match=r"started at the rounding error .* Use --rounding nf4"):
         lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", rounding="base")

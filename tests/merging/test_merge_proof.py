@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lola_ft.adapters.files import read_adapter
 from lola_ft.adapters.weights import AdapterWeights
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import LOLA
@@ -31,7 +31,7 @@ EXPERT = "transformer.h.3.moe.experts.1.c_fc.weight"
 
 def reproved(base: Path, adapter: Path, merged: Path, rounding: str = "base") -> WeightProof:
     """The proof of a folder as it is now, as if it had been written so."""
-    source, stored = CheckpointBase.open(Checkpoint.open(base), rounding), read_adapter(adapter)
+    source, stored = CheckpointBase.open(BaseCheckpoint.open(base), rounding), read_adapter(adapter)
     checksums = crc_of(merged)
     return prove(source, stored, merged, None, checksums)
 
@@ -57,7 +57,7 @@ def test_a_right_merge_is_proved(
     adapter = store(weights, layout=layout)
     proof = merge(tiny_base, adapter, tmp_path / "merged", rounding=rounding, check="weights").weights
     assert proof is not None
-    held = Checkpoint.open(tiny_base).entries
+    held = BaseCheckpoint.open(tiny_base).entries
     assert (proof.tensors, proof.touched, proof.untouched) == (len(held), 30, len(held) - 30)
     assert proof.rows == 4 * 30
     assert proof.applied_once == 58
@@ -220,7 +220,7 @@ def test_an_expert_read_from_the_wrong_slice(
 
 def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged", check=False)
-    base, stored = CheckpointBase.open(Checkpoint.open(tiny_base), "base"), read_adapter(adapter)
+    base, stored = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base"), read_adapter(adapter)
     extra = next(iter(stored.entries.values()))
     stored = replace(stored, entries=stored.entries | {"base_model.model.lost.lora_A.weight": extra})
     with pytest.raises(Exception, match="lost"):
@@ -260,7 +260,7 @@ def test_factor_keys(name: str, held: list[str], targets: list[str], found: str 
 
 
 def test_checksums_are_of_what_is_written(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
-    base = CheckpointBase.open(Checkpoint.open(tiny_base), "base")
+    base = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base")
     written = write_weights(base, Deltas(read_adapter(adapter), base), tmp_path, torch.bfloat16, checksums=True)
     assert written.checksums == crc_of(tmp_path)
     assert _Sink(base, tmp_path, None, checksums=False).sums == {}

@@ -8,7 +8,7 @@ import pytest
 
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
 from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_documents, load_split, split_terms
-from lola_ft.nano.task import NAMES_PER_ROW, build_rows
+from lola_ft.nano.demo_task import NAMES_PER_ROW, build_rows
 
 PASSES = {"passes": 1, "english_passes": 2, "seed": 0}
 

@@ -189,7 +189,7 @@ def test_the_verb(tiny_base: Path, texts: Path, tmp_path: Path, verb: Callable[.
 
 def test_all_of_cldr(tmp_path: Path, verb: Callable[..., Any]) -> None:
     """Every language of the nano base's text, and each has a family or is constructed."""
-    from lola_ft.routing.families import read_languages
+    from lola_ft.routing.language_families import read_languages
 
     done = verb("routing", "texts", "--out", str(tmp_path / "cldr"))
     assert done.code == 0, done.err

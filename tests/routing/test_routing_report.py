@@ -13,8 +13,8 @@ from lola_ft.errors import UserError
 from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER
 from lola_ft.routing.descent import follow_descent, routing_distances, token_distances
 from lola_ft.routing.drift import compare
-from lola_ft.routing.families import find_language, read_languages
 from lola_ft.routing.figures import principal_components
+from lola_ft.routing.language_families import find_language, read_languages
 from lola_ft.routing.measures import flip_rate, jensen_shannon
 from lola_ft.routing.profile import Profile, save_profile
 from lola_ft.routing.profiling import profile_routing

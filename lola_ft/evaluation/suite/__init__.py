@@ -1,5 +1,5 @@
 """Benchmark suites, run by EleutherAI's lm-evaluation-harness on the native model."""
 
-from lola_ft.evaluation.suite.command import SuiteOptions, evaluate_suite
+from lola_ft.evaluation.suite.run_suite import SuiteOptions, evaluate_suite
 
 __all__ = ["SuiteOptions", "evaluate_suite"]

@@ -9,7 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from lola_ft.adapters.settings import AdapterSettings
 from lola_ft.baseline.checkpoint import MERGED_SHARD
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES
 from lola_ft.errors import CheckpointError
 from lola_ft.planning.adapter import AdapterSizes
@@ -61,6 +61,6 @@ def file_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str])
 
 def _stored_dtype(folder: Path) -> torch.dtype:
     try:
-        return Checkpoint.open(folder).dtype
+        return BaseCheckpoint.open(folder).dtype
     except CheckpointError:
         return stated_dtype(folder)

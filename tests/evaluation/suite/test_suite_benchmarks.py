@@ -8,7 +8,7 @@ import pytest
 
 from lola_ft.errors import UserError
 from lola_ft.evaluation.suite.benchmarks import LOLA_PAPER, choose, resolve, spoken
-from lola_ft.evaluation.suite.report import mean, metric_of, result_table
+from lola_ft.evaluation.suite.suite_tables import mean, metric_of, result_table
 from tests.conftest import Outcome
 
 Verb = Callable[..., Outcome]
@@ -128,8 +128,8 @@ def test_a_task_of_ones_own_runs_and_is_kept(
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")
     from lola_ft.data import Example, Template
     from lola_ft.data.example import prompt_fields
-    from lola_ft.evaluation.choice import ChoiceTask, Question
-    from lola_ft.evaluation.suite import command
+    from lola_ft.evaluation.choice_task import ChoiceTask, Question
+    from lola_ft.evaluation.suite import run_suite
     from lola_ft.opening import open_model
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -166,13 +166,13 @@ def test_a_task_of_ones_own_runs_and_is_kept(
     def never(*_: object) -> None:
         raise AssertionError("a kept task is run again")
 
-    real = command.run_task
-    monkeypatch.setattr(command, "run_task", never)
+    real = run_suite.run_task
+    monkeypatch.setattr(run_suite, "run_task", never)
     again = verb("evaluate", *models, *options)
     assert again.code == 0, again.err
     assert again.out.count("kept from") == 2
     changed = verb("evaluate", *models, *options, "--limit", "2")
     assert changed.code == 2
     assert "2 tasks failed" in changed.err, "other settings: run again"
-    monkeypatch.setattr(command, "run_task", real)
+    monkeypatch.setattr(run_suite, "run_task", real)
     assert verb("evaluate", tiny_base, *options, "--limit", "2").code == 0

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from lola_ft.data import Template
 from lola_ft.errors import UserError
-from lola_ft.evaluation.asking import Opening, ask_each
+from lola_ft.evaluation.ask_models import Opening, ask_each
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
-from lola_ft.evaluation.suite.report import plan_table, result_table
-from lola_ft.files import check_folder_target, write_text
+from lola_ft.evaluation.suite.suite_tables import plan_table, result_table
+from lola_ft.files import check_folder_target, sha256_of, write_text
 from lola_ft.opening import OpenModel
 
 Results = dict[str, dict[str, Any]]
@@ -72,7 +72,8 @@ def evaluate_suite(
     if not chosen:
         raise UserError(f"lm_eval {version} has none of the tasks: {', '.join(missing)}.")
     common = {"lm_eval": version, "limit": options.limit, "shots": options.shots}
-    common |= {"own_tasks": _sha256(Path(options.include_path), "**/*.y*ml") if options.include_path else None}
+    own_tasks = sorted(Path(options.include_path).glob("**/*.y*ml")) if options.include_path else None
+    common |= {"own_tasks": None if own_tasks is None else sha256_of(*own_tasks)}
     failures = list[str]()
 
     def ask(opened: OpenModel, _: Template) -> Results:
@@ -145,19 +146,13 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 def _identity(opened: OpenModel) -> dict[str, Any]:
     """What tells one model from another: the base's weights, the adapter's files, and how it was loaded."""
+    adapter = opened.subject.adapter
     return {
         "base_fingerprint": opened.fingerprint,
-        "adapter": _sha256(opened.subject.adapter, "adapter_*") if opened.subject.adapter else None,
+        "adapter": sha256_of(*sorted(adapter.glob("adapter_*"))) if adapter else None,
         "quantization": opened.quantization,
         "dtype": str(opened.causal.dtype).removeprefix("torch."),
     }
-
-
-def _sha256(folder: Path, files: str) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob(files)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _slug(name: str) -> str:

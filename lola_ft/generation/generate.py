@@ -16,7 +16,7 @@ from lola_ft.files import check_file_target, write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
 from lola_ft.generation.chat import chat as talk
 from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
-from lola_ft.generation.streaming import Typed
+from lola_ft.generation.streaming import TerminalStreamer
 from lola_ft.opening import OpenModel, open_model
 
 
@@ -68,7 +68,7 @@ def generate_command(
 def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
     positions = opened.model.config.n_positions
     check_room(ids, positions)
-    answer = answer_one(opened.model, opened.tokenizer, ids, sampling, Typed(opened.tokenizer))
+    answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer))
     if not answer.ended:
         cause = (
             f"the model's {positions} positions are used up"

@@ -11,7 +11,7 @@ from typing import Any
 from lola_ft.data.example import Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field, text_field
 from lola_ft.data.rows import Row
-from lola_ft.data.sources import Source
+from lola_ft.data.source import Source
 from lola_ft.errors import DataError
 
 CLASSIFY = "Name the label of the text."
@@ -43,10 +43,10 @@ def read_translation(row: Row, source: Source) -> tuple[Fields, str]:
 
 def read_pair(row: Row, source: Source) -> tuple[str, str]:
     """The two sentences, whichever is translated into which."""
-    return in_order(text_field(row, source, "source"), text_field(row, source, "target"))
+    return alphabetical(text_field(row, source, "source"), text_field(row, source, "target"))
 
 
-def in_order(one: str, other: str) -> tuple[str, str]:
+def alphabetical(one: str, other: str) -> tuple[str, str]:
     """Two texts, the first in the alphabet first."""
     return (one, other) if one <= other else (other, one)
 

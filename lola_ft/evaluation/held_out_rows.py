@@ -12,7 +12,7 @@ from lola_ft.data.fields import checked_text, found_fields
 from lola_ft.data.formats import FORMATS
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
-from lola_ft.evaluation.choice import Question
+from lola_ft.evaluation.choice_task import Question
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 CHOICES = "choices"

@@ -14,7 +14,7 @@ WEIGHT_KINDS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class BaseCheckpoint:
     """A checked checkpoint folder: its architecture and the place of each weight.
 
     Attributes:
@@ -37,7 +37,7 @@ class Checkpoint:
     omitted_prefix: str = ""
 
     @staticmethod
-    def open(path: str | Path, revision: str | None = None) -> "Checkpoint":
+    def open(path: str | Path, revision: str | None = None) -> "BaseCheckpoint":
         """Open a folder or a Hub repository (downloaded, or from the cache) and check every weight's shape.
 
         Raises:
@@ -55,7 +55,9 @@ class Checkpoint:
         }
         entries = {name: entry for name, entry in found.items() if name not in ignored}
         _check_tensors(folder, entries, architecture, config_json)
-        return Checkpoint(folder, architecture, config_json, entries, files, sorted(ignored), ignored.get(head), prefix)
+        return BaseCheckpoint(
+            folder, architecture, config_json, entries, files, sorted(ignored), ignored.get(head), prefix
+        )
 
     @property
     def family(self) -> Family:

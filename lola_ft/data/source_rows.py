@@ -1,15 +1,15 @@
-"""Where rows come from: local files, folders and globs of them, or a dataset on the Hub. Every row knows its place."""
+"""Rows of a source: of local files, folders and globs, or of a dataset on the Hub. Every row knows its place."""
 
 import difflib
 import glob
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from lola_ft.data.hub_rows import hub_rows
 from lola_ft.data.json_files import json_rows, jsonl_rows
 from lola_ft.data.rows import BadRow, Row, Rows
+from lola_ft.data.source import Source
 from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
 from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError
@@ -23,42 +23,6 @@ _READERS = {
     ".txt": text_rows,
 }
 KINDS = f"{', '.join(list(_READERS)[:-1])} and {list(_READERS)[-1]}"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One set of rows; the keys are those of a recipe's `data.sources`."""
-
-    format: str
-    path: str | None = None
-    """A file, a folder (every file of a known kind in it, at any depth) or a glob such as `data/*.jsonl`."""
-    hub: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    """Split of the Hub dataset; None is `train`."""
-    revision: str | None = None
-    streaming: bool = False
-    limit: int | None = None
-    """Rows that are read; None reads all."""
-    unit: str | None = None
-    """What a row of a .txt file is: `paragraph` (None too), `line` or `file`."""
-    language: str | None = None
-    language_column: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-    """The format's field name: the file's field name."""
-    labels: Mapping[str, str] | None = None
-    """Classification: a label as the file has it: the word for it."""
-    source_language: str | None = None
-    target_language: str | None = None
-    instruction: str | None = None
-    """Classification and translation: the request, with the format's fields in braces. Alpaca: every row's request."""
-
-    @property
-    def name(self) -> str:
-        """What messages call it: the path, or the Hub id with its split."""
-        if self.path is not None:
-            return self.path
-        return f"{self.hub}{f'/{self.subset}' if self.subset else ''}[{self.split or 'train'}]"
 
 
 def read_rows(source: Source) -> Iterator[Row]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lola_ft.checkpoints import safetensors_file
-from lola_ft.checkpoints.checkpoint import Checkpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import CheckpointError
 
@@ -127,7 +127,7 @@ def test_a_broken_checkpoint_is_refused(case: str, folder: Any) -> None:
     break_it, words = BROKEN[case]
     break_it(folder)
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(folder.path)
+        BaseCheckpoint.open(folder.path)
     message = str(caught.value)
     for part in words:
         for name in ("config_file", "weights_file", "index_file", "path"):
@@ -137,7 +137,7 @@ def test_a_broken_checkpoint_is_refused(case: str, folder: Any) -> None:
 
 
 def test_a_file_that_shrinks_after_opening_is_refused(folder: Any) -> None:
-    checkpoint = Checkpoint.open(folder.path)
+    checkpoint = BaseCheckpoint.open(folder.path)
     last = max(checkpoint, key=lambda entry: entry.start)
     cut(folder.weights_file, last.start + last.num_bytes // 2)
     with pytest.raises(CheckpointError, match="truncated"):
@@ -153,7 +153,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id(path: str, tmp_path: Path, mon
 
 def test_a_file_in_place_of_a_folder(folder: Any) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is a file; give the checkpoint's folder"):
-        Checkpoint.open(folder.weights_file)
+        BaseCheckpoint.open(folder.weights_file)
 
 
 def test_a_hub_id_that_breaks_the_rules() -> None:
@@ -166,7 +166,7 @@ def test_every_tensor_is_read_as_stored(shards: int, folder: Any) -> None:
     expected = folder.tensors
     if shards:
         folder.shard(shards)
-    checkpoint = Checkpoint.open(folder.path)
+    checkpoint = BaseCheckpoint.open(folder.path)
     assert set(checkpoint.entries) == set(expected)
     assert len(checkpoint.files) == max(shards, 1)
     places = [(entry.file, entry.start) for entry in checkpoint]
@@ -185,7 +185,7 @@ def test_a_tensor_is_cast_while_it_is_read(
     monkeypatch.setattr(safetensors_file, "_PIECE", 1000)  # so that a small tensor is read in several pieces
     folder.cast(stored)
     expected = folder.tensors
-    for entry in Checkpoint.open(folder.path):
+    for entry in BaseCheckpoint.open(folder.path):
         assert torch.equal(entry.read(wanted), expected[entry.name].to(wanted)), entry.name
 
 
@@ -193,7 +193,7 @@ def test_legacy_tensors_are_left_out_and_named(folder: Any) -> None:
     names = ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]
     legacy = [torch.ones(320, 64), torch.ones(1, 1, 64, 64, dtype=torch.bool), torch.tensor(-1e4)]
     folder.set_tensors(folder.tensors | dict(zip(names, legacy, strict=True)))
-    checkpoint = Checkpoint.open(folder.path)
+    checkpoint = BaseCheckpoint.open(folder.path)
     assert checkpoint.ignored == names
     assert not set(names) & set(checkpoint.entries)
 
@@ -203,4 +203,4 @@ def test_with_both_a_single_file_and_an_index_the_file_counts_as_in_transformers
     shutil.copy(folder.weights_file, tmp_path / "kept")
     folder.shard()
     shutil.copy(tmp_path / "kept", folder.weights_file)
-    assert Checkpoint.open(folder.path).files == [folder.weights_file]
+    assert BaseCheckpoint.open(folder.path).files == [folder.weights_file]

@@ -20,7 +20,7 @@ _BY_CHARACTER = ("ja", "th", "lo", "km", "my", "bo", "dz")
 _CHINESE = ("zh", "yue", "wuu")
 
 
-class AnswerTask:
+class GenerateTask:
     """Lets the model answer and compares with the row's answer, the last one of a conversation.
 
     Raises:

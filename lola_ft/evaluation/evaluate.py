@@ -11,14 +11,14 @@ from rich.console import Console
 from lola_ft.data import Template
 from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
-from lola_ft.evaluation.answering import AnswerTask
-from lola_ft.evaluation.asking import Opening, ask_each
-from lola_ft.evaluation.choice import ChoiceTask
+from lola_ft.evaluation.ask_models import Opening, ask_each
+from lola_ft.evaluation.choice_task import ChoiceTask
 from lola_ft.evaluation.comparison import Comparison, compare
-from lola_ft.evaluation.loss import LossTask
-from lola_ft.evaluation.plot import plot
-from lola_ft.evaluation.rows import RowOptions, read_for_scoring, read_questions
-from lola_ft.evaluation.table import NOTE, tables
+from lola_ft.evaluation.comparison_plot import plot
+from lola_ft.evaluation.comparison_table import NOTE, tables
+from lola_ft.evaluation.generate_task import GenerateTask
+from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_questions
+from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
 from lola_ft.files import check_folder_target, write_text
@@ -108,7 +108,7 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
         return ChoiceTask(read_questions(rows), options.batch_size)
     examples = read_for_scoring(rows)
     if options.task == "generate":
-        return AnswerTask(examples, options.batch_size, options.max_new_tokens or _LONGEST_ANSWER)
+        return GenerateTask(examples, options.batch_size, options.max_new_tokens or _LONGEST_ANSWER)
     return LossTask(examples, options.batch_size, options.stride)
 
 
