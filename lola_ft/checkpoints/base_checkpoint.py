@@ -55,9 +55,8 @@ class BaseCheckpoint:
         }
         entries = {name: entry for name, entry in found.items() if name not in ignored}
         _check_tensors(folder, entries, architecture, config_json)
-        return BaseCheckpoint(
-            folder, architecture, config_json, entries, files, sorted(ignored), ignored.get(head), prefix
-        )
+        left_out = sorted(ignored)
+        return BaseCheckpoint(folder, architecture, config_json, entries, files, left_out, ignored.get(head), prefix)
 
     @property
     def family(self) -> Family:

@@ -316,8 +316,8 @@ class Architecture:
         """Why input embeddings and output head cannot have LoRA."""
         embeddings, head = self.tied_modules
         return (
-            f"{self.family.title}'s embeddings ({embeddings}) and output head ({head}) are one tensor, so two updates of "
-            "it contradict each other and could not be merged."
+            f"{self.family.title}'s embeddings ({embeddings}) and output head ({head}) are one tensor, so two updates "
+            "of it contradict each other and could not be merged."
         )
 
     @cached_property

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lola_ft.card import CardFacts, render_card
+from lola_ft.families import GPT2, LOLA
 
 MANIFEST: dict[str, Any] = {
     "recipe": {
@@ -39,6 +40,7 @@ def facts(**changes: Any) -> CardFacts:
         "location": "user/lola-sw",
         "published": True,
         "base": "dice-research/lola_v1",
+        "family": LOLA,
         "base_revision": "main",
         "layout": "peft",
         "stock_peft": True,
@@ -121,3 +123,12 @@ def test_a_pinned_base_is_loaded_as_pinned() -> None:
     assert 'load_base("dice-research/lola_v1", revision="abc", quantization="nf4")' in render_card(
         facts(base_revision="abc")
     )
+
+
+def test_a_card_of_another_family_claims_nothing_of_lola() -> None:
+    card = ModelCard(render_card(facts(base="some/gpt2", family=GPT2)))
+    assert "license" not in card.data.to_dict()
+    assert card.data.tags == ["lola_ft", "lora"]
+    assert "CC BY" not in card.text
+    assert "The base's licence holds" in card.text
+    assert "what LOLA is" not in card.text
