@@ -39,7 +39,8 @@ from lola_ft.recipe.names import OBJECTIVE_FORMATS
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""The form of a commit on the Hub: a revision that cannot move."""
 _DECIDES_NO_ROW = ("packing", "language_temperature", "max_per_language", "max_repeats")
 _LIBRARIES = ("lola-ft", "tokenizers", "jinja2", "babel", "pyarrow", "datasets")
 _MOST_THREADS = 4  # more only wait: tokenising uses all cores by itself
@@ -198,7 +199,7 @@ def rows_key(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
 ) -> str | None:
     """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
-    if any(source.hub and not _COMMIT.fullmatch(source.revision or "") for source in _all_sources(data)):
+    if any(source.hub and not COMMIT.fullmatch(source.revision or "") for source in _all_sources(data)):
         return None
     settings = {key: value for key, value in data.model_dump(mode="json").items() if key not in _DECIDES_NO_ROW}
     words = tokenizer.backend_tokenizer.to_str()
@@ -230,8 +231,5 @@ def _hashes(data: Data) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
