@@ -18,6 +18,7 @@ from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.prompt_template import Template
 from lola_ft.errors import AdapterError, UserError
+from lola_ft.families import Architecture, Sizes, architecture_of
 from lola_ft.file_names import MANIFEST_FILE, MERGE_REPORT_FILE, RECIPE_FILE
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.quantization.cache import is_cache
@@ -67,6 +68,15 @@ class OpenModel:
     def causal(self) -> PreTrainedModel:
         """The language model itself, with an adapter's wrappers inside it where there is one."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def architecture(self) -> Architecture:
+        """The base's family and sizes."""
+        return architecture_of(self.model.config)
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.architecture.sizes
 
     @property
     def quantization(self) -> str:

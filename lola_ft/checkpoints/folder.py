@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lola_ft.errors import CheckpointError
 from lola_ft.file_names import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
-from lola_ft.repo_id import is_repo_id
+from lola_ft.repo_id import is_commit, is_repo_id
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
@@ -41,6 +41,14 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{text}: not a folder here, and the Hub cannot be reached ({reason}).") from error
+
+
+def commit_of(path: str | Path, folder: Path) -> str | None:
+    """Return the commit of a base on the Hub from the folder that it was resolved to; None of a local folder.
+
+    The Hub's cache names a snapshot's folder after its commit.
+    """
+    return folder.name if not Path(path).exists() and is_commit(folder.name) else None
 
 
 def text_folder(model: str, revision: str) -> Path:

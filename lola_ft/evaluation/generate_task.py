@@ -52,7 +52,7 @@ class GenerateTask:
         """
         prompts = [conversation_ids(example, template, opened.tokenizer) for example in self.examples]
         for example, ids in zip(self.examples, prompts, strict=True):
-            check_room(ids, opened.model.config.n_positions, f"{example.where}: the prompt")
+            check_room(ids, opened.sizes.positions, f"{example.where}: the prompt")
         found = dict(answer_all(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size))
         answers = [found[place] for place in range(len(prompts))]
         pairs = list(zip(answers, self.examples, strict=True))

@@ -43,7 +43,7 @@ class LossTask:
         Raises:
             UserError: A stride that leaves no context; a tokenizer that does not keep every byte.
         """
-        _check_stride(self.stride, opened.model.config.n_positions)
+        _check_stride(self.stride, opened.sizes.positions)
         bits, loss = list[tuple[float, int]](), list[tuple[float, int]]()
         for chunk in _chunks(self.examples):
             rows = list(tokenize(chunk, opened.tokenizer, template, opened.tokenizer.eos_token_id))

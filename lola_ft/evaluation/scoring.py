@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
+from lola_ft.families import architecture_of
 from lola_ft.kernels.loss import label_nats
 
 Floats = NDArray[np.float64]
@@ -38,7 +39,7 @@ def score(model: Any, sequences: Sequence[Tokens], batch_size: int = 8, stride: 
     Args:
         stride: Of the windows over sequences longer than the model's positions; half of these if not given.
     """
-    positions = model.config.n_positions
+    positions = architecture_of(model.config).sizes.positions
     pieces = list(_pieces(sequences, positions, stride or positions // 2))
     order = sorted(range(len(pieces)), key=lambda number: len(pieces[number].ids))
     nats: dict[int, Floats] = {}
@@ -69,7 +70,7 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
     ids_BS = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in batch])
     labels_BS = torch.tensor([piece.labels + [MASKED] * (width - len(piece.labels)) for piece in batch])
     device = causal.lm_head.weight.device
-    x_BSD = causal.transformer(ids_BS.to(device), use_cache=False).last_hidden_state
+    x_BSD = causal.base_model(ids_BS.to(device), use_cache=False).last_hidden_state
     nats_N = label_nats(x_BSD, causal.lm_head.weight, labels_BS.to(device)).double().cpu().numpy()
     return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
 

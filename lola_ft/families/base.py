@@ -326,6 +326,15 @@ class Architecture:
         beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
         return (*self.family.lora_groups, *beside)
 
+    def group_of(self, name: str) -> str | None:
+        """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
+        own = _WRAPPERS.sub("", name.partition(".lora_")[0].partition(".parametrizations.")[0])
+        return self._groups.get(own) or self._groups.get(own.rpartition(".")[0])
+
+    @cached_property
+    def _groups(self) -> dict[str, str]:
+        return {place.module: place.group for place in self.places.values()}
+
     def kind_of(self, name: str) -> Place | None:
         """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""
         return self._kinds.get(_without_numbers(name))
@@ -357,6 +366,10 @@ class Architecture:
                 f"no {lacks}. It has {', '.join(known)}. Remove the key{'s' if len(missing) > 1 else ''}, or choose "
                 "another base."
             )
+
+
+_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
+"""What PEFT puts into the names of modules."""
 
 
 def _without_numbers(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lola_ft.errors import DataError, UserError
+from lola_ft.families import architecture_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def answer_all(
         A prompt's place and its answer, in the order in which they are done.
     """
     _seed(sampling)
-    for places in _batches(prompts, model.config.n_positions - sampling.max_new_tokens, batch_size):
+    positions = architecture_of(model.config).sizes.positions
+    for places in _batches(prompts, positions - sampling.max_new_tokens, batch_size):
         batch = [prompts[place] for place in places]
         yield from zip(places, _answer_batch(model, tokenizer, batch, sampling), strict=True)
 
@@ -118,13 +120,14 @@ def _answer_batch(
         raise UserError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
     pad = eos if pad is None else pad
     width = max(map(len, prompts))
+    sizes = architecture_of(model.config).sizes
     for ids in prompts:
-        check_room(ids, model.config.n_positions)
-    unnamed = list(range(len(tokenizer), model.config.vocab_size))  # rows that only round the vocabulary up
+        check_room(ids, sizes.positions)
+    unnamed = list(range(len(tokenizer), sizes.vocab))  # rows that only round the vocabulary up
     generated = model.generate(
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]).to(model.device),
-        max_new_tokens=min(sampling.max_new_tokens, model.config.n_positions - width),
+        max_new_tokens=min(sampling.max_new_tokens, sizes.positions - width),
         eos_token_id=eos,
         pad_token_id=pad,
         use_cache=True,

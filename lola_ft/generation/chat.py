@@ -7,6 +7,7 @@ from typing import Any
 from lola_ft.data import Template
 from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.errors import UserError
+from lola_ft.families import architecture_of
 from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
 from lola_ft.generation.prompts import conversation_ids, request
 from lola_ft.generation.streaming import TerminalStreamer
@@ -46,7 +47,9 @@ def chat(
             said = []
         elif line:
             fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
-            said, ids = _fitting(said, fields, template, tokenizer, model.config.n_positions, sampling)
+            said, ids = _fitting(
+                said, fields, template, tokenizer, architecture_of(model.config).sizes.positions, sampling
+            )
             given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer))
             if not given.ended:
                 print(f"(cut after {given.tokens} tokens)", file=sys.stderr)

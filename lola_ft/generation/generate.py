@@ -60,13 +60,13 @@ def generate_command(
         rows = [entry.row for entry in asked]
         ids_of = [conversation_ids(entry.example, template_used, opened.tokenizer) for entry in asked]
         for entry, ids in zip(asked, ids_of, strict=True):
-            check_room(ids, opened.model.config.n_positions, f"{entry.example.where}: the prompt")
+            check_room(ids, opened.sizes.positions, f"{entry.example.where}: the prompt")
         answers = _answered(opened, ids_of, sampling, batch_size)
     _write(rows, answers, out, printed=prompt is not None)
 
 
 def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
-    positions = opened.model.config.n_positions
+    positions = opened.sizes.positions
     check_room(ids, positions)
     answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer))
     if not answer.ended:

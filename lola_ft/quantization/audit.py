@@ -1,31 +1,26 @@
 """What is in a model, by part and by format: parameters and bytes. Silence about a dense expert is the enemy."""
 
-import re
-
 import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
-from lola_ft.families import architecture_of
+from lola_ft.families import Architecture, architecture_of
 from lola_ft.families.parts import Audit, part_of_group
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
-
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 
 
 def audit(model: nn.Module) -> Audit:
     """Count every parameter and every scale of a model, tied weights once."""
     result = Audit()
     config = getattr(model, "config", None)  # a part of a model has none: what has no place counts as embeddings
-    places = architecture_of(config).places if config else {}
-    groups = {place.module: place.group for place in places.values()}
+    architecture = architecture_of(config) if config else None
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                _count(result, _part_of(f"{module_name}.{name}", groups), module, name, tensor)
+                _count(result, _part_of(f"{module_name}.{name}", architecture), module, name, tensor)
     return result
 
 
@@ -48,21 +43,15 @@ def _is_four_bit(module: nn.Module, name: str) -> bool:
     return isinstance(module, NF4Linear | NF4Experts) and getattr(module, name).dtype == torch.uint8
 
 
-def _part_of(name: str, groups: dict[str, str]) -> str:
-    """The part that a parameter or buffer belongs to, by its name in the model.
-
-    Args:
-        groups: Of the base's modules, by their names in memory.
-    """
+def _part_of(name: str, architecture: Architecture | None) -> str:
+    """The part that a parameter or buffer belongs to, by its name in the model."""
     if "lora_" in name:
         return "adapter"
     if ".trained_bias." in name:
         return "biases"
     if name.startswith("score."):
         return "head"
-    group = groups.get(_WRAPPERS.sub("", name.partition(".parametrizations.")[0]).rpartition(".")[0])
-    if group is None:
-        group = groups.get(_WRAPPERS.sub("", name.partition(".parametrizations.")[0]), "embeddings")
+    group = (architecture and architecture.group_of(name)) or "embeddings"
     return "adapter" if group == "router" and ".modules_to_save." in name else part_of_group(group)
 
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
+from lola_ft.checkpoints.folder import commit_of
 from lola_ft.checkpoints.safetensors_file import read_ahead
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
@@ -74,25 +75,45 @@ def load_base(
                 f"{path}: only the 4-bit form of this base is here, which takes no head; give the original."
             )
         return _load_quantized(Path(path), quantization, torch_dtype, target)
-    checkpoint = BaseCheckpoint.open(path, revision)
+    return load_checkpoint(
+        BaseCheckpoint.open(path, revision), path, quantization, torch_dtype, target, quiet, head, num_labels
+    )
+
+
+def load_checkpoint(
+    checkpoint: BaseCheckpoint,
+    path: str | Path,
+    quantization: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quiet: bool = False,
+    head: str = CAUSAL_LM,
+    num_labels: int = 2,
+) -> Any:
+    """Load a base that is open already; arguments and errors as for `load_base`.
+
+    Args:
+        path: What the user called it: a folder or a Hub id.
+    """
+    quantization = known_quantization(quantization)
     checkpoint.check_tied_head()
     base_fingerprint = fingerprint(checkpoint)
     architecture = checkpoint.architecture
     if head != CAUSAL_LM:
         architecture.config.num_labels = num_labels
-    model = _build(architecture, head, quantization, torch_dtype, target)
-    cached = quantization and matching_cache(source_identity(checkpoint, base_fingerprint, torch_dtype))
+    model = _build(architecture, head, quantization, dtype, device)
+    cached = quantization and matching_cache(source_identity(checkpoint, base_fingerprint, dtype))
     if cached:
-        read_cache(model, cached, target)
+        read_cache(model, cached, device)
     else:
-        _stream(model, checkpoint, torch_dtype, target)
-    _finish(model, checkpoint.folder, torch_dtype, target)
+        _stream(model, checkpoint, dtype, device)
+    _finish(model, checkpoint.folder, dtype, device)
     model.config._name_or_path = str(path)
     model.base_id = "" if Path(path).exists() else str(path)  # a local path would mean nothing to others
-    model.base_revision = revision if model.base_id and revision != "main" else None
+    model.base_revision = commit_of(path, checkpoint.folder)
     model.base_fingerprint = base_fingerprint
     if not quiet:
-        title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {target}"
+        title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {device}"
         Console().print(audit(model).table(title))
     return model
 

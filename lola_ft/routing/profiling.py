@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lola_ft.data import Template
 from lola_ft.errors import UserError
+from lola_ft.families import architecture_of
 from lola_ft.model.router import route
 from lola_ft.opening import OpenModel, open_model
 from lola_ft.routing.profile import About, Profile
@@ -56,10 +57,8 @@ def profile_routing(
         raise UserError("--template does nothing to format text, which has no prompt. Leave it out.")
     sources = sources_of(data, format, language_column, unit)
     opened = open_model(model, base, revision, quantization, device=device)
-    backbone = _backbone(opened.model)
-    if not hasattr(backbone.config, "num_experts"):
-        raise UserError(f"{model}: a dense model ({backbone.config.model_type}) has no experts to profile.")
-    positions = backbone.config.n_positions
+    opened.architecture.require({str(model): "experts"})
+    positions = opened.sizes.positions
     if max_length is not None and not 1 <= max_length <= positions:
         raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")
     rendered = opened.template if template is None and opened.template else Template.load(template or "alpaca")
@@ -69,16 +68,16 @@ def profile_routing(
 
 def about_model(opened: OpenModel, max_length: int) -> About:
     """What a profile says of its model."""
-    config = opened.causal.config
+    sizes = opened.sizes
     return About(
         model=opened.subject.name,
         kind=opened.subject.kind,
         base_fingerprint=opened.fingerprint,
         quantization=opened.quantization,
-        layers=tuple(filter(config.is_moe_layer, range(config.n_layer))),
-        hidden_size=config.n_embd,
-        inner_size=config.n_inner,
-        vocab_size=config.vocab_size,
+        layers=sizes.moe_layers,
+        hidden_size=sizes.hidden,
+        inner_size=sizes.expert_inner,
+        vocab_size=sizes.vocab,
         max_length=max_length,
     )
 
@@ -87,7 +86,7 @@ def about_model(opened: OpenModel, max_length: int) -> About:
 def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED) -> Profile:
     """Profile a model in memory, with the adapter that is active on it."""
     backbone = _backbone(model).eval()
-    tally = _Tally(len(about.layers), backbone.config.num_experts, sample, backbone.wte.weight.device)
+    tally = _Tally(len(about.layers), architecture_of(model.config).num_experts, sample, backbone.device)
     for window in _windows(texts):
         tally.expect(window)
         for batch in _batches(window):
@@ -193,7 +192,7 @@ class _Tally:
 
 def _backbone(model: Any) -> Any:
     """The layers without the head, with an adapter's wrappers where there is one."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).transformer
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
 def _windows(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int]]]:

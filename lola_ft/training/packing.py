@@ -1,4 +1,4 @@
-"""What a trainer reads, ready before it is built: sequences packed into rows, or as they are; mapped, not in memory.
+"""Sequences packed into rows, or as they are, ready before a trainer is built; mapped, not in memory.
 
 TRL would prepare its data by itself and keep the result in memory: packed rows, and a copy of sequences that are cut
 already and that it goes through one by one. Here packed rows are written to disk and mapped, and TRL is told
@@ -14,6 +14,8 @@ from trl import pack_dataset
 
 from lola_ft.data.encoded_cache import new_folder, table_file
 from lola_ft.data.table_store import map_table
+from lola_ft.recipe import Recipe
+from lola_ft.training.dataset import RunData
 
 READY = {"skip_prepare_dataset": True}
 """TRL's `dataset_kwargs` for datasets that come from here."""
@@ -24,7 +26,7 @@ _BATCH = 1000
 
 
 def ready(dataset: Dataset, packing: bool, max_length: int) -> Dataset:
-    """The rows of sequences that are encoded and cut, as TRL would prepare them."""
+    """Return the rows of sequences that are encoded and cut, as TRL would prepare them."""
     return pack(dataset, max_length) if packing else with_something_to_learn(dataset)
 
 
@@ -49,7 +51,7 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
 
 
 def _mapped(file: Path, packed: Dataset) -> Dataset:
-    """The rows of a file that will be removed: nothing in the dataset may refer to its name.
+    """Return the rows of a file that will be removed: nothing in the dataset may refer to its name.
 
     A dataset of `datasets`' own mapping would open the file again in another process, and derive files beside it.
     """
@@ -57,13 +59,31 @@ def _mapped(file: Path, packed: Dataset) -> Dataset:
 
 
 def with_something_to_learn(dataset: Dataset) -> Dataset:
-    """The sequences but those of a single token, which nothing precedes; of all others a token is learned."""
+    """Leave out sequences of a single token, which nothing precedes; of all others a token is learned."""
     lengths = sequence_lengths(dataset)
     return dataset if (lengths > 1).all() else dataset.select(np.flatnonzero(lengths > 1))
 
 
+def filling_line(rows: Dataset, data: RunData, recipe: Recipe) -> str:
+    """Say how many rows are trained on, and how full of tokens a row or a micro batch is.
+
+    Args:
+        rows: What the trainer reads: `data`, packed if the recipe says so.
+    """
+    sequences, tokens = len(data.mix.dataset), data.mix.tokens
+    if recipe.data.packing:
+        full = tokens / (len(rows) * recipe.data.max_length)
+        return f"{sequences:,} sequences are packed into {len(rows):,} rows, {full:.1%} full."
+    line = f"{sequences:,} sequences, {tokens / sequences:.0f} tokens each on average, not packed"
+    if recipe.objective != "sft":
+        return f"{line}."
+    micro = recipe.train.micro_batch_size
+    share = share_of_tokens(sequence_lengths(rows), micro, recipe.train.seed)
+    return f"{line}. Of micro batches of {micro}, {share:.1%} is tokens and not padding."
+
+
 def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> float:
-    """The share of tokens in padded micro batches, as long as their longest sequence each.
+    """Return the share of tokens in padded micro batches, as long as their longest sequence each.
 
     Args:
         lengths: Tokens of each sequence (N,), N at least 1; they are put into a random order.
@@ -76,7 +96,7 @@ def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> fl
 
 
 def sequence_lengths(dataset: Dataset, column: str = "input_ids") -> np.ndarray:
-    """Tokens of each row in a column of token ids, in the dataset's order."""
+    """Return the tokens of each row in a column of token ids, in the dataset's order."""
     tables = dataset.select_columns(column).with_format("arrow").iter(_BATCH)
     lengths = [chunk.value_lengths().to_numpy() for table in tables for chunk in table[column].chunks]
     return np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)

@@ -2,29 +2,21 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from rich.console import Console
+from transformers import PretrainedConfig
 
-from lola_ft.baseline.checkpoint import read_dense_config
-from lola_ft.baseline.families import FAMILIES, family_in
-from lola_ft.checkpoints.folder import text_folder
-from lola_ft.checkpoints.tokenizer import load_tokenizer
-from lola_ft.model.tokenizer import read_config
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
-from lola_ft.planning.dense.config import DenseConfig
 from lola_ft.planning.kinds import kind_of
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
-from lola_ft.training.adapter import adapter_settings
-from lola_ft.training.fit_base import fit_base
-from lola_ft.training.length import fit_length
+from lola_ft.training.base_model import OpenBase, adapter_settings, planning_config
 from lola_ft.training.precision import choose_precision
-from lola_ft.training.steps import estimate_steps
+from lola_ft.training.setup import estimate_steps, fit_to_base, read_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,29 +33,26 @@ class DataFacts:
     longest: int
 
 
-def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True) -> None:
+def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True) -> None:
     """Print a recipe's peak memory by part, its steps, the sizes of its files, and what to change if it does not fit.
 
     Args:
         gpu: Memory of a GPU, such as `8GB`; None for this machine's own, or its CPU.
         as_json: Print one JSON object.
-        read_data: Read local data for the number of steps and the longest row.
+        with_data: Read local data for the number of steps and the longest row.
 
     Raises:
         UserError: For a size that is none, a base without config, or data that cannot be used.
     """
     console = Console()
     device, limit = target_machine(gpu)
-    folder = text_folder(recipe.base.model, recipe.base.revision)
-    config = read_dense_config(folder) if family_in(folder) else read_config(folder)
-    notes = Console(stderr=True)
-    recipe = fit_length(fit_base(recipe, config, notes), config, notes)
-    facts, note = _read_data(recipe, folder, config) if read_data else (None, "The data was not read (--no-data).")
-    job = job_of(recipe, config, device, facts.longest if facts else None)
+    recipe, base = fit_to_base(recipe, Console(stderr=True))
+    facts, note = _facts_of_data(recipe, base) if with_data else (None, "The data was not read (--no-data).")
+    job = job_of(recipe, base.config, device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
-    merged = kind_of(job.config).merged_files(folder, job.config, None)
+    merged = kind_of(job.config).merged_files(base.folder, job.config, None)
     if as_json:
         print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
         return
@@ -77,7 +66,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def advice(recipe: Recipe, config: Any, longest: int | None = None) -> str:
+def advice(recipe: Recipe, config: PretrainedConfig, longest: int | None = None) -> str:
     """For a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
 
     Args:
@@ -108,7 +97,7 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
     return "cpu", psutil.virtual_memory().total
 
 
-def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None) -> Job:
+def job_of(recipe: Recipe, config: PretrainedConfig, device: str, longest: int | None = None) -> Job:
     """What the planner needs to know of a recipe.
 
     Args:
@@ -120,7 +109,7 @@ def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None)
     if device == "cpu" or torch.cuda.is_available():
         dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
     return Job(
-        config=DenseConfig.of(config) if config.model_type in FAMILIES else config,
+        config=planning_config(config),
         settings=adapter_settings(recipe),
         quantization=None if recipe.base.quantization == "none" else recipe.base.quantization,
         dtype=dtype,
@@ -137,18 +126,15 @@ def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None)
     )
 
 
-def _read_data(recipe: Recipe, folder: Path, config: Any) -> tuple[DataFacts | None, str]:
-    """The data's numbers; or None, and why."""
+def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, str]:
+    """Return the data's numbers; or None, and why."""
     data = recipe.data
     validation = data.validation if isinstance(data.validation, list) else []
     if remote := [source.hub for source in [*data.sources, *validation] if source.hub]:
         return None, f"The data was not read: {remote[0]} is on the Hub."
-    if not any(folder.glob("tokenizer*")):
-        return None, f"The data was not read: {folder} holds no tokenizer."
-    # Here, so that plans without data do without what reads it.
-    from lola_ft.training.dataset import prepare
-
-    mixed = prepare(data, load_tokenizer(folder, config), recipe.train.seed).mix
+    if not any(base.folder.glob("tokenizer*")):
+        return None, f"The data was not read: {base.folder} holds no tokenizer."
+    mixed = read_data(recipe, base)[2].mix
     longest = mixed.tokens if data.packing else _longest(mixed.dataset)
     return DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length)), ""
 

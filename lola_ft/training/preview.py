@@ -10,15 +10,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
-from lola_ft.baseline.either import read_config
-from lola_ft.checkpoints.folder import text_folder
-from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.encoding import MASKED
 from lola_ft.recipe import Recipe
-from lola_ft.training.data_report import print_report
-from lola_ft.training.dataset import pin, prepare
-from lola_ft.training.fit_base import fit_base
-from lola_ft.training.length import fit_length
+from lola_ft.training.reports.tables import print_report
+from lola_ft.training.setup import fit_to_base, read_data
 
 if TYPE_CHECKING:
     from lola_ft.data import Encoded
@@ -41,11 +36,7 @@ def preview(recipe: Recipe, examples: int, languages: int, console: Console | No
         UserError: As a run would, for anything wrong with the recipe's data or the base's tokenizer.
     """
     console = console or Console()
-    folder = text_folder(recipe.base.model, recipe.base.revision)
-    config = read_config(folder)
-    recipe = fit_length(fit_base(recipe, config, console), config, console)
-    tokenizer = load_tokenizer(folder, config)
-    data = prepare(pin(recipe.data), tokenizer, recipe.train.seed)
+    recipe, tokenizer, data = read_data(*fit_to_base(recipe, console))
     print_report(data, console)
     for line in length_lines(data.train, recipe.data.max_length):
         console.print(line, markup=False, highlight=False)

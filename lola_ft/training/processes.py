@@ -14,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object, reduce, set_seed
 
 from lola_ft.errors import UserError
-from lola_ft.quantization.load import default_device
 
 T = TypeVar("T")
 
@@ -46,9 +45,9 @@ def join() -> torch.device:
                 f"accelerate is set to {name}: {reason}. In 4 bit the whole base fits on each GPU, so choose plain "
                 "data parallelism: `accelerate launch --multi_gpu finetune.py RECIPE`."
             )
-    cpu = default_device().type == "cpu" or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return torch.device("cpu") if cpu else default_device()
+        return torch.device("cpu" if cpu else "cuda")
     return PartialState(cpu=cpu, timeout=_TIMEOUT).device
 
 

@@ -1,30 +1,38 @@
-"""The run folder: who may write there, the manifest, the model card's draft."""
+"""The run folder: its files' names, and who may write there. A file lock keeps one folder to one run.
 
-import json
+The system releases the lock with the process that holds it, however that ends.
+"""
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from lola_ft.adapters.files import read_adapter
-from lola_ft.baseline.card import write_dense_card
-from lola_ft.baseline.families import FAMILIES, FAMILY_KEY
-from lola_ft.card import CardFacts, render_card
 from lola_ft.errors import UserError
-from lola_ft.file_names import (  # noqa: F401 (the folder's names, for the rest of training)
-    ADAPTER_FOLDER,
-    CARD_FILE,
-    CHECKPOINTS_FOLDER,
-    MANIFEST_FILE,
-    METRICS_FILE,
-    RECIPE_FILE,
-)
-from lola_ft.files import write_text
-from lola_ft.repo_id import is_repo_id
-from lola_ft.training.lock import LOCK_FILE, is_locked
+from lola_ft.file_names import CARD_FILE, MANIFEST_FILE, RECIPE_FILE
 
-_NOTHING_YET = (
-    LOCK_FILE,
-    f".{RECIPE_FILE}.partial",
-)  # what is left of a run that was killed before its recipe was there
+LOCK_FILE = ".lock"
+
+_NOTHING_YET = (LOCK_FILE, f".{RECIPE_FILE}.partial")
+"""The files of a run that was killed before its recipe was there."""
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Refuse an output folder in which nothing can be written, before any work is done. Nothing is left behind.
+
+    Raises:
+        UserError: The folder, or the nearest folder above it that exists, takes no file.
+    """
+    place = output.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _unwritable(output, error) from error
 
 
 def refuse_taken(output: Path) -> None:
@@ -46,32 +54,80 @@ def refuse_taken(output: Path) -> None:
     raise UserError(f"{output}: already holds a run. {go_on}{choose} another `output`, or remove that folder first.")
 
 
+def take_folder(output: Path, held: contextlib.ExitStack) -> None:
+    """Lock the folder of a new run until `held` is closed; a folder that holds anything is refused."""
+    held.enter_context(lock_folder(output))
+    refuse_taken(output)
+
+
 def is_finished(output: Path) -> bool:
-    """Whether a run has written all that it writes; the card is the last."""
+    """Say whether a run has written everything that it writes; the card is the last."""
     return (output / MANIFEST_FILE).exists() and (output / CARD_FILE).exists()
 
 
-def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json` whole or not at all."""
-    write_text(output / MANIFEST_FILE, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+@contextlib.contextmanager
+def lock_folder(output: Path) -> Iterator[None]:
+    """Hold the folder for this process; it is made if it does not exist.
+
+    Raises:
+        UserError: Another process trains there, or nothing can be written there.
+    """
+    path = output / LOCK_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_locked(path)
+    except BlockingIOError:
+        raise UserError(
+            f"{output}: {_holder(path)} is training here. Wait for it, or choose another `output`."
+        ) from None
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held: a process that waits for this file finds out that it is gone
+        os.close(descriptor)
 
 
-def write_card(output: Path, manifest: dict[str, Any]) -> None:
-    """Write the run's README from its manifest alone."""
-    base = manifest["recipe"]["base"]
-    if family := FAMILIES.get(manifest["base"].get(FAMILY_KEY)):
-        write_dense_card(output, manifest, family, base["model"])
-        return
-    facts = CardFacts(
-        title=output.name,
-        kind="adapter",
-        location=ADAPTER_FOLDER,
-        published=False,
-        base=base["model"],
-        base_revision=base["revision"] if is_repo_id(base["model"]) else None,
-        layout=manifest["layout"],
-        stock_peft=read_adapter(output / ADAPTER_FOLDER).loads_with_stock_peft,
-        manifest=manifest,
-        files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
-    )
-    write_text(output / CARD_FILE, render_card(facts))
+def is_locked(output: Path) -> bool:
+    """Say whether a run is going on in a folder; nothing is written to find out."""
+    try:
+        descriptor = os.open(output / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _open_locked(path: Path) -> int:
+    """Open and lock the file; again, if another process removed it between opening and locking."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        return f"process {int(path.read_text(encoding='ascii'))}"
+    return "another process"
+
+
+def _unwritable(output: Path, error: OSError) -> UserError:
+    return UserError(f"{output}: cannot be written to ({error.strerror}). Choose another `output`.")

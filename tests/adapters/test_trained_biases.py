@@ -25,7 +25,7 @@ from lola_ft.errors import AdapterError
 from lola_ft.families import architecture_of
 from lola_ft.quantization import load_base
 from lola_ft.quantization.audit import audit
-from lola_ft.training.trainables import count_trainable
+from lola_ft.training.reports.tables import count_trainable
 from tests.adapters.test_stock_peft import PARITY, load_stock
 
 D, F, E = 64, 128, 4  # of the tiny base; MoE layers 1 and 3

@@ -20,7 +20,7 @@ from lola_ft.quantization import NF4Linear
 from lola_ft.quantization.nf4 import quantize
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.metrics import read_metrics
+from lola_ft.training.reports.metrics import read_metrics
 from tests.baseline.conftest import write_recipe
 
 KINDS = ("gpt2", "bloom")

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from lola_ft.environment import hardware, library_versions
 from lola_ft.merging import merge
 from lola_ft.recipe import Recipe, render_recipe
-from lola_ft.training import run_folder
+from lola_ft.training.reports.manifest import write_card, write_manifest
 
 
 def _fake_hub_module() -> Any:
@@ -96,8 +96,8 @@ def run(tiny_adapter: Path, tiny_base: Path, rows_file: Path, tmp_path: Path) ->
         "energy": {"kwh": 0.125},
     }
     (folder / "recipe.yaml").write_text(render_recipe(recipe))
-    run_folder.write_manifest(folder, manifest)
-    run_folder.write_card(folder, manifest)
+    write_manifest(folder, manifest)
+    write_card(folder, manifest)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 3.0}) + "\n")
     (folder / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
     (folder / "checkpoints" / "step-3").mkdir(parents=True)

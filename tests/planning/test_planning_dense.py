@@ -25,7 +25,7 @@ from lola_ft.planning.dense.config import DenseConfig
 from lola_ft.planning.dense.files import dense_adapter, dense_merged_files
 from lola_ft.planning.dense.workspace import dense_backward_work
 from lola_ft.quantization import audit
-from lola_ft.training.arguments import _OPTIMIZERS
+from lola_ft.training.trainers.arguments import _OPTIMIZERS
 from tests.baseline.conftest import make_dense
 from tests.planning.conftest import Batch, job_of, make_batch
 

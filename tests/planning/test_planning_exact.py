@@ -14,7 +14,7 @@ from lola_ft.planning import Job, predict
 from lola_ft.planning.base import base_audit
 from lola_ft.planning.merged import merged_files
 from lola_ft.quantization import audit, load_base
-from lola_ft.training.arguments import _OPTIMIZERS
+from lola_ft.training.trainers.arguments import _OPTIMIZERS
 from tests.conftest import make_base
 from tests.planning.conftest import Batch, adapted, make_batch
 

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 from lola_ft.baseline.either import add_adapter, load_base
 from lola_ft.planning.kinds import kind_of
 from lola_ft.recipe import load_recipe
-from lola_ft.training.adapter import adapter_settings
-from lola_ft.training.arguments import training_arguments
+from lola_ft.training.base_model import adapter_settings
 from lola_ft.training.dataset import prepare
 from lola_ft.training.plan import job_of
 from lola_ft.training.precision import choose_precision
-from lola_ft.training.preference import DpoTrainer, KtoTrainer
+from lola_ft.training.trainers.arguments import training_arguments
+from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer
 from tests.baseline.conftest import make_dense
 from tests.conftest import Outcome, write_rows
 from tests.training.conftest import recipe_dict

@@ -13,7 +13,11 @@ from typing import Any
 import torch
 
 from lola_ft.cli import main
-from lola_ft.training import checkpoint, metrics, resumable, run, stopping
+from lola_ft.training import run
+from lola_ft.training.callbacks import stop_request
+from lola_ft.training.checkpointing import checkpoint, contents
+from lola_ft.training.reports import metrics
+from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
 def run_verb(arguments: list[str], folder: str, moment: str = "", step: int = 0, act: str = "kill") -> None:
@@ -99,12 +103,15 @@ MOMENTS: dict[str, Callable[[int, Callable[[], None]], None]] = {
         metrics.MetricsFile, "on_log", lambda _self, _args, state, *_, **__: state.global_step == step, act
     ),
     "substep": lambda step, act: _after(
-        resumable.ResumableTrainer, "training_step", lambda self, *_, **__: self.state.global_step == step, act
+        RunTrainer, "training_step", lambda self, *_, **__: self.state.global_step == step, act
     ),
     "evaluating": lambda step, act: _after(
-        stopping.StopRequest, "on_prediction_step", lambda _self, _args, state, *_, **__: state.global_step == step, act
+        stop_request.StopRequest,
+        "on_prediction_step",
+        lambda _self, _args, state, *_, **__: state.global_step == step,
+        act,
     ),
-    "state written": lambda step, act: _after(resumable, "write_state", _in_folder(step), act),
+    "state written": lambda step, act: _after(contents, "write_state", _in_folder(step), act),
     "sums written": lambda step, act: _after(checkpoint, "_write_sums", _in_folder(step), act),
     "renamed": lambda step, act: _after(
         checkpoint, "checkpoints", lambda folder: (folder / f"step-{step}").exists(), act

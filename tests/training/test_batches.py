@@ -13,11 +13,11 @@ from lola_ft.data import encode_texts
 from lola_ft.model import LolaForCausalLM
 from lola_ft.recipe import load_recipe
 from lola_ft.recipe.schema import Recipe
-from lola_ft.training.arguments import training_arguments
 from lola_ft.training.dataset import RunData, prepare
 from lola_ft.training.packing import ready
 from lola_ft.training.precision import choose_precision
-from lola_ft.training.trainer import LolaTrainer
+from lola_ft.training.trainers.arguments import training_arguments
+from lola_ft.training.trainers.sft import SftTrainer
 
 EOS = 5
 TURNS = ["Moja?", "One.", "Mbili?", "Two.", "Tatu?", "Three."]
@@ -47,7 +47,7 @@ def feed(recipe: Recipe, base: Path, tokenizer: Any, folder: Path) -> tuple[RunD
     arguments = training_arguments(recipe, folder, precision, device, steps=1, evaluate=False)
     model = LolaForCausalLM.from_pretrained(base)
     rows = ready(data.mix.dataset, recipe.data.packing, recipe.data.max_length)
-    trainer = LolaTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = SftTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     return data, list(trainer.get_train_dataloader())
 
 

@@ -10,7 +10,7 @@ from lola_ft.kernels import loop_products
 from lola_ft.model import layers
 from lola_ft.recipe import load_recipe
 from lola_ft.training import precision
-from lola_ft.training.metrics import read_metrics
+from lola_ft.training.reports.metrics import read_metrics
 from lola_ft.training.run import train
 
 

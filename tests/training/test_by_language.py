@@ -16,9 +16,9 @@ from lola_ft.data.source import Source
 from lola_ft.opening import open_model
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.alarm import Alarm
-from lola_ft.training.forgetting import Forgetting
-from lola_ft.training.metrics import MetricsFile, read_metrics
+from lola_ft.training.callbacks.alarm import Alarm
+from lola_ft.training.callbacks.loss_guards import Forgetting
+from lola_ft.training.reports.metrics import MetricsFile, read_metrics
 from tests.conftest import alpaca_rows, write_rows
 
 WEIGHTS = Path("adapter/adapter_model.safetensors")
@@ -189,9 +189,9 @@ def test_same_recipe_same_manifest(recipe_file: Callable[..., Path], tmp_path: P
 def test_a_tracker_that_is_not_installed_is_refused(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lola_ft.training import trackers
+    from lola_ft.training import optional_packages
 
-    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    monkeypatch.setattr(optional_packages, "find_spec", lambda _: None)
     outcome = verb("train", recipe_file(train={"report_to": ["wandb", "tensorboard"]}))
     assert outcome.code == 2
     assert "train.report_to: wandb and tensorboard are not installed" in outcome.err

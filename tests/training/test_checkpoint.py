@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import UserError
-from lola_ft.training.checkpoint import checkpoints, newest_whole, remove_leftovers, write_checkpoint
-from lola_ft.training.rng import rng_state, set_rng_state, untouched_rng
-from lola_ft.training.state_file import read_state, write_state
+from lola_ft.training.checkpointing.checkpoint import checkpoints, newest_whole, remove_leftovers, write_checkpoint
+from lola_ft.training.checkpointing.rng import rng_state, set_rng_state, untouched_rng
+from lola_ft.training.checkpointing.state_file import read_state, write_state
 
 
 def same(one: Any, other: Any) -> bool:

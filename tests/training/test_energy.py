@@ -10,7 +10,7 @@ import pytest
 
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.state_file import read_state
+from lola_ft.training.checkpointing.state_file import read_state
 
 pytest.importorskip("codecarbon")
 

@@ -8,7 +8,7 @@ import torch
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.adapters.expert_lora import ParamWrapper
-from lola_ft.training.first_step import FirstStepCheck
+from lola_ft.training.callbacks.gradient_check import GradientCheck
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def model(tiny_base: Path) -> torch.nn.Module:
 
 
 def step(model: torch.nn.Module, labels_from: int) -> str:
-    check = FirstStepCheck(model)
+    check = GradientCheck(model)
     ids = torch.arange(6, 36).view(1, 30)
     labels = ids.clone()
     labels[:, :labels_from] = -100

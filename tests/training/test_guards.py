@@ -21,16 +21,16 @@ from lola_ft.model.layers import LolaMoe
 from lola_ft.quantization import load_base
 from lola_ft.recipe import load_recipe
 from lola_ft.routing.measures import largest_share, load_entropy
-from lola_ft.training import nonfinite, train
-from lola_ft.training.alarm import Alarm
-from lola_ft.training.batch_rows import documents_of, find_rows
-from lola_ft.training.best import Best
+from lola_ft.training import train
+from lola_ft.training.callbacks.alarm import Alarm
+from lola_ft.training.callbacks.best_evaluation import BestEvaluation
+from lola_ft.training.callbacks.loss_guards import LossSpike, spike_limit
+from lola_ft.training.callbacks.router_guards import ENTROPY, SHARE, RouterCollapse, RouterLoad, RouterProbe
 from lola_ft.training.dataset import training_examples
-from lola_ft.training.loss_spike import LossSpike, spike_limit
-from lola_ft.training.metrics import MetricsFile, read_metrics
-from lola_ft.training.router_load import ENTROPY, SHARE, RouterCollapse, RouterLoad
-from lola_ft.training.router_probe import RouterProbe
-from lola_ft.training.trainer import LolaTrainer
+from lola_ft.training.reports.metrics import MetricsFile, read_metrics
+from lola_ft.training.trainers import nonfinite_steps
+from lola_ft.training.trainers.batch_rows import documents_of, find_rows
+from lola_ft.training.trainers.sft import SftTrainer
 from tests.conftest import alpaca_rows, write_rows
 
 WEIGHTS = Path("adapter/adapter_model.safetensors")
@@ -38,15 +38,15 @@ WEIGHTS = Path("adapter/adapter_model.safetensors")
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the loss of some steps' first micro batch NaN, with the gradients that follow."""
-    original = LolaTrainer.compute_loss
+    original = SftTrainer.compute_loss
 
-    def compute_loss(self: LolaTrainer, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self: SftTrainer, *args: Any, **kwargs: Any) -> Any:
         loss = original(self, *args, **kwargs)
-        first = not self._micro_batches
+        first = not self.nonfinite.micro_batches
         bad = self.model.training and first and self.state.global_step + 1 in steps
         return loss * float("nan") if bad else loss
 
-    monkeypatch.setattr(LolaTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(SftTrainer, "compute_loss", compute_loss)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(
@@ -97,8 +97,8 @@ def test_too_many_in_a_row_end_the_run_and_name_the_rows(
 ) -> None:
     poison(monkeypatch, {2, 3})
     fed: list[list[tuple[int, ...]]] = []
-    documents = nonfinite.documents_of
-    monkeypatch.setattr(nonfinite, "documents_of", lambda inputs: fed.append(documents(inputs)) or fed[-1])
+    documents = nonfinite_steps.documents_of
+    monkeypatch.setattr(nonfinite_steps, "documents_of", lambda inputs: fed.append(documents(inputs)) or fed[-1])
     rows = write_rows(tmp_path / "rows.jsonl", [row | {"input": f"{i}"} for i, row in enumerate(alpaca_rows(40))])
     sources = [{"path": str(rows), "format": "alpaca", "language_column": "language"}]
     data = {"sources": sources, "template": "plain", "max_length": 40, "packing": packing}
@@ -124,8 +124,11 @@ def test_a_spike_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for step, loss in enumerate(losses, start=1):
         state = TrainerState(global_step=step)
         if step == 14:  # as after a resume
-            stored, guard = guard.state(), LossSpike(6.0, Alarm("loss_spike", MetricsFile(tmp_path / "metrics.jsonl")))
-            guard.restore(json.loads(json.dumps(stored)))
+            stored, guard = (
+                guard.state_dict(),
+                LossSpike(6.0, Alarm("loss_spike", MetricsFile(tmp_path / "metrics.jsonl"))),
+            )
+            guard.load_state_dict(json.loads(json.dumps(stored)))
         guard.on_log(None, state, TrainerControl(), {"loss": loss})
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [13, 16]
     assert "Step 13: the loss is 4" in capsys.readouterr().err
@@ -241,7 +244,7 @@ def test_documents_of_a_batch_and_their_rows(recipe_file: Callable[..., Path]) -
 
 
 def test_best_follows_the_evaluations_of_training_alone() -> None:
-    best, control = Best(patience=2, min_delta=0.1), TrainerControl()
+    best, control = BestEvaluation(patience=2, min_delta=0.1), TrainerControl()
 
     def evaluate(step: int, loss: float) -> None:
         best.on_evaluate(None, TrainerState(global_step=step), control, {"eval_loss": loss})
@@ -252,8 +255,8 @@ def test_best_follows_the_evaluations_of_training_alone() -> None:
     for step, loss in ((1, 3.0), (2, float("nan")), (3, 2.5), (4, 2.45), (4, 2.45)):
         evaluate(step, loss)
     assert (best.step, best.value, best.stopped) == (3, 2.5, False)
-    again = Best(patience=2, min_delta=0.1)
-    again.restore(json.loads(json.dumps(best.state())))
+    again = BestEvaluation(patience=2, min_delta=0.1)
+    again.load_state_dict(json.loads(json.dumps(best.state_dict())))
     best = again
     best.on_train_begin(None, TrainerState(), control)
     evaluate(5, 2.6)

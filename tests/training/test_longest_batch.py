@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from lola_ft.errors import UserError
 from lola_ft.recipe import load_recipe
-from lola_ft.training import longest_batch, train
-from lola_ft.training.longest_batch import explained_out_of_memory, longest_rows
-from lola_ft.training.trainer import LolaTrainer
+from lola_ft.training import train
+from lola_ft.training.callbacks import longest_batch
+from lola_ft.training.callbacks.longest_batch import explained_out_of_memory, longest_rows
+from lola_ft.training.trainers.sft import SftTrainer
 from tests.conftest import write_rows
 
 
@@ -49,7 +50,7 @@ def test_training_is_bit_equal_with_and_without_the_trial(
     tried: list[tuple[int, int]] = []
     whole = longest_batch.try_longest_batch
 
-    def watched(trainer: LolaTrainer, optimizer: str) -> int:
+    def watched(trainer: SftTrainer, optimizer: str) -> int:
         longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
         tried.append((whole(trainer, optimizer), longest))
         return tried[-1][0]
@@ -111,8 +112,8 @@ def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
         assert comes or objective == "dpo", "KTO's rows stay in order"
         assert (list(model.peft_config), model.active_adapter, trainer.ref_model) == (["default"], "default", None)
         assert all(parameter.grad is None for parameter in model.parameters())
-        assert (trainer._micro_batches, dict(trainer._metrics["train"])) == ([], {})
-        assert (trainer.tokens_seen, trainer.own_tokens, trainer._total_train_tokens) == (0, 0, 0)
+        assert (trainer.nonfinite.micro_batches, dict(trainer._metrics["train"])) == ([], {})
+        assert (trainer.run.tokens_seen, trainer.run.own_tokens, trainer._total_train_tokens) == (0, 0, 0)
         return tokens
 
     monkeypatch.setattr(longest_batch, "try_longest_batch", watched)
@@ -127,7 +128,7 @@ def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
 def test_running_out_of_memory_is_explained_with_settings_to_try(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(trainer: LolaTrainer, optimizer: str) -> int:  # noqa: ARG001
+    def no_memory(trainer: SftTrainer, optimizer: str) -> int:  # noqa: ARG001
         return torch.empty(1 << 60, dtype=torch.uint8).numel()
 
     monkeypatch.setattr(longest_batch, "try_longest_batch", no_memory)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lola_ft.errors import UserError, WriteError
-from lola_ft.training.metrics import MetricsFile
-from lola_ft.training.plots import plot_loss
+from lola_ft.training.reports.metrics import MetricsFile
+from lola_ft.training.reports.plots import plot_loss
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from transformers import Trainer, TrainingArguments
 from lola_ft.errors import UserError
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.names import OPTIMIZERS
-from lola_ft.training.arguments import _OPTIMIZERS
-from lola_ft.training.optimizers import PACKAGES, refuse_missing_optimizer
+from lola_ft.training.optional_packages import OPTIMIZER_PACKAGES, refuse_missing_optimizer
+from lola_ft.training.trainers.arguments import _OPTIMIZERS
 from tests.conftest import Outcome
 
 OFFERED = [name for name in OPTIMIZERS if not list(unsupported.find({"train": {"optimizer": name}}))]
@@ -26,14 +26,14 @@ def test_an_optimiser_is_there_or_refused(name: str, tmp_path: Path) -> None:
     if made:
         refuse_missing_optimizer(name)
         return
-    with pytest.raises(UserError, match=f"train.optimizer: {name} needs the module {PACKAGES.get(name)}"):
+    with pytest.raises(UserError, match=f"train.optimizer: {name} needs the module {OPTIMIZER_PACKAGES.get(name)}"):
         refuse_missing_optimizer(name)
 
 
 def test_a_missing_package_is_said_before_anything_is_written(
     recipe_file: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(PACKAGES, "adafactor", "no_such_module")
+    monkeypatch.setitem(OPTIMIZER_PACKAGES, "adafactor", "no_such_module")
     for dry_run in ([], ["--dry-run"]):
         outcome = verb("train", recipe_file(train={"optimizer": "adafactor"}), *dry_run)
         assert outcome.code == 2

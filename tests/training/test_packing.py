@@ -18,8 +18,9 @@ from lola_ft.data.encoding import dataset_of
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root
 from lola_ft.model import LolaForCausalLM
-from lola_ft.training import packing, run
+from lola_ft.training import packing
 from lola_ft.training.packing import pack, ready, sequence_lengths, share_of_tokens
+from lola_ft.training.trainers import build
 
 
 def sequences(count: int) -> Dataset:
@@ -85,14 +86,14 @@ def test_a_run_trains_and_evaluates_on_mapped_rows(
     packs: bool,
 ) -> None:
     seen: list[bool] = []
-    original = run.add_guards
+    original = build.add_guards
 
     def look(trainer: Any, *others: Any) -> None:
         seen.extend(is_mapped(rows) for rows in (trainer.train_dataset, *trainer.eval_dataset.values()))
         assert trainer.padding_free == packs
         original(trainer, *others)
 
-    monkeypatch.setattr(run, "add_guards", look)
+    monkeypatch.setattr(build, "add_guards", look)
     outcome = verb("train", recipe_file(data={"packing": packs, "validation": 0.3}, train={"max_steps": 1}))
     assert outcome.code == 0, outcome.err
     assert len(seen) > 1

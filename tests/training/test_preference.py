@@ -19,11 +19,10 @@ from lola_ft.data import Source, Template, encode_judged, read_examples
 from lola_ft.errors import DataError, RecipeError
 from lola_ft.quantization import load_base
 from lola_ft.recipe import load_recipe
-from lola_ft.training import preference
-from lola_ft.training.arguments import training_arguments
 from lola_ft.training.dataset import prepare
 from lola_ft.training.precision import choose_precision
-from lola_ft.training.preference import DpoTrainer, KtoTrainer
+from lola_ft.training.trainers.arguments import training_arguments
+from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer
 from tests.conftest import Outcome, write_rows
 from tests.training.conftest import recipe_dict
 
@@ -257,10 +256,9 @@ def test_rows_of_a_batch_that_is_not_finite_are_named(
     verb: Callable[..., Outcome],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = preference._Judged.compute_loss
-    monkeypatch.setattr(
-        preference._Judged, "compute_loss", lambda self, *args, **kwargs: original(self, *args, **kwargs) * math.nan
-    )
+    kind = DpoTrainer if objective == "dpo" else KtoTrainer
+    original = kind.compute_loss
+    monkeypatch.setattr(kind, "compute_loss", lambda self, *args, **kwargs: original(self, *args, **kwargs) * math.nan)
     outcome = verb("train", str(recipe_of(objective, grad_accum_steps=1)), "guards.max_nonfinite=1")
     assert outcome.code == 2
     [held] = re.findall(r"The last batch held (.*?)\. Look", outcome.err)

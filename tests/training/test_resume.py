@@ -18,8 +18,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from lola_ft.training import run
-from lola_ft.training.lock import LOCK_FILE, lock_folder
-from lola_ft.training.state_file import read_state
+from lola_ft.training.checkpointing.state_file import read_state
+from lola_ft.training.run_folder import LOCK_FILE, lock_folder
 from tests.training.conftest import recipe_dict
 from tests.training.resume_child import run_verb
 
@@ -150,6 +150,22 @@ def test_asked_to_stop_saves_and_goes_on(
     resumed = run_child(recipe, "--resume")
     assert f"Going on from step {saved[5:]}" in resumed.out
     assert_same_run(recipe.parent / "run", whole)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_done_later_counts_for_early_stopping(
+    tmp_path: Path, tiny_base: Path, rows_file: Path
+) -> None:
+    """No evaluation is better than the first by so much, so the third ends the run."""
+    stopping = {"metric": "eval_loss", "patience": 2, "min_delta": 100.0}
+    changes = {"train": {"max_steps": 16, "save_every": 0, "eval_every": 4, "early_stopping": stopping}}
+    whole, cut = (write_recipe(tmp_path / name, tiny_base, rows_file, **changes) for name in ("whole", "cut"))
+    assert run_child(whole).code == 0
+    assert run_child(cut, moment="evaluating", step=4, act="ctrl-c").code == 130
+    resumed = run_child(cut, "--resume")
+    assert resumed.code == 0, resumed.out
+    assert json.loads((cut.parent / "run" / "manifest.json").read_text())["results"]["steps"] == 12
+    assert metrics(cut.parent / "run") == metrics(whole.parent / "run")
 
 
 @pytest.mark.slow
@@ -419,6 +435,19 @@ def test_a_folder_that_cannot_be_written(killed_run: Path, verb: Callable[..., A
     outcome = verb("train", killed_run, "output=/proc/run", "--resume")
     assert outcome.code == 2
     assert "/proc/run: cannot be written to" in outcome.err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--resume",), ("--dry-run",)])
+def test_a_folder_that_cannot_be_written_is_found_before_the_base(
+    recipe: Path, tmp_path: Path, verb: Callable[..., Any], arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    before = snapshot(tmp_path)
+    for output in ("/proc/run", f"{tmp_path / 'file'}/deeper/run"):
+        outcome = verb("train", recipe, f"output={output}", "base.model=./no-such-base", *arguments)
+        assert outcome.code == 2
+        assert f"{output}: cannot be written to" in outcome.err.replace("\n", "")
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.slow

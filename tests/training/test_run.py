@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lola_ft
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
-from lola_ft.training.metrics import read_metrics
+from lola_ft.training.reports.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

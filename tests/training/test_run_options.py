@@ -16,10 +16,10 @@ import lola_ft
 from lola_ft.adapters.files import read_adapter
 from lola_ft.recipe import load_recipe
 from lola_ft.training import processes, train
-from lola_ft.training.arguments import training_arguments
-from lola_ft.training.lora_plus import raise_rate_of_b
-from lola_ft.training.metrics import read_metrics
 from lola_ft.training.precision import choose_precision
+from lola_ft.training.reports.metrics import read_metrics
+from lola_ft.training.trainers.arguments import training_arguments
+from lola_ft.training.trainers.run_trainer import raise_rate_of_b
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": {"attention": {"rank": 4}, "experts": {"rank": 2}, "variant": "dora"}},

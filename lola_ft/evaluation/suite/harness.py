@@ -61,7 +61,7 @@ def harness_model(opened: OpenModel, batch_size: int) -> Any:
         tokenizer=opened.tokenizer,
         backend="causal",
         batch_size=batch_size,
-        max_length=opened.causal.config.n_positions,
+        max_length=opened.sizes.positions,
         add_bos_token=False,
         prefix_token_id=opened.tokenizer.eos_token_id,
     )

@@ -1,0 +1,60 @@
+"""The guards that a recipe asks for, put on a trainer. Their states are part of its checkpoints.
+
+loss_guards.py      a loss that jumps, languages that the model forgets
+router_guards.py    a router that collapses, choices of experts that change
+best_evaluation.py  when to stop early, which checkpoint to keep
+Steps that are not finite are the trainer's own matter: `trainers/nonfinite_steps.py`.
+"""
+
+from transformers import TrainerCallback
+
+from lola_ft.families import architecture_of
+from lola_ft.recipe.schema import Guards, Train
+from lola_ft.training.callbacks.alarm import Alarm
+from lola_ft.training.callbacks.best_evaluation import BestEvaluation
+from lola_ft.training.callbacks.loss_guards import Forgetting, LossSpike
+from lola_ft.training.callbacks.router_guards import RouterCollapse, RouterLoad, RouterProbe
+from lola_ft.training.reports.metrics import MetricsFile
+from lola_ft.training.trainers.run_trainer import RunTrainer
+from lola_ft.training.trainers.sft import SftTrainer
+
+
+def add_guards(trainer: RunTrainer, guards: Guards, train: Train, metrics: MetricsFile) -> None:
+    """Put on what the recipe asks for.
+
+    Guards of routers and languages, which look at tokens of one kind, are for text and answers, not for preferences.
+
+    Args:
+        trainer: With its adapter as it is before the first step.
+    """
+
+    def add(name: str, guard: TrainerCallback) -> None:
+        trainer.run.kept[name] = guard
+        trainer.add_callback(guard)
+
+    if guards.loss_spike:
+        add("loss_spike", LossSpike(guards.loss_spike, Alarm("loss_spike", metrics)))
+    routed = architecture_of(trainer.model.config).family.routing is not None
+    if isinstance(trainer, SftTrainer):
+        if routed and guards.router_collapse != "off":
+            trainer.router_load = trainer.run.kept["router_load"] = RouterLoad(trainer.model)
+            add("router_collapse", _collapse_guard(trainer, guards, Alarm("router_collapse", metrics)))
+        if routed and guards.router_flips:
+            trainer.router_probe = RouterProbe(trainer.model, trainer.processing_class)
+        if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
+            add("forgetting", Forgetting(trainer.evaluate, guards.forgetting, Alarm("forgetting", metrics)))
+    if train.early_stopping or train.keep_best:
+        trainer.run.best = _best_evaluation(train)
+        add("best", trainer.run.best)
+
+
+def _collapse_guard(trainer: SftTrainer, guards: Guards, alarm: Alarm) -> RouterCollapse:
+    stop, num_experts = guards.router_collapse == "stop", architecture_of(trainer.model.config).num_experts
+    return RouterCollapse(guards.min_load_entropy, guards.max_load_share, num_experts, stop, alarm)
+
+
+def _best_evaluation(train: Train) -> BestEvaluation:
+    stopping = train.early_stopping
+    if stopping is None:
+        return BestEvaluation(keep=train.keep_best)
+    return BestEvaluation(stopping.metric, stopping.patience, stopping.min_delta, keep=train.keep_best)

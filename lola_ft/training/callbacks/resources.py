@@ -1,0 +1,128 @@
+"""What a run takes: the most memory that it has held, and the energy of training. Both end up in the manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from lola_ft.training import processes
+from lola_ft.training.run_state import RunState
+
+_STATUS = Path("/proc/self/status")
+_HOW = {
+    "intel_rapl": "CPU: measured (RAPL)",
+    "windows_emi": "CPU: measured (energy meter interface)",
+    "intel_power_gadget": "CPU: measured (Power Gadget)",
+    "cpu_load": "CPU: estimated from the load and a nominal power of {tdp} W, as no RAPL counter can be read",
+    "constant": "CPU: estimated from a nominal power of {tdp} W, as no RAPL counter can be read",
+}
+
+_WHOSE = {False: "CPU and memory of this process alone", True: "everything on the main process's machine"}
+
+
+class PeakMemory(TrainerCallback):
+    """Reads the process's memory after every step; a GPU keeps its own record."""
+
+    def __init__(self) -> None:
+        self._anonymous = 0.0
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self._anonymous = max(self._anonymous, process_mb().get("RssAnon", 0.0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section of the manifest, in MB."""
+        found: dict[str, Any] = {}
+        if process_mb():
+            found["anonymous_mb"] = round(max(self._anonymous, process_mb()["RssAnon"]), 1)
+            found["resident_mb"] = round(process_mb()["VmHWM"], 1)
+        how = {
+            "anonymous_mb": "largest RssAnon that Linux tells of the process after a step",
+            "resident_mb": "VmHWM that Linux tells of the process, pages of mapped files included",
+        }
+        if torch.cuda.is_available():
+            found["gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            how["gpu_mb"] = "torch.cuda.max_memory_allocated"
+        return found | {"measured": {key: how[key] for key in found}}
+
+
+class EnergyMeter(TrainerCallback):
+    """Measures with codecarbon, offline, while training runs; what was used before a resume is added."""
+
+    def __init__(self, country: str, run: RunState) -> None:
+        """Prepare to measure.
+
+        Args:
+            country: ISO 3166 code of three letters.
+            run: Has the number of tokens.
+        """
+        self.country, self._run = country, run
+        self._before = {"kwh": 0.0, "g_co2": 0.0}
+        self._tracker: Any = None
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        from codecarbon import OfflineEmissionsTracker
+
+        self._tracker = OfflineEmissionsTracker(
+            country_iso_code=self.country,
+            save_to_file=False,
+            save_to_api=False,
+            tracking_mode="process" if processes.count() == 1 else "machine",
+            allow_multiple_runs=True,
+            log_level="critical",
+        )
+        self._tracker.start()
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        self._tracker.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what training has used until now."""
+        if self._tracker is None:
+            return dict(self._before)
+        if (now := getattr(self._tracker, "final_emissions_data", None)) is None:  # it is still measuring
+            self._tracker.flush()
+            now = self._tracker._prepare_emissions_data()
+        return {
+            "kwh": self._before["kwh"] + now.energy_consumed,
+            "g_co2": self._before["g_co2"] + now.emissions * 1000,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = dict(state)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the section of the manifest."""
+        used = self.state_dict()
+        hardware = self._tracker._hardware
+        return {
+            "kwh": round(used["kwh"], 9),
+            "g_co2": round(used["g_co2"], 6),
+            "kwh_per_million_tokens": round(used["kwh"] / max(self._run.tokens_seen, 1) * 1e6, 9),
+            "country": self.country,
+            "grid_g_co2_per_kwh": round(used["g_co2"] / max(used["kwh"], 1e-30), 1),
+            "measured": "; ".join([*map(_how, hardware), _WHOSE[processes.count() > 1], "codecarbon, offline"]),
+        }
+
+
+def memory_now() -> str:
+    """Return what is held now, for the progress bar; "" where the system does not say."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.memory_allocated() / 2**30:.1f}G"
+    return f"{process_mb()['VmRSS'] / 1024:.1f}G" if process_mb() else ""
+
+
+def process_mb() -> dict[str, float]:
+    """Read sizes from /proc/self/status in MB, by their names there; {} where there is none (not Linux)."""
+    if not _STATUS.exists():
+        return {}
+    lines = (line.split() for line in _STATUS.read_text(encoding="utf-8").splitlines())
+    return {fields[0].rstrip(":"): int(fields[1]) / 1024 for fields in lines if fields[-1] == "kB"}
+
+
+def _how(part: Any) -> str:
+    """Say how a part's energy is found."""
+    name = type(part).__name__
+    if name == "CPU":
+        return _HOW.get(part._mode, f"CPU: {part._mode}").format(tdp=part._tdp)
+    return {"RAM": "memory: estimated from its size", "GPU": "GPU: measured (NVML)"}.get(name, name)

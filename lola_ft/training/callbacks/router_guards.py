@@ -1,0 +1,169 @@
+"""Guards of the routers: how training's tokens are spread over the experts, a warning when a router collapses, and how
+many tokens of a fixed text go to other experts than in the base.
+
+Shapes: T tokens, M MoE layers, E experts.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback, TrainerState
+
+from lola_ft.data import encode_texts
+from lola_ft.errors import UserError
+from lola_ft.families import architecture_of
+from lola_ft.model.layers import LolaMoe
+from lola_ft.model.router import route
+from lola_ft.routing.measures import dead_experts, flip_rate, largest_share, load_entropy
+from lola_ft.training import processes
+from lola_ft.training.callbacks.alarm import Alarm
+
+ENTROPY, SHARE, DEAD = "router_load_entropy", "router_largest_share", "router_dead_experts"
+_ENOUGH = 32  # tokens an expert; fewer say little about the load
+PROBE = (
+    "The river rises in the mountains and reaches the sea after three hundred kilometres.",
+    "Mto huu unaanzia milimani na kufika baharini baada ya kilomita mia tatu.",
+    "Der Fluss entspringt im Gebirge und mündet nach dreihundert Kilometern ins Meer.",
+    "Река начинается в горах и через триста километров впадает в море.",
+    "ينبع النهر من الجبال ويصل إلى البحر بعد ثلاثمائة كيلومتر.",
+    "नदी पहाड़ों से निकलती है और तीन सौ किलोमीटर बाद समुद्र में मिलती है।",
+    "这条河发源于山区,流经三百公里后入海。",
+    "川は山から流れ出て、三百キロメートル先で海に注ぐ。",
+    "def area(width, height):\n    return width * height  # in square metres",
+)
+"""The text of the probe, in several scripts."""
+
+
+class RouterLoad:
+    """Counts where training's real tokens go; the counts stay on the device until they are read.
+
+    Attributes:
+        layers: Numbers of the MoE layers.
+        counts_ME: Tokens since they were last read.
+        token_mask_T: Which tokens of the coming forward pass are real; None if all are.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        found = [(name, module) for name, module in model.named_modules() if isinstance(module, LolaMoe)]
+        self.layers = [int(re.findall(r"\.h\.(\d+)\.", name)[-1]) for name, _ in found]
+        assert found, "a LOLA model has MoE layers"
+        shape, device = (len(found), model.config.num_experts), found[0][1].gate.weight.device
+        self.counts_ME = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.token_mask_T: Tensor | None = None
+        self._fresh = False
+        for place, (_, moe) in enumerate(found):
+            moe.register_forward_pre_hook(self._before)
+            moe.register_forward_hook(self._counter(place))
+
+    def read(self) -> dict[str, float]:
+        """Return the measures for a log line, the worst layer first, then each by its layer; the counts begin again."""
+        counts_ME = processes.summed(self.counts_ME.clone()).cpu()
+        if not counts_ME.sum(dim=1).all():
+            return {}
+        self.counts_ME.zero_()
+        entropy_M, share_M = load_entropy(counts_ME), largest_share(counts_ME)
+        dead_M = dead_experts(counts_ME).sum(dim=1)
+        line = {
+            "router_min_entropy": entropy_M.min().item(),
+            "router_max_share": share_M.max().item(),
+            "router_dead": int(dead_M.sum()),
+            "router_tokens": int(counts_ME[0].sum()),
+        }
+        for name, values in ((ENTROPY, entropy_M), (SHARE, share_M), (DEAD, dead_M)):
+            line |= {f"{name}/{layer}": round(v, 4) for layer, v in zip(self.layers, values.tolist(), strict=True)}
+        return line
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts_ME}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts_ME.copy_(state["counts"])
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note whether this pass is a first one: one that is given choices repeats another (gradient checkpointing)."""
+        repeats = len(args) > 1 and bool(args[1])
+        self._fresh = module.training and not repeats
+
+    def _counter(self, place: int) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+            if not self._fresh:
+                return
+            expert_ids_T, mask_T = route(output[1].detach()).expert_ids_T, self.token_mask_T
+            ones_T = torch.ones_like(expert_ids_T) if mask_T is None else mask_T.to(torch.int64)
+            self.counts_ME[place].index_add_(0, expert_ids_T, ones_T)
+
+        return count
+
+
+class RouterCollapse(TrainerCallback):
+    """Warns, or ends the run, when a layer's load falls below an entropy or on one expert."""
+
+    def __init__(self, min_entropy: float, max_share: float, num_experts: int, stop: bool, alarm: Alarm) -> None:
+        self.min_entropy, self.max_share, self.num_experts = min_entropy, max_share, num_experts
+        self.stop, self._alarm = stop, alarm
+
+    def on_log(self, _args: object, state: TrainerState, _control: object, logs: dict[str, Any], **_: object) -> None:
+        if logs.get("router_tokens", 0) < _ENOUGH * self.num_experts:
+            return
+        for key in [key for key in logs if key.startswith(f"{ENTROPY}/")]:
+            layer = key.partition("/")[2]
+            entropy, share = logs[key], logs[f"{SHARE}/{layer}"]
+            collapsed = entropy < self.min_entropy or share > self.max_share
+            text = (
+                f"the router of layer {layer} has collapsed: one expert gets {share:.1%} of the tokens, the load's "
+                f"entropy is {entropy:.2f} (1 is even)."
+            )
+            mend = "Raise router.aux_loss, lower train.learning_rate, or set router.mode: frozen."
+            said = self._alarm.update(state.global_step, layer, collapsed, f"{text} {mend}")
+            if said and self.stop:
+                raise UserError(
+                    f"step {state.global_step}: {text} guards.router_collapse is stop, so the run ends here; earlier "
+                    f"checkpoints are as they were. {mend}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._alarm.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._alarm.load_state_dict(state)
+
+
+class RouterProbe:
+    """Remembers which experts the base chooses for a text; made before anything is trained.
+
+    A frozen router changes its choices too, as what it reads drifts: LoRA in earlier layers moves the hidden states.
+    """
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._model = model
+        longest = architecture_of(model.config).sizes.positions
+        self._texts = [ids[:longest] for ids in encode_texts(list(PROBE), tokenizer)]
+        # PEFT switches gradients off with an adapter, and on with it: those of weights trained otherwise stay as set.
+        learns = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._base_TM = self._choices(model.disable_adapter())
+        for parameter, requires_grad in learns.items():
+            parameter.requires_grad_(requires_grad)
+
+    def flip_rate(self) -> float:
+        """Return the share of tokens, over all MoE layers, that go to another expert now."""
+        return flip_rate(self._base_TM, self._choices(nullcontext())).mean().item()
+
+    def _choices(self, within: AbstractContextManager[Any]) -> Tensor:
+        """Return the expert ids (T, M) of the whole probe, one text after the other."""
+        backbone = self._model.get_base_model().base_model
+        modules = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+        with within, torch.no_grad():
+            chosen = []
+            for ids in self._texts:
+                ids_BS = torch.tensor([ids], device=backbone.device)
+                logits = backbone(ids_BS, use_cache=False, output_router_logits=True).router_logits
+                chosen.append(torch.stack([logits_TE.argmax(dim=-1) for logits_TE in logits], dim=1))
+        for module in modules:
+            module.training = True
+        return torch.cat(chosen).cpu()

@@ -1,0 +1,1 @@
+"""Checkpoints and resuming: `contents.py` (what a checkpoint holds), `checkpoint.py` (the folder), `resume.py`."""

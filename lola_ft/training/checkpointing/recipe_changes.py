@@ -1,0 +1,104 @@
+"""A recipe against the one that a run was started with: what may differ, and what would train other numbers."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lola_ft.errors import UserError
+from lola_ft.recipe import Recipe
+from lola_ft.recipe.schema import Source
+from lola_ft.repo_id import is_commit
+
+# These do not decide any number that is trained.
+_FREE = (
+    "train.save_every",
+    "train.keep",
+    "train.eval_every",
+    "train.log_every",
+    "train.resume",
+    "train.report_to",
+    "train.energy",
+    "guards",
+    "hub",
+    "output",
+)
+_OPTIMIZER = "train.optimizer"
+_FITTED = ("max_length", "packing")  # of the data section, to what the base can do
+_NOTHING = object()
+
+
+def with_stored_commits(recipe: Recipe, stored: Recipe) -> Recipe:
+    """Return the recipe with the commits that the run was started with, where it names none itself."""
+    data = recipe.data.model_copy(update={"sources": _at_commits(recipe.data.sources, stored.data.sources)})
+    if isinstance(data.validation, list) and isinstance(stored.data.validation, list):
+        data = data.model_copy(update={"validation": _at_commits(data.validation, stored.data.validation)})
+    base = recipe.base
+    if base.model == stored.base.model and not is_commit(base.revision) and is_commit(stored.base.revision):
+        base = base.model_copy(update={"revision": stored.base.revision})
+    return recipe.model_copy(update={"data": data, "base": base})
+
+
+def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterable[str], fitted: bool = True) -> None:
+    """Refuse a recipe that differs from the run's own in anything that decides its numbers.
+
+    Args:
+        allowed: Keys that may differ; `data` stands for everything in that section.
+        fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
+
+    Raises:
+        UserError: Listing every differing key with both values, or naming an allowed key that does not exist or
+            that no run can change.
+    """
+    old, new = _flat(stored.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    for key in allowed:
+        if not any(covers(key, known) for known in old | new):
+            raise UserError(f"--allow-changed {key}: a recipe has no such key.")
+    if recipe.train.optimizer != stored.train.optimizer and any(covers(key, _OPTIMIZER) for key in allowed):
+        raise UserError(
+            f"{folder}: {_OPTIMIZER} was {stored.train.optimizer} when this run was started and is "
+            f"{recipe.train.optimizer} now: one optimiser's state is nothing to another. Take the change back, or "
+            "choose another `output`."
+        )
+    free = [*_FREE, *allowed]
+    if not fitted:
+        free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]
+    changed = [
+        f"  {key}: {_shown(old.get(key, _NOTHING))} there, {_shown(new.get(key, _NOTHING))} now"
+        for key in [*old, *(key for key in new if key not in old)]
+        if old.get(key, _NOTHING) != new.get(key, _NOTHING) and not any(covers(name, key) for name in free)
+    ]
+    if changed:
+        raise UserError(
+            f"{folder}: the recipe has changed since this run was started.\n" + "\n".join(changed) + "\n"
+            "Take the changes back, allow each with --allow-changed KEY, or choose another `output`."
+        )
+
+
+def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:
+    if len(sources) != len(stored):
+        return sources
+    return [_at_commit(source, earlier) for source, earlier in zip(sources, stored, strict=True)]
+
+
+def _at_commit(source: Source, stored: Source) -> Source:
+    moving = source.hub is not None and source.hub == stored.hub and source.revision in (None, "main")
+    if moving and is_commit(stored.revision):
+        return source.model_copy(update={"revision": stored.revision})
+    return source
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Return settings by dotted key; places in lists count as keys, and what is off is left out."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {} if value is None else {key: value}
+    return {path: item for name, inner in items for path, item in _flat(inner, f"{key}.{name}".lstrip(".")).items()}
+
+
+def covers(name: str, key: str) -> bool:
+    """Say whether a key is the one that a name names, or within that section."""
+    return key == name or key.startswith(f"{name}.")
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is _NOTHING else str(value)

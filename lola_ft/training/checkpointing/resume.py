@@ -1,0 +1,155 @@
+"""Going on with a run: what its folder holds, and the checkpoint from which it goes on."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lola_ft.errors import RecipeError, UserError
+from lola_ft.file_names import CHECKPOINTS_FOLDER, METRICS_FILE, RECIPE_FILE
+from lola_ft.files import write_text
+from lola_ft.recipe import Recipe, load_recipe
+from lola_ft.training import processes, run_folder
+from lola_ft.training.checkpointing.checkpoint import Checkpoint, checkpoints, newest_whole, remove_leftovers
+from lola_ft.training.checkpointing.recipe_changes import covers, refuse_changes, with_stored_commits
+from lola_ft.training.checkpointing.state_file import read_state
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run that a folder holds.
+
+    Attributes:
+        recipe: The resolved recipe that the run was started with.
+        finished: Whether nothing is left to do.
+    """
+
+    folder: Path
+    recipe: Recipe
+    finished: bool
+
+
+def find_run(output: Path) -> EarlierRun | None:
+    """Read the run in a folder; returns None if there is nothing at all.
+
+    Raises:
+        UserError: There is something, and it is not a run.
+    """
+    stored = output / RECIPE_FILE
+    if not stored.is_file():
+        run_folder.refuse_taken(output)
+        return None
+    try:
+        recipe = load_recipe(stored)
+    except RecipeError as error:
+        raise UserError(f"{output}: this run's recipe cannot be read, so it cannot go on.\n{error}") from error
+    return EarlierRun(output, recipe, run_folder.is_finished(output))
+
+
+def earlier_run(recipe: Recipe, resume: bool, allow_changed: Sequence[str]) -> EarlierRun | None:
+    """Find the run to go on with, if that is wanted and there is one, and compare the recipe with the run's own.
+
+    Raises:
+        UserError: The output folder is taken by something else, or the recipes differ.
+    """
+    output = Path(recipe.output)
+    if not resume and recipe.train.resume == "never":
+        if allow_changed:
+            raise UserError("--allow-changed is for going on with a run. Add --resume, or leave it out.")
+        run_folder.refuse_taken(output)
+        return None
+    earlier = find_run(output)
+    if earlier:
+        given = with_stored_commits(recipe, earlier.recipe)
+        refuse_changes(given, earlier.recipe, output, allow_changed, fitted=False)
+    return earlier
+
+
+def lock_run(output: Path, held: ExitStack) -> EarlierRun | None:
+    """Lock a run's folder, and read it again: the process that held the lock until now may have finished the run."""
+    held.enter_context(run_folder.lock_folder(output))
+    return find_run(output)
+
+
+def find_restart(
+    earlier: EarlierRun, facts: dict[str, Any], allow_changed: Sequence[str], console: Console
+) -> Checkpoint | None:
+    """Find the checkpoint to go on from, and rewind the metrics to it; None starts from the beginning.
+
+    Args:
+        facts: What must be as it was, beside the recipe.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def find() -> Path | None:
+        checkpoint = restart_point(earlier.folder, say)
+        if checkpoint:
+            refuse_other_facts(checkpoint, facts, allow_changed, say)
+            say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
+        else:
+            say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
+        rewind_metrics(earlier.folder, checkpoint)
+        found.append(checkpoint)
+        return checkpoint.folder if checkpoint else None
+
+    found = list[Checkpoint | None]()
+    folder = processes.on_main(find)
+    if folder is None or found:
+        return found[0] if found else None
+    return Checkpoint(folder, read_state(folder))
+
+
+def restart_point(output: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """Read the newest whole checkpoint of a run; returns None if it has none. Half-written ones are removed.
+
+    Raises:
+        UserError: There are checkpoints, and all of them are damaged.
+    """
+    folder = output / CHECKPOINTS_FOLDER
+    remove_leftovers(folder)
+    checkpoint = newest_whole(folder, report)
+    if checkpoint is None and checkpoints(folder):
+        raise UserError(f"{folder}: no checkpoint is whole. Remove that folder to start the run from its beginning.")
+    return checkpoint
+
+
+def rewind_metrics(output: Path, checkpoint: Checkpoint | None) -> None:
+    """Make the metrics what they were at the checkpoint: what came after it will be written again."""
+    metrics = output / METRICS_FILE
+    copy = checkpoint.folder / METRICS_FILE if checkpoint else None
+    if copy is not None and copy.exists():
+        write_text(metrics, copy.read_text(encoding="utf-8"))
+    else:
+        metrics.unlink(missing_ok=True)
+
+
+def refuse_other_facts(
+    checkpoint: Checkpoint, facts: dict[str, Any], allowed: Iterable[str], report: Callable[[str], None]
+) -> None:
+    """Refuse base weights or data that are not the run's; say so if only versions or the number of threads differ."""
+    before, names = checkpoint.state["facts"], list(allowed)
+    if before["processes"] != facts["processes"]:
+        raise UserError(
+            f"{checkpoint.folder}: the number of processes was {before['processes']} when this run was started and is "
+            f"{facts['processes']} now. Rows and random numbers are divided among the processes, so it cannot go on "
+            f"exactly. Launch {before['processes']} again, or choose another `output`."
+        )
+    for section, what in (("base", "the base's weights have"), ("data", "the data has")):
+        if before[section] != facts[section] and not any(covers(section, name) for name in names):
+            raise UserError(
+                f"{checkpoint.folder}: {what} changed since this checkpoint, though the recipe names the same. "
+                f"Put them back, allow it with --allow-changed {section}, or choose another `output`."
+            )
+    for name, version in facts["versions"].items():
+        if (then := before["versions"].get(name)) != version:
+            report(f"Note: {name} was {then} when the run was stopped and is {version} now: numbers may differ.")
+    if (then := before.get("threads")) not in (None, threads := facts["threads"]):
+        report(
+            f"Note: torch had {then} threads when the run was stopped and has {threads} now: sums are taken in another "
+            f"order, so last digits may differ. OMP_NUM_THREADS={then} goes on exactly."
+        )

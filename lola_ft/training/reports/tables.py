@@ -1,0 +1,139 @@
+"""What a run prints before its first step: what became of the data, and what is trained."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lola_ft.families import architecture_of
+from lola_ft.data import Counts, EncodingReport, Mixed
+from lola_ft.training.dataset import RunData
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_ROWS_SHOWN = 12
+_BAD_ROWS_SHOWN = 3
+
+
+def print_report(data: RunData, console: Console) -> None:
+    """Print tables of training and validation data, the mix if there is one, and a line for each kind of row left out."""
+    if data.note:
+        console.print(data.note, markup=False, highlight=False, soft_wrap=True)
+    console.print(data_table(data.train.report, "Training data"))
+    if data.mix.changed:
+        console.print(mix_table(data.mix))
+    if data.validation:
+        console.print(data_table(data.validation.report, "Validation data"))
+    for line in _left_out(data):
+        console.print(line, markup=False, highlight=False)
+
+
+def _left_out(data: RunData) -> Iterator[str]:
+    if data.bad_rows and data.bad_rows.counts:
+        skipped = _rows(data.bad_rows.counts.total())
+        yield f"Skipped {skipped} that cannot be used; a run's manifest.json lists them. The first:"
+        yield from (f"  {message}" for message in data.bad_rows.messages[:_BAD_ROWS_SHOWN])
+    if data.duplicates:
+        yield f"Left out of training: {_rows(data.duplicates.total())} that say the same as an earlier one."
+    if data.leaks and data.leaks.rows:
+        fate = "Left out of training" if data.leaks.action == "drop" else "Kept in training"
+        yield f"{fate}: {_rows(data.leaks.rows)} that are for validation too."
+    if data.leaks and data.leaks.prompts:
+        yield f"Kept in training: {_rows(data.leaks.prompts)} with the prompt of a validation row and another answer."
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
+def mix_table(mixed: Mixed) -> Table:
+    """Make a table of an epoch's planned and actual examples and tokens, the languages with most examples first."""
+    table = Table(title="Languages in an epoch", title_justify="left")
+    table.add_column("language", min_width=8)
+    for heading in ("there are", "planned", "in an epoch", "share", "times each", "planned tokens", "tokens"):
+        table.add_column(heading, justify="right")
+    by_size = sorted(mixed.shares.items(), key=lambda item: (-item[1].examples, item[0]))
+    everything = sum(share.examples for share in mixed.shares.values())
+    for language, share in by_size[:_ROWS_SHOWN]:
+        table.add_row(
+            escape(language),
+            f"{share.available:,}",
+            f"{share.planned:,.1f}",
+            f"{share.examples:,}",
+            f"{share.examples / everything:.1%}",
+            f"{share.examples / share.available:.2f}",
+            f"{share.planned_tokens:,}",
+            f"{share.tokens:,}",
+        )
+    if len(by_size) > _ROWS_SHOWN:
+        table.add_row(f"… {len(by_size) - _ROWS_SHOWN} more")
+    return table
+
+
+# Fates that are worth a column only when they befell a row.
+_RARE = ("truncated", "answers_cut", "exchanges_cut", "split")
+
+
+def data_table(report: EncodingReport, title: str) -> Table:
+    """Make a table of rows and tokens by language, the largest first; rare fates have a column if they happened.
+
+    The last two columns say what the tokenizer makes of a byte and of a word of the answers.
+    """
+    total = report.total
+    columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("language", min_width=8)
+    for column in [*columns, "tokens a byte", "tokens a word"]:
+        table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
+    by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
+    for language, counts in by_size[:_ROWS_SHOWN]:
+        table.add_row(escape(language), *_cells(counts, columns))
+    if len(by_size) > _ROWS_SHOWN:
+        table.add_row(f"… {len(by_size) - _ROWS_SHOWN} more")
+    table.add_section()
+    table.add_row("all", *_cells(total, columns))
+    return table
+
+
+def _cells(counts: Counts, columns: list[str]) -> list[str]:
+    cost = [f"{counts.tokens_per_byte:.2f}", f"{counts.tokens_per_word:.1f}"]
+    return [*(f"{getattr(counts, column):,}" for column in columns), *cost]
+
+
+def count_trainable(model: "PeftModel") -> dict[str, tuple[int, int]]:
+    """Count what is trained by group: (tensors, parameters)."""
+    architecture = architecture_of(model.config)
+    counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = "biases" if ".trained_bias." in name else architecture.group_of(name)
+            assert group is not None, f"{name} is trained and belongs to no group"
+            tensors, parameters = counts[group]
+            counts[group] = (tensors + 1, parameters + parameter.numel())
+    return dict(counts)
+
+
+def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int], features: Sequence[str]) -> Table:
+    """Make the table of what is trained.
+
+    Args:
+        ranks: Of the groups that have LoRA.
+        features: What this base has; what is not trained of it is shown as frozen.
+    """
+    table = Table(title="What is trained", title_justify="left")
+    table.add_column("group")
+    table.add_column("how")
+    table.add_column("tensors", justify="right")
+    table.add_column("parameters", justify="right")
+    for group in features:
+        tensors, parameters = counts.get(group, (0, 0))
+        rank = ranks.get(group)
+        how = f"LoRA rank {rank}" if rank else "tuned" if tensors else "frozen"
+        table.add_row(group, how, f"{tensors:,}", f"{parameters:,}")
+    table.add_section()
+    table.add_row("all", "", *(f"{sum(column):,}" for column in zip(*counts.values(), strict=True)))
+    return table

@@ -1,0 +1,166 @@
+"""What is decided before the first step: `train`, `preview` and `plan` prepare a recipe in the same way here.
+
+A recipe is fitted to its base first (`fit_to_base`), then its data is read (`read_data`); only a run then loads the
+base with an adapter (`prepare_run`).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from lola_ft.environment import library_versions
+from lola_ft.errors import UserError
+from lola_ft.recipe import Recipe
+from lola_ft.recipe.schema import Train
+from lola_ft.training import base_model, processes
+from lola_ft.training.base_model import OpenBase, SizesByPart
+from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_stored_commits
+from lola_ft.training.dataset import RunData, pin, prepare
+from lola_ft.training.optional_packages import refuse_missing_packages
+from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lola_ft.training.checkpointing.resume import EarlierRun
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that must be right before the first byte is written.
+
+    Attributes:
+        recipe: Fitted to the base, its data pinned to commits.
+        audit: The sizes of the base's parts as they are held in memory.
+        trained: Tensors and parameters that are trained, by group.
+    """
+
+    recipe: Recipe
+    device: torch.device
+    precision: Precision
+    tokenizer: PreTrainedTokenizerFast
+    data: RunData
+    model: "PeftModel"
+    audit: SizesByPart
+    trained: dict[str, tuple[int, int]]
+
+
+def prepare_run(
+    recipe: Recipe,
+    device: torch.device,
+    console: Console,
+    earlier: "EarlierRun | None" = None,
+    allow_changed: Sequence[str] = (),
+) -> Prepared:
+    """Check everything that the user gave, read the data and load the base with a fresh adapter.
+
+    Args:
+        earlier: The run that goes on; the recipe may differ from its own in `allow_changed` alone.
+
+    Raises:
+        UserError: For anything that cannot work.
+    """
+    from transformers import set_seed  # here, for it imports PEFT, and plans and previews do without
+
+    refuse_missing_packages(recipe.train)
+    precision = choose_precision(recipe.base.dtype, device)
+    if precision.note:
+        console.print(precision.note)
+    if earlier:
+        recipe = with_stored_commits(recipe, earlier.recipe)
+    recipe, base = fit_to_base(recipe, console, weights=True)
+    recipe, tokenizer, data = read_data(recipe, base, earlier, allow_changed)
+    refuse_unknown_metric(recipe.train, data, recipe.objective)
+    print_report(data, console)
+    set_seed(recipe.train.seed)
+    model, sizes = base_model.load_with_adapter(base, recipe, precision.dtype, device, console)
+    trained = count_trainable(model)
+    console.print(trainable_table(trained, base_model.adapter_settings(recipe).ranks(), base.architecture.features))
+    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
+
+
+def fit_to_base(recipe: Recipe, console: Console, weights: bool = False) -> tuple[Recipe, OpenBase]:
+    """Find the recipe's base, once, and hold the recipe to it.
+
+    Args:
+        weights: Check the base's weights, too.
+
+    Raises:
+        UserError: No such base, or the recipe asks for what it does not have.
+    """
+    base = base_model.open_base(recipe.base.model, recipe.base.revision, weights)
+    return base_model.fit_recipe(recipe, base, console), base
+
+
+def read_data(
+    recipe: Recipe, base: OpenBase, earlier: "EarlierRun | None" = None, allow_changed: Sequence[str] = ()
+) -> tuple[Recipe, PreTrainedTokenizerFast, RunData]:
+    """Pin the recipe's data to commits, read it and turn it into tokens.
+
+    Args:
+        earlier: The run that goes on, as for `prepare_run`.
+
+    Returns:
+        The recipe with the commits, the base's tokenizer, and the data.
+
+    Raises:
+        UserError: Naming file and line, or what differs from the earlier run.
+    """
+    tokenizer = base.tokenizer()
+    recipe = recipe.model_copy(update={"data": pin(recipe.data)})
+    if earlier:
+        refuse_changes(recipe, earlier.recipe, earlier.folder, allow_changed)
+    return recipe, tokenizer, prepare(recipe.data, tokenizer, recipe.train.seed)
+
+
+def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
+    """Refuse early stopping by a metric that no evaluation will have.
+
+    Raises:
+        UserError: Listing the metrics of an evaluation.
+    """
+    from lola_ft.training.trainers.language_evaluation import BY_LANGUAGE
+
+    languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
+    known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
+    if train.early_stopping and train.early_stopping.metric not in known:
+        raise UserError(
+            f"train.early_stopping.metric: there is no '{train.early_stopping.metric}'. Choose one of "
+            f"{', '.join(known)}."
+        )
+
+
+def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int = 1) -> int:
+    """Estimate the optimiser steps of a run; packing is taken to be perfect.
+
+    Args:
+        tokens, sequences: Of one epoch of the training data.
+        processes: Each does its own micro batches.
+    """
+    train = recipe.train
+    if train.max_steps:
+        return train.max_steps
+    rows = math.ceil(tokens / recipe.data.max_length) if recipe.data.packing else sequences
+    rows_per_step = train.micro_batch_size * train.grad_accum_steps * processes
+    return max(1, math.ceil(rows / rows_per_step * train.epochs))
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """Return what must be the same for a run to go on exactly, beside the recipe."""
+    data = prepared.data.as_dict()
+    contents = {**data, "sha256": sorted(data["sha256"].values()), "template": prepared.data.template.source}
+    return {
+        "base": base_model.fingerprint_of(prepared.model),
+        "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
+        "versions": library_versions(),
+        "threads": torch.get_num_threads(),
+        "processes": processes.count(),
+    }

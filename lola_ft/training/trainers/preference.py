@@ -1,0 +1,76 @@
+"""TRL's DPO and KTO on LOLA: judged answers that are already token ids, the base without its adapter as reference.
+
+Both form log-probabilities a tile of rows at a time (TRL's fused head), so the logits of a batch never exist.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+
+from lola_ft.training.trainers.run_trainer import RunTrainer
+
+
+class PreferenceTrainer(RunTrainer):
+    """What DPO and KTO have in common: the base as reference, and rows that are encoded already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        assert isinstance(model, PeftModel), "the reference is the model without its adapter"
+        with _no_copy_of_adapter(model):
+            super().__init__(*args, **kwargs)
+        assert list(model.peft_config) == ["default"], f"adapters {list(model.peft_config)}"
+
+    def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:  # noqa: ARG002
+        """Return the rows as they are trained on (`name` is `train`) or evaluated."""
+        return dataset
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, name: str) -> Dataset:  # noqa: ARG002
+        return self.ordered_rows(dataset, args, name)
+
+
+class DpoTrainer(PreferenceTrainer, DPOTrainer):
+    """Raises the chosen answers' probability over that of the rejected ones (arXiv 2305.18290)."""
+
+
+class KtoTrainer(PreferenceTrainer, KTOTrainer):
+    """Raises good answers' probability and lowers that of bad ones (arXiv 2402.01306).
+
+    Each micro batch pairs its prompts with its own answers in turn, to estimate how far the model has moved. So the
+    order of the rows is drawn once, and is the same in every epoch.
+    """
+
+    def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:
+        rows = dataset.shuffle(seed=args.seed, keep_in_memory=True) if name == "train" else dataset
+        return rows.map(
+            _with_others_answers,
+            batched=True,
+            batch_size=args.per_device_train_batch_size,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+        )
+
+
+def _with_others_answers(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    answers = batch["completion_ids"]
+    return {"KL_completion_ids": [answers[-1], *answers[:-1]], "label": [bool(label[0]) for label in batch["label"]]}
+
+
+@contextlib.contextmanager
+def _no_copy_of_adapter(model: PeftModel) -> Iterator[None]:
+    """TRL 1.16 would add a frozen copy of the adapter as reference. A fresh adapter changes nothing, so the reference
+    is the model without it, which takes no memory: TRL falls back on that where no adapter is called `ref`."""
+
+    def get_parameter(name: str) -> Tensor:  # what TRL would copy the adapter into: its own weights
+        parameter: Tensor = nn.Module.get_parameter(model, name.replace(".ref.", ".default."))
+        return parameter
+
+    model.add_adapter, model.get_parameter = lambda *_: None, get_parameter
+    try:
+        yield
+    finally:
+        del model.add_adapter, model.get_parameter

@@ -1,0 +1,205 @@
+"""What every trainer of a run does beside learning: checkpoints that are ours, stopping between two steps, skipping
+steps that are not finite, counting tokens.
+
+`RunTrainer` stands before one of TRL's trainers: `class SftTrainer(RunTrainer, SFTTrainer)`. It is the only class of
+ours between a trainer and TRL's. What a subclass adds to a run, it adds in two hooks, `measures_with_loss` and
+`before_checkpoint`. The private methods of transformers that are overridden are listed with their reasons in
+`docs/internals.md`; a test holds the list to the code.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import KwargsHandler
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lola_ft.errors import UserError
+from lola_ft.training import processes
+from lola_ft.training.callbacks.stop_request import EvaluationStopped, Stopped
+from lola_ft.training.checkpointing import contents
+from lola_ft.training.checkpointing.checkpoint import Checkpoint, read_whole, step_folder, write_checkpoint
+from lola_ft.training.checkpointing.rng import untouched_rng
+from lola_ft.training.run_state import RunState
+from lola_ft.training.trainers.nonfinite_steps import NonFiniteSteps
+
+
+class RunTrainer(Trainer):
+    """The base of the three trainers.
+
+    Attributes:
+        run: What the run has counted; shared with the callbacks.
+        nonfinite: Decides which steps are skipped.
+        facts: Kept in each checkpoint, for the resuming run to compare.
+        metrics_file: The run's metrics, of which each checkpoint has a copy.
+        resumed: The checkpoint that training goes on from.
+        saved_step: The step of the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        run: RunState | None = None,
+        nonfinite: NonFiniteSteps | None = None,
+        keep_checkpoints: int = 2,
+        metrics_file: Path | None = None,
+        facts: dict[str, Any] | None = None,
+        lora_plus_ratio: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        """Take what TRL's trainer takes, and what the attributes say.
+
+        Args:
+            keep_checkpoints: How many of the newest stay.
+            lora_plus_ratio: How many times faster LoRA's B learns than its A.
+        """
+        super().__init__(*args, **kwargs)
+        self.run = run or RunState()
+        self.nonfinite = nonfinite or NonFiniteSteps()
+        self.run.kept["skipped"] = self.nonfinite.skipped
+        self.keep_checkpoints, self.metrics_file, self.facts = keep_checkpoints, metrics_file, facts or {}
+        self.lora_plus_ratio = lora_plus_ratio
+        self.resumed: Checkpoint | None = None
+        self.saved_step = 0
+        self.add_callback(self.run.stop)
+        self.add_callback(contents.PutBack(self))  # the first to act when training begins: others read what it puts
+
+    # Hooks of the subclasses
+
+    def measures_with_loss(self) -> dict[str, float]:
+        """Return what is logged beside the training loss."""
+        return {}
+
+    def before_checkpoint(self) -> None:
+        """Measure what is worth a line before an evaluation or a checkpoint."""
+
+    # What a run calls
+
+    def train_from(self, checkpoint: Checkpoint | None) -> None:
+        """Train to the end, from the beginning or from a checkpoint that was read whole.
+
+        Raises:
+            Stopped: The run was asked to stop, and is saved.
+        """
+        self.resumed = checkpoint
+        self.run.begin()
+        self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        self._save_checkpoint(self.model, None)  # what is left to do, such as the last evaluation, can be cut off too
+
+    def use_best(self) -> int | None:
+        """Put the weights of the best evaluation back, when training is over; returns its step.
+
+        Raises:
+            UserError: Its checkpoint cannot be read.
+        """
+        best = self.run.best
+        if best is None or not best.keep or best.step is None:
+            return None
+        if best.step != self.state.global_step:
+            folder = step_folder(Path(self.args.output_dir), best.step)
+            try:
+                stored = read_whole(folder).state["weights"]
+            except ValueError as error:
+                raise UserError(
+                    f"{folder}: the best checkpoint is damaged ({error}). End with the last step's adapter: "
+                    "--resume train.keep_best=false --allow-changed train.keep_best"
+                ) from error
+            contents.put_weights_back(self, stored, folder)
+        return best.step
+
+    # Public methods of transformers' trainer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimiser; with LoRA+, B's factors have groups of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.lora_plus_ratio != 1:
+            raise_rate_of_b(optimizer, self.model, self.lora_plus_ratio)
+        return optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        """Return no batches after the last step: transformers would do one more when a run that has ended resumes."""
+        best = self.run.best
+        if self.state.global_step >= self.state.max_steps or (best is not None and best.stopped):
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Do one micro batch, and count its tokens."""
+        mask = inputs.get("attention_mask")
+        self.run.own_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.nonfinite.before_micro_batch(self._tr_loss)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.nonfinite.after_micro_batch(inputs, loss)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate without drawing random numbers from training: it may be done more or less often, or again."""
+        with untouched_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.measures_with_loss()
+        self.nonfinite.correct(logs, self.state.global_step)
+        super().log(logs, *args, **kwargs)
+
+    # Private methods of transformers' trainer: docs/internals.md says why each
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+        for value in (*args.values(), *args.get("kwargs_handlers", ())):
+            if isinstance(value, KwargsHandler):
+                processes.leave_environment(value)
+        return args
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """Judge the step: the last call before the optimiser's; the norm is not finite if any gradient is not."""
+        norm: Tensor | float = super()._get_grad_norm(model, grad_norm)
+        self.nonfinite.judge(norm, self.accelerator)
+        return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Count the step that has ended, then log, evaluate and save as it is due, and stop if that was asked."""
+        self.run.end_step()
+        step = self.state.global_step
+        self.nonfinite.end_step(step, step - self._globalstep_last_logged, tr_loss)
+        if self.control.should_evaluate or self.control.should_save:
+            self.before_checkpoint()
+        try:
+            super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        except EvaluationStopped:
+            self.run.evaluation_due = True
+        if processes.total(self.run.stop.requested):  # one was asked, all stop
+            self._save_checkpoint(self.model, None)
+            raise Stopped
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
+        """Write `step-N`, if this step has none yet."""
+        step = self.state.global_step
+        if step == self.saved_step:
+            return
+        own = processes.of_all(contents.of_process(self))
+        best = self.run.best.step if self.run.best is not None and self.run.best.keep else None
+
+        def write() -> None:
+            folder = Path(self.args.output_dir)
+            write_checkpoint(folder, step, lambda new: contents.fill(new, self, own), self.keep_checkpoints, best)
+
+        processes.on_main(write)
+        self.saved_step = step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Leave the weights as they are: they are put back with everything else, when training begins."""
+
+
+def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Move every LoRA B to a group with `ratio` times the learning rate of its group until now (arXiv 2402.12354)."""
+    factors = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in factors]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in factors]
+            optimizer.add_param_group({**group, "params": chosen, "lr": group["lr"] * ratio})
