@@ -14,7 +14,7 @@ class CardFacts:
         location: The repository's id; in the draft of a run, the adapter's folder.
         published: Whether `location` is a repository.
         base: The base's Hub id; in a draft, whatever the recipe has.
-        family: The base's.
+        family: The base's; None if nothing tells.
         base_revision: Branch, tag or commit of the base.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
@@ -28,7 +28,7 @@ class CardFacts:
     location: str
     published: bool
     base: str
-    family: Family
+    family: Family | None
     base_revision: str | None = None
     layout: str | None = None
     stock_peft: bool = False

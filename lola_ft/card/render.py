@@ -46,11 +46,11 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base if has_base else None,
         base_model_relation=("adapter" if adapter else "finetune") if has_base else None,
         library_name="peft" if adapter else "transformers",
-        license=facts.family.licence,
+        license=facts.family.licence if facts.family else None,
         language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
         datasets=datasets or None,
         pipeline_tag="text-generation",
-        tags=[*sorted(["lola_ft", *facts.family.tags]), *(["lora"] if adapter else [])],
+        tags=[*sorted(["lola_ft", *(facts.family.tags if facts.family else ())]), *(["lora"] if adapter else [])],
     )
 
 
@@ -147,7 +147,7 @@ def _loading(facts: CardFacts) -> str:
 
 def _licence(facts: CardFacts) -> str:
     family = facts.family
-    if not family.licence_name:
+    if family is None or not family.licence_name:
         return "## Licence\n\nThe base's licence holds for what is made from it."
     change = "adds low-rank updates to" if facts.kind == "adapter" else "changes"
     return (

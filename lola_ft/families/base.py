@@ -240,6 +240,12 @@ class Family:
         targets = (target for group in self.targets.values() for target in group)
         return next((target for target in targets if module.endswith(f".{target}")), None)
 
+    def takes_lora(self, module: str) -> bool:
+        """Whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
+        plain = module.removesuffix(".base_layer")
+        fused = self.experts is not None and plain.endswith(f".{self.experts.module}")
+        return fused or self.target_of(plain, "peft") is not None
+
     def _fused_target(self, projection: str) -> str:
         assert self.experts is not None, "only experts have projections"
         return self.experts.targets[list(self.experts.stacks).index(self.experts.stack_of(projection))]

@@ -8,12 +8,12 @@ from typing import Any
 
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
-from lola_ft.adapters.layouts import CONFIG_FILE
+from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
 from lola_ft.card import CardFacts, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
 from lola_ft.checkpoints.folder import weight_files
 from lola_ft.errors import PublishError
-from lola_ft.families import Family, find_family, recorded_family
+from lola_ft.families import FAMILIES, Family, find_family, recorded_family
 from lola_ft.file_names import (
     CARD_FILE,
     LANGUAGES_PLOT,
@@ -104,21 +104,20 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)))
 
 
-def _family_of(source: Source, base: Base) -> Family:
-    """The base's family: as the merged model's or the base's config, or the run's manifest, says.
+def _family_of(source: Source, base: Base) -> Family | None:
+    """The base's family: as the merged model's or the base's config says, or the run's manifest, or the tensors.
 
-    Raises:
-        PublishError: If nothing says it: the card could not name the licence.
+    None where none of these is at hand and the adapter's tensors would fit several families.
     """
     folder = source.folder if source.kind == "merged" else base.folder
     if folder is not None and (folder / MODEL_CONFIG_FILE).is_file():
         return find_family(read_json(folder / MODEL_CONFIG_FILE).get("model_type"), folder / MODEL_CONFIG_FILE)
     if source.manifest:
         return recorded_family(source.manifest.get("base", {}).get("family"))
-    raise PublishError(
-        f"{source.folder}: its base {base.id} is not on this machine, and no run says of which family it is, so its "
-        "card cannot be written. Name the base's folder with --base."
-    )
+    entries = read_adapter(source.folder).entries
+    modules = [name.removeprefix(PREFIX).partition(".lora_")[0] for name in entries if ".lora_" in name]
+    fitting = [family for family in FAMILIES.values() if all(map(family.takes_lora, modules))]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _left_out(source: Source, names: set[str]) -> list[str]:
