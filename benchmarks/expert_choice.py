@@ -22,7 +22,7 @@ from lola_ft.evaluation.comparison import compare
 from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.nano import build_nano
 from lola_ft.nano.corpus import build_documents, load_split
-from lola_ft.opening import open_model
+from lola_ft.open_model import open_model
 from lola_ft.recipe import load_recipe
 from lola_ft.routing import profile_routing, save_choice, select_experts
 from lola_ft.training import train

@@ -14,7 +14,8 @@ from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.opening import OpenModel, Subject, find_subject, is_adapted, open_model
+from lola_ft.open_model import OpenModel, open_model
+from lola_ft.subject import Subject, find_subject, is_adapted
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from lola_ft.evaluation.bootstrap import ratio
 from lola_ft.evaluation.scoring import score
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.generation import conversation_ids
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 
 @dataclass(frozen=True)

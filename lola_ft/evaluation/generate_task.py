@@ -13,7 +13,7 @@ from lola_ft.evaluation.exact_match import is_exact
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.generation import Answer, Sampling, answer_all, check_room, conversation_ids
 from lola_ft.language_codes import short_code
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 _BY_CHARACTER = ("ja", "th", "lo", "km", "my", "bo", "dz")
 """Languages written without spaces: BLEU counts characters as words there, and words of Chinese by sacrebleu's rule."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from lola_ft.data import Template
 from lola_ft.evaluation.bootstrap import Floats, Value
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 
 @dataclass(frozen=True)

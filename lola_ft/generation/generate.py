@@ -17,7 +17,7 @@ from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one,
 from lola_ft.generation.chat import chat as talk
 from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
 from lola_ft.generation.streaming import TerminalStreamer
-from lola_ft.opening import OpenModel, open_model
+from lola_ft.open_model import OpenModel, open_model
 
 
 def generate_command(

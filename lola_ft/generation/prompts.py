@@ -11,7 +11,7 @@ from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
 from lola_ft.errors import DataError
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 ADDED = ("answer", "ended", "tokens")
 """What an output line has beside the row's own fields."""

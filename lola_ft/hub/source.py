@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
-from lola_ft.errors import PublishError
-from lola_ft.file_names import MANIFEST_FILE, RECIPE_FILE
+from lola_ft.errors import AdapterError, PublishError, UserError
+from lola_ft.file_names import MERGE_REPORT_FILE, RECIPE_FILE
+from lola_ft.subject import find_subject
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,25 @@ def find_source(path: str | Path) -> Source:
     given = Path(path)
     if not given.is_dir():
         raise PublishError(f"{given}: no such folder. Give a run, an adapter's folder or a merged model's.")
-    if (given / RECIPE_FILE).is_file():
-        if not (given / "adapter" / CONFIG_FILE).is_file() or not (given / MANIFEST_FILE).is_file():
-            raise PublishError(f"{given}: this run has no adapter yet. Did the run end?")
-        return _adapter(given / "adapter", given)
-    if (given / CONFIG_FILE).is_file():
-        return _adapter(given, _run_of(given))
-    if (given / "config.json").is_file():
-        return _merged(given, _run_of(given))
-    raise PublishError(
-        f"{given}: nothing to publish here. A run holds {RECIPE_FILE}, an adapter {CONFIG_FILE} and {WEIGHTS_FILE}, a "
-        "merged model config.json and model.safetensors."
-    )
+    try:
+        subject = find_subject(given, needs_base=False)
+    except AdapterError:
+        raise
+    except UserError as error:
+        raise PublishError(str(error)) from error
+    if subject.kind == "base":
+        raise PublishError(
+            f"{given}: nothing to publish here. A run holds {RECIPE_FILE}, an adapter {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}, a merged model {MERGE_REPORT_FILE}."
+        )
+    own = subject.manifest.get("recipe", {}).get("base", {})
+    if subject.kind == "merged":
+        base, revision, layout = own.get("model"), own.get("revision"), None
+    else:
+        base, revision, layout = subject.base, subject.revision, read_adapter(subject.folder).layout
+        base, revision = own.get("model") or base, own.get("revision") or revision
+    kind: Literal["adapter", "merged"] = "merged" if subject.kind == "merged" else "adapter"
+    return Source(kind, subject.folder, subject.run, base or "", revision, layout, subject.manifest)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -70,38 +78,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PublishError(f"{file}: holds {type(content).__name__}, not an object.")
     return content
-
-
-def _adapter(folder: Path, run: Path | None) -> Source:
-    stored = read_adapter(folder)
-    manifest, base, revision = _told_by(run)
-    return Source(
-        kind="adapter",
-        folder=folder,
-        run=run,
-        base=base or stored.config.get("base_model_name_or_path") or "",
-        revision=revision or stored.config.get("revision"),
-        layout=stored.layout,
-        manifest=manifest,
-    )
-
-
-def _merged(folder: Path, run: Path | None) -> Source:
-    manifest, base, revision = _told_by(run)
-    return Source("merged", folder, run, base, revision, None, manifest)
-
-
-def _run_of(folder: Path) -> Path | None:
-    """The run that a folder `adapter` or `merged` lies in."""
-    parent = folder.absolute().parent
-    inside = folder.absolute().name in ("adapter", "merged")
-    return parent if inside and (parent / RECIPE_FILE).is_file() and (parent / MANIFEST_FILE).is_file() else None
-
-
-def _told_by(run: Path | None) -> tuple[dict[str, Any], str, str | None]:
-    """The manifest, the base and its revision."""
-    if run is None:
-        return {}, "", None
-    manifest = read_json(run / MANIFEST_FILE)
-    base = manifest.get("recipe", {}).get("base", {})
-    return manifest, base.get("model") or "", base.get("revision")

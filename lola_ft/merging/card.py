@@ -11,12 +11,12 @@ from lola_ft.files import write_text
 from lola_ft.merging.report import MergeReport
 
 
-def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any] | None, folder: Path) -> None:
+def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any], folder: Path) -> None:
     """Write `README.md`.
 
     Args:
         base: The base's Hub id, "" if it has none: a local folder's path would mean nothing to others.
-        record: The run's manifest, if the adapter lies in a run.
+        record: The manifest of the run that the adapter lies in, {} without one.
     """
     facts = CardFacts(
         title=f"{base.rpartition('/')[2] or family.title}, fine-tuned and merged",
@@ -25,7 +25,7 @@ def write_card(report: MergeReport, base: str, family: Family, record: dict[str,
         location="path/to/this/folder",
         published=False,
         base=base or f"a local {family.title} checkpoint",
-        manifest=record or {},
+        manifest=record,
         merge_report=asdict(report),
         files=tuple(sorted(file.name for file in folder.iterdir())),
     )

@@ -4,15 +4,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lola_ft.adapters.files import CONFIG_FILE, read_adapter
 from lola_ft.errors import UserError
-from lola_ft.file_names import MERGE_REPORT_FILE
+from lola_ft.file_names import MERGE_REPORT_FILE, MERGED_FOLDER
 from lola_ft.merging.effects import advice, effects_table
 from lola_ft.merging.merge import merge
 from lola_ft.merging.proof import WeightProof
 from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import Verification
-from lola_ft.recipe import load_recipe
+from lola_ft.subject import find_subject, is_adapted
 
 
 def merge_command(
@@ -28,28 +27,14 @@ def merge_command(
     folder = Path(run_or_adapter)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give a run folder or an adapter's folder.")
-    adapter, own_base, revision = _locate(folder)
-    if base:
-        revision = None  # the one that is known is of the own base
-    base = base or own_base
-    if not base:
-        raise UserError(f"{adapter}: does not say which base it belongs to. Give it with --base.")
-    if not out and adapter == folder:
+    if not is_adapted(folder):
+        raise UserError(f"{folder}: is neither a run's folder nor an adapter's. A base is named with --base.")
+    subject = find_subject(folder, base)
+    if not out and subject.kind != "run":
         raise UserError("Give the folder to write with --out. (Only a run has a default, RUN/merged.)")
-    target = Path(out) if out else folder / "merged"
-    report = merge(base, adapter, target, dtype, rounding, revision, allow_other_base, check)
+    target = Path(out) if out else folder / MERGED_FOLDER
+    report = merge(subject.base, subject.folder, target, dtype, rounding, subject.revision, allow_other_base, check)
     _say(report, target)
-
-
-def _locate(folder: Path) -> tuple[Path, str, str | None]:
-    """The adapter's folder, its base and the base's revision, as far as the run or the adapter tells."""
-    if (folder / "recipe.yaml").is_file():
-        if not (folder / "adapter" / CONFIG_FILE).is_file():
-            raise UserError(f"{folder}: this run has no adapter yet. Did the run end?")
-        recipe = load_recipe(folder / "recipe.yaml")
-        return folder / "adapter", recipe.base.model, recipe.base.revision
-    adapter = read_adapter(folder)
-    return folder, adapter.config.get("base_model_name_or_path") or "", adapter.config.get("revision")
 
 
 def _say(report: MergeReport, target: Path) -> None:

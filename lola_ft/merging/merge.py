@@ -16,10 +16,10 @@ from lola_ft.merging.card import write_card
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.folder import copy_companions, write_config
 from lola_ft.merging.proof import prove
-from lola_ft.merging.record import run_record
 from lola_ft.merging.report import MergeReport
 from lola_ft.merging.stream import Written, write_weights
 from lola_ft.repo_id import is_repo_id
+from lola_ft.subject import run_around
 
 ROUNDINGS = ("base", "nf4")
 CHECKS = ("full", "weights", "none")
@@ -76,7 +76,7 @@ def merge(
             report = _compare_models(report, source, stored, folder)
         origin = "" if Path(base).exists() else str(base)
         family = source.architecture.family
-        write_card(report, origin or _base_id(stored), family, run_record(stored.folder), folder)
+        write_card(report, origin or _base_id(stored), family, run_around(stored.folder)[1], folder)
         write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 

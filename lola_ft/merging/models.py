@@ -10,9 +10,9 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.merging.base import MergeBase
 from lola_ft.merging.effects import measure_effects
 from lola_ft.merging.outputs import Models, compute_dtype, too_large
-from lola_ft.merging.record import trained_in_4_bit
 from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import compare
+from lola_ft.subject import run_around, trained_in_4_bit
 
 
 def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
@@ -30,7 +30,9 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
         return replace(report, skipped=reason)
     models = Models(base.folder, stored.folder, folder, compute)
     original = base.kind == "checkpoint" and not stored.starts_at_rounding_error
-    on_4_bit = models.adapted("nf4") if report.rounding == "nf4" or trained_in_4_bit(stored.folder) else None
+    on_4_bit = (
+        models.adapted("nf4") if report.rounding == "nf4" or trained_in_4_bit(run_around(stored.folder)[1]) else None
+    )
     on_original = models.adapted(None) if original else None
     result = models.merged_alone()
     reference = on_4_bit if report.rounding == "nf4" else on_original

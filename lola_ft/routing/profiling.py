@@ -18,7 +18,7 @@ from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.model.router import route
-from lola_ft.opening import OpenModel, open_model
+from lola_ft.open_model import OpenModel, open_model
 from lola_ft.routing.profile import About, Profile
 from lola_ft.routing.texts import Piece, Texts, sources_of
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lola_ft.baseline.load import load_dense
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.kernels.loss import labelled_cross_entropy
-from lola_ft.opening import open_model
+from lola_ft.open_model import open_model
 from lola_ft.quantization import NF4Linear
 from lola_ft.quantization.nf4 import quantize
 from lola_ft.recipe import load_recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lola_ft.opening import open_model
+from lola_ft.open_model import open_model
 
 FILES = Path(__file__).parent / "files"
 WEIGHTS_TIME_NS = 1_750_000_000_000_000_000  # as make.py set it

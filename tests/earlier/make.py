@@ -22,7 +22,7 @@ import lola_ft
 from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
-from lola_ft.opening import open_model
+from lola_ft.open_model import open_model
 
 TEXT = [
     "Below is an instruction that describes a task. Write a response that completes the request.",

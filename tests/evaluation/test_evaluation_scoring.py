@@ -17,7 +17,7 @@ from lola_ft.evaluation.choice_task import ChoiceTask, Question
 from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.evaluation.scoring import score, windows
 from lola_ft.kernels import loss as kernel
-from lola_ft.opening import OpenModel, open_model
+from lola_ft.open_model import OpenModel, open_model
 
 TEXTS = ["one two three", "Jina langu ni Amina", "ภาษา", "red", "green blue one two three four five six seven eight"]
 PLAIN = Template.load("plain")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lola_ft
 from lola_ft.errors import DataError, UserError
-from lola_ft.opening import open_model
+from lola_ft.open_model import open_model
 from lola_ft.routing import profiling
 from lola_ft.routing.profile import Profile, read_profile, save_profile
 from lola_ft.routing.profiling import profile_routing

@@ -7,7 +7,7 @@ from typing import Any
 
 from lola_ft.environment import version_of
 from lola_ft.errors import UserError
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 
 def require_harness() -> str:

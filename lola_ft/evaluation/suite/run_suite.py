@@ -18,7 +18,7 @@ from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
 from lola_ft.evaluation.suite.suite_tables import plan_table, result_table
 from lola_ft.files import check_folder_target, sha256_of, write_text
-from lola_ft.opening import OpenModel
+from lola_ft.open_model import OpenModel
 
 Results = dict[str, dict[str, Any]]
 """What the harness said, by task."""

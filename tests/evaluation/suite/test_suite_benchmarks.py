@@ -130,7 +130,7 @@ def test_a_task_of_ones_own_runs_and_is_kept(
     from lola_ft.data.example import prompt_fields
     from lola_ft.evaluation.choice_task import ChoiceTask, Question
     from lola_ft.evaluation.suite import run_suite
-    from lola_ft.opening import open_model
+    from lola_ft.open_model import open_model
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     folder = Path(__file__).parents[2] / "data" / "harness"

@@ -12,7 +12,8 @@ import lola_ft
 from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging import merge
-from lola_ft.opening import find_subject, open_model
+from lola_ft.open_model import open_model
+from lola_ft.subject import find_subject
 
 IDS = torch.tensor([[5, 9, 17, 40]])
 

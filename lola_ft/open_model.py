@@ -1,0 +1,98 @@
+"""Opening a base, a run, an adapter or a merged model, with its tokenizer and template."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from lola_ft.adapters import load_adapter
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
+from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.data.prompt_template import Template
+from lola_ft.families import Architecture, Sizes, architecture_of
+from lola_ft.kernels.precision import has_bfloat16
+from lola_ft.quantization.cache import is_cache
+from lola_ft.quantization.load import default_device, load_base
+from lola_ft.subject import Subject, find_subject
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready to be asked, and how to talk to it.
+
+    Attributes:
+        template: The prompt template that training saved beside it; None of a base.
+        fingerprint: Of the base's weights.
+    """
+
+    subject: Subject
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerFast
+    template: Template | None
+    fingerprint: str
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The language model itself, with an adapter's wrappers inside it where there is one."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def architecture(self) -> Architecture:
+        """The base's family and sizes."""
+        return architecture_of(self.model.config)
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.architecture.sizes
+
+    @property
+    def quantization(self) -> str:
+        """`nf4`, or `none` of a dense model."""
+        return getattr(self.causal, "quantization", None) or "none"
+
+
+def open_model(
+    path: str | Path,
+    base: str | None = None,
+    revision: str | None = None,
+    quantization: str | None = "auto",
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    quiet: bool = True,
+    adapter: str | Path | None = None,
+) -> OpenModel:
+    """Load a base, a run, an adapter (either layout) or a merged model for evaluation.
+
+    Args:
+        base: Of a run or an adapter, if it is not where training found it.
+        quantization: "nf4", "none", or "auto": what a run trained on, else not quantised.
+        dtype: bfloat16 becomes float32 where the machine only emulates it.
+        adapter: A run or an adapter to put on a base.
+
+    Raises:
+        UserError: Nothing that can be opened; also a tokenizer that does not belong to the model.
+    """
+    subject = find_subject(path, base, revision, adapter)
+    target = torch.device(device) if device else default_device()
+    wanted = _fitting(subject) if quantization == "auto" else quantization
+    model = load_base(subject.base, wanted, _possible(dtype, target), target, subject.revision, quiet)
+    fingerprint = model.base_fingerprint
+    if subject.adapter:
+        model = load_adapter(model, subject.adapter)
+    texts = subject.folder if any(subject.folder.glob("tokenizer*")) else resolve_folder(subject.base, subject.revision)
+    tokenizer = load_tokenizer(texts, model.config)
+    template = subject.folder / TEMPLATE_FILE
+    saved = Template.load(str(template)) if template.is_file() else None
+    return OpenModel(subject, model.eval(), tokenizer, saved, fingerprint)
+
+
+def _fitting(subject: Subject) -> str | None:
+    """What a run trained on; 4 bit where only that form of the base is here."""
+    return "nf4" if is_cache(subject.base) else subject.quantization
+
+
+def _possible(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
+    bfloat16 = dtype in ("bfloat16", torch.bfloat16)
+    return torch.float32 if bfloat16 and not has_bfloat16(device) else dtype
