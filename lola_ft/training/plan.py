@@ -9,14 +9,12 @@ import psutil
 import torch
 from rich.console import Console
 
-from lola_ft.baseline.checkpoint import read_dense_config
-from lola_ft.baseline.families import FAMILIES, family_in
+from lola_ft.checkpoints.checkpoint import open_config
 from lola_ft.checkpoints.folder import text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
-from lola_ft.model.tokenizer import read_config
+from lola_ft.families import architecture_of
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
-from lola_ft.planning.dense.config import DenseConfig
-from lola_ft.planning.kinds import kind_of
+from lola_ft.planning.merged import merged_files
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference import LEAST_MICRO_BATCH
@@ -55,7 +53,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     console = Console()
     device, limit = target_machine(gpu)
     folder = text_folder(recipe.base.model, recipe.base.revision)
-    config = read_dense_config(folder) if family_in(folder) else read_config(folder)
+    config = open_config(folder)[1].config
     notes = Console(stderr=True)
     recipe = fit_length(fit_base(recipe, config, notes), config, notes)
     facts, note = _read_data(recipe, folder, config) if read_data else (None, "The data was not read (--no-data).")
@@ -63,7 +61,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, read_data: bool = True)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
-    merged = kind_of(job.config).merged_files(folder, job.config, None)
+    merged = merged_files(folder, job.architecture)
     if as_json:
         print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
         return
@@ -112,7 +110,7 @@ def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None)
     """What the planner needs to know of a recipe.
 
     Args:
-        config: The base's: LOLA's, or transformers' own of a dense one.
+        config: transformers' config of the base.
         longest: Tokens of the longest row, if it is known.
     """
     train, router = recipe.train, recipe.router
@@ -120,7 +118,7 @@ def job_of(recipe: Recipe, config: Any, device: str, longest: int | None = None)
     if device == "cpu" or torch.cuda.is_available():
         dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
     return Job(
-        config=DenseConfig.of(config) if config.model_type in FAMILIES else config,
+        architecture=architecture_of(config),
         settings=adapter_settings(recipe),
         quantization=None if recipe.base.quantization == "none" else recipe.base.quantization,
         dtype=dtype,
