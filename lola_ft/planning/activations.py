@@ -1,7 +1,8 @@
 """The tensors that autograd keeps for backward, part by part as the model's own code saves them.
 
 Dropout keeps its noise in the input's dtype on a CPU and in one byte per number on a GPU. Under autocast a GPU computes
-LayerNorms and powers in float32, a CPU does not; PEFT casts what enters LoRA to float32 unless autocast is on for a GPU.
+LayerNorms and powers in float32, a CPU does not. PEFT casts the input of LoRA to float32, unless autocast is on for a
+GPU.
 
 Letters: T tokens, K experts per token, D hidden, F inner, E experts, R rank.
 """

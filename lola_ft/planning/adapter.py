@@ -69,7 +69,7 @@ def trained_numels(weights: AdapterWeights) -> list[int]:
 
 
 def adapter_bytes(weights: AdapterWeights) -> int:
-    """Return what an attached adapter adds to the model: its tensors, and DoRA's lengths of the base's rows (float32)."""
+    """Return the bytes that an attached adapter adds to a model: its tensors, and for DoRA the lengths of rows."""
     lengths = sum(pair.magnitude.numel() for pair in weights.pairs.values() if pair.magnitude is not None)
     return _FLOAT * (sum(trained_numels(weights)) + lengths)
 

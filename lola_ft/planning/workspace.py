@@ -52,7 +52,7 @@ def _scores_work(job: Job) -> int:
 
 
 def _activation_work(job: Job) -> int:
-    """The gradient of an activation, which takes the place of what was kept; one of a model's own is computed in steps."""
+    """Gradient of an activation: it takes the place of what was kept. A model's own function computes it in steps."""
     numbers = job.tokens * job.architecture.sizes.inner
     if job.architecture.sizes.activation in ACT2FN:
         return numbers * (_FLOAT if job.on_cuda else job.width)

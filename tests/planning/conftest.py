@@ -1,4 +1,4 @@
-"""Bases of every family whose sizes are no multiples of one another, adapted models, and what autograd saves of them."""
+"""Bases of every family with sizes that are no multiples of one another, adapted models, and what autograd saves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
