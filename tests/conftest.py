@@ -15,7 +15,6 @@ if not Path("/dev/nvidia0").exists():
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config
 
 import lola_ft  # noqa: F401 (registers the model)
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
@@ -23,6 +22,7 @@ from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
 from lola_ft.quantization import load_base
+from tests.tiny import tiny_config
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_TEXT = [

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY
 
 import lola_ft
 from lola_ft.adapters.files import read_adapter, write_adapter
@@ -14,6 +13,7 @@ from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging import merge
 from lola_ft.open_model import open_model
 from lola_ft.subject import find_subject
+from tests.tiny import TINY
 
 IDS = torch.tensor([[5, 9, 17, 40]])
 

@@ -177,6 +177,10 @@ class Family:
             transformers gets LOLA's loss (`families/causal_lm.py`).
         backbone: Attribute of the causal model that holds the layers.
         packs: Whether its attention keeps the documents of a packed row apart.
+        attention: How it is computed: `fused` (PyTorch's own, which holds no scores), `scores` (all scores are in
+            memory, and a mask of numbers), or `stretches` (fused, and packed documents a stretch at a time).
+        norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
+        normed_embeddings: Whether a norm stands between the embeddings and the first layer.
         targets: By group, endings of the names in memory of its linear layers (of the router, its module).
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
@@ -198,6 +202,9 @@ class Family:
     embeddings: tuple[str, str]
     sizes: Callable[[Any], Sizes]
     places: Callable[[Any], dict[str, Place]]
+    attention: str = "fused"
+    norm: str = "rms"
+    normed_embeddings: bool = False
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None
     routing: Routing | None = None
@@ -295,6 +302,15 @@ class Architecture:
     @property
     def num_experts(self) -> int:
         return self.sizes.num_experts
+
+    @cached_property
+    def matrices(self) -> dict[tuple[int | None, str], list[tuple[int, int]]]:
+        """Outputs and inputs of the linear layers, in order, by layer and group; the experts' are left out."""
+        found: dict[tuple[int | None, str], list[tuple[int, int]]] = {}
+        for place in self.places.values():
+            if place.group in LORA_GROUPS and place.expert is None and len(place.shape) == 2:
+                found.setdefault((place.layer, place.group), []).append(place.out_in)
+        return found
 
     @cached_property
     def norm_modules(self) -> tuple[str, ...]:

@@ -60,6 +60,9 @@ BLOOM = Family(
     heads={"causal_lm": "transformers:BloomForCausalLM"},
     backbone="transformer",
     packs=False,  # transformers gives its attention no position ids, so it cannot see where a document begins
+    attention="scores",
+    norm="layer",
+    normed_embeddings=True,
     targets={
         "attention": ("self_attention.query_key_value", "self_attention.dense"),
         "mlp": ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),

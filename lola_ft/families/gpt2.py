@@ -78,6 +78,7 @@ GPT2 = Family(
     heads={"causal_lm": "transformers:GPT2LMHeadModel"},
     backbone="transformer",
     packs=True,
+    norm="layer",
     targets={"attention": ("attn.c_attn", "attn.c_proj"), "mlp": ("mlp.c_fc", "mlp.c_proj")},
     size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
     embeddings=("transformer.wte.weight", "lm_head.weight"),

@@ -60,6 +60,8 @@ LOLA = Family(
     },
     backbone="transformer",
     packs=True,
+    attention="stretches",
+    norm="layer",
     targets={
         "attention": ("attn.c_attn", "attn.c_proj"),
         "mlp": ("mlp.c_fc", "mlp.c_proj"),

@@ -30,9 +30,8 @@ def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, 
         return replace(report, skipped=reason)
     models = Models(base.folder, stored.folder, folder, compute)
     original = base.kind == "checkpoint" and not stored.starts_at_rounding_error
-    on_4_bit = (
-        models.adapted("nf4") if report.rounding == "nf4" or trained_in_4_bit(run_around(stored.folder)[1]) else None
-    )
+    saw_4_bit = report.rounding == "nf4" or trained_in_4_bit(run_around(stored.folder)[1])
+    on_4_bit = models.adapted("nf4") if saw_4_bit else None
     on_original = models.adapted(None) if original else None
     result = models.merged_alone()
     reference = on_4_bit if report.rounding == "nf4" else on_original

@@ -1,17 +1,20 @@
-"""What autograd keeps for backward, part by part as the model's own code saves it.
+"""The tensors that autograd keeps for backward, part by part as the model's own code saves them.
 
-Dropout keeps its noise in the input's dtype on a CPU and a byte a number on a GPU. Under autocast a GPU computes norms
-in float32, a CPU does not; PEFT casts what enters LoRA to float32 unless autocast is on for a GPU.
+Dropout keeps its noise in the input's dtype on a CPU and in one byte per number on a GPU. Under autocast a GPU computes
+LayerNorms and powers in float32, a CPU does not. PEFT casts the input of LoRA to float32, unless autocast is on for a
+GPU.
 
-Letters: T tokens, D hidden, F inner, E experts, H heads, R rank.
+Letters: T tokens, K experts per token, D hidden, F inner, E experts, R rank.
 """
 
 from dataclasses import dataclass
 
-from lola_ft.kernels.attention import LONGEST
+import torch
+from transformers.activations import ACT2FN
+
 from lola_ft.kernels.experts import RANK_MULTIPLE
 from lola_ft.kernels.grouping import BUFFER_BUCKET, bucket_of, fitting_tile_rows
-from lola_ft.model.packed import TOKENS
+from lola_ft.planning.attention import kept_inside, mask_bytes
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -23,9 +26,9 @@ class Activations:
     """Bytes between forward and backward.
 
     Attributes:
-        saved: What autograd holds at the end of a forward pass.
+        saved: What autograd holds at the end of a forward pass, without the attention mask.
         recomputed: With gradient checkpointing, what the largest layer saves when it is run again.
-        held: Masks and choices of experts that are kept beside it.
+        held: Attention mask and choices of experts, which are kept beside it.
     """
 
     saved: int
@@ -34,49 +37,59 @@ class Activations:
 
 
 def activations(job: Job) -> Activations:
-    """Of a full micro batch with a label for every token."""
-    config, tokens = job.config, job.tokens
-    row = tokens * config.n_embd
+    """Count a full micro batch with a label for every token."""
+    sizes = job.architecture.sizes
+    row = job.tokens * sizes.hidden
     walk = Walk(job, x_grad=job.checkpointing)
-    saved = walk.dropout(config.embd_pdrop, row)
-    layers = []
-    for layer_idx in range(config.n_layer):
-        layers.append(walk.layer(layer_idx))
-    inputs = row * job.width
-    saved += config.n_layer * inputs if job.checkpointing else sum(layers)
-    saved += walk.norm() + tokens + tokens * config.n_embd * walk.norm_width  # d_rows of the loss
-    mask = walk.mask_numbers
-    held = mask + _INDEX * tokens * (job.checkpointing * sum(map(config.is_moe_layer, range(config.n_layer))))
-    return Activations(saved, max(layers) - inputs if job.checkpointing else 0, held)
+    saved = walk.embeddings()
+    layers = [walk.layer(layer) for layer in range(sizes.layers)]
+    inputs = row * walk.stream_width
+    saved += sizes.layers * inputs if job.checkpointing else sum(layers)
+    saved += walk.norm() + job.tokens + row * walk.norm_width  # d_rows of the loss
+    choices = _INDEX * job.tokens * sizes.top_k * len(sizes.moe_layers) if job.checkpointing else 0
+    return Activations(saved, max(layers) - inputs if job.checkpointing else 0, mask_bytes(job) + choices)
 
 
 class Walk:
     """Goes through the layers in order, and knows from where on there is something to propagate back."""
 
     def __init__(self, job: Job, x_grad: bool) -> None:
-        config = job.config
-        self.job, self.config, self.settings = job, config, job.settings
-        self.tokens, self.width = job.tokens, job.width
-        self.half, self.cuda = job.width == 2, job.on_cuda
-        self.norm_width = _FLOAT if self.half and self.cuda else job.width
-        self.x_grad = x_grad or job.settings.tune_norms or job.settings.tune_biases
+        architecture = job.architecture
+        self.job, self.architecture, self.settings = job, architecture, job.settings
+        self.family, self.sizes = architecture.family, architecture.sizes
+        self.tokens, self.width, self.half, self.cuda = job.tokens, job.width, job.half, job.on_cuda
+        self.ranks = job.settings.ranks()
+        self.exact_width = _FLOAT if self.half and self.cuda else self.width  # of what a GPU's autocast computes so
+        self.x_grad = x_grad
 
     @property
-    def mask_numbers(self) -> int:
-        """Of the attention mask: packed rows and rows of unequal length need one."""
-        length, batch = attended(self.job)
-        return round(batch * length**2) if self.job.packing or batch > 1 else 0
+    def norm_width(self) -> int:
+        """Bytes per number that a norm gives."""
+        return self.exact_width if self.family.norm == "layer" else self.width
 
-    def layer(self, layer_idx: int) -> int:
-        saved = self.norm() + self._attention() + self.norm()
-        return saved + (self._moe(layer_idx) if self.config.is_moe_layer(layer_idx) else self._mlp())
+    @property
+    def stream_width(self) -> int:
+        """Bytes per number between two layers: what comes out of the embeddings."""
+        return self.norm_width if self.family.normed_embeddings else self.width
+
+    def embeddings(self) -> int:
+        saved = self.dropout(self.sizes.embedding_dropout, self.tokens * self.sizes.hidden)
+        self.x_grad = self.x_grad or self.settings.tune_norms or self.settings.tune_biases  # from the first norm on
+        return saved + (self.norm() if self.family.normed_embeddings else 0)
+
+    def layer(self, layer: int) -> int:
+        saved = self.norm() + self._attention(layer) + self.norm()
+        return saved + (self._moe(layer) if layer in self.sizes.moe_layers else self._mlp(layer, "mlp"))
 
     def norm(self) -> int:
-        """The input (a float32 copy where norms are computed in that), mean and deviation, cast weights."""
+        """The input (a float32 copy where norms are computed in that), statistics, cast or trained weights."""
         if not self.x_grad:
             return 0
-        copies = 2 * _FLOAT * self.config.n_embd if self.half and self.cuda and not self.settings.tune_norms else 0
-        return self.tokens * (self.config.n_embd + 2) * self.norm_width + copies
+        row, tuned = self.tokens * self.sizes.hidden, self.settings.tune_norms
+        if self.family.norm == "rms":
+            return (row + self.tokens) * _FLOAT + (row * self.width if tuned else 0)
+        copies = 2 * _FLOAT * self.sizes.hidden if self.half and self.cuda and not tuned else 0
+        return row * self.norm_width + 2 * self.tokens * (_FLOAT if tuned else self.norm_width) + copies
 
     def dropout(self, probability: float, numbers: int, width: int | None = None) -> int:
         """The noise, if there is a gradient to multiply with it."""
@@ -84,40 +97,44 @@ class Walk:
             return 0
         return numbers * (1 if self.cuda else width or self.width)
 
-    def _attention(self) -> int:
-        config, rank = self.config, self.settings.attention_rank
-        row = self.tokens * config.n_embd
-        saved = self._linear("attention", config.n_embd, 3 * config.n_embd, rank, self.norm_width, False)
+    def _attention(self, layer: int) -> int:
+        *inputs, output = self.architecture.matrices[layer, "attention"]
+        saved = self._side_by_side("attention", inputs)
         kept_output = False
         if self.x_grad:
-            length, batch = attended(self.job)
-            scores = round(batch * config.n_head * length**2)
-            saved += 3 * row * self.width
-            if config.attn_pdrop and not self.cuda:
-                saved += 2 * row * self.width + 3 * scores * self.width
-            else:
-                kept_output = True
-                saved += row * self.width + self.tokens * config.n_head * _FLOAT
-                if self.cuda or not self.half or length > LONGEST:  # else all layers keep the same mask as it is
-                    saved += self.mask_numbers * self.width
-        saved += self._linear("attention", config.n_embd, config.n_embd, rank, self.width, kept_output)
-        return saved + self.dropout(config.resid_pdrop, row)
+            inside, kept_output = kept_inside(self.job, output[1])
+            saved += inside
+        saved += self._linear("attention", output, self.width, kept_output)
+        return saved + self.dropout(self.sizes.residual_dropout, self.tokens * self.sizes.hidden)
 
-    def _mlp(self) -> int:
-        config, rank = self.config, self.settings.mlp_rank
-        saved = self._linear("mlp", config.n_embd, config.n_inner, rank, self.norm_width, False)
+    def _mlp(self, layer: int, group: str) -> int:
+        """Two linear layers with an activation between them, or three: gate and up side by side."""
+        *inputs, output = self.architecture.matrices[layer, group]
+        saved = self._side_by_side(group, inputs)
         if self.x_grad:
-            saved += self.tokens * config.n_inner * self.width  # GELU's input
-        saved += self._linear("mlp", config.n_inner, config.n_embd, rank, self.width, False)
-        return saved + self.dropout(config.resid_pdrop, self.tokens * config.n_embd)
+            numbers, kept = self.tokens * output[1], kept_by_activation(self.sizes.activation)
+            saved += numbers * kept * (self.exact_width if kept > 1 else self.width)
+            if len(inputs) > 1:  # the product of gate and up keeps both factors
+                saved += 2 * numbers * self.width
+        saved += self._linear(group, output, self.width, False)
+        return saved + self.dropout(self.sizes.residual_dropout, self.tokens * self.sizes.hidden)
 
-    def _linear(self, group: str, size_in: int, size_out: int, rank: int | None, x_width: int, kept: bool) -> int:
+    def _side_by_side(self, group: str, matrices: list[tuple[int, int]]) -> int:
+        """Linear layers with LoRA that read the same norm: the first keeps its input for all if none copies it."""
+        shared = self.norm_width == self.width
+        return sum(
+            self._linear(group, matrix, self.norm_width, place > 0 and shared) for place, matrix in enumerate(matrices)
+        )
+
+    def _linear(self, group: str, matrix: tuple[int, int], x_width: int, kept: bool) -> int:
         """A linear layer's LoRA; its frozen weight needs nothing.
 
         Args:
-            x_width: Bytes of a number that comes in.
+            matrix: Outputs and inputs.
+            x_width: Bytes per number that comes in.
             kept: Whether the input is kept already.
         """
+        rank, (size_out, size_in) = self.ranks.get(group), matrix
         if rank is None:
             return 0
         settings, tokens = self.settings, self.tokens
@@ -138,38 +155,40 @@ class Walk:
         self.x_grad = True
         return saved
 
-    def _moe(self, layer_idx: int) -> int:
-        tokens, row = self.tokens, self.tokens * self.config.n_embd
+    def _moe(self, layer: int) -> int:
+        tokens, row = self.tokens, self.tokens * self.sizes.hidden
         before = self.x_grad
         saved = self._router()
         probs_grad, self.x_grad = self.x_grad, before
-        chosen = self._chosen(layer_idx)
+        if (layer, "shared_experts") in self.architecture.matrices:
+            saved += self._mlp(layer, "shared_experts")
+        chosen = self._chosen(layer)
         if not (probs_grad or chosen):
             return saved
         saved += self._experts(chosen)
         if not probs_grad and self.half:
-            saved += tokens * self.width
+            saved += tokens * self.sizes.top_k * self.width
         self.x_grad = True
-        return saved + self.dropout(self.config.resid_pdrop, row)
+        return saved + self.dropout(self.sizes.residual_dropout, row)
 
     def _router(self) -> int:
         """Scores and probabilities, in float32."""
-        settings, config, tokens = self.settings, self.config, self.tokens
+        settings, sizes, tokens = self.settings, self.sizes, self.tokens
         rank = settings.router_rank
         trained = settings.tune_router or rank is not None
         saved = 0
         if trained:
-            saved += tokens * config.n_embd * _FLOAT
+            saved += tokens * sizes.hidden * _FLOAT
         if rank is not None:
             probability = settings.dropout_of("router")
             saved += tokens * rank * _FLOAT
-            saved += self.dropout(probability, tokens * config.n_embd, _FLOAT)
+            saved += self.dropout(probability, tokens * sizes.hidden, _FLOAT)
         if self.half and self.x_grad and not settings.tune_router:
-            saved += config.num_experts * config.n_embd * _FLOAT
+            saved += sizes.num_experts * sizes.hidden * _FLOAT
         self.x_grad = self.x_grad or trained
         if self.x_grad:
-            scores = tokens * config.num_experts * _FLOAT
-            saved += scores * (1 + 2 * self.job.router_losses) + tokens * (_INDEX + self.width)
+            scores = tokens * sizes.num_experts * _FLOAT
+            saved += scores * (1 + 2 * self.job.router_losses) + tokens * sizes.top_k * (_INDEX + self.width)
         return saved
 
     def _experts(self, chosen: int) -> int:
@@ -178,43 +197,68 @@ class Walk:
         Args:
             chosen: How many experts have LoRA.
         """
-        settings, config = self.settings, self.config
-        hidden, inner, rows = config.n_embd, config.n_inner, grouped_rows(self.job)
-        saved = (rows * (hidden + inner) + self.tokens * hidden) * self.width
+        settings, sizes, rows = self.settings, self.sizes, grouped_rows(self.job)
+        hidden, inner, inputs = sizes.hidden, sizes.expert_inner, expert_inputs(self.job)
+        saved = (rows * (hidden + inputs * inner) + self.tokens * sizes.top_k * hidden) * self.width
         if not self.cuda:
-            saved += rows * inner * self.width  # GELU's output; a GPU computes it again
+            saved += rows * inner * self.width  # the activation's output; a GPU computes it again
         if chosen:
             rank = settings.expert_rank or 0
-            if chosen < config.num_experts:  # zeros for those without LoRA
-                saved += chosen * (2 * rank * (hidden + inner) * _FLOAT + 2 * _INDEX)
+            if chosen < sizes.num_experts:  # zeros for those without LoRA
+                saved += chosen * (expert_factors(self.job, rank) * _FLOAT + 2 * _INDEX)
             rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
-            saved += (2 * rows * rank + config.num_experts * 2 * rank * (hidden + inner)) * self.width
+            saved += (2 * rows * rank + sizes.num_experts * expert_factors(self.job, rank)) * self.width
             if settings.dropout_of("experts"):
                 saved += rows * (hidden + inner)
         return saved
 
-    def _chosen(self, layer_idx: int) -> int:
+    def _chosen(self, layer: int) -> int:
         settings = self.settings
         if settings.expert_rank is None:
             return 0
         if settings.selection is None:
-            return self.config.num_experts
-        return len(settings.selection[layer_idx // 2])
-
-
-def attended(job: Job) -> tuple[int, float]:
-    """Tokens of what attends to itself at most, and how often there is such: rows, or stretches of packed documents."""
-    if not job.packing:
-        return job.length, job.sequences
-    length = min(job.tokens, TOKENS.get(job.device, job.tokens))
-    return length, job.tokens / length
+            return self.sizes.num_experts
+        return len(settings.selection[self.sizes.moe_layers.index(layer)])
 
 
 def grouped_rows(job: Job) -> int:
     """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more for each."""
-    experts = min(job.config.num_experts, job.tokens)
+    sizes, chosen = job.architecture.sizes, job.tokens * job.architecture.sizes.top_k
+    experts = min(sizes.num_experts, chosen)
     if job.on_cuda:
-        tile = fitting_tile_rows(job.tokens, job.config.num_experts)
-        return (job.tokens // tile + experts) * tile
-    rows = job.tokens + experts * bucket_of(job.tokens // experts) // 2
+        tile = fitting_tile_rows(chosen, sizes.num_experts)
+        return (chosen // tile + experts) * tile
+    rows = chosen + experts * bucket_of(chosen // experts) // 2
     return rows + (BUFFER_BUCKET // 2 if rows > BUFFER_BUCKET else 0)
+
+
+def expert_inputs(job: Job) -> int:
+    """How many projections of an expert read the hidden states: one, or gate and up."""
+    layout = job.architecture.family.experts
+    return len(layout.projections) - 1 if layout else 0
+
+
+def expert_factors(job: Job, rank: int) -> int:
+    """Numbers of one expert's LoRA: of what leads inside (gate and up share one A), and of what leads out."""
+    sizes = job.architecture.sizes
+    return rank * (2 * sizes.hidden + (1 + expert_inputs(job)) * sizes.expert_inner)
+
+
+def kept_by_activation(name: str) -> int:
+    """How many numbers an activation keeps for each that comes in, its result left out: it is asked with a few.
+
+    A function of a model's own, which transformers does not list, keeps its input.
+    """
+    if name not in ACT2FN:
+        return 1
+    x = torch.ones(8, requires_grad=True)
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = ACT2FN[name](x)
+    seen.pop(result.untyped_storage().data_ptr(), None)
+    return sum(tensor.numel() for tensor in seen.values()) // x.numel()

@@ -1,4 +1,4 @@
-"""What an adapter will hold: its tensors in the model and in its file, without numbers."""
+"""An adapter before it exists: its tensors in the model and in its file, as shapes without numbers."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,22 @@ from lola_ft.adapters.files import file_metadata
 from lola_ft.adapters.layouts import to_state
 from lola_ft.adapters.selection import check_selection
 from lola_ft.adapters.settings import AdapterSettings
-from lola_ft.adapters.targets import GROUPS, NORM_MODULES
-from lola_ft.adapters.weights import EXPERT_MODULE, AdapterWeights, LoraPair, is_out_by_in
+from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.checkpoints.safetensors_writer import file_header
-from lola_ft.model.config import LolaConfig
-from lola_ft.model.hub_checkpoint import expected_shapes
+from lola_ft.families import Architecture, Place
 
 _FLOAT = 4
+_DORA_GROUPS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """What is counted of an adapter.
+    """Counts of an adapter.
 
     Attributes:
         held: Bytes that it adds to the model.
         file: Bytes of `adapter_model.safetensors` at the end of a run.
-        numels: Numbers of each tensor that is trained.
+        numels: Number of values in each trained tensor.
     """
 
     held: int
@@ -32,93 +31,82 @@ class AdapterSizes:
     numels: list[int]
 
 
-def adapter_sizes(config: LolaConfig, settings: AdapterSettings) -> AdapterSizes:
-    """Of LOLA's adapter.
+def adapter_sizes(architecture: Architecture, settings: AdapterSettings) -> AdapterSizes:
+    """Count an adapter's tensors.
 
     Raises:
-        UserError: If the selection of experts does not fit the base.
+        UserError: If the base lacks something that the settings train, or the selection of experts does not fit it.
     """
-    outline = adapter_outline(config, settings)
-    return AdapterSizes(
-        adapter_bytes(outline, config), adapter_file_bytes(outline, config), trained_numels(outline, config)
-    )
+    outline = adapter_outline(architecture, settings)
+    return AdapterSizes(adapter_bytes(outline), adapter_file_bytes(outline), trained_numels(outline))
 
 
-def adapter_outline(config: LolaConfig, settings: AdapterSettings) -> AdapterWeights:
-    """The adapter under the Hub's names, of tensors that have shapes and no values.
+def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> AdapterWeights:
+    """Return the adapter by Hub names, of tensors that have shapes and no values.
 
     Raises:
-        UserError: If the selection of experts does not fit the base.
+        UserError: As `adapter_sizes`.
     """
-    moe_layers = [layer for layer in range(config.n_layer) if config.is_moe_layer(layer)]
-    selected = dict.fromkeys(moe_layers, tuple(range(config.num_experts)))
-    if settings.selection is not None and (settings.expert_rank is not None or settings.tune_biases):
-        check_selection(settings.selection, len(moe_layers), config.num_experts)
-        selected = dict(zip(moe_layers, settings.selection, strict=True))
-    weights = AdapterWeights({}, base_fingerprint="0" * 16, starts_at_rounding_error=settings.init == "loftq")
-    for name, shape in expected_shapes(config).items():
+    architecture.require(settings.wanted())
+    chosen, ranks = _chosen(architecture, settings), settings.ranks()
+    weights = AdapterWeights(architecture, base_fingerprint="0" * 16)
+    weights.starts_at_rounding_error = settings.init == "loftq"
+    for name, place in architecture.places.items():
         module, _, kind = name.rpartition(".")
-        rank = _rank_of(module, settings, selected)
-        if rank is not None and kind == "weight":
-            weights.pairs[module] = _pair(module, shape, rank, settings)
-        if _is_trained(module, kind, settings, selected):
-            weights.trained[name] = torch.empty(shape, device="meta")
+        of_chosen = place.expert is None or place.expert in chosen.get(place.layer, ())
+        if kind == "weight" and len(place.shape) == 2 and place.group in ranks and of_chosen:
+            weights.pairs[module] = _pair(place, ranks[place.group], settings)
+        if _is_trained(place, kind, settings) and of_chosen:
+            weights.trained[name] = torch.empty(place.shape, device="meta")
         elif kind == "bias" and settings.tune_biases:
-            weights.base_biases[name] = torch.empty(shape, device="meta")
+            weights.base_biases[name] = torch.empty(place.shape, device="meta")
     return weights
 
 
-def trained_numels(weights: AdapterWeights, config: LolaConfig) -> list[int]:
-    """Sizes of the trained tensors as the model holds them, an MoE layer's experts stacked."""
-    state = to_state(weights, "peft", config.num_experts, weights.experts_of(config.num_experts))
-    return [tensor.numel() for tensor in state.values()]
+def trained_numels(weights: AdapterWeights) -> list[int]:
+    """Return the sizes of the trained tensors as the model holds them, an MoE layer's experts stacked."""
+    return [tensor.numel() for tensor in to_state(weights, "peft", weights.experts_of()).values()]
 
 
-def adapter_bytes(weights: AdapterWeights, config: LolaConfig) -> int:
-    """What an attached adapter adds to the model: its tensors, and DoRA's lengths of the base's rows (float32)."""
+def adapter_bytes(weights: AdapterWeights) -> int:
+    """Return the bytes that an attached adapter adds to a model: its tensors, and for DoRA the lengths of rows."""
     lengths = sum(pair.magnitude.numel() for pair in weights.pairs.values() if pair.magnitude is not None)
-    return _FLOAT * (sum(trained_numels(weights, config)) + lengths)
+    return _FLOAT * (sum(trained_numels(weights)) + lengths)
 
 
-def adapter_file_bytes(weights: AdapterWeights, config: LolaConfig) -> int:
-    """Size of `adapter_model.safetensors` at the end of a run, header included."""
-    some = bool(weights.experts_of(config.num_experts))
-    layout = "per_expert" if some and not weights.dora else "peft"
-    state = to_state(weights, layout, config.num_experts)
+def adapter_file_bytes(weights: AdapterWeights) -> int:
+    """Return the size of `adapter_model.safetensors` at the end of a run, header included."""
+    layout = "per_expert" if weights.experts_of() and not weights.dora else "peft"
+    state = to_state(weights, layout)
     header, num_bytes = file_header(
         [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()],
-        file_metadata(weights, layout, config.num_experts, state),
+        file_metadata(weights, layout, state),
     )
     return len(header) + num_bytes
 
 
-def _rank_of(module: str, settings: AdapterSettings, selected: dict[int, tuple[int, ...]]) -> int | None:
-    expert = EXPERT_MODULE.match(module)
-    if expert:
-        layer = int(module.split(".")[2])
-        return settings.expert_rank if int(expert["expert"]) in selected[layer] else None
-    for group, rank in settings.ranks().items():
-        if module.endswith(GROUPS[group]):
-            return rank
-    return None
+def _chosen(architecture: Architecture, settings: AdapterSettings) -> dict[int | None, tuple[int, ...]]:
+    """The experts that are trained, by layer."""
+    layers, num_experts = architecture.sizes.moe_layers, architecture.num_experts
+    if settings.selection is None or (settings.expert_rank is None and not settings.tune_biases):
+        return dict.fromkeys(layers, tuple(range(num_experts)))
+    check_selection(settings.selection, len(layers), num_experts)
+    return dict(zip(layers, settings.selection, strict=True))
 
 
-def _pair(module: str, shape: tuple[int, ...], rank: int, settings: AdapterSettings) -> LoraPair:
-    out_features, in_features = shape if is_out_by_in(module) else shape[::-1]
-    dora = settings.dora and module.endswith((*GROUPS["attention"], *GROUPS["mlp"])) and ".experts." not in module
+def _pair(place: Place, rank: int, settings: AdapterSettings) -> LoraPair:
+    size_out, size_in = place.out_in
+    dora = settings.dora and place.group in _DORA_GROUPS
     return LoraPair(
-        torch.empty(rank, in_features, device="meta"),
-        torch.empty(out_features, rank, device="meta"),
+        torch.empty(rank, size_in, device="meta"),
+        torch.empty(size_out, rank, device="meta"),
         settings.alpha,
-        torch.empty(out_features, device="meta") if dora else None,
+        torch.empty(size_out, device="meta") if dora else None,
     )
 
 
-def _is_trained(module: str, kind: str, settings: AdapterSettings, selected: dict[int, tuple[int, ...]]) -> bool:
-    """Whether a module's own weight or bias is trained."""
-    if settings.tune_biases and kind == "bias":
-        expert = EXPERT_MODULE.match(module)
-        return expert is None or int(expert["expert"]) in selected[int(module.split(".")[2])]
-    if settings.tune_router and module.endswith(GROUPS["router"]):
+def _is_trained(place: Place, kind: str, settings: AdapterSettings) -> bool:
+    """Whether the base's own tensor is fully trained (no LoRA)."""
+    if kind == "bias" and settings.tune_biases:
         return True
-    return settings.tune_norms and module.rpartition(".")[2] in NORM_MODULES
+    return (settings.tune_router and place.group == "router") or (settings.tune_norms and place.group == "norms")

@@ -1,9 +1,9 @@
-"""What a prediction is made for."""
+"""The run that a prediction is made for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from lola_ft.adapters.settings import AdapterSettings
+from lola_ft.families import Architecture
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class Job:
     """A run, as far as its memory goes.
 
     Attributes:
-        config: LOLA's, or a dense baseline's `DenseConfig`; `kinds.py` has who can read it.
+        architecture: The base's.
         dtype: What is computed in, and what stays dense is held in: bfloat16, float16 or float32.
         device: `cuda` or `cpu`; they save different things for backward.
         length: Longest row of a batch in tokens.
@@ -22,7 +22,7 @@ class Job:
         router_losses: How many losses of the routers there are.
     """
 
-    config: Any
+    architecture: Architecture
     settings: AdapterSettings
     quantization: str | None = "nf4"
     dtype: str = "bfloat16"
@@ -51,6 +51,11 @@ class Job:
     def width(self) -> int:
         """Bytes of a computed number; 2 means autocast."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def half(self) -> bool:
+        """Whether numbers have 16 bits."""
+        return self.width == 2
 
     @property
     def on_cuda(self) -> bool:

@@ -1,4 +1,4 @@
-"""The sizes of a merged model's files: as the base's, each tensor in the base's dtype or the one that is asked for."""
+"""Sizes of a merged model's files: the base's files, each tensor in the base's dtype or the one that is asked for."""
 
 import json
 from pathlib import Path
@@ -6,61 +6,64 @@ from typing import Any
 
 import torch
 
-from lola_ft.checkpoints.folder import weight_files
-from lola_ft.checkpoints.safetensors_file import read_header
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
+from lola_ft.checkpoints.folder import CONFIG_FILE, weight_files
 from lola_ft.checkpoints.safetensors_writer import Outline, file_header
 from lola_ft.errors import CheckpointError
+from lola_ft.families import Architecture
+from lola_ft.file_names import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.kernels.precision import DTYPES
-from lola_ft.model.config import LolaConfig
-from lola_ft.model.hub_checkpoint import expected_shapes
-from lola_ft.model.layout import is_ignored
-
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def merged_files(folder: Path, config: LolaConfig, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Bytes of each file that `merge.py` will write, headers included.
+def merged_files(folder: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Return the bytes of each file that `merge.py` will write, headers included.
 
     Args:
-        folder: The base's; of its weights at most the headers are read. Without them, its index and the dtype in its
+        folder: The base's. Only the headers of its weights are read. Without weights, its index and the dtype in its
             config count; without an index, one file.
         dtype: Of the merged tensors; None keeps each one's own.
+
+    Raises:
+        CheckpointError: If the base's weights are damaged or do not fit its config.
     """
     sizes = {}
-    for name, tensors in _shards(folder, config).items():
-        header, num_bytes = file_header([(key, shape, dtype or own) for key, shape, own in tensors])
-        sizes[name] = len(header) + num_bytes
+    for file, tensors in _shards(folder, architecture).items():
+        header, num_bytes = file_header([(name, shape, dtype or own) for name, shape, own in tensors])
+        sizes[file] = len(header) + num_bytes
     return sizes
 
 
-def stated_dtype(folder: Path) -> torch.dtype:
-    """What a base's config says that its weights are."""
-    stated = _json(folder / "config.json")
-    return DTYPES.get(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), torch.float32)
-
-
-def _shards(folder: Path, config: LolaConfig) -> dict[str, list[Outline]]:
+def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]]:
     """Each file's tensors, in order."""
     try:
-        files = weight_files(folder)
+        weight_files(folder)
     except CheckpointError:
-        return _planned_shards(folder, config)
-    headers = {file.name: sorted(read_header(file), key=lambda entry: entry.start) for file in files}
-    return {
-        name: [(entry.name, entry.shape, entry.dtype) for entry in entries if not is_ignored(entry.name)]
-        for name, entries in headers.items()
-    }
+        return _planned_shards(folder, architecture)
+    checkpoint = BaseCheckpoint.open(folder)
+    shards: dict[str, list[Outline]] = {file.name: [] for file in checkpoint.files}
+    for entry in checkpoint:
+        shards[entry.file.name].append((checkpoint.stored_name(entry.name), entry.shape, entry.dtype))
+    return shards
 
 
-def _planned_shards(folder: Path, config: LolaConfig) -> dict[str, list[Outline]]:
-    """By index and config; safetensors puts tensors of one dtype in the order of their names."""
-    dtype = stated_dtype(folder)
-    places = _json(folder / _INDEX).get("weight_map")
+def _planned_shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]]:
+    """The same from index and config; safetensors puts tensors of one dtype in the order of their names."""
+    dtype = _stated_dtype(folder)
+    weight_map = _json(folder / WEIGHTS_INDEX_FILE).get("weight_map")
+    files: dict[str, str] = weight_map if isinstance(weight_map, dict) else {}
+    backbone = f"{architecture.family.backbone}."
+    omitted = "" if not files or any(name.startswith(backbone) for name in files) else backbone
+    shapes = {name.removeprefix(omitted): place.shape for name, place in architecture.places.items()}
     shards: dict[str, list[Outline]] = {}
-    for name, shape in sorted(expected_shapes(config).items()):
-        file = places.get(name, _SINGLE) if isinstance(places, dict) else _SINGLE
-        shards.setdefault(file, []).append((name, shape, dtype))
+    for name, shape in sorted(shapes.items()):
+        shards.setdefault(files.get(name, WEIGHTS_FILE), []).append((name, shape, dtype))
     return dict(sorted(shards.items()))
+
+
+def _stated_dtype(folder: Path) -> torch.dtype:
+    """The dtype that a base's config gives for its weights."""
+    stated = _json(folder / CONFIG_FILE)
+    return DTYPES.get(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), torch.float32)
 
 
 def _json(file: Path) -> dict[str, Any]:

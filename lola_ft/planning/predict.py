@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lola_ft.families.parts import Audit
-from lola_ft.planning.activations import Activations
+from lola_ft.planning.activations import Activations, activations
+from lola_ft.planning.adapter import adapter_sizes
+from lola_ft.planning.base import base_audit
 from lola_ft.planning.job import Job
-from lola_ft.planning.kinds import kind_of
 from lola_ft.planning.optimizer import OptimizerBytes, optimizer_bytes
-from lola_ft.planning.workspace import loss_work
+from lola_ft.planning.workspace import backward_work, loss_work
 
 _FLOAT = 4
 CONTEXT_BYTES = {"cuda": 600_000_000, "cpu": 900_000_000}
@@ -83,15 +84,14 @@ class Prediction:
 
 
 def count_fixed(job: Job) -> Fixed:
-    """Weights, adapter, gradients and optimiser state.
+    """Count weights, adapter, gradients and optimiser state.
 
     Raises:
-        UserError: If the selection of experts does not fit the base.
+        UserError: If the base lacks something that is to be trained, or the selection of experts does not fit it.
     """
-    kind = kind_of(job.config)
-    adapter = kind.adapter(job.config, job.settings)
+    adapter = adapter_sizes(job.architecture, job.settings)
     return Fixed(
-        kind.audit(job.config, job.quantization, job.dtype),
+        base_audit(job.architecture, job.quantization, job.dtype),
         adapter.held,
         adapter.file,
         sum(adapter.numels),
@@ -100,15 +100,14 @@ def count_fixed(job: Job) -> Fixed:
 
 
 def predict(job: Job, fixed: Fixed | None = None) -> Prediction:
-    """Peak memory of a run.
+    """Predict the peak memory of a run.
 
     Args:
-        fixed: What `count_fixed` says of it, if it is known.
+        fixed: The run's `count_fixed`, if it is known.
     """
     fixed = fixed or count_fixed(job)
-    kind = kind_of(job.config)
-    kept = kind.activations(job)
-    work = {"loss": loss_work(job), "backward pass": kept.recomputed + kind.backward_work(job)}
+    kept = activations(job)
+    work = {"loss": loss_work(job), "backward pass": kept.recomputed + backward_work(job)}
     moment = max(work, key=lambda name: work[name])
     if kept.saved + kept.held + work[moment] < fixed.optimizer.work:
         return Prediction(job, fixed, kept, "optimizer step", fixed.optimizer.work)

@@ -1,10 +1,13 @@
-"""What is needed for a moment, beside what is kept: estimates, each from the code that allocates it.
+"""Memory that is needed for a moment, beside what is kept: estimates, each from the code that allocates it.
 
 Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 """
 
+from transformers.activations import ACT2FN
+
 from lola_ft.kernels.nf4_sizes import BLOCK
-from lola_ft.planning.activations import attended, grouped_rows
+from lola_ft.planning.activations import expert_factors, expert_inputs, grouped_rows
+from lola_ft.planning.attention import is_stepwise, score_numbers
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -13,35 +16,47 @@ _CPU_TILE = 1 << 20  # numbers that are made dense at a time on a CPU: `quantiza
 
 
 def loss_work(job: Job) -> int:
-    """The labelled rows, and one chunk's logits with their softmax and gradient."""
-    config = job.config
-    logits = min(_CHUNK_ROWS, job.tokens) * config.vocab_size
-    rows = job.tokens * config.n_embd * (_FLOAT if job.on_cuda else job.width)
-    return rows + logits * (2 * _FLOAT + (job.width if job.width < _FLOAT else 0))
+    """Return the size of the labelled rows, and of one chunk's logits with their softmax and gradient."""
+    sizes = job.architecture.sizes
+    logits = min(_CHUNK_ROWS, job.tokens) * sizes.vocab
+    rows = job.tokens * sizes.hidden * (_FLOAT if job.on_cuda else job.width)
+    return rows + logits * (2 * _FLOAT + (job.width if job.half else 0))
 
 
 def backward_work(job: Job) -> int:
-    """The largest of a layer's parts on the way back, with the gradient that flows along."""
-    config = job.config
-    row = job.tokens * config.n_embd
+    """Return the largest of a layer's parts on the way back, with the gradient that flows along."""
+    row = job.tokens * job.architecture.sizes.hidden
     stream = 2 * row * (_FLOAT if job.on_cuda else job.width)
-    attention = 4 * row * job.width
-    if config.attn_pdrop and not job.on_cuda:
-        length, batch = attended(job)
-        attention += round(2 * batch * config.n_head * length**2) * job.width
-    mlp = 3 * job.tokens * config.n_inner * job.width
-    return stream + max(attention + linear_tile(job), mlp + linear_tile(job), _experts_work(job))
+    attention = 4 * row * job.width + _scores_work(job)
+    parts = max(attention, _activation_work(job)) + linear_tile(job)
+    return stream + max(parts, _experts_work(job) if job.architecture.sizes.moe_layers else 0)
 
 
 def linear_tile(job: Job) -> int:
-    """What of the largest linear layer's 4-bit weight is dense at a time: all of it; on a CPU in float32 a tile."""
+    """How much of the largest 4-bit weight is dense at a time: all of it, or on a CPU in float32 a tile."""
     if job.quantization != "nf4":
         return 0
-    config = job.config
-    numbers = config.n_embd * max(config.n_inner, 3 * config.n_embd)
+    architecture = job.architecture
+    numbers = max(size_out * size_in for pairs in architecture.matrices.values() for size_out, size_in in pairs)
+    numbers = max(numbers, architecture.sizes.hidden * architecture.sizes.expert_inner)
     if not job.on_cuda and job.width == _FLOAT:
         return min(numbers, _CPU_TILE) * _FLOAT + _scales(numbers)
     return numbers * (_FLOAT if job.settings.dora else job.width) + _scales(numbers)
+
+
+def _scores_work(job: Job) -> int:
+    """Gradients of the scores, and where attention is not fused of the probabilities in float32."""
+    if job.architecture.family.attention == "scores":
+        return score_numbers(job) * (_FLOAT + job.width)
+    return score_numbers(job) * _FLOAT if is_stepwise(job) else 0
+
+
+def _activation_work(job: Job) -> int:
+    """Gradient of an activation: it takes the place of what was kept. A model's own function computes it in steps."""
+    numbers = job.tokens * job.architecture.sizes.inner
+    if job.architecture.sizes.activation in ACT2FN:
+        return numbers * (_FLOAT if job.on_cuda else job.width)
+    return 4 * numbers * job.width
 
 
 def _experts_work(job: Job) -> int:
@@ -49,13 +64,13 @@ def _experts_work(job: Job) -> int:
 
     A CPU makes one expert's weight dense at a time; a GPU all, if it finds that faster than decoding on the way.
     """
-    config, rank = job.config, job.settings.expert_rank or 0
-    hidden, inner = config.n_embd, config.n_inner
-    factors = config.num_experts * 2 * rank * (hidden + inner) * (job.width + _FLOAT)
-    rows = grouped_rows(job) * (3 * hidden + 4 * inner) * job.width
+    sizes, inputs = job.architecture.sizes, expert_inputs(job)
+    hidden, inner = sizes.hidden, sizes.expert_inner
+    factors = sizes.num_experts * expert_factors(job, job.settings.expert_rank or 0) * (job.width + _FLOAT)
+    rows = grouped_rows(job) * (3 * hidden + (2 + 2 * inputs) * inner) * job.width
     if not job.on_cuda:
         return rows + factors + linear_tile(job)
-    weights = config.num_experts * hidden * inner if job.quantization == "nf4" else 0
+    weights = sizes.num_experts * hidden * inner * inputs if job.quantization == "nf4" else 0
     return rows + factors + weights * job.width + _scales(weights)
 
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from rich.console import Console
-from transformers import PretrainedConfig
 
+from lola_ft.families import Architecture
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
-from lola_ft.planning.kinds import kind_of
+from lola_ft.planning.merged import merged_files
 from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
-from lola_ft.training.base_model import OpenBase, adapter_settings, planning_config
+from lola_ft.training.base_model import OpenBase, adapter_settings
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.setup import estimate_steps, fit_to_base, read_data
 
@@ -48,11 +48,11 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     device, limit = target_machine(gpu)
     recipe, base = fit_to_base(recipe, Console(stderr=True))
     facts, note = _facts_of_data(recipe, base) if with_data else (None, "The data was not read (--no-data).")
-    job = job_of(recipe, base.config, device, facts.longest if facts else None)
+    job = job_of(recipe, base.architecture, device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
-    merged = kind_of(job.config).merged_files(base.folder, job.config, None)
+    merged = merged_files(base.folder, job.architecture)
     if as_json:
         print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
         return
@@ -66,15 +66,15 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def advice(recipe: Recipe, config: PretrainedConfig, longest: int | None = None) -> str:
+def advice(recipe: Recipe, architecture: Architecture, longest: int | None = None) -> str:
     """For a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
 
     Args:
-        config: The base's.
+        architecture: The base's.
         longest: Tokens of the longest row, if it is shorter than `data.max_length`.
     """
     device, limit = target_machine(None)
-    job = job_of(recipe, config, device, longest)
+    job = job_of(recipe, architecture, device, longest)
     prediction = predict(job)
     change = first_fit(job, min(limit, int(_OUT_OF_MEMORY_SHARE * prediction.total)))
     lines = [f"{shape(job)} need about:", *memory_lines(prediction), f"There are {show_size(limit)} in all."]
@@ -97,11 +97,11 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
     return "cpu", psutil.virtual_memory().total
 
 
-def job_of(recipe: Recipe, config: PretrainedConfig, device: str, longest: int | None = None) -> Job:
+def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int | None = None) -> Job:
     """What the planner needs to know of a recipe.
 
     Args:
-        config: The base's: LOLA's, or transformers' own of a dense one.
+        architecture: The base's.
         longest: Tokens of the longest row, if it is known.
     """
     train, router = recipe.train, recipe.router
@@ -109,7 +109,7 @@ def job_of(recipe: Recipe, config: PretrainedConfig, device: str, longest: int |
     if device == "cpu" or torch.cuda.is_available():
         dtype = str(choose_precision(dtype, torch.device(device)).dtype).removeprefix("torch.")
     return Job(
-        config=planning_config(config),
+        architecture=architecture,
         settings=adapter_settings(recipe),
         quantization=None if recipe.base.quantization == "none" else recipe.base.quantization,
         dtype=dtype,

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lola_ft.families import architecture_of
 from lola_ft.file_names import ADAPTER_FOLDER, METRICS_FILE, RECIPE_FILE
 from lola_ft.files import write_text
 from lola_ft.memory import keep_freed_memory
@@ -107,7 +108,7 @@ def _fit(
     console.print(filling_line(trainer.train_dataset, prepared.data, prepared.recipe))
     if prepared.device.type == "cpu":
         keep_freed_memory()
-    with explained_out_of_memory(lambda: advice(prepared.recipe, prepared.model.config)):
+    with explained_out_of_memory(lambda: advice(prepared.recipe, architecture_of(prepared.model.config))):
         try:
             trainer.train_from(checkpoint)
         except Stopped:

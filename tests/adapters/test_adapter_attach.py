@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,6 +15,7 @@ from lola_ft.adapters.files import write_adapter
 from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
+from tests.tiny import TINY
 
 # Float32 sums in another order.
 ROUNDING = 1e-5

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY
 from torch import Tensor
 
 from lola_ft.adapters import load_adapter
@@ -19,6 +18,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.model import LolaForCausalLM
+from tests.tiny import TINY
 
 E = 4
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import TINY
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.declared import declared_modules
@@ -22,6 +21,7 @@ from lola_ft.errors import AdapterError, UserError
 from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig
 from lola_ft.quantization import load_base
+from tests.tiny import TINY
 
 E = 4
 

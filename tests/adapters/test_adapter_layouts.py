@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY, tiny_config
 from torch import Tensor
 
 from lola_ft.adapters.files import config_for, read_adapter, write_adapter
@@ -16,6 +15,7 @@ from lola_ft.adapters.layouts import LAYOUTS, detect_layout, from_state, to_stat
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.families import architecture_of
+from tests.tiny import TINY, tiny_config
 
 E = 4
 GROUPS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -21,6 +20,7 @@ from lola_ft.errors import AdapterError
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.layout import EXPERT_PROJECTIONS
 from tests.conftest import make_base
+from tests.tiny import TINY
 
 E = 4
 # Float32: B·A added to the weight against A and B multiplied in turn.

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import TINY
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -25,6 +24,7 @@ from lola_ft.adapters.selection import read_selection
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, UserError
+from tests.tiny import TINY
 
 ROUNDING = 1e-5  # float32 sums in another order
 D, F, E = 64, 128, 4  # of the tiny base, which has MoE layers 1 and 3

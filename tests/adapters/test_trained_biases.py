@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TINY, tiny_config
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,7 @@ from lola_ft.quantization import load_base
 from lola_ft.quantization.audit import audit
 from lola_ft.training.reports.tables import count_trainable
 from tests.adapters.test_stock_peft import PARITY, load_stock
+from tests.tiny import TINY, tiny_config
 
 D, F, E = 64, 128, 4  # of the tiny base; MoE layers 1 and 3
 SELECTION = ((0, 2), (3,))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import TINY
 from transformers import AutoModelForCausalLM
 
 from lola_ft.errors import PublishError
 from lola_ft.hub.publish import publish
+from tests.tiny import TINY
 
 REPO = "tester/model"
 ADAPTER_FILES = {
@@ -122,6 +123,7 @@ def test_merged_weights_arrive_with_config_and_report(hub: Any, merged: Path, tm
 def test_shards_of_an_earlier_publication_are_replaced(hub: Any, merged: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(merged)
     model.save_pretrained(tmp_path / "shards", max_shard_size="400KB")
+    shutil.copy(merged / "merge_report.json", tmp_path / "shards")
     send(tmp_path / "shards")
     repo = hub.repos[REPO]
     shards = {name for name in repo.files if name.startswith("model-")}

@@ -1,4 +1,4 @@
-"""A base whose sizes are no multiples of one another, adapted models, and what autograd saves of them."""
+"""Bases of every family with sizes that are no multiples of one another, adapted models, and what autograd saves."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,18 +7,51 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
+from lola_ft import load_base
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.families import Architecture, architecture_of
 from lola_ft.planning import Job
-from lola_ft.quantization import load_base
 from tests.conftest import make_base
+from tests.families.conftest import make_dense
+
+FAMILIES = ("lola", "gpt2", "bloom")
+# BLOOM has no choice of the inner size.
+ODD: dict[str, dict[str, Any]] = {
+    "lola": {"n_inner": 192},
+    "gpt2": {"n_embd": 40, "n_layer": 3, "n_inner": 200},
+    "bloom": {"hidden_size": 40, "n_layer": 3},
+}
+DROPOUTS: dict[str, dict[str, Any]] = {
+    "lola": {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    "gpt2": {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    "bloom": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+}
+
+
+def make(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny random base of a family, with its tokenizer."""
+    return make_base(folder, **changes) if family == "lola" else make_dense(folder, family, **changes)
 
 
 @pytest.fixture(scope="session")
-def odd_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base with an inner size of its own; read only."""
-    return make_base(tmp_path_factory.mktemp("odd") / "base", n_inner=192)
+def odd_bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    """Gives a family's base; with the base's own dropout wherever the family has some, if that is wanted. Read only."""
+    root, made = tmp_path_factory.mktemp("odd"), dict[tuple[str, bool], Path]()
+
+    def base_of(family: str, dropout: bool = False) -> Path:
+        if (family, dropout) not in made:
+            changes = ODD[family] | (DROPOUTS[family] if dropout else {})
+            made[family, dropout] = make(root / f"{family}-{dropout}", family, **changes)
+        return made[family, dropout]
+
+    return base_of
+
+
+@pytest.fixture(scope="session")
+def odd_base(odd_bases: Callable[..., Path]) -> Path:
+    """A tiny LOLA with an inner size of its own; read only."""
+    return odd_bases("lola")
 
 
 @dataclass(frozen=True)
@@ -31,15 +64,15 @@ class Batch:
     checkpointing: bool = False
 
 
-def adapted(base: Path, quantization: str | None, dtype: str, settings: AdapterSettings, dropout: float = 0.0) -> Any:
-    """A model in training with a fresh adapter; `dropout` is the base's own, wherever it has some."""
-    model: Any = load_base(base, quantization, dtype, "cpu", quiet=True)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        setattr(model.config, name, dropout)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
-    return add_adapter(model, settings).train()
+def adapted(base: Path, quantization: str | None, dtype: str, settings: AdapterSettings) -> Any:
+    """A model in training with a fresh adapter."""
+    return add_adapter(load_base(base, quantization, dtype, "cpu", quiet=True), settings).train()
+
+
+def checkpointed(model: Any) -> None:
+    """Turn gradient checkpointing on, as the trainer does it."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 def make_batch(batch: Batch) -> dict[str, torch.Tensor]:
@@ -55,17 +88,20 @@ def make_batch(batch: Batch) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def saved_bytes() -> Callable[[Any, Batch, bool], int]:
-    """Bytes of all storages that autograd saves in a forward pass, parameters and buffers left out."""
+    """Bytes of all storages that autograd saves in a forward pass; parameters, buffers and masks are left out.
+
+    A mask (B, 1, S, S) is held in any case; whether it is an input of checkpoints depends on how layers are called.
+    """
 
     def measure(model: Any, batch: Batch, half: bool) -> int:
-        if batch.checkpointing:  # as the trainer does it
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
+        if batch.checkpointing:
+            checkpointed(model)
         own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
         seen: dict[int, torch.Tensor] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() not in own:
+            is_mask = tensor.dtype == torch.bool and tensor.ndim == 4
+            if tensor.untyped_storage().data_ptr() not in own and not is_mask:
                 seen[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
@@ -80,10 +116,16 @@ def saved_bytes() -> Callable[[Any, Batch, bool], int]:
     return measure
 
 
-def job_of(config: Any, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch) -> Job:
-    """What the planner is told of a batch, on a CPU."""
+def job_of(
+    base: Architecture | Any, settings: AdapterSettings, quantization: str | None, dtype: str, batch: Batch
+) -> Job:
+    """Tell the planner of a batch, on a CPU.
+
+    Args:
+        base: Its architecture or config.
+    """
     return Job(
-        config,
+        base if isinstance(base, Architecture) else architecture_of(base),
         settings,
         quantization,
         dtype,

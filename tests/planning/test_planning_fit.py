@@ -6,11 +6,12 @@ import pytest
 
 from lola_ft.adapters import AdapterSettings
 from lola_ft.errors import UserError
+from lola_ft.families import architecture_of
 from lola_ft.model.config import LolaConfig
 from lola_ft.planning import Job, first_fit, parse_size, predict, show_size
 
 LOLA = Job(
-    LolaConfig(),
+    architecture_of(LolaConfig()),
     AdapterSettings(attention_rank=16, mlp_rank=16, expert_rank=8, dropout=0.05),
     micro_batch_size=8,
     grad_accum_steps=3,

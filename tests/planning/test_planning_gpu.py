@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.families import architecture_of
 from lola_ft.planning import Job, predict
 from lola_ft.quantization import load_base
 from tests.conftest import make_base
-from tests.planning.conftest import Batch, make_batch
+from tests.planning.conftest import Batch, checkpointed, make_batch
 
 pytestmark = pytest.mark.gpu
 # Work space is an estimate, and the allocator rounds every block up to 512 bytes.
@@ -29,8 +30,7 @@ def test_peak_is_as_planned(quantization: str | None, packing: bool, checkpointi
     before = torch.cuda.memory_allocated()
     model: Any = add_adapter(load_base(base, quantization, "bfloat16", "cuda", quiet=True), settings).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        checkpointed(model)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     inputs = {name: tensor.cuda() for name, tensor in make_batch(batch).items()}
     for step in range(3):
@@ -42,7 +42,7 @@ def test_peak_is_as_planned(quantization: str | None, packing: bool, checkpointi
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     job = Job(
-        model.config,
+        architecture_of(model.config),
         settings,
         quantization,
         micro_batch_size=batch.rows,

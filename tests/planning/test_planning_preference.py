@@ -11,8 +11,9 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer
 
-from lola_ft.baseline.either import add_adapter, load_base
-from lola_ft.planning.kinds import kind_of
+from lola_ft import load_base
+from lola_ft.adapters import add_adapter
+from lola_ft.planning.activations import activations
 from lola_ft.recipe import load_recipe
 from lola_ft.training.base_model import adapter_settings
 from lola_ft.training.dataset import prepare
@@ -20,8 +21,9 @@ from lola_ft.training.plan import job_of
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer
-from tests.baseline.conftest import make_dense
 from tests.conftest import Outcome, write_rows
+from tests.families.conftest import make_dense
+from tests.planning.conftest import checkpointed
 from tests.training.conftest import recipe_dict
 
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -65,14 +67,14 @@ def test_saved_tensors_are_as_planned(
     kind: Any = {"dpo": DpoTrainer, "kto": KtoTrainer}[objective]
     trainer = kind(model=model, args=arguments, train_dataset=data.mix.dataset, processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
-    if checkpointing:  # as the trainer does it
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+    if checkpointing:
+        checkpointed(model)
     frozen = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in frozen:
+        is_mask = tensor.dtype == torch.bool and tensor.ndim == 4  # held in any case
+        if tensor.untyped_storage().data_ptr() not in frozen and not is_mask:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
@@ -80,9 +82,7 @@ def test_saved_tensors_are_as_planned(
         trainer.compute_loss(model.train(), batch)
     job = replace(job_of(recipe, model.config, "cpu"), length=batch["input_ids"].shape[1])
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert kind_of(job.config).activations(job).saved == pytest.approx(
-        real, rel=0.05
-    )  # as in test_planning_activations.py
+    assert activations(job).saved == pytest.approx(real, rel=0.05)  # as in test_planning_activations.py
 
 
 def test_a_pair_is_as_long_as_its_longer_answer(

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
 from ruamel.yaml import YAML
-from tiny import TINY
 
 import lola_ft
 from lola_ft.adapters.files import read_adapter
@@ -20,6 +19,7 @@ from lola_ft.training.precision import choose_precision
 from lola_ft.training.reports.metrics import read_metrics
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.run_trainer import raise_rate_of_b
+from tests.tiny import TINY
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": {"attention": {"rank": 4}, "experts": {"rank": 2}, "variant": "dora"}},

@@ -1,4 +1,4 @@
-"""A dense model through the same path as LOLA: trained, stored, opened, merged; what only LOLA has is refused."""
+"""A dense family through the same path as LOLA: trained, stored, opened, merged; what it lacks is refused."""
 
 import json
 import shutil
@@ -12,18 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lola_ft.baseline.load import load_dense
-from lola_ft.errors import CheckpointError, UserError
+import lola_ft
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.kernels.loss import labelled_cross_entropy
 from lola_ft.open_model import open_model
-from lola_ft.quantization import NF4Linear
+from lola_ft.quantization import NF4Linear, quantize_base
 from lola_ft.quantization.nf4 import quantize
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from lola_ft.training.reports.metrics import read_metrics
-from tests.baseline.conftest import write_recipe
+from tests.families.conftest import make_dense, write_recipe
 
 KINDS = ("gpt2", "bloom")
+FILE = "model.safetensors"
 IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
 
 
@@ -74,12 +75,24 @@ def test_merge_equals_base_plus_adapter(run: tuple[Path, Path], verb: Callable[.
     adapted = open_model(folder, quantization="none", dtype="float32", device="cpu").model
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
-    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(base / "model.safetensors"))
+    assert set(load_file(tmp_path / "merged" / FILE)) == set(load_file(base / FILE))
     opened = open_model(tmp_path / "merged", dtype="float32", device="cpu")
     assert opened.subject.kind == "merged"
     assert opened.template is not None
-    again = verb("merge", folder, "--out", tmp_path / "other", "--rounding", "nf4")
-    assert (again.code, "is for LOLA" in again.err) == (2, True)
+    proof = report["weights"]
+    assert (proof["applied_once"], proof["touched"], proof["untouched"]) == (16, 8, len(load_file(base / FILE)) - 8)
+
+
+def test_merge_into_rounded_weights_equals_the_four_bit_base_plus_adapter(
+    run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    outcome = verb("merge", run[0], "--out", tmp_path / "merged", "--rounding", "nf4")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["rounded"] == 0  # all 8 have LoRA
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    adapted = open_model(run[0], quantization="nf4", dtype="float32", device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
 
 
 def test_what_training_saw_is_what_is_opened(run: tuple[Path, Path]) -> None:
@@ -103,7 +116,7 @@ def test_evaluate_and_generate(
 @pytest.mark.parametrize("kind", KINDS)
 def test_four_bit_layers_hold_what_is_stored(kind: str, dense_bases: dict[str, Path]) -> None:
     """Each layer's dense weight is the rounded one, in its own orientation (a square one hides a transposition)."""
-    model = load_dense(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
+    model = lola_ft.load_base(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
     plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind])
     layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     assert len(layers) == 8
@@ -117,7 +130,7 @@ def test_four_bit_layers_hold_what_is_stored(kind: str, dense_bases: dict[str, P
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_is_that_of_the_labelled_rows(kind: str, dense_bases: dict[str, Path]) -> None:
-    model = load_dense(dense_bases[kind], None, "float32", "cpu", quiet=True)
+    model = lola_ft.load_base(dense_bases[kind], None, "float32", "cpu", quiet=True)
     plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind]).eval()
     labels = torch.tensor([[-100, -100, 40, 50, -100, 70]])
     with torch.no_grad():
@@ -129,7 +142,7 @@ def test_the_loss_is_that_of_the_labelled_rows(kind: str, dense_bases: dict[str,
 
 
 def test_packed_documents_do_not_see_each_other(dense_bases: dict[str, Path]) -> None:
-    model = load_dense(dense_bases["gpt2"], "nf4", "float32", "cpu", quiet=True)
+    model = lola_ft.load_base(dense_bases["gpt2"], "nf4", "float32", "cpu", quiet=True)
     second = torch.tensor([[81, 82, 83, 84]])
     packed, positions = torch.cat([IDS, second], 1), torch.tensor([[*range(6), *range(4)]])
     labels = torch.cat([torch.full_like(IDS, -100), second], 1)
@@ -149,7 +162,7 @@ def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb:
     assert "Rows are not packed" in outcome.out
     refused = verb("train", dense_recipe("bloom"), "data.packing=true", "--dry-run")
     assert refused.code == 2
-    assert "data.packing: the attention of bloom models" in refused.err
+    assert "data.packing: the attention of BLOOM models" in refused.err
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
@@ -165,48 +178,51 @@ def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Pa
     assert (again / file).read_bytes() == (folder / file).read_bytes()
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "experts": (
-        {"adapter": {"experts": {"rank": 4}}},
-        "adapter.experts: the base is a dense model (gpt2), which has no",
+# What is asked for, and the key and what the family lacks.
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "experts": ({"adapter": {"experts": {"rank": 4}}}, ("adapter.experts: ", "no experts")),
+    "router": ({"router": {"mode": "tuned"}}, ("router.mode: ", "no router")),
+    "both": (
+        {"router": {"mode": "lora"}, "adapter": {"experts": {"rank": 4}}},
+        ("adapter.experts, router.mode: ", "no experts and no router"),
     ),
-    "router": ({"router": {"mode": "tuned"}}, "router.mode: the base is a dense model (gpt2), which has no experts"),
-    "both": ({"router": {"mode": "lora"}, "adapter": {"experts": {"rank": 4}}}, "adapter.experts and router.mode: "),
-    "aux loss": ({"router": {"aux_loss": 0.01}}, "router.aux_loss: the base is a dense model"),
-    "z loss": ({"router": {"z_loss": 0.01}}, "router.z_loss: the base is a dense model"),
-    "norms": ({"adapter": {"norms": True}}, "adapter.norms: for LOLA alone"),
-    "biases": ({"adapter": {"biases": True}}, "adapter.biases: for LOLA alone"),
-    "dora": ({"adapter": {"variant": "dora"}}, "adapter.variant: dora: for LOLA alone"),
-    "loftq": ({"adapter": {"init": "loftq"}}, "adapter.init: loftq: for LOLA alone"),
-    "hub": ({"hub": {"repo": "me/model", "base_id": "me/base"}}, "hub: what is published is LOLA's"),
-    "too long": ({"data": {"max_length": 256}}, "more than the 128 learned positions"),
+    "aux loss": ({"router": {"aux_loss": 0.01}}, ("router.aux_loss: ", "no router")),
+    "z loss": ({"router": {"z_loss": 0.01}}, ("router.z_loss: ", "no router")),
+    "too long": ({"data": {"max_length": 256}}, ("data.max_length: ", "the 128 learned positions")),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_only_lola_has_is_refused(case: str, dense_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_the_family_lacks_is_refused_with_what_it_has(
+    case: str, dense_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     changes, expected = REFUSED[case]
     with pytest.raises(UserError) as caught:
         train(load_recipe(dense_recipe("gpt2", **changes)), dry_run=True)
-    assert expected in str(caught.value)
+    message = str(caught.value)
+    assert all(part in message for part in expected), message
+    assert "max_length" in message or "It has attention, mlp, norms, biases." in message
     assert not (tmp_path / "run").exists()
 
 
 def test_other_kinds_of_models_are_refused(
     dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
-    llama = tmp_path / "llama"
-    llama.mkdir()
-    (llama / "config.json").write_text('{"model_type": "llama"}')
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "t5"}')
     for outcome in (
-        verb("train", dense_recipe(), f"base.model={llama}"),
-        verb("merge", tmp_path, "--base", llama, "--out", tmp_path / "merged"),
-        verb("evaluate", llama, "--data", "rows.jsonl"),
+        verb("train", dense_recipe(), f"base.model={other}"),
+        verb("merge", tmp_path, "--base", other, "--out", tmp_path / "merged"),
+        verb("evaluate", other, "--data", "rows.jsonl"),
     ):
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
-    with pytest.raises(CheckpointError, match=r"not a LOLA checkpoint.*dense models of type gpt2 and bloom"):
-        open_model(llama)
+    with pytest.raises(
+        CheckpointError,
+        match=r"model_type is 't5', which is not supported.*LOLA \(lola_v1\), GPT-2 \(gpt2\), BLOOM \(bloom\)",
+    ):
+        open_model(other)
 
 
 def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
@@ -226,7 +242,7 @@ def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
     assert planned["merged_file_bytes"] == written
 
 
-def test_routing_says_that_it_is_for_lola(
+def test_routing_needs_experts(
     dense_recipe: Callable[..., Path], dense_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "en.txt").write_text("one two three\n")
@@ -239,17 +255,15 @@ def test_routing_says_that_it_is_for_lola(
 def test_damaged_weights_are_named(dense_bases: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(dense_bases["gpt2"], broken)
-    state = load_file(broken / "model.safetensors")
+    state = load_file(broken / FILE)
     name = "transformer.h.1.mlp.c_fc.weight"
-    save_file(
-        {key: value for key, value in state.items() if key != name}, broken / "model.safetensors", {"format": "pt"}
-    )
+    save_file({key: value for key, value in state.items() if key != name}, broken / FILE, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"1 weights that config.json calls for are missing: {name}"):
-        load_dense(broken, None, "float32", "cpu", quiet=True)
+        lola_ft.load_base(broken, None, "float32", "cpu", quiet=True)
     state[name][0, 0] = float("nan")
-    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    save_file(state, broken / FILE, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name}' holds NaN"):
-        load_dense(broken, "nf4", "float32", "cpu", quiet=True)
+        lola_ft.load_base(broken, "nf4", "float32", "cpu", quiet=True)
 
 
 def test_an_adapter_of_another_base_is_refused(
@@ -264,3 +278,106 @@ def test_an_adapter_of_another_base_is_refused(
     allowed = verb("merge", folder, "--base", other, "--out", folder / "other", "--allow-other-base")
     assert allowed.code == 2
     assert "does not fit this base" in allowed.err
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "norms": {"norms": True},
+    "biases": {"biases": True},
+    "norms and biases": {"norms": True, "biases": True},
+    "dora": {"variant": "dora"},
+    "rslora": {"variant": "rslora"},
+    "loftq": {"init": "loftq"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains_is_stored_and_merged(
+    option: str, kind: str, dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    adapter = {"attention": {"rank": 4}, "mlp": {"rank": 4}, "alpha": 8, "dropout": 0.0} | OPTIONS[option]
+    recipe = dense_recipe(kind, adapter=adapter, train={"max_steps": 3, "save_every": 0})
+    run = train(load_recipe(recipe))
+    quantization = "nf4" if option == "loftq" else "none"
+    adapted = open_model(run, quantization=quantization, dtype="float32", device="cpu").model
+    outcome = verb("merge", run, "--out", tmp_path / "merged")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
+    assert report["applied"] == report["adapter_tensors"] == report["weights"]["applied_once"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
+    if option != "loftq":  # which belongs on the rounded base
+        stock = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(load_recipe(recipe).base.model), run / "adapter"
+        ).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(stock(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_kept_and_merged_into(
+    kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if run[1].name != kind:
+        pytest.skip("the run is of another family")
+    monkeypatch.setenv("LOLA_FT_CACHE", str(tmp_path / "cache"))
+    fresh = lola_ft.load_base(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
+    kept = quantize_base(dense_bases[kind], "float32", quiet=True)
+    again = lola_ft.load_base(kept, "nf4", "float32", "cpu", quiet=True)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, fresh(IDS).logits)
+    assert again.base_fingerprint == fresh.base_fingerprint
+    report = lola_ft.merge(kept, run[0] / "adapter", tmp_path / "merged")
+    assert report.base_kind == "nf4"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    adapted = lola_ft.load_adapter(again, run[0] / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_saved_without_its_prefix_keeps_its_names(
+    kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As the Hub's gpt2 and bloom are: the backbone's names only."""
+    if run[1].name != kind:
+        pytest.skip("the run is of another family")
+    bare = Path(shutil.copytree(dense_bases[kind], tmp_path / "bare"))
+    state = load_file(bare / FILE)
+    save_file(
+        {name.removeprefix("transformer."): value for name, value in state.items()}, bare / FILE, {"format": "pt"}
+    )
+    with torch.no_grad():
+        loaded, expected = (
+            lola_ft.load_base(path, "nf4", "float32", "cpu", quiet=True)(IDS).logits for path in (bare, run[1])
+        )
+    assert torch.equal(loaded, expected)
+    report = lola_ft.merge(bare, run[0] / "adapter", tmp_path / "merged", allow_other_base=True)
+    assert report.applied == 16
+    assert set(load_file(tmp_path / "merged" / FILE)) == set(load_file(bare / FILE))
+
+
+def test_a_gpt2_with_4096_positions_trains_on_long_rows(
+    dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = make_dense(tmp_path / "long", "gpt2", n_positions=4096)
+    outcome = verb("train", dense_recipe("gpt2"), f"base.model={base}", "data.max_length=4096", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    outcome = verb("train", dense_recipe("gpt2"), f"base.model={base}", "data.max_length=4097", "--dry-run")
+    assert (outcome.code, "the 4096 learned positions" in outcome.err) == (2, True)
+
+
+def test_a_config_without_a_size_is_named(dense_bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dense_bases["gpt2"], tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["n_embd"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config.json lacks n_embd"):
+        lola_ft.load_base(folder, quiet=True)
+
+
+def test_an_adapter_of_another_family_is_refused(run: tuple[Path, Path], tiny_base: Path) -> None:
+    model = lola_ft.load_base(tiny_base, None, "float32", "cpu", quiet=True)
+    with pytest.raises(AdapterError):
+        lola_ft.load_adapter(model, run[0] / "adapter")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, BloomConfig
 
-from lola_ft.baseline.checkpoint import read_dense_config
+from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.recipe import load_recipe
 from lola_ft.training.dataset import prepare
 from lola_ft.training.plan import advice
-from tests.baseline.conftest import write_recipe
+from tests.families.conftest import write_recipe
 
 KINDS = ("gpt2", "bloom")
 
@@ -63,7 +63,7 @@ def test_advice_names_the_parts_and_a_smaller_setting(
 ) -> None:
     train = {"micro_batch_size": 4096, "gradient_checkpointing": False}
     file = write_recipe(tmp_path / "recipe.yaml", dense_bases[kind], rows_file, train=train, data={"packing": False})
-    lines = advice(load_recipe(file), read_dense_config(dense_bases[kind])).splitlines()
+    lines = advice(load_recipe(file), open_config(dense_bases[kind])[1]).splitlines()
     assert lines[0] == "4096 rows of 128 tokens need about:"
     assert [line.split()[0] for line in lines[1:5]] == ["weights", "adapter", "gradients", "optimizer"]
     assert lines[-1].split()[0] == "train.gradient_checkpointing=true"
