@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from lola_ft.errors import UserError, WriteError
@@ -114,6 +115,16 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
         if "I/O error" not in str(error):
             raise
         raise WriteError(target, str(error)) from error
+
+
+def similar_file(path: Path) -> Path | None:
+    """Return the file of the same folder whose name is nearly `path`'s, or the same but for a missing ending."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    except OSError:
+        return None
+    close = get_close_matches(path.name, names, n=1) or [name for name in names if Path(name).stem == path.name]
+    return path.with_name(close[0]) if close else None
 
 
 def sha256_of(*files: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lola_ft.data import Template
-from lola_ft.errors import UserError
+from lola_ft.errors import UserError, first_line
 from lola_ft.evaluation.ask_models import Opening, ask_each
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
@@ -123,7 +123,7 @@ def _run_all(
             try:
                 kept = run_task(model, one.task, manager, options.limit, options.shots)
             except Exception as error:  # a dataset that is not to be had must not lose the other tasks
-                failed[one.task] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                failed[one.task] = first_line(error)[:200]
                 continue
             written = {"task": one.task, "settings": settings, **kept}
             write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
