@@ -1,4 +1,4 @@
-"""What the process holds of the machine's memory."""
+"""Control of the freed memory that the process's allocator keeps."""
 
 import ctypes
 import sys

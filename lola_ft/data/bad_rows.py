@@ -46,7 +46,7 @@ class BadRows:
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> "BadRows":
-        """What `stored` gave."""
+        """Rebuild the bad rows from what `stored` returned."""
         return cls(Counter(stored["counts"]), stored["messages"], stored["first"], stored["portable"])
 
     def as_dict(self) -> dict[str, Any]:

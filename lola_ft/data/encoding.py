@@ -113,7 +113,7 @@ class EncodedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What one batch of examples becomes."""
+    """Encodes one batch of examples."""
 
     tokenizer: "PreTrainedTokenizerFast"
     template: Template

@@ -1,4 +1,4 @@
-"""What a row's fields mean: from a row of some format to one Example, whatever the format."""
+"""Formats of rows: each turns a row's fields into one Example."""
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator

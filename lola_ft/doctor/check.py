@@ -1,4 +1,4 @@
-"""One thing that is looked at: how it went, and how to mend it."""
+"""One check of the doctor: its result, and how to fix what is wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Check:
-    """How one thing is.
+    """Result of one check.
 
     Attributes:
         detail: What was seen, in a line.

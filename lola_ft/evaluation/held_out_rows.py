@@ -22,7 +22,7 @@ _CHOICE_FIELDS = ("prompt", "choices", "answer")
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Which rows to evaluate on, as the command's options say.
+    """Options that choose the rows, as given on the command line.
 
     Attributes:
         files: Files, folders or globs.

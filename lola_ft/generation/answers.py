@@ -11,7 +11,7 @@ from lola_ft.errors import DataError, UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
     Attributes:
         max_new_tokens: Longest answer, its end of text included.
@@ -40,7 +40,7 @@ class Sampling:
             raise UserError(f"{given[0]} does nothing at --temperature 0. Give a temperature, or leave it out.")
 
     def options(self) -> dict[str, Any]:
-        """As transformers' `generate` takes them."""
+        """Return the settings as options of transformers' `generate`."""
         if not self.temperature:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
@@ -48,7 +48,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """One answer of a model.
 
     Attributes:
         text: Without the end of text.

@@ -1,4 +1,4 @@
-"""`lola-ft generate`."""
+"""The verb `lola-ft generate`."""
 
 import json
 import sys

@@ -45,7 +45,7 @@ class NanoSettings:
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
 
     def key(self) -> str:
-        """What a built folder must carry to be used again: the settings and what the text and numbers come from."""
+        """Return a hash of the settings and library versions; a built folder with the same key is used again."""
         record = asdict(self) | {name: version(name) for name in ("babel", "tokenizers", "torch")}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 

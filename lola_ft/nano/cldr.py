@@ -151,6 +151,6 @@ def _without_copies(by_language: dict[str, list[Term]]) -> dict[str, list[Term]]
 
 
 def _territories_by_language() -> Counter[str]:
-    """How many countries CLDR has a locale for, by language."""
+    """Count the countries for which CLDR has a locale, by language."""
     pairs = {(code.split("_")[0], code.split("_")[-1]) for code in locale_identifiers() if "_" in code}
     return Counter(language for language, territory in pairs if territory.isupper() or territory.isdigit())

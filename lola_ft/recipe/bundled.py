@@ -41,7 +41,7 @@ class BundledRecipe:
 
 
 def recipes_folder() -> Path:
-    """Where the recipes are: in the package where lola_ft was installed, at the top of a checkout."""
+    """Return the folder of recipes: inside the installed package, or at the top of a checkout."""
     packed = _PACKAGE / "recipes"
     return packed if packed.is_dir() else _PACKAGE.parent / "recipes"
 

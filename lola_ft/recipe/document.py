@@ -26,7 +26,7 @@ _CORE = "tag:yaml.org,2002:"
 
 
 class Place(NamedTuple):
-    """Where something begins in a file, both counted from 1."""
+    """Line and column where something begins in a file, both counted from 1."""
 
     line: int
     column: int
@@ -131,7 +131,7 @@ def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, 
 
 
 def _is_broken(text: str) -> bool:
-    """Whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
+    """Tell whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 

@@ -102,7 +102,7 @@ def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath
 
 
 def _leads_to(path: KeyPath, keys: list[KeyPath]) -> bool:
-    """Whether one of the keys is at this place or inside it."""
+    """Tell whether one of the keys is at this place or inside it."""
     return any(key[: len(path)] == path for key in keys)
 
 

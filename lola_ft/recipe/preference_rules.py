@@ -28,7 +28,7 @@ def with_defaults(given: Any) -> Any:
 
 
 def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What does not go together with the objective, in a valid recipe's plain data: (path, message)."""
+    """Yield what does not fit the objective, in a valid recipe's plain data: (path, message)."""
     objective, train = recipe["objective"], recipe["train"]
     yield from _formats(recipe["data"], objective)
     if objective not in OBJECTIVE_FORMATS:

@@ -1,4 +1,4 @@
-"""What a recipe may say: every key with its type, range, default and one line of explanation.
+"""The recipe's schema: every key with its type, range, default and one line of explanation.
 
 A section is a frozen pydantic model: unknown keys are refused and nothing is converted (`"4"` and `true` are not
 numbers; a whole number may stand for a decimal). Rules that tie keys together live beside them in `_rules`; a rule
@@ -104,7 +104,7 @@ class ExpertLora(GroupLora):
 
 
 class Adapter(Section):
-    """Which weights get LoRA; a group left out gets none."""
+    """The weights that get LoRA; a group that is left out gets none."""
 
     attention: GroupLora | None = Field(default=None, description="LoRA on the attention projections")
     mlp: GroupLora | None = Field(default=None, description="LoRA on the dense blocks' projections")
@@ -139,7 +139,7 @@ class Adapter(Section):
 
 
 class Router(Section):
-    """What happens to the layers that choose the experts."""
+    """Training of the router, the layers that choose the experts."""
 
     mode: Literal["frozen", "tuned", "lora"] = Field(
         default="frozen", description="whether and how the router is trained"
@@ -161,7 +161,7 @@ class Router(Section):
 
 
 class Source(Section):
-    """Where rows come from: local files or a dataset on the Hub."""
+    """A source of rows: local files or a dataset on the Hub."""
 
     path: Name | None = Field(
         default=None,
@@ -214,7 +214,7 @@ class Source(Section):
         yield from self._format_rules()
 
     def _format_rules(self) -> Iterable[Problem]:
-        """What belongs to one format alone, and what an instruction may name."""
+        """Yield keys that belong to another format, and names that an instruction may not use."""
         for key, formats in _KEYS_OF_FORMATS.items():
             if getattr(self, key) is not None and self.format not in formats:
                 yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
@@ -250,7 +250,7 @@ def _kind_of_validation(value: Any) -> str | None:
 
 
 class Data(Section):
-    """What the model learns from."""
+    """The data that the model learns from."""
 
     template: Name = Field(default="alpaca", description="bundled prompt template, or a path that ends in .jinja")
     sources: list[Source] = Field(min_length=1, description="where the training rows come from")
@@ -297,7 +297,7 @@ class Data(Section):
 
 
 class EarlyStopping(Section):
-    """When to end a run that no longer gets better."""
+    """Rule for ending a run that no longer gets better."""
 
     metric: Name = Field(
         default="eval_loss", description="what is watched: eval_loss, or eval_loss_by_language/sw for one language"
@@ -307,7 +307,7 @@ class EarlyStopping(Section):
 
 
 class Energy(Section):
-    """How the energy is estimated (the extra `energy`; nothing is asked of the network)."""
+    """Estimate of the energy used (needs the extra `energy`; never uses the network)."""
 
     country: Annotated[str, Field(pattern="^[A-Z]{3}$")] = Field(
         description="ISO 3166 code of three letters, such as DEU: whose electricity it was"
@@ -315,7 +315,7 @@ class Energy(Section):
 
 
 class Train(Section):
-    """How long, how fast, in which portions."""
+    """Length, speed and batch sizes of the training."""
 
     epochs: float = Field(default=1.0, gt=0, le=100_000, description="passes over the data")
     max_steps: Count | None = Field(default=None, description="optimiser steps, instead of epochs")
@@ -371,7 +371,7 @@ class Train(Section):
 
 
 class Guards(Section):
-    """What is watched while training, and what happens then."""
+    """Guards: problems watched for while training, and the reaction to each."""
 
     max_nonfinite: Count = Field(
         default=3,
@@ -400,7 +400,7 @@ class Guards(Section):
 
 
 class Hub(Section):
-    """Where the adapter is published at the end of the run."""
+    """Repository where the adapter is published at the end of the run."""
 
     repo: Name = Field(description="repository to publish to, such as user/name")
     private: bool = Field(default=False, description="whether a new repository can be seen by its owner alone")

@@ -26,7 +26,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What to run.
+    """Options of the suite, as given on the command line.
 
     Attributes:
         tasks, languages: A part of the suite; empty for all.
@@ -145,7 +145,7 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _identity(opened: OpenModel) -> dict[str, Any]:
-    """What tells one model from another: the base's weights, the adapter's files, and how it was loaded."""
+    """Return what tells one model from another: base weights, adapter files, and how it was loaded."""
     adapter = opened.subject.adapter
     return {
         "base_fingerprint": opened.fingerprint,
