@@ -81,9 +81,7 @@ def encode(
         DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
     """
     assert max_length >= 2, f"max_length {max_length} leaves no room for a token and its EOS"
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    eos_of(tokenizer)
     report, shortest = EncodingReport(), list[int]()
     encoder = Encoder(tokenizer, template, max_length, overlong)
     with TableSink(file) as sink:
@@ -101,6 +99,17 @@ def encode(
             f"is {max_length}. Raise data.max_length, or set data.overlong to truncate."
         )
     return encoded_of(sink.table, report)
+
+
+def eos_of(tokenizer: Any) -> int:
+    """Return the id of the token that ends an answer.
+
+    Raises:
+        DataError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    return tokenizer.eos_token_id
 
 
 class EncodedBatch(NamedTuple):

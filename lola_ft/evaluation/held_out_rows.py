@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_ft.data import Example, Row, Source, read_examples, read_rows
-from lola_ft.data.example import UNKNOWN_LANGUAGE, prompt_fields
+from lola_ft.data.example import prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
-from lola_ft.data.formats import FORMATS
+from lola_ft.data.formats import FORMATS, row_language
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.choice_task import Question
@@ -156,7 +156,7 @@ def _question(row: Row, source: Source) -> Question:
             f"{row.where}: {names['answer']} is {answer!r}; it must be one of the choices, or its place from 0."
         )
     fields = prompt_fields(checked_text(prompt, names["prompt"], row.where))
-    return Question(Example(fields, texts[right], _language(row, source), row.where), texts, right)
+    return Question(Example(fields, texts[right], row_language(row, source), row.where), texts, right)
 
 
 def _field(row: Row, source: Source, standard: str) -> Any:
@@ -166,14 +166,6 @@ def _field(row: Row, source: Source, standard: str) -> Any:
             f"{row.where}: field '{name}' is missing (found: {found_fields(row)}). Map it with --field {standard}=…."
         )
     return row.fields[name]
-
-
-def _language(row: Row, source: Source) -> str:
-    if source.language_column is None:
-        return source.language or UNKNOWN_LANGUAGE
-    if source.language_column not in row.fields:
-        raise DataError(f"{row.where}: --language-column '{source.language_column}' is missing ({found_fields(row)}).")
-    return checked_text(row.fields[source.language_column], f"field '{source.language_column}'", row.where)
 
 
 T = TypeVar("T")

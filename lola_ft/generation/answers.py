@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lola_ft.data.encoding import eos_of
 from lola_ft.errors import DataError, UserError
 
 
@@ -113,10 +114,8 @@ def _seed(sampling: Sampling) -> None:
 def _answer_batch(
     model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, streamer: Any = None
 ) -> list[Answer]:
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos is None:
-        raise UserError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
-    pad = eos if pad is None else pad
+    eos = eos_of(tokenizer)
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     for ids in prompts:
         check_room(ids, model.config.n_positions)
