@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lola_ft.recipe.allowed_values import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 
 LEAST_MICRO_BATCH = {"kto": 2}
 """Fewest rows of a micro batch by loss type; kto pairs each prompt with the answer of another row."""

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import preference_rules, unsupported
+from lola_ft.recipe.allowed_values import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
 from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN
 

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from lola_ft.errors import UserError
 from lola_ft.recipe import unsupported
-from lola_ft.recipe.names import OPTIMIZERS
+from lola_ft.recipe.allowed_values import OPTIMIZERS
 from lola_ft.training.arguments import _OPTIMIZERS
 from lola_ft.training.optimizers import PACKAGES, refuse_missing_optimizer
 from tests.conftest import Outcome
