@@ -57,7 +57,7 @@ def check_folder_target(path: str | Path) -> None:
     """Refuse, before any work is done, to write into a folder that cannot be.
 
     Raises:
-        UserError: The folder, or the nearest one above that is there, is none or may not be written to.
+        UserError: The path, or its nearest existing parent, is not a folder or may not be written to.
     """
     place = Path(path).absolute()
     while not place.exists() and not place.is_symlink():
@@ -138,6 +138,6 @@ def sha256_of(*files: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of a folder whose names match, their content alone."""
+    """Copy the files of a folder whose names match; only their content, no permissions."""
     for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
         shutil.copyfile(file, target / file.name)

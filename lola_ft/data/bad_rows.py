@@ -1,4 +1,4 @@
-"""Rows that were skipped because they cannot be used: how many, and the messages that a person would want to see."""
+"""Rows that were skipped because they cannot be used: their counts, and the first messages."""
 
 import re
 from collections import Counter

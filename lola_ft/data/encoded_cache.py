@@ -25,7 +25,7 @@ from lola_ft.errors import UserError
 from lola_ft.files import cache_root, sha256_of
 
 VERSION = 2
-"""Of what rows become; a change of it makes every entry anew."""
+"""Version of the encoding; changing it discards every entry."""
 KEPT = 8
 _FACTS = "facts.json"
 _PARTIAL = ".partial-"

@@ -58,7 +58,7 @@ class Template:
         """Render the prompt in front of each answer of an example, in their order.
 
         Raises:
-            DataError: A conversation of several answers, and this template renders one request alone; a template of the
+            DataError: A conversation of several answers, and this template renders only one request; a template of the
                 user's own that fails on it.
         """
         assert example.prompt is not None, "a text example has no prompt to render"

@@ -16,7 +16,7 @@ from lola_ft.evaluation.choice_task import Question
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 CHOICES = "choices"
-"""A format of evaluation alone: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
+"""A format only for evaluation: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
 _CHOICE_FIELDS = ("prompt", "choices", "answer")
 
 

@@ -98,7 +98,7 @@ def answer_all(
 
 
 def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> list[list[int]]:
-    """Places of prompts, shortest first; one that leaves less room than an answer may take goes alone."""
+    """Group prompts' places, shortest first; a prompt that leaves too little room for an answer gets its own batch."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     roomy = [place for place in order if len(prompts[place]) <= longest]
     alone = [[place] for place in order if len(prompts[place]) > longest]

@@ -87,7 +87,7 @@ def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
     texts = {Path(out) / name: (root / name).read_text(encoding="utf-8") for name in names}
     for target, text in texts.items():
         if target.exists() and target.read_text(encoding="utf-8") != text:
-            raise RecipeError(f"{target}: is there already, and differs. Move it away, or copy to another folder.")
+            raise RecipeError(f"{target}: exists already and differs. Move it away, or copy to another folder.")
     for target, text in texts.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def parse_document(text: str) -> Document:
 def _bad_yaml(error: YAMLError, text: str) -> BadYaml:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = None if mark is None else _place(mark)
-    if isinstance(error, ReaderError):  # it knows the character's number alone
+    if isinstance(error, ReaderError):  # it knows only the character's number
         before = text[: error.position]
         place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]

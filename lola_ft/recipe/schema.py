@@ -127,7 +127,7 @@ class Adapter(Section):
             yield (
                 ("init",),
                 "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
-                "nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default",
+                "nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default",
             )
         if self.variant == "dora" and not (self.attention or self.mlp):
             yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
@@ -403,7 +403,7 @@ class Hub(Section):
     """Repository where the adapter is published at the end of the run."""
 
     repo: Name = Field(description="repository to publish to, such as user/name")
-    private: bool = Field(default=False, description="whether a new repository can be seen by its owner alone")
+    private: bool = Field(default=False, description="whether a new repository can be seen only by its owner")
     base_id: Name | None = Field(default=None, description="Hub id of the base, if base.model is a folder")
     layout: Literal["peft", "per_expert"] = Field(default="peft", description="layout of the published adapter")
 
@@ -442,7 +442,7 @@ class Recipe(Section):
                 "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
             )
         if self.adapter.variant == "dora" and self.router.mode == "lora":
-            yield ("router", "mode"), "dora acts on attention and mlp alone. Choose tuned or frozen, or another variant"
+            yield ("router", "mode"), "dora acts only on attention and mlp. Choose tuned or frozen, or another variant"
         if self.adapter.init == "loftq" and self.base.quantization == "none":
             yield ("adapter", "init"), "loftq starts at the error of a 4-bit base, and this base is not quantised"
         for key in ("early_stopping", "keep_best"):

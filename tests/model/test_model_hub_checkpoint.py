@@ -153,7 +153,7 @@ def test_a_file_in_place_of_a_folder(folder: Any) -> None:
 
 
 def test_a_hub_id_that_breaks_the_rules() -> None:
-    with pytest.raises(CheckpointError, match="some one/none: no such folder.*owner/name"):
+    with pytest.raises(CheckpointError, match=r"some one/none: no such folder.*owner/name"):
         resolve_folder("some one/none")
 
 

@@ -199,7 +199,7 @@ RULES = [
         2,
         "adapter: {mlp: {rank: 4}, init: pissa}",
         "adapter.init: pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base "
-        "that nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default.",
+        "that nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default.",
     ),
     (
         2,

@@ -1,4 +1,4 @@
-"""`lola-ft evaluate --suite`: each task's result is kept, so that a run that was stopped goes on."""
+"""The verb `lola-ft evaluate --suite`. Each task's result is kept, so that a stopped run can continue."""
 
 import hashlib
 import json
@@ -90,7 +90,8 @@ def evaluate_suite(
     write_text(Path(out) / f"{options.suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if failures:
         raise UserError(
-            f"{len(failures)} tasks failed; run the same command again for these alone:\n  " + "\n  ".join(failures)
+            f"{len(failures)} tasks failed; run the same command again to repeat only these:\n  "
+            + "\n  ".join(failures)
         )
     return by_model
 
@@ -112,7 +113,7 @@ def _run_all(
     settings: dict[str, Any],
     console: Console,
 ) -> tuple[Results, dict[str, str]]:
-    """The results of a model's tasks, those that are there already from their files; and why others failed."""
+    """Return the results of a model's tasks, kept ones from their files, and why other tasks failed."""
     folder.mkdir(parents=True, exist_ok=True)
     results, failed, model = Results(), dict[str, str](), None
     for one in chosen:
@@ -134,7 +135,7 @@ def _run_all(
 
 
 def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A result that is there from the same settings."""
+    """Read a task's result that was kept from the same settings; None if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return (
