@@ -1,4 +1,4 @@
-"""Functions that run right after a module was imported, whoever imports it and whenever.
+"""Functions that run right after a module was imported, at any time and by any code.
 
 `import lola_ft` adds LOLA to transformers' Auto classes. Importing transformers for that would cost every command
 seconds, `lola-ft --help` too. So we wait until somebody else imports the module with the Auto classes.

@@ -1,4 +1,7 @@
-"""Every verb of `lola-ft`, one function each; `finetune.py` and `merge.py` call two of them.
+"""The command line: one function per verb of `lola-ft`; `finetune.py` and `merge.py` call two of them.
+
+Nothing heavy (torch, transformers, …) is imported before a verb needs it, so that help and mistakes come at once: a
+verb imports its own package inside its function. `tests/test_startup.py` checks it.
 
 Exit codes: 0 done, 2 the user's input is wrong, 130 stopped by Ctrl-C, 1 a bug.
 """
@@ -17,7 +20,7 @@ from lola_ft.errors import UserError
 
 
 class _Verbs(TyperGroup):
-    """Ends with 130 when Ctrl-C stops a verb, wherever it is; typer's own 1 would be a bug."""
+    """Exits with 130 when Ctrl-C stops a verb; typer would exit with 1, which here means a bug."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -27,31 +30,40 @@ class _Verbs(TyperGroup):
 
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lola_ft: list, show, copy.")
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the recipes that come with lola_ft.")
 app.add_typer(recipes_app, name="recipes")
-routing_app = typer.Typer(no_args_is_help=True, help="Which experts which languages use: profile, report, select.")
+routing_app = typer.Typer(no_args_is_help=True, help="Show which experts each language uses; choose experts to train.")
 app.add_typer(routing_app, name="routing")
+
+
+_RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")]
+_Base = Annotated[
+    str | None, typer.Option(help="Base of the run or adapter, a folder or Hub id. Default: what it was trained on.")
+]
+_Quantization = Annotated[str, typer.Option(help="nf4, none, or auto: as the run was trained, else none.")]
 
 
 @app.callback()
 def about() -> None:
-    """Parameter-efficient fine-tuning of LOLA, the multilingual mixture-of-experts language model."""
+    """Fine-tune LOLA, a multilingual mixture-of-experts language model, on one GPU."""
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but train.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    recipe: _RecipeFile,
+    overrides: _Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and prepare everything, but do not train.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
     allow_changed: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="A recipe key that may differ from the run's; can be given again."),
+        typer.Option(
+            metavar="KEY",
+            help="Recipe key that may differ from the resumed run. Repeat for more.",
+        ),
     ] = None,
 ) -> None:
-    """Fine-tune as a recipe says."""
+    """Fine-tune a base model as a recipe says."""
     from lola_ft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -69,14 +81,12 @@ def train(
 
 @app.command()
 def preview(
-    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
-    ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Examples shown of each language.")] = 2,
-    languages: Annotated[int, typer.Option(min=1, help="Languages shown, the largest first.")] = 8,
+    recipe: _RecipeFile,
+    overrides: _Overrides = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples shown per language.")] = 2,
+    languages: Annotated[int, typer.Option(min=1, help="Languages shown, those with most rows first.")] = 8,
 ) -> None:
-    """Show what a recipe's data becomes: examples with what is learned, lengths, and what is dropped."""
+    """Show what a recipe's data becomes: examples with what is learned, lengths, and dropped rows."""
     from lola_ft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -87,17 +97,15 @@ def preview(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change.")
-    ] = None,
+    recipe: _RecipeFile,
+    overrides: _Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="A GPU's memory, such as 8GB; this machine's own by default.")
+        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB. Default: this machine's GPU.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; steps stay unknown.")] = False,
 ) -> None:
-    """Predict a recipe's memory by part, its steps and files, and what makes it fit; no weights are read."""
+    """Predict a run's memory, steps and files, and say what would make it fit; no weights are read."""
     from lola_ft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -108,7 +116,7 @@ def plan(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors."""
+    """Print the JSON schema of recipes, with which editors complete keys."""
     from lola_ft.recipe.json_schema import schema_text
 
     print(schema_text(), end="")
@@ -116,7 +124,7 @@ def schema() -> None:
 
 @recipes_app.command("list")
 def list_recipes() -> None:
-    """Name every recipe and what it is for."""
+    """List every recipe with its purpose."""
     from lola_ft.recipe.bundled import bundled_recipes
 
     for name, recipe in bundled_recipes().items():
@@ -134,9 +142,9 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
 @recipes_app.command("copy")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="The recipe's name.")],
-    out: Annotated[str, typer.Option(help="Folder in which recipes/ is made.")] = ".",
+    out: Annotated[str, typer.Option(help="Folder in which the folder recipes/ is created.")] = ".",
 ) -> None:
-    """Copy a recipe and its sample data, to start from."""
+    """Copy a recipe and its sample data, as a starting point."""
     from lola_ft.recipe.bundled import copy_recipe as copy
 
     for path in copy(name, out):
@@ -146,18 +154,24 @@ def copy_recipe(
 @app.command()
 def merge(
     run_or_adapter: Annotated[str, typer.Argument(help="A run folder or an adapter's folder.")],
-    base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
-    out: Annotated[str | None, typer.Option(help="Where to write; RUN/merged for a run.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the base's), float32, bfloat16 or float16.")] = "auto",
+    base: _Base = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write. Default: RUN/merged for a run.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Dtype to write: auto (the base's), float32, bfloat16 or float16.")
+    ] = "auto",
     rounding: Annotated[
-        str | None, typer.Option(help="Add to the original weights (base, the default) or to NF4-rounded ones (nf4).")
+        str | None,
+        typer.Option(help="Merge into the original weights (base, the default) or NF4-rounded ones (nf4)."),
     ] = None,
     check: Annotated[
-        str, typer.Option(help="full: weights, and logits where the models fit in memory; weights; none.")
+        str,
+        typer.Option(help="Checks: full (weights, and logits if the models fit in memory), weights or none."),
     ] = "full",
-    allow_other_base: Annotated[bool, typer.Option("--allow-other-base", help="Accept another base.")] = False,
+    allow_other_base: Annotated[
+        bool, typer.Option("--allow-other-base", help="Accept a base of another fingerprint.")
+    ] = False,
 ) -> None:
-    """Merge an adapter into the weights, in the Hub's layout, and check the result."""
+    """Merge an adapter into its base, write the Hub's layout, and check the result."""
     from lola_ft.merging.command import merge_command
 
     merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
@@ -166,23 +180,23 @@ def merge(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
-    prompt: Annotated[str | None, typer.Option(help="Answer this, printed as it comes.")] = None,
-    file: Annotated[str | None, typer.Option(help="Answer each line of a .txt or .jsonl file.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to answer, printed token by token.")] = None,
+    file: Annotated[str | None, typer.Option(help="File of prompts, one per line: .txt or .jsonl.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation at the terminal.")] = False,
-    base: Annotated[
-        str | None, typer.Option(help="Of a run or an adapter, if it is not where training found it.")
+    base: _Base = None,
+    adapter: Annotated[str | None, typer.Option(help="Run or adapter to load onto the base.")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt template to use instead of the model's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="A run or an adapter to put on a base.")] = None,
-    template: Annotated[str | None, typer.Option(help="A prompt template other than the model's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
-    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file answered at a time.")] = 32,
-    out: Annotated[str | None, typer.Option(help="A .jsonl file to write, one object a prompt.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    quantization: _Quantization = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are answered together.")] = 32,
+    out: Annotated[str | None, typer.Option(help="A .jsonl file to write, one object per prompt.")] = None,
 ) -> None:
-    """Let a model answer: a prompt, a file of prompts, or a person."""
+    """Generate answers to a prompt, to a file of prompts, or in a conversation."""
     from lola_ft.generation import Sampling
     from lola_ft.generation.generate import generate_command
 
@@ -193,43 +207,58 @@ def generate(
 @app.command()
 def evaluate(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Bases, runs, adapters or merged models.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Bases, runs, adapters or merged models.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="Held-out rows: a file, folder or glob; again for more.")
+        list[str] | None, typer.Option(help="Held-out rows: a file, folder or glob. Repeat for more.")
     ] = None,
     task: Annotated[str, typer.Option(help="loss (nats per token, bits per byte), generate or choice.")] = "loss",
-    format: Annotated[str | None, typer.Option(help="Of the rows, as in a recipe, or choices; text for .txt.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="Of all files; or again, one for each.")] = None,
-    language_column: Annotated[str | None, typer.Option(help="The field that has each row's language.")] = None,
-    field: Annotated[list[str] | None, typer.Option(metavar="STANDARD=NAME", help="Map a field of the format.")] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="LABEL=WORD", help="The word for a label.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="The request, as in a recipe.")] = None,
-    source_language: Annotated[str | None, typer.Option(help="Of format translation.")] = None,
-    target_language: Annotated[str | None, typer.Option(help="Of format translation.")] = None,
-    unit: Annotated[str | None, typer.Option(help="What a row of a .txt file is: paragraph, line or file.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each language, the first ones.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 8,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer of task generate; 128.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Of the windows over long texts; half the positions.")] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
-    base: Annotated[
-        str | None, typer.Option(help="Of runs and adapters, if it is not where training found it.")
+    format: Annotated[
+        str | None, typer.Option(help="Format of the rows, as in a recipe, or choices. For .txt: text.")
     ] = None,
-    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
-    template: Annotated[str | None, typer.Option(help="A prompt template other than the models' own.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder for JSON, picture and rows.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Language of all files, or repeated, one per file.")
+    ] = None,
+    language_column: Annotated[str | None, typer.Option(help="Field that holds each row's language.")] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(metavar="STANDARD=NAME", help="Name of a format's field in the files.")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="LABEL=WORD", help="Word for a label.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Request put to the model, as in a recipe.")] = None,
+    source_language: Annotated[str | None, typer.Option(help="Source language of format translation.")] = None,
+    target_language: Annotated[str | None, typer.Option(help="Target language of format translation.")] = None,
+    unit: Annotated[str | None, typer.Option(help="What one row of a .txt file is: paragraph, line or file.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language, the first ones.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer of task generate. Default: 128.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Stride of windows over long texts. Default: half the positions."),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    base: _Base = None,
+    quantization: _Quantization = "auto",
+    template: Annotated[str | None, typer.Option(help="Prompt template to use instead of the models' own.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write: results as JSON, a plot, and every row.")] = None,
     transfer: Annotated[
-        bool, typer.Option("--transfer", help="After a base, runs: what training on one language did to others.")
+        bool,
+        typer.Option(
+            "--transfer",
+            help="Compare runs with the base given first, per language trained on.",
+        ),
     ] = False,
-    suite: Annotated[str | None, typer.Option(help="Run benchmarks in place of --data: lola-paper.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Benchmarks or tasks of the suite, with commas between.")] = None,
-    languages: Annotated[str | None, typer.Option(help="Languages of the suite, with commas between.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task of the suite.")] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples before each question of the suite.")] = 0,
-    include_path: Annotated[str | None, typer.Option(help="Folder with the harness's YAML of your own tasks.")] = None,
+    suite: Annotated[str | None, typer.Option(help="Run a suite of benchmarks instead of --data: lola-paper.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Benchmarks or tasks of the suite, separated by commas.")] = None,
+    languages: Annotated[str | None, typer.Option(help="Languages of the suite, separated by commas.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task of the suite.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Examples before each question of the suite (few-shot).")] = 0,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder with your own tasks as YAML files of the harness.")
+    ] = None,
 ) -> None:
-    """Compare models side by side, by language, with bootstrap intervals."""
+    """Compare models per language, with bootstrap intervals."""
     _refuse_other_kind(context, of_suite=suite is not None)
     if suite is not None:
         from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
@@ -261,12 +290,12 @@ def evaluate(
 
 @app.command()
 def convert(
-    adapter: Annotated[str, typer.Argument(help="The adapter's folder, either layout.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder, in either layout.")],
     base: Annotated[str, typer.Option(help="The base's folder or Hub id.")],
-    layout: Annotated[str, typer.Option(help="peft or per_expert (the LOLA authors').")],
+    layout: Annotated[str, typer.Option(help="Layout to write: peft or per_expert (the LOLA authors' own).")],
     out: Annotated[str, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Rewrite an adapter in the other layout; the numbers stay the same."""
+    """Rewrite an adapter in the other layout without changing its numbers."""
     from lola_ft.adapters.convert import convert_adapter
 
     result = convert_adapter(adapter, base, layout, out)
@@ -275,18 +304,18 @@ def convert(
 
 @app.command()
 def publish(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MERGED", help="What to publish: a folder.")],
-    repo: Annotated[str, typer.Option(help="Repository on the Hub, owner/name; made if it is not there.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="A new repository can be seen by its owner alone.")
-    ] = False,
-    layout: Annotated[str | None, typer.Option(help="Convert an adapter first: peft or per_expert.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base's folder, for the check; a run knows its own.")] = None,
-    base_id: Annotated[str | None, typer.Option(help="The base's id on the Hub, if it is a folder here.")] = None,
-    skip_check: Annotated[bool, typer.Option("--skip-check", help="Send without reloading and comparing.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent.")] = False,
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MERGED", help="Folder to publish.")],
+    repo: Annotated[str, typer.Option(help="Repository on the Hub, owner/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    layout: Annotated[str | None, typer.Option(help="Layout to publish an adapter in: peft or per_expert.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base for the check, a folder or Hub id. Default: what it was trained on.")
+    ] = None,
+    base_id: Annotated[str | None, typer.Option(help="Id of the base on the Hub, if it is a local folder.")] = None,
+    skip_check: Annotated[bool, typer.Option("--skip-check", help="Upload without reloading and comparing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, and stop.")] = False,
 ) -> None:
-    """Publish an adapter or a merged model on the Hugging Face Hub, with a model card; again to update it."""
+    """Publish an adapter or merged model on the Hugging Face Hub, with a model card, or update it there."""
     from lola_ft.hub.publish import publish as send
 
     send(source, repo, private, layout, base, base_id, skip_check, dry_run)
@@ -295,10 +324,12 @@ def publish(
 @app.command()
 def quantize(
     base: Annotated[str, typer.Argument(help="The base's folder or Hub id.")],
-    dtype: Annotated[str, typer.Option(help="Of what stays dense: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Dtype of unquantised weights: bfloat16, float16 or float32.")
+    ] = "bfloat16",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
-    """Quantise a base once; later runs load the result, many times faster."""
+    """Quantise a base once, so that later runs load it many times faster."""
     from lola_ft.quantization import quantize_base
 
     print(f"The quantised base is in {quantize_base(base, dtype, revision)}.")
@@ -306,7 +337,7 @@ def quantize(
 
 @routing_app.command("texts")
 def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) -> None:
-    """Write names from Unicode CLDR in about 150 languages, a text file each: data for `routing profile`."""
+    """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
     from lola_ft.files import check_folder_target
     from lola_ft.nano.corpus import write_texts
 
@@ -318,22 +349,27 @@ def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) ->
 @routing_app.command("profile")
 def routing_profile(
     model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
-    data: Annotated[list[str], typer.Option(help="A file, folder or glob; can be given again.")],
-    out: Annotated[str, typer.Option(help="The profile to write, a safetensors file.")],
-    base: Annotated[str | None, typer.Option(help="The base's folder or Hub id; a run knows its own.")] = None,
+    data: Annotated[list[str], typer.Option(help="Texts: a file, folder or glob. Repeat for more.")],
+    out: Annotated[str, typer.Option(help="Profile to write, a safetensors file.")],
+    base: _Base = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
-    quantization: Annotated[str, typer.Option(help="auto (what a run trained on), nf4 or none.")] = "auto",
-    format: Annotated[str, typer.Option(help="The files' format, as in a recipe.")] = "text",
+    quantization: _Quantization = "auto",
+    format: Annotated[str, typer.Option(help="Format of the files, as in a recipe.")] = "text",
     language_column: Annotated[
-        str | None, typer.Option(help="Field that holds the language; else it stands in the file's name, as sw.txt.")
+        str | None,
+        typer.Option(help="Field that holds the language. Default: the file's name, as sw.txt."),
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="A text of .txt files: paragraph, line or file.")] = None,
-    template: Annotated[str | None, typer.Option(help="Renders prompts; the model's own, else alpaca.")] = None,
-    max_tokens_per_language: Annotated[int | None, typer.Option(min=1, help="The first so many of each.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest piece in tokens; the model's positions.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Tokens of a language whose single choices are kept.")] = 1000,
+    unit: Annotated[str | None, typer.Option(help="What one text of a .txt file is: paragraph, line or file.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Prompt template. Default: the model's own, else alpaca.")
+    ] = None,
+    max_tokens_per_language: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per language, the first ones.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence. Default: the model's positions.")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="Tokens per language whose own expert choices are kept.")] = 1000,
 ) -> None:
-    """Count which experts the tokens of each language go to, in every MoE layer."""
+    """Count which experts the tokens of each language are routed to, in every MoE layer."""
     from lola_ft.files import check_file_target
     from lola_ft.routing.profile import save_profile
     from lola_ft.routing.profiling import profile_routing
@@ -352,12 +388,14 @@ def routing_profile(
 @routing_app.command("report")
 def routing_report(
     profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
-    second: Annotated[str | None, typer.Argument(help="Another one, to show what changed.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write; PROFILE-report.")] = None,
-    permutations: Annotated[int, typer.Option(min=1, help="Of the tests whether routing follows descent.")] = 999,
-    seed: Annotated[int, typer.Option(min=0, help="Of the permutations.")] = 0,
+    second: Annotated[str | None, typer.Argument(help="A second profile, to show what changed.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write. Default: PROFILE-report.")] = None,
+    permutations: Annotated[
+        int, typer.Option(min=1, help="Permutations per test of whether routing follows descent.")
+    ] = 999,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
 ) -> None:
-    """Write a page with tables and pictures, the pictures, and all numbers as JSON."""
+    """Write a page with tables and figures, the figures as files, and all numbers as JSON."""
     from lola_ft.routing.profile import read_profile
     from lola_ft.routing.report import write_report
 
@@ -371,15 +409,17 @@ def routing_report(
 @routing_app.command("select")
 def routing_select(
     profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
-    languages: Annotated[str, typer.Option(help="Codes with commas between them, such as sw,rw.")],
-    out: Annotated[str, typer.Option(help="The JSON file to write, for a recipe's adapter.experts.select.")],
-    coverage: Annotated[float, typer.Option(help="Share of the languages' tokens that the experts must get.")] = 0.8,
+    languages: Annotated[str, typer.Option(help="Language codes separated by commas, such as sw,rw.")],
+    out: Annotated[str, typer.Option(help="JSON file to write, for adapter.experts.select in a recipe.")],
+    coverage: Annotated[
+        float, typer.Option(help="Share of the languages' tokens that the experts must receive.")
+    ] = 0.8,
     by: Annotated[str, typer.Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
-    rank: Annotated[int, typer.Option(min=1, help="Of the adapter whose size is predicted.")] = 8,
-    random: Annotated[bool, typer.Option("--random", help="As many experts, drawn at random: a control.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Of the draw; 0 if left out.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter whose size is predicted.")] = 8,
+    random: Annotated[bool, typer.Option("--random", help="Choose as many experts at random, as a control.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random choice. Default: 0.")] = None,
 ) -> None:
-    """Choose the fewest experts of each layer that some languages' tokens mostly go to."""
+    """Choose the fewest experts per layer that receive most tokens of some languages."""
     from lola_ft.routing.profile import read_profile
     from lola_ft.routing.relevance import describe_choice, save_choice, select_experts
 
@@ -394,9 +434,9 @@ def routing_select(
 
 @app.command()
 def nano(
-    out: Annotated[str, typer.Option(help="Folder to write; an up-to-date one is reused.")] = ".cache/nano",
+    out: Annotated[str, typer.Option(help="Folder to write; reused if it is up to date.")] = ".cache/nano",
 ) -> None:
-    """Build the nano base: LOLA's architecture at 5 M parameters, pre-trained on CLDR names in 150 languages."""
+    """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on CLDR names in 144 languages."""
     from lola_ft.nano import build_nano
 
     build_nano(Path(out))
@@ -404,10 +444,10 @@ def nano(
 
 @app.command()
 def doctor(
-    online: Annotated[bool, typer.Option("--online", help="Ask the Hub too.")] = False,
+    online: Annotated[bool, typer.Option("--online", help="Check the connection to the Hub too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show versions and hardware, and try what fine-tuning is made of; exit code 1 if it does not work here."""
+    """Show versions and hardware and test what fine-tuning needs; exit code 1 if it would not work here."""
     from lola_ft.doctor import doctor as look
 
     if not look(online, as_json):
@@ -416,9 +456,9 @@ def doctor(
 
 @app.command()
 def demo(
-    recipe: Annotated[str, typer.Argument(help="The demo's recipe.")] = "recipes/demo.yaml",
+    recipe: Annotated[str, typer.Argument(help="Recipe of the demo.")] = "recipes/demo.yaml",
 ) -> None:
-    """Run the main job on the embedded default: build a base, fine-tune it in 4 bit, merge, compare."""
+    """Build the nano base, fine-tune it in 4 bit, merge, and compare: the whole job without a download."""
     from lola_ft.demo import run_demo
 
     run_demo(recipe)
@@ -429,7 +469,7 @@ _OF_BOTH = ("models", "suite", "batch_size", "base", "quantization", "out")
 
 
 def _refuse_other_kind(context: typer.Context, of_suite: bool) -> None:
-    """Refuse what was given to `evaluate` and belongs to rows with --suite, or to a suite without it."""
+    """Refuse options of `evaluate` that do nothing with --suite, or nothing without it."""
     for name in context.params:
         source = context.get_parameter_source(name)
         given = source is not None and source.name == "COMMANDLINE"
@@ -439,18 +479,18 @@ def _refuse_other_kind(context: typer.Context, of_suite: bool) -> None:
 
 
 def _listed(text: str | None) -> list[str]:
-    """What stands between commas."""
+    """Split text at its commas."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a verb and exit with its code; a user's mistake is one message on stderr."""
-    # transformers 5.23 renames gradient to activation checkpointing; PEFT 0.21 and 5.17 know the old name alone.
+    # transformers 5.23 renames gradient checkpointing to activation checkpointing; PEFT 0.21 knows only the old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
     try:
         app(args=arguments, prog_name="lola-ft")
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):  # of several processes the first alone
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):  # of several processes only the first
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -1,4 +1,4 @@
-"""What lola_ft runs with and on: versions and hardware."""
+"""Versions and hardware that lola_ft runs with."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", 
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python, lola_ft and the libraries that decide a run's numbers."""
+    """Return the versions of Python, lola_ft and the libraries that decide a run's numbers."""
     versions = {"python": platform.python_version()}
     for package in ("lola-ft", *PACKAGES):
         versions[package] = version_of(package) or "not installed"
@@ -19,7 +19,7 @@ def library_versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str | None:
-    """An installed package's version."""
+    """Return an installed package's version; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -27,7 +27,7 @@ def version_of(package: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """What a run computed on."""
+    """Return the hardware that a run computed on."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -42,7 +42,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker writes it, where the system tells it."""
+    """Return the processor's name as its maker writes it, where the system tells it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -52,5 +52,5 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

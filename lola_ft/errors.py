@@ -1,6 +1,6 @@
 """The user's mistakes. Everything else that goes wrong is a bug and keeps its traceback.
 
-A message says where, what, what would be right and how to mend it, in that order:
+A message says where, what, what would be right and how to fix it, in that order:
 
     data/sw.jsonl:381: field 'output' is missing (found: instruction, answer). Map it with `fields: {output: answer}`.
 """
@@ -47,6 +47,11 @@ class AdapterError(UserError):
 
 class PublishError(UserError):
     """Something that cannot be sent to the Hub, or that the Hub did not take; nothing half-sent counts as done."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text without its full stop; its type's name where it has no text."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def printable(text: object) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from lola_ft.errors import UserError, WriteError
@@ -56,7 +57,7 @@ def check_folder_target(path: str | Path) -> None:
     """Refuse, before any work is done, to write into a folder that cannot be.
 
     Raises:
-        UserError: The folder, or the nearest one above that is there, is none or may not be written to.
+        UserError: The path, or its nearest existing parent, is not a folder or may not be written to.
     """
     place = Path(path).absolute()
     while not place.exists() and not place.is_symlink():
@@ -116,6 +117,16 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
         raise WriteError(target, str(error)) from error
 
 
+def similar_file(path: Path) -> Path | None:
+    """Return the file of the same folder whose name is nearly `path`'s, or the same but for a missing ending."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
+    except OSError:
+        return None
+    close = get_close_matches(path.name, names, n=1) or [name for name in names if Path(name).stem == path.name]
+    return path.with_name(close[0]) if close else None
+
+
 def sha256_of(*files: Path) -> str:
     """Return the SHA-256 of files' contents, one after another, as hexadecimal digits."""
     digest = hashlib.sha256()
@@ -127,6 +138,6 @@ def sha256_of(*files: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of a folder whose names match, their content alone."""
+    """Copy the files of a folder whose names match; only their content, no permissions."""
     for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
         shutil.copyfile(file, target / file.name)

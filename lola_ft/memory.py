@@ -1,4 +1,4 @@
-"""What the process holds of the machine's memory."""
+"""Control of the freed memory that the process's allocator keeps."""
 
 import ctypes
 import sys
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     """Let the allocator keep what is freed for what comes next (glibc; elsewhere it does nothing).
 
     A training step on a CPU asks for the same large buffers again and again; by default glibc returns each to the
-    system, which has to clear every page of it anew: a tenth of a step and more.
+    system, which has to clear every page again: a tenth of a step and more.
     """
     if set_option := _of_glibc("mallopt"):
         set_option(_M_MMAP_MAX, 0)

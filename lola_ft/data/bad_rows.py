@@ -1,4 +1,4 @@
-"""Rows that were skipped because they cannot be used: how many, and the messages that a person would want to see."""
+"""Rows that were skipped because they cannot be used: their counts, and the first messages."""
 
 import re
 from collections import Counter
@@ -46,7 +46,7 @@ class BadRows:
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> "BadRows":
-        """What `stored` gave."""
+        """Rebuild the bad rows from what `stored` returned."""
         return cls(Counter(stored["counts"]), stored["messages"], stored["first"], stored["portable"])
 
     def as_dict(self) -> dict[str, Any]:

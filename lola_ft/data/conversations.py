@@ -85,5 +85,5 @@ def _check_order(messages: list[Message], name: str, where: str) -> None:
 
 
 def _fields(said: list[Message]) -> Fields:
-    """What a template sees: the messages, and their texts in one as instruction and prompt."""
+    """Return the fields that a template sees: the messages, and their joined texts as instruction and prompt."""
     return prompt_fields("\n\n".join(message["content"] for message in said)) | {"messages": said}

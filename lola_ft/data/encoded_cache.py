@@ -25,7 +25,7 @@ from lola_ft.errors import UserError
 from lola_ft.files import cache_root, sha256_of
 
 VERSION = 2
-"""Of what rows become; a change of it makes every entry anew."""
+"""Version of the encoding; changing it discards every entry."""
 KEPT = 8
 _FACTS = "facts.json"
 _PARTIAL = ".partial-"
@@ -34,7 +34,7 @@ _DAY = 24 * 3600  # no process fills a folder for so long: the one that began it
 
 @dataclass(frozen=True)
 class StoredRows:
-    """What an entry holds.
+    """Contents of one cache entry.
 
     Attributes:
         facts: Plain values about the rows, as they were given.
@@ -56,7 +56,7 @@ def key_of(parts: dict[str, Any]) -> str:
 
 
 def table_file(folder: Path, side: str) -> Path:
-    """Where the rows of `train` or `validation` are."""
+    """Return the file that holds the rows of `train` or `validation`."""
     return folder / f"{side}.arrow"
 
 

@@ -81,9 +81,7 @@ def encode(
         DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
     """
     assert max_length >= 2, f"max_length {max_length} leaves no room for a token and its EOS"
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    eos_of(tokenizer)
     report, shortest = EncodingReport(), list[int]()
     encoder = Encoder(tokenizer, template, max_length, overlong)
     with TableSink(file) as sink:
@@ -103,6 +101,17 @@ def encode(
     return encoded_of(sink.table, report)
 
 
+def eos_of(tokenizer: Any) -> int:
+    """Return the id of the token that ends an answer.
+
+    Raises:
+        DataError: The tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    return tokenizer.eos_token_id
+
+
 class EncodedBatch(NamedTuple):
     """Some examples' sequences, what became of the rows, and the tokens of the shortest row."""
 
@@ -113,7 +122,7 @@ class EncodedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """What one batch of examples becomes."""
+    """Encodes one batch of examples."""
 
     tokenizer: "PreTrainedTokenizerFast"
     template: Template

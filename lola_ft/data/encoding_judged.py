@@ -9,7 +9,17 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lola_ft.data.encoding import MASKED, Encoded, TokenizedRow, batches, dataset_of, encode_texts, tokenize, too_long
+from lola_ft.data.encoding import (
+    MASKED,
+    Encoded,
+    TokenizedRow,
+    batches,
+    dataset_of,
+    encode_texts,
+    eos_of,
+    tokenize,
+    too_long,
+)
 from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
 from lola_ft.data.prompt_template import Template
@@ -39,9 +49,7 @@ def encode_judged(
     Raises:
         DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
+    eos = eos_of(tokenizer)
     report, languages, shortest = EncodingReport(), list[str](), sys.maxsize
     columns: dict[str, list[Any]] = {}
     for batch in batches(examples):

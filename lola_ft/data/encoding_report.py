@@ -1,4 +1,4 @@
-"""What became of the rows, by language: printed before training and kept in the manifest."""
+"""Counts of rows kept, dropped and cut, by language: printed before training and kept in the manifest."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -31,12 +31,12 @@ class Counts:
 
     @property
     def tokens_per_byte(self) -> float:
-        """What the tokenizer makes of a byte of this language's answers and texts."""
+        """Return the tokens per byte of this language's answers and texts."""
         return round(self.answer_tokens / max(self.answer_bytes, 1), 3)
 
     @property
     def tokens_per_word(self) -> float:
-        """What the tokenizer makes of a word of this language's answers and texts."""
+        """Return the tokens per word of this language's answers and texts."""
         return round(self.answer_tokens / max(self.answer_words, 1), 3)
 
     def as_dict(self) -> dict[str, int | float]:

@@ -16,7 +16,7 @@ Exchange = tuple[Fields, str]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What the model reads and what it learns to write."""
+    """One example: the text that the model reads and the text that it learns to write."""
 
     prompt: Fields | None
     """In front of the completion; None where the whole text is learned."""
@@ -50,14 +50,14 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """What the row says: equal for two rows that ask and answer the same, and for no others."""
+        """Return the row's content: equal for two rows that ask and answer the same, and only for them."""
         said = f"{len(self.request)}\n{self.request}\n{self.completion}"
         judged = "" if self.rejected is None else f"\n{len(self.completion)}\n{self.rejected}"
         return said + judged + ("" if self.desirable is None else f"\n{self.desirable}")
 
     @property
     def split_key(self) -> str:
-        """What decides on which side of a split the row is: its `identity`; of a translation, its pair of sentences."""
+        """Return what decides the row's side of a split: its `identity`, or a translation's pair of sentences."""
         if self.pair is None:
             return self.identity
         one, other = self.pair

@@ -34,7 +34,7 @@ def raw_field(row: Row, source: Source, standard: str, optional: bool = False) -
 
 
 def field_name(source: Source, standard: str) -> str:
-    """What the source calls a standard field."""
+    """Return the source's name for a standard field."""
     return source.fields.get(standard, standard)
 
 

@@ -1,4 +1,4 @@
-"""What a row's fields mean: from a row of some format to one Example, whatever the format."""
+"""Formats of rows: each turns a row's fields into one Example."""
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +61,7 @@ def to_example(row: Row, source: Source) -> Example:
         DataError: A field is missing, empty, or not what the format needs.
     """
     *earlier, (prompt, completion) = FORMATS[source.format].read(row, source)
-    example = Example(prompt, completion, _language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
+    example = Example(prompt, completion, row_language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
     if source.format == "preference":
         return replace(example, rejected=read_rejected(row, source))
     if source.format == "unpaired_preference":
@@ -130,8 +130,8 @@ _READERS: dict[str, Reader] = {
 FORMATS = {name: Format(FORMAT_FIELDS[name], read) for name, read in _READERS.items()}
 
 
-def _language(row: Row, source: Source) -> str:
-    """The language a row counts under: the source's, the row's, or the one it is translated into."""
+def row_language(row: Row, source: Source) -> str:
+    """Return the language that a row counts under: the source's, the row's, or the one it is translated into."""
     if source.language_column is not None:
         return language_of(row, source.language_column)
     if source.language is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lola_ft.data.rows import Row, Rows
 from lola_ft.data.source import Source
-from lola_ft.errors import DataError
+from lola_ft.errors import DataError, first_line
 from lola_ft.repo_id import is_commit
 
 
@@ -61,5 +61,4 @@ def _numbered(rows: Any, source: Source) -> Rows:
 
 def _failed(source: Source, error: Exception, what: str) -> DataError:
     """The message for whatever `datasets`, the network or a dataset's files raise."""
-    reason = str(error).strip().partition("\n")[0] or type(error).__name__
-    return DataError(f"{source.name}: {what}: {reason}")
+    return DataError(f"{source.name}: {what}: {first_line(error)}")

@@ -57,7 +57,7 @@ class _Parser:
         self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=make)
 
     def parse(self, text: str, where: str) -> Any:
-        """What a text holds.
+        """Parse one text.
 
         Raises:
             DataError: It is no JSON.

@@ -1,4 +1,4 @@
-"""How much of each language an epoch holds: sampling by temperature, with a cap and a limit on repeats.
+"""Mix of languages in an epoch: sampling by temperature, with a cap and a limit on repeats.
 
 With n rows in a language, its share is proportional to n^(1/T): T = 1 leaves the data as it is, a larger T gives small
 languages more. An epoch keeps its size. Rows are chosen by a hash of their tokens, so that a seed always chooses the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """What a recipe says about the mix.
+    """Settings of the mix, as in a recipe.
 
     Attributes:
         temperature: T, at least 1.
@@ -63,7 +63,7 @@ class Mixed:
 
     @property
     def changed(self) -> bool:
-        """Whether the epoch is anything but each sequence once."""
+        """Tell whether the epoch differs from each sequence once."""
         return any(share.examples != share.available for share in self.shares.values())
 
     @property
@@ -138,7 +138,7 @@ def _whole_numbers(shares: dict[str, float], limits: dict[str, float], total: in
 
 
 def _times(languages: list[str], shares: dict[str, LanguageShare], chunks: list[Any], seed: int) -> np.ndarray:
-    """How often each sequence comes: a language's full rounds, and one more for the first in the order of hashes."""
+    """Return how often each sequence comes: a language's full rounds, plus one for the first in the order of hashes."""
     codes = np.array(languages)
     times = np.zeros(len(codes), dtype=np.int64)
     left_over = {code for code, share in shares.items() if share.examples % share.available}

@@ -19,8 +19,8 @@ _AHEAD = 2
 def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """`map(work, items)` in `workers` threads.
 
-    The first item is done alone: a tokenizer's first call sets it up. A mistake that reading the items raises comes
-    after the results of the items before it, as in `map`.
+    The first item is done before the threads start: a tokenizer's first call sets it up. An error raised while reading
+    the items comes after the results of the items before it, as in `map`.
     """
     iterator = iter(items)
     for first in iterator:

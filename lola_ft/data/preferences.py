@@ -44,7 +44,7 @@ def read_answer(row: Row, source: Source) -> list[Exchange]:
 
 
 def read_label(row: Row, source: Source) -> bool:
-    """Whether the answer was judged good.
+    """Tell whether the answer was judged good.
 
     Raises:
         DataError: It is neither true nor false.
@@ -85,6 +85,6 @@ def _messages(given: Any, name: str, role: str, where: str) -> list[Message]:
 
 
 def _begins(messages: list[Message], said: list[Message], is_text: bool) -> bool:
-    """Whether a conversation begins with what was said; a prompt that is a text comes after a system message."""
+    """Tell whether a conversation begins with the prompt; a prompt given as text may follow a system message."""
     start = 1 if is_text and messages[0]["role"] == "system" else 0
     return messages[start : start + len(said)] == said

@@ -38,7 +38,7 @@ class Template:
 
     @classmethod
     def load(cls, name_or_path: str) -> "Template":
-        """A bundled template by its name, or a file whose path ends in .jinja.
+        """Load a bundled template by its name, or a file whose path ends in .jinja.
 
         Raises:
             DataError: No such template, or one that cannot give a prompt.
@@ -55,10 +55,10 @@ class Template:
         return template
 
     def render(self, example: Example) -> list[str]:
-        """What stands in front of each answer of an example, in their order.
+        """Render the prompt in front of each answer of an example, in their order.
 
         Raises:
-            DataError: A conversation of several answers, and this template renders one request alone; a template of the
+            DataError: A conversation of several answers, and this template renders only one request; a template of the
                 user's own that fails on it.
         """
         assert example.prompt is not None, "a text example has no prompt to render"
@@ -71,12 +71,12 @@ class Template:
         return [self._render(fields, first=index == 0, where=f"{example.where}: ") for index, (fields, _) in exchanges]
 
     def prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt of a request at inference."""
+        """Render the prompt of a request at inference."""
         return self._render(prompt_fields(instruction, input), first=True)
 
     @cached_property
     def renders_turns(self) -> bool:
-        """Whether it can render a conversation of several turns."""
+        """Tell whether the template can render a conversation of several turns."""
         return "messages" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
 
     @cached_property
@@ -109,7 +109,7 @@ class Template:
 
 
 def _visible(fields: Fields, first: bool) -> dict[str, Any]:
-    """What a template sees: a request of any format is one message of the user."""
+    """Return the variables that a template sees; a request of any format is one message of the user."""
     return {"messages": [{"role": "user", "content": fields["prompt"]}], "first": first} | dict(fields)
 
 

@@ -1,4 +1,4 @@
-"""What readers give: rows with their place, and places where there should be a row and is none that can be used."""
+"""Rows as readers yield them, each with its place in a file, and rows that cannot be used."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

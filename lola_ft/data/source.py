@@ -34,7 +34,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What messages call it: the path, or the Hub id with its split."""
+        """Return the source's name in messages: its path, or its Hub id and split."""
         if self.path is not None:
             return self.path
         return f"{self.hub}{f'/{self.subset}' if self.subset else ''}[{self.split or 'train'}]"

@@ -1,6 +1,5 @@
 """Rows of a source: of local files, folders and globs, or of a dataset on the Hub. Every row knows its place."""
 
-import difflib
 import glob
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -13,6 +12,7 @@ from lola_ft.data.source import Source
 from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
 from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError
+from lola_ft.files import similar_file
 
 _READERS = {
     ".jsonl": jsonl_rows,
@@ -90,12 +90,11 @@ def _check_opens(path: Path) -> None:
 
 
 def _near(path: Path) -> str:
-    """A hint at a file of the same folder with nearly the same name."""
+    """Name the file of the same folder that was probably meant, or the folder that is missing too."""
     if not path.parent.is_dir():
         return f" There is no folder '{path.parent}' either."
-    names = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean '{path.with_name(close[0])}'?" if close else ""
+    similar = similar_file(path)
+    return f" Did you mean '{similar}'?" if similar else ""
 
 
 def _rows_of(files: list[Path], unit: str) -> Rows:

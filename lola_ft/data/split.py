@@ -1,4 +1,4 @@
-"""Which rows are held out: decided row by row, by what the row says."""
+"""Held-out rows, chosen row by row by a hash of the row's content."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from lola_ft.errors import DataError
 
 
 def is_validation(example: Example, share: float, seed: int) -> bool:
-    """Whether a row is held out.
+    """Tell whether a row is held out.
 
     A hash of the row's own text decides, so that adding a source or another order moves no row, and rows that say
     the same fall on the same side; so do the two directions of a translation, of which each holds the other's answer.

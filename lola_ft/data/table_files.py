@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
-from lola_ft.errors import DataError
+from lola_ft.errors import DataError, first_line
 
 _BATCH = 1000
 
@@ -17,7 +17,7 @@ def csv_rows(path: Path) -> Rows:
 
 
 def tsv_rows(path: Path) -> Rows:
-    """As .csv, with tabs."""
+    """Read a file as `csv_rows` does, with tabs between the cells."""
     return _cells(path, "\t")
 
 
@@ -98,5 +98,4 @@ def parquet_rows(path: Path) -> Rows:
                     yield Row(fields, f"{path}:[{index}]")
                     index += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise DataError(f"{path}: not a Parquet file that can be read: {reason}.") from None
+        raise DataError(f"{path}: not a Parquet file that can be read: {first_line(error)}.") from None

@@ -1,4 +1,4 @@
-"""One thing that is looked at: how it went, and how to mend it."""
+"""One check of the doctor: its result, and how to fix what is wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ _LONGEST = 300
 
 @dataclass(frozen=True)
 class Check:
-    """How one thing is.
+    """Result of one check.
 
     Attributes:
         detail: What was seen, in a line.
-        mend: What to do where it is not ok; empty where it is.
+        mend: Advice where the check is not ok; empty where it is.
         core: Whether fine-tuning needs it.
     """
 
@@ -37,7 +37,7 @@ def examine(name: str, look: Callable[[], str], mend: str, core: bool) -> Check:
         return Check(name, "ok", look(), core=core)
     except MissingError as missing:
         return Check(name, "missing", without_token(str(missing)), mend, core)
-    except Exception as error:  # a probe is there to find out what goes wrong
+    except Exception as error:  # whatever goes wrong is the check's result
         return Check(name, "failed", without_token(_one_line(error)), mend, core)
 
 

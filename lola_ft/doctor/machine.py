@@ -1,4 +1,4 @@
-"""What the machine is."""
+"""Facts about the machine."""
 
 import platform
 from typing import Any

@@ -1,4 +1,4 @@
-"""`lola-ft doctor`."""
+"""The verb `lola-ft doctor`: all checks, in order, and their table."""
 
 import json
 from dataclasses import asdict

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Opening:
-    """How models are opened.
+    """Options for opening the models.
 
     Attributes:
         base: Of the runs and adapters among them.

@@ -28,7 +28,7 @@ class Estimate:
 
     @property
     def beyond_zero(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Tell whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def bootstrap(
 
 
 def _draws(rows: int, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """How often each row is drawn (some resamples, rows)."""
+    """Yield how often each row is drawn, in chunks (some resamples, rows)."""
     step = max(1, _CELLS // rows)
     for start in range(0, resamples, step):
         count = min(step, resamples - start)

@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each measure says by language; `ALL` comes first where there are several.
+    """Every measure's values by language; `ALL` comes first where there are several languages.
 
     Attributes:
         models: The models' names.

@@ -1,4 +1,4 @@
-"""`lola-ft evaluate` on held-out rows."""
+"""The verb `lola-ft evaluate` on held-out rows."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _LONGEST_ANSWER = 128
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How to ask, as the command's options say.
+    """Options of the task, as given on the command line.
 
     Attributes:
         max_new_tokens: Task `generate`; 128 if None.

@@ -11,7 +11,7 @@ from lola_ft.generation import Answer, Sampling, answer_all
 
 @dataclass
 class ExactMatch:
-    """How many answers were right.
+    """Counts of right answers.
 
     Attributes:
         right, asked: By language.
@@ -66,7 +66,7 @@ def exact_match_by_language(
 
 
 def is_exact(answer: Answer, completion: str) -> bool:
-    """Whether the model ended its answer and it equals the completion but for surrounding spaces."""
+    """Tell whether the model ended its answer and it equals the completion, apart from surrounding spaces."""
     return answer.ended and answer.text.strip() == completion.strip()
 
 

@@ -77,7 +77,7 @@ def _tokenizer(language: str) -> str:
 
 
 def _statistics(metric: Any, answer: Answer, example: Example) -> list[int]:
-    """What a row adds to a corpus score: counts of matching and possible n-grams."""
+    """Return a row's part of a corpus score: counts of matching and possible n-grams."""
     [statistics] = metric._extract_corpus_statistics([answer.text.strip()], [[example.completion.strip()]])
     return statistics
 

@@ -7,22 +7,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_ft.data import Example, Row, Source, read_examples, read_rows
-from lola_ft.data.example import UNKNOWN_LANGUAGE, prompt_fields
+from lola_ft.data.example import prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
-from lola_ft.data.formats import FORMATS
+from lola_ft.data.formats import FORMATS, row_language
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.choice_task import Question
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN
 
 CHOICES = "choices"
-"""A format of evaluation alone: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
+"""A format only for evaluation: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
 _CHOICE_FIELDS = ("prompt", "choices", "answer")
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Which rows to evaluate on, as the command's options say.
+    """Options that choose the rows, as given on the command line.
 
     Attributes:
         files: Files, folders or globs.
@@ -156,7 +156,7 @@ def _question(row: Row, source: Source) -> Question:
             f"{row.where}: {names['answer']} is {answer!r}; it must be one of the choices, or its place from 0."
         )
     fields = prompt_fields(checked_text(prompt, names["prompt"], row.where))
-    return Question(Example(fields, texts[right], _language(row, source), row.where), texts, right)
+    return Question(Example(fields, texts[right], row_language(row, source), row.where), texts, right)
 
 
 def _field(row: Row, source: Source, standard: str) -> Any:
@@ -166,14 +166,6 @@ def _field(row: Row, source: Source, standard: str) -> Any:
             f"{row.where}: field '{name}' is missing (found: {found_fields(row)}). Map it with --field {standard}=…."
         )
     return row.fields[name]
-
-
-def _language(row: Row, source: Source) -> str:
-    if source.language_column is None:
-        return source.language or UNKNOWN_LANGUAGE
-    if source.language_column not in row.fields:
-        raise DataError(f"{row.where}: --language-column '{source.language_column}' is missing ({found_fields(row)}).")
-    return checked_text(row.fields[source.language_column], f"field '{source.language_column}'", row.where)
 
 
 T = TypeVar("T")

@@ -76,7 +76,7 @@ def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:
 
 
 def _is_text(row: TokenizedRow) -> np.ndarray:
-    """Of the labelled tokens, which are text and no end of text."""
+    """Return, for each labelled token, whether it is text rather than an end of text."""
     ends = [flag for prompt, answer in row.exchanges for flag in [*[False] * (len(prompt) + len(answer) - 1), True]]
     return np.array([not end for end, label in zip(ends, row.whole.labels, strict=True) if label != MASKED], dtype=bool)
 

@@ -1,4 +1,4 @@
-"""What the tokens of sequences cost a model, in nats; the logits of a whole batch never exist."""
+"""Nats per token of sequences under a model; the logits of a whole batch never exist."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

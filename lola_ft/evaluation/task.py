@@ -1,4 +1,4 @@
-"""What an evaluation measures: a task asks a model about rows; each measure is a function of sums over rows."""
+"""Tasks and measures: a task asks a model about rows; each measure is a function of sums over rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model did.
+    """Result of one model on all rows.
 
     Attributes:
         parts: For each measure by its name, what each row contributes (rows, parts).

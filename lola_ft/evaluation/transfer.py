@@ -100,7 +100,7 @@ def plot_transfer(comparison: Comparison, trained: dict[str, list[str]], path: P
 
 
 def few(languages: list[str]) -> str:
-    """The first languages, and how many there are besides."""
+    """Name the first languages, and count the rest."""
     rest = len(languages) - _NAMED
     return ", ".join(languages[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
+from lola_ft.data.encoding import eos_of
 from lola_ft.errors import DataError, UserError
 from lola_ft.families import architecture_of
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for choosing the next token.
 
     Attributes:
         max_new_tokens: Longest answer, its end of text included.
@@ -41,7 +42,7 @@ class Sampling:
             raise UserError(f"{given[0]} does nothing at --temperature 0. Give a temperature, or leave it out.")
 
     def options(self) -> dict[str, Any]:
-        """As transformers' `generate` takes them."""
+        """Return the settings as options of transformers' `generate`."""
         if not self.temperature:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
@@ -49,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """One answer of a model.
 
     Attributes:
         text: Without the end of text.
@@ -99,7 +100,7 @@ def answer_all(
 
 
 def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> list[list[int]]:
-    """Places of prompts, shortest first; one that leaves less room than an answer may take goes alone."""
+    """Group prompts' places, shortest first; a prompt that leaves too little room for an answer gets its own batch."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     roomy = [place for place in order if len(prompts[place]) <= longest]
     alone = [[place] for place in order if len(prompts[place]) > longest]
@@ -115,10 +116,8 @@ def _seed(sampling: Sampling) -> None:
 def _answer_batch(
     model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, streamer: Any = None
 ) -> list[Answer]:
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if eos is None:
-        raise UserError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
-    pad = eos if pad is None else pad
+    eos = eos_of(tokenizer)
+    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     sizes = architecture_of(model.config).sizes
     for ids in prompts:

@@ -59,7 +59,7 @@ def chat(
 def _fitting(
     said: list[Exchange], fields: Fields, template: Template, tokenizer: Any, positions: int, sampling: Sampling
 ) -> tuple[list[Exchange], list[int]]:
-    """As much of what was said, the latest, as leaves room for an answer; and its token ids."""
+    """Return the latest exchanges that leave room for an answer, and the token ids of the whole prompt."""
     kept = said
     while True:
         ids = conversation_ids(request(fields, earlier=kept), template, tokenizer)

@@ -1,4 +1,4 @@
-"""`lola-ft generate`."""
+"""The verb `lola-ft generate`."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def generate_command(
     batch_size: int = 32,
     out: str | None = None,
 ) -> None:
-    """Answer one prompt, a file of prompts, or a person.
+    """Answer one prompt, a file of prompts, or the turns of a conversation.
 
     Raises:
         UserError: What is asked for does not fit together; or as `open_model`.

@@ -76,7 +76,7 @@ def _request(row: Row, prompt: str) -> Example:
 
 
 def _open_conversation(row: Row) -> Example:
-    """Read it as training does, with an answer put at its end for the while."""
+    """Read a conversation without its last answer as training does, by adding a placeholder answer."""
     messages = [*row.fields["messages"], {"role": "assistant", "content": "?"}]
     *earlier, (last, _) = read_conversation(Row({"messages": messages}, row.where), Source("messages"))
     return request(last, row.where, earlier)

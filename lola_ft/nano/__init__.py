@@ -1,4 +1,4 @@
-"""The nano base: LOLA's architecture at nano size, pre-trained on names from Unicode CLDR in about 150 languages."""
+"""The nano base: LOLA's architecture at nano size, pre-trained on names from Unicode CLDR in 144 languages."""
 
 from lola_ft.nano.build import NanoSettings, build_nano
 

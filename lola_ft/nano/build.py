@@ -26,8 +26,8 @@ class NanoSettings:
 
     Attributes:
         embedding_std: Spread of the embeddings at the start. Logits reach about `embedding_std * n_embd`, 32 here and
-            41 in LOLA (0.02 * 2048). With LOLA's own 0.02 they reached 2.6, and an adapter, which leaves the
-            embeddings alone, could not give any answer much probability.
+            41 in LOLA (0.02 * 2048). With LOLA's own 0.02 they reached 2.6, and an adapter, which does not
+            change the embeddings, could not give any answer much probability.
         passes, english_passes: Over all terms, each time in other lists.
     """
 
@@ -45,13 +45,13 @@ class NanoSettings:
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
 
     def key(self) -> str:
-        """What a built folder must carry to be used again: the settings and what the text and numbers come from."""
+        """Return a hash of the settings and library versions; a built folder with the same key is used again."""
         record = asdict(self) | {name: version(name) for name in ("babel", "tokenizers", "torch")}
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def build_nano(out: str | Path = ".cache/nano", settings: NanoSettings | None = None) -> Path:
-    """Build the nano base in `out`, or use the one that is there if it was built with the same settings.
+    """Build the nano base in `out`, or keep the one in `out` if it was built with the same settings.
 
     Raises:
         UserError: If `out` holds something that this function did not write.

@@ -45,7 +45,7 @@ def normalise(text: str) -> str:
 def load_terms() -> tuple[Term, ...]:
     """Every usable name of every chosen language, sorted by language, kind and text.
 
-    English is there as a language like any other; the others keep only names that English does not have,
+    English is a language like any other; the others keep only names that English does not have,
     for CLDR does not tell a shared name from a missing translation.
     """
     english = {normalise(text) for _, text in _names("en")}
@@ -105,7 +105,7 @@ def _names(language: str) -> Iterator[tuple[str, str]]:
 
 
 def _wide(data: Mapping[str, Any], key: str, form: str) -> Mapping[int, str]:
-    """Full names of months or days, alone ("январь") or as in a date ("января"); empty if the file only refers."""
+    """Return full names of months or days, alone ("январь") or as in a date ("января"); {} if the file has none."""
     table = data.get(key, {}).get(form)
     names = table.get("wide") if isinstance(table, Mapping) else None
     return names if isinstance(names, Mapping) else {}
@@ -151,6 +151,6 @@ def _without_copies(by_language: dict[str, list[Term]]) -> dict[str, list[Term]]
 
 
 def _territories_by_language() -> Counter[str]:
-    """How many countries CLDR has a locale for, by language."""
+    """Count the countries for which CLDR has a locale, by language."""
     pairs = {(code.split("_")[0], code.split("_")[-1]) for code in locale_identifiers() if "_" in code}
     return Counter(language for language, territory in pairs if territory.isupper() or territory.isdigit())

@@ -21,7 +21,7 @@ SHORTEST_LIST, LONGEST_LIST = 4, 24  # names in a document
 
 @dataclass(frozen=True)
 class Split:
-    """The terms the models may learn from, and those that no text of theirs contains."""
+    """Terms to train on, and held-out terms that occur in no training text."""
 
     train: tuple[Term, ...]
     held_out: tuple[Term, ...]
@@ -74,7 +74,7 @@ def build_documents(
 def write_texts(folder: Path, seed: int = 0) -> list[Path]:
     """Write the documents of each language into a file of its own (`sw.txt`), blank lines between them.
 
-    Every name is there once, those that pre-training never sees too: such text is for looking at a model.
+    Every name is written once, held-out names too: these texts are for examining a model, not for training.
     """
     terms_of: defaultdict[str, list[Term]] = defaultdict(list)
     for term in load_terms():
@@ -93,7 +93,7 @@ def _answers() -> set[str]:
 
 
 def _hash_fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Map a text to a number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 

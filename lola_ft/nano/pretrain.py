@@ -17,7 +17,7 @@ from lola_ft.model import LolaForCausalLM
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How the nano base is pre-trained; steps are fixed, so that the result does not depend on the machine's speed."""
+    """Settings of the pre-training; steps are fixed, so the result does not depend on the machine's speed."""
 
     steps: int = 1000
     rows_per_step: int = 4  # few: so short a run learns more from many small steps

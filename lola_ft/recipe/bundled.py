@@ -41,7 +41,7 @@ class BundledRecipe:
 
 
 def recipes_folder() -> Path:
-    """Where the recipes are: in the package where lola_ft was installed, at the top of a checkout."""
+    """Return the folder of recipes: inside the installed package, or at the top of a checkout."""
     packed = _PACKAGE / "recipes"
     return packed if packed.is_dir() else _PACKAGE.parent / "recipes"
 
@@ -87,7 +87,7 @@ def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
     texts = {Path(out) / name: (root / name).read_text(encoding="utf-8") for name in names}
     for target, text in texts.items():
         if target.exists() and target.read_text(encoding="utf-8") != text:
-            raise RecipeError(f"{target}: is there already, and differs. Move it away, or copy to another folder.")
+            raise RecipeError(f"{target}: exists already and differs. Move it away, or copy to another folder.")
     for target, text in texts.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)

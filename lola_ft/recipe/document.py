@@ -26,7 +26,7 @@ _CORE = "tag:yaml.org,2002:"
 
 
 class Place(NamedTuple):
-    """Where something begins in a file, both counted from 1."""
+    """Line and column where something begins in a file, both counted from 1."""
 
     line: int
     column: int
@@ -78,7 +78,7 @@ def parse_document(text: str) -> Document:
 def _bad_yaml(error: YAMLError, text: str) -> BadYaml:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = None if mark is None else _place(mark)
-    if isinstance(error, ReaderError):  # it knows the character's number alone
+    if isinstance(error, ReaderError):  # it knows only the character's number
         before = text[: error.position]
         place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
@@ -131,7 +131,7 @@ def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, 
 
 
 def _is_broken(text: str) -> bool:
-    """Whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
+    """Tell whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
     return any("\ud800" <= char <= "\udfff" for char in text)
 
 

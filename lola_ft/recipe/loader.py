@@ -1,7 +1,6 @@
 """From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place."""
 
 import copy
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lola_ft.errors import RecipeError, printable
+from lola_ft.files import similar_file
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import MAX_BYTES, BadYaml, Document, KeyPath, Place, parse_document
 from lola_ft.recipe.keys import own_key
@@ -50,7 +50,9 @@ def _parse(path: str | Path) -> Document:
     try:
         text = _content(Path(path)).decode("utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe.{_near(Path(path))}") from None
+        similar = similar_file(Path(path))
+        hint = f" Did you mean '{similar}'?" if similar else ""
+        raise RecipeError(f"{path}: no such recipe.{hint}") from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; expected a recipe file.") from None
     except UnicodeDecodeError as error:
@@ -70,16 +72,6 @@ def _content(path: Path) -> bytes:
     if len(content) > MAX_BYTES:
         raise RecipeError(f"{path}: more than {MAX_BYTES // 1024} kB, too large for a recipe. Is it a data file?")
     return content
-
-
-def _near(path: Path) -> str:
-    """A hint at a file of the same folder with nearly the same name."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=1) or [n for n in names if n == f"{path.name}.yaml"]
-    return f" Did you mean '{path.with_name(close[0])}'?" if close else ""
 
 
 def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
@@ -110,7 +102,7 @@ def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath
 
 
 def _leads_to(path: KeyPath, keys: list[KeyPath]) -> bool:
-    """Whether one of the keys is at this place or inside it."""
+    """Tell whether one of the keys is at this place or inside it."""
     return any(key[: len(path)] == path for key in keys)
 
 

@@ -22,7 +22,7 @@ def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
 
 
 def broken_rules(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
-    """Of a recipe's mistakes those between keys."""
+    """Yield a recipe's broken rules between keys."""
     for detail in error.errors(include_url=False):
         if detail["type"] == _RULES:
             yield from _problems(detail)
@@ -52,7 +52,7 @@ _RULES = "rules"  # ours
 
 
 def _path(detail: ErrorDetails) -> KeyPath:
-    """Where a mistake is, without the names of a union's alternatives; an unknown key may well be called like one."""
+    """Return a mistake's path without the names of a union's alternatives; an unknown key may have such a name."""
     place = detail["loc"]
     end = len(place) - (detail["type"] == _UNKNOWN)
     return (*(part for part in place[:end] if part not in UNION_TAGS), *place[end:])
@@ -112,7 +112,7 @@ _RANGES = {
 
 
 def _mend(kind: str, given: Any) -> str:
-    """What to write instead, where it can be told."""
+    """Say what to write instead, where that is known."""
     if isinstance(given, str) and kind in ("int_type", "float_type"):
         convert: Callable[[str], Any] = int if kind == "int_type" else float
         try:

@@ -33,7 +33,7 @@ class Overridden:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> Overridden:
-    """Lay overrides over a recipe's data, in their order; `data` itself is left alone."""
+    """Lay overrides over a recipe's data, in their order; `data` itself does not change."""
     result = Overridden(copy.deepcopy(data))
     for override in overrides:
         if problem := _apply(override, result):

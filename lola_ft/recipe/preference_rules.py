@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from lola_ft.recipe.allowed_values import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 
 LEAST_MICRO_BATCH = {"kto": 2}
 """Fewest rows of a micro batch by loss type; kto pairs each prompt with the answer of another row."""
@@ -28,7 +28,7 @@ def with_defaults(given: Any) -> Any:
 
 
 def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What does not go together with the objective, in a valid recipe's plain data: (path, message)."""
+    """Yield what does not fit the objective, in a valid recipe's plain data: (path, message)."""
     objective, train = recipe["objective"], recipe["train"]
     yield from _formats(recipe["data"], objective)
     if objective not in OBJECTIVE_FORMATS:

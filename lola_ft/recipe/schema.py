@@ -1,4 +1,4 @@
-"""What a recipe may say: every key with its type, range, default and one line of explanation.
+"""The recipe's schema: every key with its type, range, default and one line of explanation.
 
 A section is a frozen pydantic model: unknown keys are refused and nothing is converted (`"4"` and `true` are not
 numbers; a whole number may stand for a decimal). Rules that tie keys together live beside them in `_rules`; a rule
@@ -14,13 +14,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import preference_rules, unsupported
+from lola_ft.recipe.allowed_values import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.names import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.repo_id import is_repo_id
 from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN
-
-LOLA_POSITIONS = 2048
-"""LOLA has one learned vector a position, so no sequence can be longer."""
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -104,7 +101,7 @@ class ExpertLora(GroupLora):
 
 
 class Adapter(Section):
-    """Which weights get LoRA; a group left out gets none."""
+    """The weights that get LoRA; a group that is left out gets none."""
 
     attention: GroupLora | None = Field(default=None, description="LoRA on the attention projections")
     mlp: GroupLora | None = Field(default=None, description="LoRA on the dense blocks' projections")
@@ -127,7 +124,7 @@ class Adapter(Section):
             yield (
                 ("init",),
                 "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
-                "nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default",
+                "nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default",
             )
         if self.variant == "dora" and not (self.attention or self.mlp):
             yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
@@ -139,7 +136,7 @@ class Adapter(Section):
 
 
 class Router(Section):
-    """What happens to the layers that choose the experts."""
+    """Training of the router, the layers that choose the experts."""
 
     mode: Literal["frozen", "tuned", "lora"] = Field(
         default="frozen", description="whether and how the router is trained"
@@ -161,7 +158,7 @@ class Router(Section):
 
 
 class Source(Section):
-    """Where rows come from: local files or a dataset on the Hub."""
+    """A source of rows: local files or a dataset on the Hub."""
 
     path: Name | None = Field(
         default=None,
@@ -214,7 +211,7 @@ class Source(Section):
         yield from self._format_rules()
 
     def _format_rules(self) -> Iterable[Problem]:
-        """What belongs to one format alone, and what an instruction may name."""
+        """Yield keys that belong to another format, and names that an instruction may not use."""
         for key, formats in _KEYS_OF_FORMATS.items():
             if getattr(self, key) is not None and self.format not in formats:
                 yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
@@ -250,7 +247,7 @@ def _kind_of_validation(value: Any) -> str | None:
 
 
 class Data(Section):
-    """What the model learns from."""
+    """The data that the model learns from."""
 
     template: Name = Field(default="alpaca", description="bundled prompt template, or a path that ends in .jinja")
     sources: list[Source] = Field(min_length=1, description="where the training rows come from")
@@ -280,8 +277,6 @@ class Data(Section):
     ] = Field(default=0.0, description="share of the rows held out for evaluation, or sources of its own")
 
     def _rules(self) -> Iterable[Problem]:
-        if self.max_length > LOLA_POSITIONS:
-            yield ("max_length",), f"{self.max_length} is more than LOLA's {LOLA_POSITIONS} positions"
         if self.max_repeats != 4 and self.language_temperature == 1:
             yield ("max_repeats",), "no row is repeated at language_temperature 1. Raise that, or remove this"
         if self.leakage != "error" and not isinstance(self.validation, list):
@@ -297,7 +292,7 @@ class Data(Section):
 
 
 class EarlyStopping(Section):
-    """When to end a run that no longer gets better."""
+    """Rule for ending a run that no longer gets better."""
 
     metric: Name = Field(
         default="eval_loss", description="what is watched: eval_loss, or eval_loss_by_language/sw for one language"
@@ -307,7 +302,7 @@ class EarlyStopping(Section):
 
 
 class Energy(Section):
-    """How the energy is estimated (the extra `energy`; nothing is asked of the network)."""
+    """Estimate of the energy used (needs the extra `energy`; never uses the network)."""
 
     country: Annotated[str, Field(pattern="^[A-Z]{3}$")] = Field(
         description="ISO 3166 code of three letters, such as DEU: whose electricity it was"
@@ -315,7 +310,7 @@ class Energy(Section):
 
 
 class Train(Section):
-    """How long, how fast, in which portions."""
+    """Length, speed and batch sizes of the training."""
 
     epochs: float = Field(default=1.0, gt=0, le=100_000, description="passes over the data")
     max_steps: Count | None = Field(default=None, description="optimiser steps, instead of epochs")
@@ -371,7 +366,7 @@ class Train(Section):
 
 
 class Guards(Section):
-    """What is watched while training, and what happens then."""
+    """Guards: problems watched for while training, and the reaction to each."""
 
     max_nonfinite: Count = Field(
         default=3,
@@ -400,10 +395,10 @@ class Guards(Section):
 
 
 class Hub(Section):
-    """Where the adapter is published at the end of the run."""
+    """Repository where the adapter is published at the end of the run."""
 
     repo: Name = Field(description="repository to publish to, such as user/name")
-    private: bool = Field(default=False, description="whether a new repository can be seen by its owner alone")
+    private: bool = Field(default=False, description="whether a new repository can be seen only by its owner")
     base_id: Name | None = Field(default=None, description="Hub id of the base, if base.model is a folder")
     layout: Literal["peft", "per_expert"] = Field(default="peft", description="layout of the published adapter")
 
@@ -442,7 +437,7 @@ class Recipe(Section):
                 "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
             )
         if self.adapter.variant == "dora" and self.router.mode == "lora":
-            yield ("router", "mode"), "dora acts on attention and mlp alone. Choose tuned or frozen, or another variant"
+            yield ("router", "mode"), "dora acts only on attention and mlp. Choose tuned or frozen, or another variant"
         if self.adapter.init == "loftq" and self.base.quantization == "none":
             yield ("adapter", "init"), "loftq starts at the error of a 4-bit base, and this base is not quantised"
         for key in ("early_stopping", "keep_best"):

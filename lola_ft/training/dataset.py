@@ -33,7 +33,7 @@ from lola_ft.data import (
 from lola_ft.data.encoded_cache import Damaged, StoredRows, find_entry, keep, key_of, new_folder, table_file
 from lola_ft.environment import usable_cores, version_of
 from lola_ft.files import sha256_of
-from lola_ft.recipe.names import OBJECTIVE_FORMATS
+from lola_ft.recipe.allowed_values import OBJECTIVE_FORMATS
 from lola_ft.recipe.schema import Data
 from lola_ft.recipe.schema import Source as RecipeSource
 from lola_ft.repo_id import is_commit

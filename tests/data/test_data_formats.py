@@ -10,7 +10,7 @@ from lola_ft.data import Example, Row, Source, Template, read_examples, to_examp
 from lola_ft.data.example import prompt_fields
 from lola_ft.data.formats import FORMATS
 from lola_ft.errors import DataError
-from lola_ft.recipe.names import Format
+from lola_ft.recipe.allowed_values import Format
 from lola_ft.row_formats import FORMAT_FIELDS
 
 SAMPLE = Path(__file__).parents[2] / "recipes" / "data" / "alpaca_sample.jsonl"

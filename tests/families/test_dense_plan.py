@@ -31,7 +31,8 @@ def test_the_verb_plans_a_dense_recipe(
     assert whole["weights"]["attention nf4"]["parameters"] == 2 * 4 * 64 * 64
     prepared = prepare(load_recipe(recipe).data, AutoTokenizer.from_pretrained(dense_bases[kind]), 0).mix
     assert (whole["epoch"]["sequences"], whole["epoch"]["tokens"]) == (len(prepared.dataset), prepared.tokens)
-    assert sum(whole["merged_file_bytes"].values()) == (dense_bases[kind] / "model.safetensors").stat().st_size
+    size = (dense_bases[kind] / "model.safetensors").stat().st_size
+    assert sum(whole["merged_file_bytes"].values()) == pytest.approx(size, abs=500)  # another writer's header
     short = str(whole["peak_bytes"] - whole["parts"]["activations"])
     suggestion = json.loads(verb("plan", recipe, "--gpu", short, "--json").out)["suggestion"]
     assert suggestion["overrides"][0] == "train.gradient_checkpointing=true"

@@ -3,9 +3,13 @@
 import re
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import lola_ft.nano
+from lola_ft import cli
+from lola_ft.nano.build import NanoSettings, _new_model
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
 from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_documents, load_split, split_terms
 from lola_ft.nano.demo_task import NAMES_PER_ROW, build_rows
@@ -22,7 +26,21 @@ def names_of(language: str) -> set[str]:
     return {term.text for term in load_terms() if term.language == language}
 
 
-def test_about_150_languages_with_enough_names() -> None:
+def test_help_and_readme_name_the_size_and_the_languages_that_the_code_has() -> None:
+    languages = f"{len({term.language for term in load_terms()})} languages"
+    parameters = f"{sum(weight.numel() for weight in _new_model(NanoSettings()).parameters()) / 1e6:.1f} M parameters"
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    for text, says in (
+        (cli.nano.__doc__, (languages, parameters)),
+        (readme, (languages, parameters)),
+        (cli.routing_texts.__doc__, (languages,)),
+        (lola_ft.nano.__doc__, (languages,)),
+    ):
+        assert text is not None
+        assert all(number in text for number in says), text
+
+
+def test_every_language_has_enough_names() -> None:
     counts = Counter(term.language for term in load_terms())
     assert 130 <= len(counts) <= 160
     assert min(counts.values()) >= 400

@@ -66,7 +66,7 @@ def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
     mine.write_text("mine")
     with pytest.raises(RecipeError) as caught:
         copy_recipe("nli", tmp_path)
-    assert str(caught.value) == f"{mine}: is there already, and differs. Move it away, or copy to another folder."
+    assert str(caught.value) == f"{mine}: exists already and differs. Move it away, or copy to another folder."
     assert mine.read_text() == "mine"
     assert list((tmp_path / "recipes").iterdir()) == [mine]
 

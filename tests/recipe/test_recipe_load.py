@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from lola_ft.errors import RecipeError
 from lola_ft.recipe import Recipe, load_recipe, render_recipe
+from lola_ft.recipe.allowed_values import OPTIMIZERS, SCHEDULERS
 from lola_ft.recipe.document import parse_document
 from lola_ft.recipe.keys import all_keys, describe_key
-from lola_ft.recipe.names import OPTIMIZERS, SCHEDULERS
 from lola_ft.recipe.overrides import apply_overrides
 from lola_ft.recipe.schema import GroupLora, Section
 

@@ -171,11 +171,6 @@ RULES = [
     ),
     (
         3,
-        "data: {sources: [{path: a, format: text}], max_length: 4096}",
-        "data.max_length: 4096 is more than LOLA's 2048 positions.",
-    ),
-    (
-        3,
         "data: {sources: [{path: a, format: alpaca}], overlong: split}",
         "data.overlong: `split` cuts plain text only, and format alpaca has an answer that belongs to its prompt. "
         "Choose drop, truncate or error.",
@@ -199,7 +194,7 @@ RULES = [
         2,
         "adapter: {mlp: {rank: 4}, init: pissa}",
         "adapter.init: pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base "
-        "that nobody else has, and a 4-bit base would have to be quantised anew. Choose loftq, gaussian or default.",
+        "that nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default.",
     ),
     (
         2,

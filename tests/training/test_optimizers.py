@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from lola_ft.errors import UserError
 from lola_ft.recipe import unsupported
-from lola_ft.recipe.names import OPTIMIZERS
+from lola_ft.recipe.allowed_values import OPTIMIZERS
 from lola_ft.training.optional_packages import OPTIMIZER_PACKAGES, refuse_missing_optimizer
 from lola_ft.training.trainers.arguments import _OPTIMIZERS
 from tests.conftest import Outcome

@@ -41,7 +41,7 @@ def task_manager(include_path: str | None = None, defaults: bool = True) -> Any:
 
 
 def manager_for(tasks: list[str], include_path: str | None) -> Any:
-    """A register that has the tasks: the user's folder alone if all are there, else everything."""
+    """Return a task manager that has the tasks: of the user's folder only, if all are in it, else of everything."""
     if include_path is not None:
         own = task_manager(include_path, False)
         if set(tasks) <= set(own.all_tasks):

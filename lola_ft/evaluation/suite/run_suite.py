@@ -1,4 +1,4 @@
-"""`lola-ft evaluate --suite`: each task's result is kept, so that a run that was stopped goes on."""
+"""The verb `lola-ft evaluate --suite`. Each task's result is kept, so that a stopped run can continue."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from lola_ft.data import Template
-from lola_ft.errors import UserError
+from lola_ft.errors import UserError, first_line
 from lola_ft.evaluation.ask_models import Opening, ask_each
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
@@ -26,7 +26,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """What to run.
+    """Options of the suite, as given on the command line.
 
     Attributes:
         tasks, languages: A part of the suite; empty for all.
@@ -90,7 +90,8 @@ def evaluate_suite(
     write_text(Path(out) / f"{options.suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if failures:
         raise UserError(
-            f"{len(failures)} tasks failed; run the same command again for these alone:\n  " + "\n  ".join(failures)
+            f"{len(failures)} tasks failed; run the same command again to repeat only these:\n  "
+            + "\n  ".join(failures)
         )
     return by_model
 
@@ -112,7 +113,7 @@ def _run_all(
     settings: dict[str, Any],
     console: Console,
 ) -> tuple[Results, dict[str, str]]:
-    """The results of a model's tasks, those that are there already from their files; and why others failed."""
+    """Return the results of a model's tasks, kept ones from their files, and why other tasks failed."""
     folder.mkdir(parents=True, exist_ok=True)
     results, failed, model = Results(), dict[str, str](), None
     for one in chosen:
@@ -123,7 +124,7 @@ def _run_all(
             try:
                 kept = run_task(model, one.task, manager, options.limit, options.shots)
             except Exception as error:  # a dataset that is not to be had must not lose the other tasks
-                failed[one.task] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                failed[one.task] = first_line(error)[:200]
                 continue
             written = {"task": one.task, "settings": settings, **kept}
             write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
@@ -134,7 +135,7 @@ def _run_all(
 
 
 def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A result that is there from the same settings."""
+    """Read a task's result that was kept from the same settings; None if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return (
@@ -145,7 +146,7 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _identity(opened: OpenModel) -> dict[str, Any]:
-    """What tells one model from another: the base's weights, the adapter's files, and how it was loaded."""
+    """Return what tells one model from another: base weights, adapter files, and how it was loaded."""
     adapter = opened.subject.adapter
     return {
         "base_fingerprint": opened.fingerprint,

@@ -1,4 +1,4 @@
-"""What a suite runs, and what came out, as tables."""
+"""Tables of a suite: the tasks that it runs, and their results."""
 
 from collections.abc import Mapping
 from math import sqrt

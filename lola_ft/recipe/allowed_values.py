@@ -1,4 +1,4 @@
-"""Names a recipe may use that other libraries define; listed here because importing those takes seconds."""
+"""Values that recipe keys take. Names of other libraries are listed here, because importing those takes seconds."""
 
 from typing import Literal
 
