@@ -1,7 +1,6 @@
 """Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 
 import pytest
 
-if not Path("/dev/nvidia0").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
+from tests.isolation import isolate
+
+isolate()
 
 import torch
 from safetensors.torch import load_file, save_file
