@@ -162,6 +162,19 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return save_adapter(model, tmp_path_factory.mktemp("adapters") / "adapter", also=companions)
 
 
+def assert_says(message: str, expected: str) -> None:
+    """Check that a message has all parts of what is expected, in this order.
+
+    Args:
+        expected: The key, the place, the values, the remedy; `…` between them stands for wording that may change.
+    """
+    start = 0
+    for part in (part.strip() for part in expected.split("…")):
+        found = message.find(part, start)
+        assert found >= 0, f"{part!r} is missing, or comes too early, in: {message}"
+        start = found + len(part)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Exit code and what was printed."""

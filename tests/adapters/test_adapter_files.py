@@ -20,6 +20,7 @@ from lola_ft.errors import AdapterError, UserError
 from lola_ft.model import LolaConfig
 from lola_ft.model.hub_checkpoint import expected_shapes
 from lola_ft.quantization import load_base
+from tests.conftest import assert_says
 
 E = 4
 
@@ -49,7 +50,7 @@ def refusal(adapter: Path) -> str:
 def test_a_missing_folder_or_config(tmp_path: Path, adapter: Path) -> None:
     assert "no adapter here" in refusal(tmp_path / "nowhere")
     (adapter / "adapter_config.json").unlink()
-    assert "holds adapter_config.json and adapter_model.safetensors" in refusal(adapter)
+    assert_says(refusal(adapter), f"{adapter} … adapter_config.json … adapter_model.safetensors")
 
 
 def test_a_missing_weights_file(adapter: Path) -> None:
@@ -72,13 +73,13 @@ def test_a_damaged_config(text: str, adapter: Path) -> None:
 
 def test_a_config_that_is_no_object(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text("[1]")
-    assert "adapter_config.json: holds list, not an object" in refusal(adapter)
+    assert_says(refusal(adapter), "adapter_config.json: … list")
 
 
 @pytest.mark.parametrize("peft_type", ["LOHA", "PROMPT_TUNING", None])
 def test_another_kind_of_adapter(peft_type: str | None, adapter: Path) -> None:
     change_config(adapter, peft_type=peft_type)
-    assert f"peft_type is {peft_type}; lola_ft reads LoRA adapters" in refusal(adapter)
+    assert_says(refusal(adapter), f"peft_type … {peft_type} … LoRA")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_numbers_that_are_none(value: float, adapter: Path) -> None:
 def test_a_later_version_of_the_layout(adapter: Path) -> None:
     state = load_file(adapter / "adapter_model.safetensors")
     save_file(state, adapter / "adapter_model.safetensors", metadata={"lola_ft_layout": "peft/2"})
-    assert "its layout has version 2; this lola_ft reads 1" in refusal(adapter)
+    assert_says(refusal(adapter), "layout … 2 … 1")
 
 
 # Tensors lost, added, or in another order
@@ -190,9 +191,7 @@ def test_another_tool_s_file_must_hold_what_its_config_says(
     state = load_file(folder / "adapter_model.safetensors")
     lost = "transformer.h.3.moe.experts.2.c_fc"
     save_file({key: tensor for key, tensor in state.items() if lost not in key}, folder / "adapter_model.safetensors")
-    with pytest.raises(
-        AdapterError, match=rf"{lost}: adapter_config.json says that it has LoRA, but the file holds none"
-    ):
+    with pytest.raises(AdapterError, match=rf"{lost}: adapter_config.json .*LoRA"):
         read_adapter(folder).weights(E).check_against(shapes)
 
 
@@ -242,7 +241,7 @@ def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights
     everything.announced = {"modules_to_save": ["gate"]}
     everything.check_against(expected_shapes(tiny))
     del everything.trained["transformer.h.3.moe.gate.weight"]
-    with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json says that it was trained"):
+    with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json .*trained"):
         everything.check_against(expected_shapes(tiny))
 
 
@@ -275,21 +274,21 @@ def test_an_adapter_of_another_hidden_size(everything: AdapterWeights, tiny: Lol
     with pytest.raises(AdapterError) as error:
         everything.check_against(expected_shapes(config))
     message = str(error.value)
-    assert "transformer.h.0.attn.c_attn: the adapter changes a [64, 192] weight, the base's is [32, 96]" in message
+    assert_says(message, "transformer.h.0.attn.c_attn: … [64, 192] … [32, 96]")
     assert message.count("\n") == 6  # five by name, the rest counted
     assert "… and 25 more" in message
 
 
 def test_an_adapter_of_a_deeper_base(everything: AdapterWeights, tiny: LolaConfig) -> None:
     shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"n_layer": 2}))
-    with pytest.raises(AdapterError, match=r"transformer.h.2.attn.c_attn: the base has no such module"):
+    with pytest.raises(AdapterError, match=r"transformer\.h\.2\.attn\.c_attn: .*base"):
         everything.check_against(shapes)
 
 
 def test_a_router_of_another_shape(make_weights: Callable[..., AdapterWeights], tiny: LolaConfig) -> None:
     weights = make_weights(router=True)
     shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"num_experts": 8}))
-    with pytest.raises(AdapterError, match=r"h.1.moe.gate.weight: \[4, 64\] in the adapter, \[8, 64\] in the base"):
+    with pytest.raises(AdapterError, match=r"h\.1\.moe\.gate\.weight: \[4, 64\] .*\[8, 64\]"):
         weights.check_against(shapes)
 
 
@@ -300,7 +299,7 @@ def test_lora_on_embeddings_and_head_is_refused_by_name(everything: AdapterWeigh
     with pytest.raises(AdapterError) as error:
         everything.check_against(expected_shapes(tiny))
     assert "lm_head: the base has no such module" in str(error.value)
-    assert "transformer.h.9.attn.c_attn: the base has no such module" in str(error.value)
+    assert_says(str(error.value), "transformer.h.9.attn.c_attn: … base")
 
 
 # Writing
@@ -321,7 +320,7 @@ def test_what_is_written(adapter: Path) -> None:
 
 
 def test_an_unknown_layout(everything: AdapterWeights, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="layout 'gguf' is not known; use one of peft, per_expert"):
+    with pytest.raises(AdapterError, match=r"layout 'gguf' .*peft, per_expert"):
         write_adapter(everything, tmp_path / "new", "gguf", E)
     assert not (tmp_path / "new").exists()
 

@@ -217,7 +217,7 @@ def test_a_missing_bias_is_named(
     state = load_file(file)
     del state[next(key for key in sorted(state) if lost in key and key.endswith("bias"))]
     save_file(state, file, metadata=metadata)
-    with pytest.raises(AdapterError, match=rf"transformer\.{lost}.*: the adapter trains the biases and lacks this one"):
+    with pytest.raises(AdapterError, match=rf"transformer\.{lost}.*: .*biases"):
         load_adapter(fresh(), file.parent)
 
 
@@ -226,13 +226,11 @@ def test_what_does_not_fit(
 ) -> None:
     folder = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", "peft", E)
     stored = read_adapter(folder)
-    with pytest.raises(
-        AdapterError, match=r"experts\.down_proj_bias: holds \[4, 64\], not a row for each of 8 experts"
-    ):
+    with pytest.raises(AdapterError, match=r"experts\.down_proj_bias: .*\[4, 64\].* 8 experts"):
         stored.weights(8)
     state = load_file(folder / WEIGHTS_FILE)
     save_file(state | {"base_model.model.transformer.wte.bias": torch.zeros(3)}, folder / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match=r"1 adapter tensors have no place in LOLA: .*wte\.bias"):
+    with pytest.raises(AdapterError, match=r"1 adapter tensors? .*wte\.bias"):
         load_adapter(fresh(), folder)
     save_file(state, folder / WEIGHTS_FILE, metadata=stored.metadata)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -245,7 +243,7 @@ def test_a_stack_needs_every_row(make_weights: Callable[..., AdapterWeights], tm
     """Stock PEFT loads a layer's biases as one tensor, so a file without the base's rows would change the others."""
     weights = make_weights(biases=True)
     del weights.trained["transformer.h.1.moe.experts.2.c_fc.bias"]
-    with pytest.raises(AdapterError, match=r"h\.1\.moe\.experts\.2\.c_fc\.bias: the layout peft holds .* one stack"):
+    with pytest.raises(AdapterError, match=r"h\.1\.moe\.experts\.2\.c_fc\.bias: .*peft"):
         write_adapter(weights, tmp_path / "adapter", "peft", E)
 
 
