@@ -14,6 +14,7 @@ from tests.isolation import isolate
 isolate()
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import lola_ft  # noqa: F401 (registers the model)
@@ -22,6 +23,7 @@ from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
 from lola_ft.quantization import load_base
+from tests.pictures import drawing, save_one_pixel
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_TEXT = [
@@ -77,6 +79,21 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
 def one_thread() -> None:
     """Two test processes share two cores; tiny tensors gain nothing from threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_pictures() -> Iterator[None]:
+    """Runs store pictures of one pixel; tests of pictures use `pictures` or `drawing`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_one_pixel)
+        yield
+
+
+@pytest.fixture
+def pictures() -> Iterator[None]:
+    """Pictures are drawn as a user gets them."""
+    with drawing():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,7 @@ from lola_ft.training import train
 from lola_ft.training.metrics import read_metrics
 from tests.baseline.conftest import write_recipe
 from tests.conftest import assert_says
+from tests.pictures import drawing
 
 KINDS = ("gpt2", "bloom")
 IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
@@ -38,7 +39,8 @@ def run(
     """A finished run on a 4-bit base, and the base."""
     folder = tmp_path_factory.mktemp(request.param)
     base = dense_bases[request.param]
-    return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
+    with drawing():
+        return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
 
 
 def test_it_learns(run: tuple[Path, Path]) -> None:
