@@ -1,5 +1,6 @@
 """Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -143,6 +144,12 @@ def alpaca_rows(count: int) -> list[dict[str, Any]]:
         {"instruction": f"Name {i % 10}", "input": "", "output": names[i % 10], "language": ("en", "sw")[i % 2]}
         for i in range(count)
     ]
+
+
+def pytest_collection_finish() -> None:
+    """Keep the libraries' objects out of the garbage collector's way: each full collection walks through them all."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
