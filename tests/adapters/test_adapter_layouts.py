@@ -137,7 +137,7 @@ def test_experts_of_different_rank_fit_per_expert_only(make_weights: Callable[..
     other = make_weights(up=(3, 8.0))
     weights.pairs["transformer.h.1.moe.experts.1.c_fc"] = other.pairs["transformer.h.1.moe.experts.1.c_fc"]
     assert len(to_state(weights, "per_expert", E)) == 2 * E
-    with pytest.raises(AdapterError, match=r"transformer\.h\.1\.moe\.experts\.up_proj: .*rank or alpha"):
+    with pytest.raises(AdapterError, match=r"transformer.h.1.moe.experts.up_proj: its experts differ in rank or alpha"):
         to_state(weights, "peft", E)
 
 
@@ -145,7 +145,7 @@ def test_layers_of_different_rank_are_refused_by_name(make_weights: Callable[...
     weights = make_weights(c_attn=(2, 8.0))
     weights.pairs["transformer.h.2.attn.c_attn"] = make_weights(c_attn=(3, 8.0)).pairs["transformer.h.2.attn.c_attn"]
     for layout in LAYOUTS:
-        with pytest.raises(AdapterError, match=r"transformer\.h\.2\.attn\.c_attn: .*rank or alpha"):
+        with pytest.raises(AdapterError, match=r"transformer.h.2.attn.c_attn: its rank or alpha differs"):
             config_for(weights, layout)
 
 
@@ -225,7 +225,7 @@ def test_an_expert_beside_its_own_stack_is_refused(make_weights: Callable[..., A
     state, config = stored(weights, "peft")
     both = to_state(weights, "per_expert", E)
     state |= {key: tensor for key, tensor in both.items() if ".h.3.moe.experts.1." in key}
-    with pytest.raises(AdapterError, match=r"h\.3\.moe\.experts\.up_proj: .*twice.*expert 1"):
+    with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: the file holds it twice.*expert 1"):
         from_state(state, config, E)
 
 
@@ -235,19 +235,19 @@ def test_a_stack_for_another_number_of_experts_is_refused(
 ) -> None:
     """Also one that divides the rows: cut into 2, a stack of 4 experts of rank 4 looks like rank 8, all scrambled."""
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
-    with pytest.raises(AdapterError, match=rf"h\.1\.moe\.experts\.up_proj: .*16 rows.* {num_experts} experts"):
+    with pytest.raises(AdapterError, match=rf"h.1.moe.experts.up_proj: A has 16 rows.*each of {num_experts} experts"):
         from_state(state, config, num_experts)
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_a_config_without_rank_or_alpha_is_refused(key: str, make_weights: Callable[..., AdapterWeights]) -> None:
     state, config = stored(make_weights(c_attn=(4, 8.0)), "peft")
-    with pytest.raises(AdapterError, match=rf"adapter_config.json .*{key} .*transformer\.h\.0\.attn\.c_attn"):
+    with pytest.raises(AdapterError, match=rf"adapter_config.json gives no {key} for transformer.h.0.attn.c_attn"):
         from_state(state, {name: value for name, value in config.items() if name != key}, E)
 
 
 def test_a_lone_stack_without_a_named_projection_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
     for targets in (None, ["experts.up_proj", "experts.down_proj"], ["experts.gate_up_proj"]):
-        with pytest.raises(AdapterError, match=r"transformer\.h\.1\.moe\.experts: target_parameters"):
+        with pytest.raises(AdapterError, match=r"transformer.h.1.moe.experts: target_parameters .* do not tell"):
             from_state(state, config | {"target_parameters": targets}, E)

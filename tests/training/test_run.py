@@ -15,7 +15,6 @@ import lola_ft
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from lola_ft.training.metrics import read_metrics
-from tests.pictures import drawing
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +26,8 @@ def run(
 ) -> Path:
     """A finished run with every kind of adapter and its pictures, started with relative paths as a user would."""
     from ruamel.yaml import YAML
+
+    from tests.pictures import drawing
 
     folder = tmp_path_factory.mktemp("work")
     (folder / "base").symlink_to(tiny_base)
