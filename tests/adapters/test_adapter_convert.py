@@ -86,7 +86,7 @@ def test_an_adapter_of_another_shape_is_refused_and_nothing_written(
 ) -> None:
     everything.pairs["transformer.h.4.attn.c_attn"] = everything.pairs.pop("transformer.h.0.attn.c_attn")
     deeper = write_adapter(everything, tmp_path / "deeper", "peft", E)
-    with pytest.raises(AdapterError, match=r"transformer\.h\.4\.attn\.c_attn: .*base"):
+    with pytest.raises(AdapterError, match=r"transformer.h.4.attn.c_attn: the base has no such module"):
         convert_adapter(deeper, golden_base, "per_expert", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deeper"]
 

@@ -191,7 +191,9 @@ def test_another_tool_s_file_must_hold_what_its_config_says(
     state = load_file(folder / "adapter_model.safetensors")
     lost = "transformer.h.3.moe.experts.2.c_fc"
     save_file({key: tensor for key, tensor in state.items() if lost not in key}, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match=rf"{lost}: adapter_config.json .*LoRA"):
+    with pytest.raises(
+        AdapterError, match=rf"{lost}: adapter_config.json says that it has LoRA, but the file holds none"
+    ):
         read_adapter(folder).weights(E).check_against(shapes)
 
 
@@ -241,7 +243,7 @@ def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights
     everything.announced = {"modules_to_save": ["gate"]}
     everything.check_against(expected_shapes(tiny))
     del everything.trained["transformer.h.3.moe.gate.weight"]
-    with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json .*trained"):
+    with pytest.raises(AdapterError, match=r"h\.3\.moe\.gate: adapter_config.json says that it was trained"):
         everything.check_against(expected_shapes(tiny))
 
 
@@ -281,14 +283,14 @@ def test_an_adapter_of_another_hidden_size(everything: AdapterWeights, tiny: Lol
 
 def test_an_adapter_of_a_deeper_base(everything: AdapterWeights, tiny: LolaConfig) -> None:
     shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"n_layer": 2}))
-    with pytest.raises(AdapterError, match=r"transformer\.h\.2\.attn\.c_attn: .*base"):
+    with pytest.raises(AdapterError, match=r"transformer.h.2.attn.c_attn: the base has no such module"):
         everything.check_against(shapes)
 
 
 def test_a_router_of_another_shape(make_weights: Callable[..., AdapterWeights], tiny: LolaConfig) -> None:
     weights = make_weights(router=True)
     shapes = expected_shapes(LolaConfig(**tiny.to_diff_dict() | {"num_experts": 8}))
-    with pytest.raises(AdapterError, match=r"h\.1\.moe\.gate\.weight: \[4, 64\] .*\[8, 64\]"):
+    with pytest.raises(AdapterError, match=r"h.1.moe.gate.weight: \[4, 64\] in the adapter, \[8, 64\] in the base"):
         weights.check_against(shapes)
 
 
@@ -320,7 +322,7 @@ def test_what_is_written(adapter: Path) -> None:
 
 
 def test_an_unknown_layout(everything: AdapterWeights, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"layout 'gguf' .*peft, per_expert"):
+    with pytest.raises(AdapterError, match="layout 'gguf' is not known; use one of peft, per_expert"):
         write_adapter(everything, tmp_path / "new", "gguf", E)
     assert not (tmp_path / "new").exists()
 
