@@ -1,7 +1,6 @@
 """An environment of the tests' own: what the caller has exported changes no test, and no test reads or writes home."""
 
 import atexit
-import getpass
 import os
 import re
 import shutil
@@ -29,7 +28,7 @@ def isolate() -> None:
     atexit.register(shutil.rmtree, home, ignore_errors=True)
     os.environ["HOME"] = home
     # What these keep is slow to make and the same for everybody: matplotlib's list of fonts, compiled kernels.
-    kept = Path(tempfile.gettempdir(), f"lola-ft-tests-{getpass.getuser()}")
+    kept = Path(tempfile.gettempdir(), f"lola-ft-tests-{os.getuid()}")
     os.environ |= {"MPLCONFIGDIR": str(kept / "matplotlib"), "TRITON_CACHE_DIR": str(kept / "triton")}
     if not Path("/dev/nvidia0").exists() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
