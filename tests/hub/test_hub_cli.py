@@ -61,6 +61,7 @@ def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish_module, "check_in_fresh_process", check)
 
 
+@pytest.mark.slow
 def test_publish_as_a_user_calls_it(hub: Any, run: Path, tmp_path: Path) -> None:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
