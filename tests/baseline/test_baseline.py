@@ -22,8 +22,6 @@ from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from lola_ft.training.metrics import read_metrics
 from tests.baseline.conftest import write_recipe
-from tests.conftest import assert_says
-from tests.pictures import drawing
 
 KINDS = ("gpt2", "bloom")
 IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
@@ -39,8 +37,7 @@ def run(
     """A finished run on a 4-bit base, and the base."""
     folder = tmp_path_factory.mktemp(request.param)
     base = dense_bases[request.param]
-    with drawing():
-        return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
+    return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
 
 
 def test_it_learns(run: tuple[Path, Path]) -> None:
@@ -82,8 +79,7 @@ def test_merge_equals_base_plus_adapter(run: tuple[Path, Path], verb: Callable[.
     assert opened.subject.kind == "merged"
     assert opened.template is not None
     again = verb("merge", folder, "--out", tmp_path / "other", "--rounding", "nf4")
-    assert again.code == 2
-    assert_says(again.err, f"--rounding nf4 … {base.name} … Leave it out")
+    assert (again.code, "is for LOLA" in again.err) == (2, True)
 
 
 def test_what_training_saw_is_what_is_opened(run: tuple[Path, Path]) -> None:
@@ -153,7 +149,7 @@ def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb:
     assert "Rows are not packed" in outcome.out
     refused = verb("train", dense_recipe("bloom"), "data.packing=true", "--dry-run")
     assert refused.code == 2
-    assert_says(refused.err, "data.packing: … bloom")
+    assert "data.packing: the attention of bloom models" in refused.err
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
@@ -172,21 +168,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Pa
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (
         {"adapter": {"experts": {"rank": 4}}},
-        "adapter.experts: … gpt2 … no experts",
+        "adapter.experts: the base is a dense model (gpt2), which has no",
     ),
-    "router": ({"router": {"mode": "tuned"}}, "router.mode: … gpt2 … no … router"),
-    "both": (
-        {"router": {"mode": "lora"}, "adapter": {"experts": {"rank": 4}}},
-        "adapter.experts … router.mode: … gpt2",
-    ),
-    "aux loss": ({"router": {"aux_loss": 0.01}}, "router.aux_loss: … gpt2 … Remove it"),
-    "z loss": ({"router": {"z_loss": 0.01}}, "router.z_loss: … gpt2 … Remove it"),
-    "norms": ({"adapter": {"norms": True}}, "adapter.norms: … gpt2"),
-    "biases": ({"adapter": {"biases": True}}, "adapter.biases: … gpt2"),
-    "dora": ({"adapter": {"variant": "dora"}}, "adapter.variant: dora: … gpt2"),
-    "loftq": ({"adapter": {"init": "loftq"}}, "adapter.init: loftq: … gpt2"),
-    "hub": ({"hub": {"repo": "me/model", "base_id": "me/base"}}, "hub: … gpt2 … Remove it"),
-    "too long": ({"data": {"max_length": 256}}, "data.max_length … 256 … 128"),
+    "router": ({"router": {"mode": "tuned"}}, "router.mode: the base is a dense model (gpt2), which has no experts"),
+    "both": ({"router": {"mode": "lora"}, "adapter": {"experts": {"rank": 4}}}, "adapter.experts and router.mode: "),
+    "aux loss": ({"router": {"aux_loss": 0.01}}, "router.aux_loss: the base is a dense model"),
+    "z loss": ({"router": {"z_loss": 0.01}}, "router.z_loss: the base is a dense model"),
+    "norms": ({"adapter": {"norms": True}}, "adapter.norms: for LOLA alone"),
+    "biases": ({"adapter": {"biases": True}}, "adapter.biases: for LOLA alone"),
+    "dora": ({"adapter": {"variant": "dora"}}, "adapter.variant: dora: for LOLA alone"),
+    "loftq": ({"adapter": {"init": "loftq"}}, "adapter.init: loftq: for LOLA alone"),
+    "hub": ({"hub": {"repo": "me/model", "base_id": "me/base"}}, "hub: what is published is LOLA's"),
+    "too long": ({"data": {"max_length": 256}}, "more than the 128 learned positions"),
 }
 
 
@@ -195,7 +188,7 @@ def test_what_only_lola_has_is_refused(case: str, dense_recipe: Callable[..., Pa
     changes, expected = REFUSED[case]
     with pytest.raises(UserError) as caught:
         train(load_recipe(dense_recipe("gpt2", **changes)), dry_run=True)
-    assert_says(str(caught.value), expected)
+    assert expected in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -212,9 +205,8 @@ def test_other_kinds_of_models_are_refused(
     ):
         assert outcome.code == 2
         assert "Traceback" not in outcome.err
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=r"not a LOLA checkpoint.*dense models of type gpt2 and bloom"):
         open_model(llama)
-    assert_says(str(caught.value), f"{llama} … llama … gpt2 … bloom")
 
 
 def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
