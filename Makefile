@@ -12,11 +12,12 @@ DEV    := $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/lola-ft demo
 
-# Two processes of tests have two threads each: such as wait asleep, since spinning ones would keep the others from work.
+# Two processes of tests have two threads each. Waiting threads sleep: spinning ones would keep the others from work.
+# A file stays in one process, so that what its tests share is made once.
 test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: check
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow

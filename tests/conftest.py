@@ -1,7 +1,7 @@
 """Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
 
+import gc
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-if not Path("/dev/nvidia0").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do
+from tests.isolation import isolate
+
+isolate()
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 import lola_ft  # noqa: F401 (registers the model)
@@ -22,6 +24,7 @@ from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.tokenizer import train_tokenizer
 from lola_ft.quantization import load_base
+from tests.pictures import drawing, save_one_pixel
 from tests.tiny import tiny_config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,6 +63,21 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
 def one_thread() -> None:
     """Two test processes share two cores; tiny tensors gain nothing from threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn_pictures() -> Iterator[None]:
+    """Runs store pictures of one pixel; tests of pictures use `pictures` or `drawing`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_one_pixel)
+        yield
+
+
+@pytest.fixture
+def pictures() -> Iterator[None]:
+    """Pictures are drawn as a user gets them."""
+    with drawing():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,6 +129,12 @@ def alpaca_rows(count: int) -> list[dict[str, Any]]:
     ]
 
 
+def pytest_collection_finish() -> None:
+    """Keep the libraries' objects out of the garbage collector's way: each full collection walks through them all."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and say so."""
     if torch.cuda.is_available():
@@ -143,6 +167,19 @@ def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         (folder / "prompt_template.jinja").write_text("{{ prompt }}\n")
 
     return save_adapter(model, tmp_path_factory.mktemp("adapters") / "adapter", also=companions)
+
+
+def assert_says(message: str, expected: str) -> None:
+    """Check that a message has all parts of what is expected, in this order.
+
+    Args:
+        expected: The key, the place, the values, the remedy; `…` between them stands for wording that may change.
+    """
+    start = 0
+    for part in (part.strip() for part in expected.split("…")):
+        found = message.find(part, start)
+        assert found >= 0, f"{part!r} is missing, or comes too early, in: {message}"
+        start = found + len(part)
 
 
 @dataclass(frozen=True)

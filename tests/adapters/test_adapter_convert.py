@@ -92,6 +92,7 @@ def test_an_adapter_of_another_shape_is_refused_and_nothing_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deeper"]
 
 
+@pytest.mark.slow
 def test_command_line(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
     arguments = [str(adapter), "--base", str(tiny_base), "--layout", "per_expert", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "lola_ft", "convert", *arguments]

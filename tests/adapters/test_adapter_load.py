@@ -183,9 +183,7 @@ def test_a_base_that_transformers_loaded_is_known_by_its_weights(
     save_adapter(load_adapter(own, tmp_path / "adapter"), tmp_path / "again")
     assert read_adapter(tmp_path / "again").metadata["base_fingerprint"] == everything.base_fingerprint
     foreign = AutoModelForCausalLM.from_pretrained(other, dtype=dtype)
-    with pytest.raises(
-        AdapterError, match=rf"trained on base {everything.base_fingerprint}; this base is [0-9a-f]{{16}}"
-    ):
+    with pytest.raises(AdapterError, match=rf"base {everything.base_fingerprint}.* [0-9a-f]{{16}}"):
         load_adapter(foreign, tmp_path / "adapter")
     # Half precision rounds otherwise than the file's, so that nothing can be told.
     load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float16), tmp_path / "adapter")
@@ -210,9 +208,7 @@ def test_an_adapter_of_another_shape_leaves_the_base_as_it_was(
     write_adapter(everything, tmp_path / "adapter", "per_expert")
     other = LolaForCausalLM(LolaConfig.from_pretrained(tiny_base, n_inner=96)).eval()
     expected = other(ids).logits
-    with pytest.raises(
-        AdapterError, match=r"mlp.c_fc: the adapter changes a \[64, 128\] weight, the base's is \[64, 96"
-    ):
+    with pytest.raises(AdapterError, match=r"mlp\.c_fc: .*\[64, 128\].*\[64, 96"):
         load_adapter(other, tmp_path / "adapter")
     assert torch.equal(other(ids).logits, expected)
     assert not any("lora" in name for name, _ in other.named_parameters())

@@ -324,7 +324,7 @@ def test_loftq_brings_the_4_bit_base_nearer(
 
     save_adapter(model, tmp_path / "adapter")
     assert torch.equal(load_adapter(fresh("nf4"), tmp_path / "adapter")(ids).logits, model(ids).logits)
-    with pytest.raises(AdapterError, match="started at the rounding error of the 4-bit base"):
+    with pytest.raises(AdapterError, match=r"loftq.*quantization='nf4'"):
         load_adapter(fresh(), tmp_path / "adapter")
 
 

@@ -219,7 +219,7 @@ def test_a_missing_bias_is_named(
     state = load_file(file)
     del state[next(key for key in sorted(state) if lost in key and key.endswith("bias"))]
     save_file(state, file, metadata=metadata)
-    with pytest.raises(AdapterError, match=rf"transformer\.{lost}.*: the adapter trains the biases and lacks this one"):
+    with pytest.raises(AdapterError, match=rf"transformer\.{lost}.*: .*biases"):
         load_adapter(fresh(), file.parent)
 
 
@@ -234,7 +234,7 @@ def test_what_does_not_fit(
         stored.weights(architecture_of(tiny_config(num_experts=8)))
     state = load_file(folder / WEIGHTS_FILE)
     save_file(state | {"base_model.model.transformer.wte.bias": torch.zeros(3)}, folder / WEIGHTS_FILE)
-    with pytest.raises(AdapterError, match=r"1 adapter tensors have no place in LOLA: .*wte\.bias"):
+    with pytest.raises(AdapterError, match=r"1 adapter tensors? .*wte\.bias"):
         load_adapter(fresh(), folder)
     save_file(state, folder / WEIGHTS_FILE, metadata=stored.metadata)
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -27,6 +27,7 @@ def make_run(tiny_adapter: Path, tiny_base: Path, tmp_path: Path) -> Callable[..
     return make
 
 
+@pytest.mark.usefixtures("pictures")
 def test_changes_by_trained_and_tested_language(
     verb: Verb, make_run: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:

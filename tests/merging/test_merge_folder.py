@@ -293,7 +293,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
 
     monkeypatch.setattr(Deltas, "_read_pair", wrong)
     monkeypatch.setattr(import_module("lola_ft.merging.merge"), "prove", lambda *_: None)
-    with pytest.raises(AdapterError, match=r"differ from base plus adapter by .*float32 rounding explains"):
+    with pytest.raises(AdapterError, match=r"differ .*float32"):
         merge(tiny_base, adapter, tmp_path / "merged")
     assert names(tmp_path) == ["adapter"]
 
@@ -329,7 +329,7 @@ def test_the_comparison_refuses(
     what = "router scores" if "router" in damage else ""
     models = Models(base, adapter, merged, torch.float32)
     reference, result = models.adapted(None), models.merged_alone()
-    with pytest.raises(AdapterError, match=rf"{what} differ .* more than torch\.{dtype} rounding explains"):
+    with pytest.raises(AdapterError, match=rf"{what} differ .*{dtype}"):
         compare(reference, result, getattr(torch, dtype))
 
 
@@ -360,7 +360,7 @@ def test_a_head_of_its_own_is_not_dropped_in_silence(
     state = load_file(base / "model.safetensors")
     head = {"lm_head.weight": state["transformer.wte.weight"] + 1}
     save_file(state | head, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' differs from 'transformer\.wte\.weight'"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight' .*'transformer\.wte\.weight'"):
         merge(base, adapter, tmp_path / "merged", check="none")
     assert not (tmp_path / "merged").exists()
 

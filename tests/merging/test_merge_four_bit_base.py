@@ -76,7 +76,7 @@ def test_trained_biases_in_a_base_of_4_bit(biased_base: Path, tmp_path: Path) ->
 
 
 def test_adding_to_original_weights_is_refused(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the original weights are not here, only their 4-bit form .* --rounding base"):
+    with pytest.raises(UserError, match=r"original weights .*4-bit .*--rounding base"):
         merge(four_bit, adapter, tmp_path / "merged", rounding="base")
     assert not (tmp_path / "merged").exists()
 
@@ -109,7 +109,7 @@ def test_another_base_is_refused(
 
 def test_an_older_cache_without_a_config(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
     (four_bit / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config.json; an older lola_ft wrote it\. Quantise the base again"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*[Qq]uantise the base again"):
         merge(four_bit, adapter, tmp_path / "merged")
 
 

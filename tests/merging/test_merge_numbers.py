@@ -252,7 +252,7 @@ def test_a_module_that_the_base_does_not_have(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.pairs["transformer.h.0.moe.experts.0.c_fc"] = weights.pairs.pop("transformer.h.1.moe.experts.0.c_fc")
-    with pytest.raises(AdapterError, match=r"transformer.h.0.moe.experts.0.c_fc: the base has no such module"):
+    with pytest.raises(AdapterError, match=r"transformer\.h\.0\.moe\.experts\.0\.c_fc: .*base"):
         merge(tiny_base, store(weights, layout="per_expert"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -261,7 +261,7 @@ def test_another_base_is_refused_unless_allowed(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.base_fingerprint = "feedfacefeedface"
-    with pytest.raises(AdapterError, match=r"trained on base feedfacefeedface; .* is [0-9a-f]{16}.*--allow-other-base"):
+    with pytest.raises(AdapterError, match=r"base feedfacefeedface.* [0-9a-f]{16}.*--allow-other-base"):
         merge(tiny_base, store(weights), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     report = merge(tiny_base, store(weights), tmp_path / "merged", allow_other_base=True, check="weights")

@@ -168,6 +168,7 @@ def test_the_table_of_languages() -> None:
     assert all(len(families) == 1 for families in branch_families.values())
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("languages", [1, 3, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_report_of_few_and_of_many(languages: int, made_profile: Make, tmp_path: Path) -> None:
     codes = list(read_languages())[:languages]
@@ -187,6 +188,7 @@ def test_a_report_of_few_and_of_many(languages: int, made_profile: Make, tmp_pat
     assert (numbers["first"]["descent"] is None) == (languages < 8)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_verb_with_two_profiles(
     profile: Profile, tiny_base: Path, tiny_adapter: Path, texts: Path, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:

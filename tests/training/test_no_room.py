@@ -1,5 +1,6 @@
 """What a run writes beside checkpoints, on a disk that is full."""
 
+import contextlib
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,15 @@ from lola_ft.training.reports.metrics import MetricsFile
 from lola_ft.training.reports.plots import plot_loss
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room() -> Iterator[None]:
-    """No file can grow beyond a kilobyte."""
+    """Let no file grow beyond a kilobyte; also not the one that pytest's own output may go to, so only for a moment."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_line_of_metrics() -> None:
@@ -25,8 +28,8 @@ def test_a_line_of_metrics() -> None:
         MetricsFile(Path("/dev/full")).write(3, {"loss": 1.0})
 
 
-@pytest.mark.usefixtures("no_room")
+@pytest.mark.usefixtures("pictures")
 def test_a_plot(tmp_path: Path) -> None:
-    with pytest.raises(WriteError, match=r"loss.png: cannot be written \(File too large\)"):
+    with pytest.raises(WriteError, match=r"loss.png: cannot be written \(File too large\)"), no_room():
         plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "loss.png")
     assert not list(tmp_path.iterdir())

@@ -19,10 +19,15 @@ from lola_ft.training.reports.metrics import read_metrics
 
 @pytest.fixture(scope="module")
 def run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_file: Path, monkeypatch_module: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_base: Path,
+    rows_file: Path,
+    monkeypatch_module: pytest.MonkeyPatch,
 ) -> Path:
-    """A finished run with every kind of adapter, started with relative paths as a user would."""
+    """A finished run with every kind of adapter and its pictures, started with relative paths as a user would."""
     from ruamel.yaml import YAML
+
+    from tests.pictures import drawing
 
     folder = tmp_path_factory.mktemp("work")
     (folder / "base").symlink_to(tiny_base)
@@ -48,7 +53,8 @@ def run(
     }
     YAML().dump(recipe, folder / "recipe.yaml")
     monkeypatch_module.chdir(folder)
-    train(load_recipe("recipe.yaml"))
+    with drawing():
+        train(load_recipe("recipe.yaml"))
     return folder / "run"
 
 
@@ -81,7 +87,9 @@ def test_run_folder_is_complete(run: Path) -> None:
         "routing.png",
         "README.md",
     }
-    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for picture in run.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 10_000
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-12", "step-9"]  # keep: 2
     assert load_recipe(run / "recipe.yaml").train.max_steps == 12
 
