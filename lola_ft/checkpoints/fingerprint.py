@@ -4,13 +4,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry
 from lola_ft.families import FAMILIES, architecture_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SAMPLES = 64
 
@@ -26,7 +30,7 @@ def fingerprint(checkpoint: BaseCheckpoint) -> str:
     )
 
 
-def fingerprint_in_memory(model: nn.Module) -> str | None:
+def fingerprint_in_memory(model: "PreTrainedModel") -> str | None:
     """Return the same of a model that transformers loaded, whose checkpoint is not known.
 
     Returns:

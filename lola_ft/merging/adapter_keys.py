@@ -30,10 +30,10 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family
     module = name.removesuffix(".weight")
     if found := _pair(module, held):
         return found
-    found = expert_of(module, family)
-    if found is None or family.experts is None:
+    named = expert_of(module, family)
+    if named is None or family.experts is None:
         return []
-    experts, _, stack = found
+    experts, _, stack = named
     # PEFT wraps the first-named projection first, so with both its factors lie inside, under `base_layer`.
     outer, inner = _pair(experts, held), _pair(f"{experts}.base_layer", held)
     if inner:

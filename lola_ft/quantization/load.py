@@ -209,7 +209,8 @@ def _build(
 def _linear_like(module: Conv1D) -> nn.Linear:
     """A linear layer, whose weight is out×in, for transformers' `Conv1D`."""
     with torch.device("meta"):
-        return nn.Linear(*module.weight.shape, bias=module.bias is not None)
+        size_in, size_out = module.weight.shape
+        return nn.Linear(size_in, size_out, bias=module.bias is not None)
 
 
 def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> None:
