@@ -1,4 +1,4 @@
-"""What a checkpoint holds: everything that decides a run's next steps, taken from a trainer and put back into one.
+"""The contents of a checkpoint: everything that decides a run's next steps, taken from a trainer and put back into one.
 
 `state.json` and `state.safetensors` have these keys:
 
@@ -68,9 +68,9 @@ def of_process(trainer: "RunTrainer") -> dict[str, Any]:
 class PutBack(TrainerCallback):
     """Puts a checkpoint back into the trainer when its loop has set everything to zero.
 
-    Random numbers come last. A resumed epoch begins with the batches that were done, which are skipped and draw some:
-    so they are put back before its first step. At an epoch's very beginning nothing is skipped, and what the loop
-    draws for the order of its rows is drawn again.
+    Random numbers come last. A resumed epoch begins by skipping the batches that were done, which draws some: the
+    numbers are put back before its first step. At an epoch's very beginning nothing is skipped: they are put back
+    before the loop draws the order of its rows.
     """
 
     def __init__(self, trainer: "RunTrainer") -> None:

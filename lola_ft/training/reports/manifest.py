@@ -1,4 +1,4 @@
-"""What a finished run says of itself: `manifest.json`, and the card that is drafted from the manifest alone."""
+"""The record of a finished run: `manifest.json`, and the card that is drafted from the manifest alone."""
 
 import json
 import subprocess
@@ -14,6 +14,7 @@ from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training import processes
 from lola_ft.training.base_model import family_record, write_dense_card
+from lola_ft.training.reports.metric_names import FLIP_RATE
 from lola_ft.training.run_folder import ADAPTER_FOLDER, CARD_FILE, MANIFEST_FILE
 from lola_ft.training.setup import Prepared
 
@@ -79,7 +80,7 @@ def routing_results(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {said: loads[-1][key] for key, said in _LAST_LOADS.items()} if loads else {}
     if loads:
         found["tokens these were measured on"] = loads[-1]["router_tokens"]
-    flips = [line["router_flip_rate"] for line in metrics if "router_flip_rate" in line]
+    flips = [line[FLIP_RATE] for line in metrics if FLIP_RATE in line]
     if flips:
         found["choices of experts on a probe text that differ from the base's"] = flips[-1]
     return found

@@ -1,4 +1,4 @@
-"""What a run prints before its first step: what became of the data, and what is trained."""
+"""Tables that a run prints before its first step: what became of the data, and what is trained."""
 
 from collections import defaultdict
 from collections.abc import Iterator
