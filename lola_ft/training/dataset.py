@@ -198,7 +198,7 @@ def _commits(data: Data) -> dict[str, str]:
 def rows_key(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
 ) -> str | None:
-    """Return the cache's name for the rows, from everything that decides them; None if a source may change unseen."""
+    """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
     if any(source.hub and not COMMIT.fullmatch(source.revision or "") for source in _all_sources(data)):
         return None
     settings = {key: value for key, value in data.model_dump(mode="json").items() if key not in _DECIDES_NO_ROW}
