@@ -64,7 +64,7 @@ def manifest_of(
 
 
 def timings_of(prepare_s: float, train_s: float, tokens: int, resumed_from: int | None) -> dict[str, Any]:
-    """Say how long the run took; after a resume, `train_s` has the time before it too, and `prepare_s` is the last one's."""
+    """Say how long the run took; after a resume, `train_s` includes the time before, and `prepare_s` does not."""
     timings: dict[str, Any] = {
         "prepare_s": round(prepare_s, 1),
         "train_s": round(train_s, 1),
@@ -112,7 +112,7 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working directory, and if tracked files differ from it; None without git or a checkout."""
+    """Return the working directory's commit, and if tracked files differ from it; None without git or a checkout."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}

@@ -16,7 +16,7 @@ _BAD_ROWS_SHOWN = 3
 
 
 def print_report(data: RunData, console: Console) -> None:
-    """Print tables of training and validation data, the mix if there is one, and a line for each kind of row left out."""
+    """Print tables of training and validation data and of the mix, and a line for each kind of row left out."""
     if data.note:
         console.print(data.note, markup=False, highlight=False, soft_wrap=True)
     console.print(data_table(data.train.report, "Training data"))
