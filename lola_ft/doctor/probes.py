@@ -36,7 +36,7 @@ def tiny_training_step() -> str:
     """Load a tiny LOLA in 4 bit, put LoRA on attention, MLP and experts, and go forward and backward once."""
     import torch
 
-    from lola_ft.adapters import AdapterSettings, attach, lora_config
+    from lola_ft.adapters import AdapterSettings, add_adapter
     from lola_ft.kernels.precision import has_bfloat16
     from lola_ft.model import LolaConfig, LolaForCausalLM
     from lola_ft.quantization import load_base
@@ -51,7 +51,7 @@ def tiny_training_step() -> str:
             LolaForCausalLM(config).save_pretrained(folder)
         base = load_base(folder, "nf4", dtype, device, quiet=True)
         settings = AdapterSettings(attention_rank=8, mlp_rank=8, expert_rank=8, alpha=8.0, dropout=0.0)
-        model = attach(base, lora_config(settings)).train()
+        model = add_adapter(base, settings).train()
         ids = torch.arange(24, device=device).view(1, -1)
         loss = model(input_ids=ids, labels=ids, skip_logits=True).loss
         loss.backward()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SizesByPart: TypeAlias = dict[str, dict[str, int]]
-"""What the audit counts of a loaded base."""
+"""Counts of a loaded base by part and format, from the audit."""
 
 
 @dataclass(frozen=True)

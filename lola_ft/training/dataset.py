@@ -52,8 +52,8 @@ class RunData:
         commits: Hub datasets' commits by name, where they are known.
         bad_rows: What was skipped; None where a bad row is an error.
         duplicates: Training rows left out, by language; None where they stay.
-        leaks: The comparison with validation sources; None without such.
-        note: Where the encoded rows come from, if not from the sources themselves; "" else.
+        leaks: The comparison with validation sources; None if there are none.
+        note: Where the encoded rows come from, if not from the sources themselves.
     """
 
     train: Encoded
@@ -68,7 +68,7 @@ class RunData:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the section of the manifest."""
         return {
             "sha256": self.source_hashes,
             "commits": self.commits,
@@ -107,12 +107,12 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
 
 
 def _judged(data: Data) -> bool:
-    """Whether the rows are judged answers; these are few and are encoded in memory, every time."""
+    """Say whether the rows are judged answers. Judged rows are few, and are encoded in memory every time."""
     return data.sources[0].format in OBJECTIVE_FORMATS.values()
 
 
 def _find(key: str) -> tuple[StoredRows | None, str]:
-    """The rows in the cache, if they are there and whole, and what to say of it."""
+    """Return the rows in the cache, if they are there and whole, and a note for the user."""
     try:
         stored = find_entry(key)
     except Damaged as error:
@@ -163,12 +163,12 @@ def _encode(
 
 
 def training_examples(data: Data) -> Iterator[Example]:
-    """The rows of the training sources once more, bad ones left out; what is held out is among them."""
+    """Read the training sources again, without bad rows; rows that are held out are among them."""
     return read_examples(map(_source, data.sources), BadRows(), data.normalize)
 
 
 def pin(data: Data) -> Data:
-    """The data section with the commit in place of each Hub dataset's branch or tag, so that it can be run again."""
+    """Return the data section with a commit for each Hub dataset's branch or tag, so that it can be run again."""
     pinned: dict[str, Any] = {"sources": list(map(_pinned, data.sources))}
     if isinstance(data.validation, list):
         pinned["validation"] = list(map(_pinned, data.validation))
@@ -214,7 +214,7 @@ def rows_key(
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's stderr: rows, and rows a second."""
+    """Show a bar on a terminal's stderr: rows, and the time."""
     columns = (TextColumn("Encoding rows"), BarColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

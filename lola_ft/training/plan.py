@@ -26,7 +26,7 @@ _OUT_OF_MEMORY_SHARE = 0.9  # of what was predicted: what to look for where the 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Of an epoch of a recipe's training data, in tokens."""
+    """Sizes of an epoch of a recipe's training data, in tokens."""
 
     tokens: int
     sequences: int
@@ -67,7 +67,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
 
 
 def advice(recipe: Recipe, architecture: Architecture, longest: int | None = None) -> str:
-    """For a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
+    """Advise a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
 
     Args:
         architecture: The base's.
@@ -89,7 +89,7 @@ def advice(recipe: Recipe, architecture: Architecture, longest: int | None = Non
 
 
 def target_machine(gpu: str | None) -> tuple[str, int]:
-    """`cuda` or `cpu`, and its memory in bytes."""
+    """Return `cuda` or `cpu`, and its memory in bytes."""
     if gpu is not None:
         return "cuda", parse_size(gpu)
     if torch.cuda.is_available():
@@ -98,7 +98,7 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
 
 
 def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int | None = None) -> Job:
-    """What the planner needs to know of a recipe.
+    """Return what the planner needs to know of a recipe.
 
     Args:
         architecture: The base's.
@@ -140,7 +140,7 @@ def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, st
 
 
 def _longest(dataset: "Dataset") -> int:
-    """Tokens of the longest sequence; a pair is two, which begin with the same prompt."""
+    """Return the tokens of the longest sequence; a pair is two, which begin with the same prompt."""
     if "chosen_ids" not in dataset.column_names:
         return max(len(ids) for ids in dataset["input_ids"])
     answers = zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
@@ -157,7 +157,7 @@ def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, note: st
 
 
 def _tokens_per_step(job: Job, facts: DataFacts | None) -> int:
-    """Rows are full where they are packed, else as long as they are on average; at most, if the data is not known."""
+    """Estimate the tokens of a step: packed rows are full, others of average length; of data not known, the most."""
     rows = job.micro_batch_size * job.grad_accum_steps
     if facts and not job.packing:
         return round(rows * facts.tokens / facts.sequences)

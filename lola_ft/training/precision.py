@@ -1,4 +1,4 @@
-"""Which number format a run computes in: the recipe's, where this machine has it."""
+"""The number format that a run computes in: the recipe's, where this machine has it."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Precision:
 
 
 def choose_precision(wanted: str, device: torch.device) -> Precision:
-    """The precision for a recipe's `base.dtype` on this device.
+    """Choose the precision for a recipe's `base.dtype` on this device.
 
     bfloat16 falls back to float32 where the machine only emulates it (hundreds of times slower on such CPUs).
 

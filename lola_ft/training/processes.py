@@ -1,4 +1,4 @@
-"""Several processes, one run: who prints and writes, and what all must know. accelerate starts and connects them.
+"""Several processes in one run: one prints and writes, all learn the same. accelerate starts and connects them.
 
 Each process has the whole base and a copy of the adapter, and adds its gradients to the others' (DDP).
 """
@@ -68,17 +68,17 @@ def leave() -> None:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return how many processes there are."""
     return torch.distributed.get_world_size() if _connected() else 1
 
 
 def index() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return torch.distributed.get_rank() if _connected() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Say whether this process is the one that prints and writes."""
     return index() == 0
 
 
@@ -107,19 +107,19 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def total(number: int) -> int:
-    """The sum over all processes of a number that each has."""
+    """Sum a number of each process over all of them."""
     if count() == 1:
         return number
     return int(reduce(torch.tensor(int(number), device=PartialState().device), reduction="sum"))
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes of a tensor that each has."""
+    """Sum a tensor of each process over all of them."""
     return reduce(tensor, reduction="sum") if count() > 1 else tensor
 
 
 def of_all(value: T) -> list[T]:
-    """Every process's value, in the processes' order."""
+    """Return every process's value, in the processes' order."""
     return list(gather_object([value])) if count() > 1 else [value]
 
 

@@ -1,4 +1,4 @@
-"""What a run has counted and must remember, in one object that the trainer and its callbacks share."""
+"""Everything a run has counted and must remember, in one object that the trainer and its callbacks share."""
 
 import time
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What is decided before the first step: `train`, `preview` and `plan` prepare a recipe in the same way here.
+"""Everything decided before the first step: `train`, `preview` and `plan` prepare a recipe in the same way here.
 
 A recipe is fitted to its base first (`fit_to_base`), then its data is read (`read_data`); only a run then loads the
 base with an adapter (`prepare_run`).
@@ -25,6 +25,7 @@ from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_s
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.optional_packages import refuse_missing_packages
 from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.reports.metric_names import BY_LANGUAGE
 from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
 
 if TYPE_CHECKING:
@@ -127,8 +128,6 @@ def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
     Raises:
         UserError: Listing the metrics of an evaluation.
     """
-    from lola_ft.training.trainers.language_evaluation import BY_LANGUAGE
-
     languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
     known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
     if train.early_stopping and train.early_stopping.metric not in known:

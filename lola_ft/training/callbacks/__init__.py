@@ -1,1 +1,1 @@
-"""What watches a run from beside the trainer: guards, the stop request, the trial of the longest batch, progress."""
+"""Callbacks beside the trainer: guards, the stop request, the trial of the longest batch, progress, memory, energy."""

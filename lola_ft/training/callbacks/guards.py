@@ -6,20 +6,24 @@ best_evaluation.py  when to stop early, which checkpoint to keep
 Steps that are not finite are the trainer's own matter: `trainers/nonfinite_steps.py`.
 """
 
+from typing import TYPE_CHECKING
+
 from transformers import TrainerCallback
 
 from lola_ft.families import architecture_of
+from lola_ft.recipe import Recipe
 from lola_ft.recipe.schema import Guards, Train
 from lola_ft.training.callbacks.alarm import Alarm
 from lola_ft.training.callbacks.best_evaluation import BestEvaluation
 from lola_ft.training.callbacks.loss_guards import Forgetting, LossSpike
 from lola_ft.training.callbacks.router_guards import RouterCollapse, RouterLoad, RouterProbe
 from lola_ft.training.reports.metrics import MetricsFile
-from lola_ft.training.trainers.run_trainer import RunTrainer
-from lola_ft.training.trainers.sft import SftTrainer
+
+if TYPE_CHECKING:
+    from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
-def add_guards(trainer: RunTrainer, guards: Guards, train: Train, metrics: MetricsFile) -> None:
+def add_guards(trainer: "RunTrainer", recipe: Recipe, metrics: MetricsFile) -> None:
     """Put on what the recipe asks for.
 
     Guards of routers and languages, which look at tokens of one kind, are for text and answers, not for preferences.
@@ -27,6 +31,7 @@ def add_guards(trainer: RunTrainer, guards: Guards, train: Train, metrics: Metri
     Args:
         trainer: With its adapter as it is before the first step.
     """
+    guards, train = recipe.guards, recipe.train
 
     def add(name: str, guard: TrainerCallback) -> None:
         trainer.run.kept[name] = guard
@@ -34,11 +39,12 @@ def add_guards(trainer: RunTrainer, guards: Guards, train: Train, metrics: Metri
 
     if guards.loss_spike:
         add("loss_spike", LossSpike(guards.loss_spike, Alarm("loss_spike", metrics)))
-    routed = architecture_of(trainer.model.config).family.routing is not None
-    if isinstance(trainer, SftTrainer):
+    architecture = architecture_of(trainer.model.config)
+    routed = architecture.family.routing is not None
+    if recipe.objective == "sft":
         if routed and guards.router_collapse != "off":
             trainer.router_load = trainer.run.kept["router_load"] = RouterLoad(trainer.model)
-            add("router_collapse", _collapse_guard(trainer, guards, Alarm("router_collapse", metrics)))
+            add("router_collapse", _collapse_guard(architecture.num_experts, guards, metrics))
         if routed and guards.router_flips:
             trainer.router_probe = RouterProbe(trainer.model, trainer.processing_class)
         if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
@@ -48,8 +54,8 @@ def add_guards(trainer: RunTrainer, guards: Guards, train: Train, metrics: Metri
         add("best", trainer.run.best)
 
 
-def _collapse_guard(trainer: SftTrainer, guards: Guards, alarm: Alarm) -> RouterCollapse:
-    stop, num_experts = guards.router_collapse == "stop", architecture_of(trainer.model.config).num_experts
+def _collapse_guard(num_experts: int, guards: Guards, metrics: MetricsFile) -> RouterCollapse:
+    stop, alarm = guards.router_collapse == "stop", Alarm("router_collapse", metrics)
     return RouterCollapse(guards.min_load_entropy, guards.max_load_share, num_experts, stop, alarm)
 
 

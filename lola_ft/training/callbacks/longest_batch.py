@@ -38,7 +38,7 @@ class LongestBatchFirst(TrainerCallback):
 
 
 def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
-    """One forward and backward pass of the longest rows; returns their tokens, padding included.
+    """Do one forward and backward pass of the longest rows; returns their tokens, padding included.
 
     Room is left for the optimiser's state, which does not exist before the first step. Gradients are dropped; random
     numbers, counts and metrics are as before.
@@ -68,7 +68,7 @@ def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
 
 @contextlib.contextmanager
 def _untouched_counts(trainer: "RunTrainer") -> Iterator[None]:
-    """Tokens, metrics and the experts' load as they were, whatever is counted inside."""
+    """Put tokens, metrics and the experts' load back at the end, whatever is counted inside."""
     run = trainer.run
     tokens = run.tokens_seen, run.own_tokens, trainer._total_train_tokens
     metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}

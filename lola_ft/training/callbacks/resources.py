@@ -1,4 +1,4 @@
-"""What a run takes: the most memory that it has held, and the energy of training. Both end up in the manifest."""
+"""Memory and energy: the most memory that a run has held, and the energy of its training, for the manifest."""
 
 from pathlib import Path
 from typing import Any

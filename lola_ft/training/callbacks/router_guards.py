@@ -22,8 +22,8 @@ from lola_ft.model.router import route
 from lola_ft.routing.measures import dead_experts, flip_rate, largest_share, load_entropy
 from lola_ft.training import processes
 from lola_ft.training.callbacks.alarm import Alarm
+from lola_ft.training.reports.metric_names import DEAD, ENTROPY, SHARE
 
-ENTROPY, SHARE, DEAD = "router_load_entropy", "router_largest_share", "router_dead_experts"
 _ENOUGH = 32  # tokens an expert; fewer say little about the load
 PROBE = (
     "The river rises in the mountains and reaches the sea after three hundred kilometres.",

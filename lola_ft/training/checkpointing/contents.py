@@ -1,4 +1,4 @@
-"""What a checkpoint holds: everything that decides a run's next steps, taken from a trainer and put back into one.
+"""The contents of a checkpoint: everything that decides a run's next steps, taken from a trainer and put back into one.
 
 `state.json` and `state.safetensors` have these keys:
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lola_ft.errors import UserError
@@ -68,16 +68,16 @@ def of_process(trainer: "RunTrainer") -> dict[str, Any]:
 class PutBack(TrainerCallback):
     """Puts a checkpoint back into the trainer when its loop has set everything to zero.
 
-    Random numbers come last. A resumed epoch begins with the batches that were done, which are skipped and draw some:
-    so they are put back before its first step. At an epoch's very beginning nothing is skipped, and what the loop
-    draws for the order of its rows is drawn again.
+    Random numbers come last. A resumed epoch begins by skipping the batches that were done, which draws some: the
+    numbers are put back before its first step. At an epoch's very beginning nothing is skipped: they are put back
+    before the loop draws the order of its rows.
     """
 
     def __init__(self, trainer: "RunTrainer") -> None:
         self._trainer = trainer
         self._rng: dict[str, Any] | None = None
 
-    def on_train_begin(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, args: TrainingArguments, *_: object, **__: object) -> None:
         if self._trainer.resumed is None:
             processes.draw_apart(args.seed)
             return
@@ -85,11 +85,11 @@ class PutBack(TrainerCallback):
         put_back(self._trainer, state, self._trainer.resumed.folder)
         self._rng = state["processes"][processes.index()]["rng"]
 
-    def on_epoch_begin(self, *_: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_epoch_begin(self, *_: object, **__: object) -> None:
         if self._rng is not None:
             set_rng_state(self._rng)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:  # noqa: ARG002
+    def on_step_begin(self, _args: object, state: TrainerState, *_: object, **__: object) -> None:
         if self._rng is not None and not float(state.epoch).is_integer():
             set_rng_state(self._rng)
         self._rng = None
@@ -101,7 +101,7 @@ class EvaluationDue(TrainerCallback):
     def __init__(self, trainer: "RunTrainer") -> None:
         self._trainer = trainer
 
-    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def on_train_begin(self, *_: object, **__: object) -> None:
         if not self._trainer.run.evaluation_due:
             return
         try:

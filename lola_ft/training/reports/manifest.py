@@ -1,4 +1,4 @@
-"""What a finished run says of itself: `manifest.json`, and the card that is drafted from the manifest alone."""
+"""The record of a finished run: `manifest.json`, and the card that is drafted from the manifest alone."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from lola_ft.file_names import ADAPTER_FOLDER, CARD_FILE, MANIFEST_FILE
 from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training import processes
+from lola_ft.training.reports.metric_names import FLIP_RATE
 from lola_ft.training.setup import Prepared
 
 _LAST_LOADS = {
@@ -63,7 +64,7 @@ def manifest_of(
 
 
 def timings_of(prepare_s: float, train_s: float, tokens: int, resumed_from: int | None) -> dict[str, Any]:
-    """Say how long the run took; after a resume, `train_s` has the time before it too, and `prepare_s` is the last one's."""
+    """Say how long the run took; after a resume, `train_s` includes the time before, and `prepare_s` does not."""
     timings: dict[str, Any] = {
         "prepare_s": round(prepare_s, 1),
         "train_s": round(train_s, 1),
@@ -79,7 +80,7 @@ def routing_results(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {said: loads[-1][key] for key, said in _LAST_LOADS.items()} if loads else {}
     if loads:
         found["tokens these were measured on"] = loads[-1]["router_tokens"]
-    flips = [line["router_flip_rate"] for line in metrics if "router_flip_rate" in line]
+    flips = [line[FLIP_RATE] for line in metrics if FLIP_RATE in line]
     if flips:
         found["choices of experts on a probe text that differ from the base's"] = flips[-1]
     return found
@@ -110,7 +111,7 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working directory, and if tracked files differ from it; None without git or a checkout."""
+    """Return the working directory's commit, and if tracked files differ from it; None without git or a checkout."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}

@@ -10,10 +10,11 @@ from transformers import TrainerCallback, TrainerState
 
 from lola_ft.errors import UserError
 from lola_ft.training import processes
+from lola_ft.training.reports.metric_names import BY_LANGUAGE
 from lola_ft.training.run_state import RunState
 
 _RENAMED = {"train_loss": "mean_loss"}
-_OBJECTS = ("eval_loss_by_language", "router_")
+_OBJECTS = (BY_LANGUAGE, "router_")
 
 
 class MetricsFile(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its metrics alone: losses and learning rate, languages, routing."""
+"""Pictures of a run, drawn from its metrics: losses and learning rate, languages, routing."""
 
 import io
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 from lola_ft.files import write_bytes
-from lola_ft.training.trainers.language_evaluation import BY_LANGUAGE
-from lola_ft.training.callbacks.router_guards import DEAD, ENTROPY, SHARE
+from lola_ft.training.reports.metric_names import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
 
 mpl.use("Agg")  # before pyplot, which would look for a screen
 
@@ -30,7 +29,7 @@ def plot_run(metrics: Metrics, folder: Path, loss: str = "nats a trained token")
 
 
 def plot_loss(metrics: Metrics, path: Path, unit: str = "nats a trained token") -> Path:
-    """Training and validation loss over the steps, with the learning rate below."""
+    """Draw training and validation loss over the steps, with the learning rate below."""
     figure, (losses, rate) = plt.subplots(2, figsize=(8, 5.5), layout="constrained", sharex=True, height_ratios=(4, 1))
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         _draw(losses, metrics, key, style, label)
@@ -44,7 +43,7 @@ def plot_loss(metrics: Metrics, path: Path, unit: str = "nats a trained token") 
 
 
 def plot_languages(metrics: Metrics, path: Path) -> Path:
-    """Each language's validation loss; the ones that rose most since the first evaluation are named."""
+    """Draw each language's validation loss; the languages whose loss rose most since the first evaluation are named."""
     by_step = {line["step"]: line[BY_LANGUAGE] for line in metrics if BY_LANGUAGE in line}
     first, last = by_step[min(by_step)], by_step[max(by_step)]
     codes = sorted(last, key=lambda code: (first.get(code) or 0) - (last[code] or 0))
@@ -67,8 +66,8 @@ def plot_languages(metrics: Metrics, path: Path) -> Path:
 
 
 def plot_routing(metrics: Metrics, path: Path) -> Path:
-    """Each MoE layer's load over the steps: entropy, largest share, experts without a token; and flips."""
-    flips = any("router_flip_rate" in line for line in metrics)
+    """Draw each MoE layer's load over the steps: entropy, largest share, experts without a token; and flips."""
+    flips = any(FLIP_RATE in line for line in metrics)
     figure, panels = plt.subplots(3 + flips, figsize=(8, 8 + 2 * flips), layout="constrained", sharex=True)
     layers = list(next(line[ENTROPY] for line in metrics if ENTROPY in line))
     colours = mpl.colormaps["viridis"]
@@ -88,14 +87,14 @@ def plot_routing(metrics: Metrics, path: Path) -> Path:
     if panels[0].has_data():
         panels[0].legend(fontsize=7, ncols=4)
     if flips:
-        _draw(panels[-1], metrics, "router_flip_rate", "o-", "")
+        _draw(panels[-1], metrics, FLIP_RATE, "o-", "")
         panels[-1].set_ylabel("choices changed")
     panels[-1].set_xlabel("optimiser step")
     return _save(figure, path)
 
 
 def _draw(axes: Any, metrics: Metrics, key: str, style: str, label: str, **look: Any) -> None:
-    """One line; `a/b` is the key b within a."""
+    """Draw one line; `a/b` is the key b within a."""
     outer, _, inner = key.partition("/")
     values = [(line["step"], line[outer].get(inner) if inner else line[outer]) for line in metrics if outer in line]
     points = [(step, value) for step, value in values if value is not None]

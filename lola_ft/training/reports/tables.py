@@ -1,4 +1,4 @@
-"""What a run prints before its first step: what became of the data, and what is trained."""
+"""Tables that a run prints before its first step: what became of the data, and what is trained."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lola_ft.families import architecture_of
 from lola_ft.data import Counts, EncodingReport, Mixed
+from lola_ft.families import architecture_of
 from lola_ft.training.dataset import RunData
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _BAD_ROWS_SHOWN = 3
 
 
 def print_report(data: RunData, console: Console) -> None:
-    """Print tables of training and validation data, the mix if there is one, and a line for each kind of row left out."""
+    """Print tables of training and validation data and of the mix, and a line for each kind of row left out."""
     if data.note:
         console.print(data.note, markup=False, highlight=False, soft_wrap=True)
     console.print(data_table(data.train.report, "Training data"))

@@ -42,7 +42,7 @@ def training_arguments(
 def _shared(
     train: Train, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
 ) -> dict[str, Any]:
-    """What does not depend on the objective."""
+    """Return the arguments that do not depend on the objective."""
     return {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,

@@ -1,4 +1,4 @@
-"""From which rows the sequences of a batch come: they are found again by their tokens.
+"""The rows that the sequences of a batch come from, found again by their tokens.
 
 Nothing is carried along for this while training, however the rows are packed, mixed and repeated; naming them reads
 the sources once more, when a run is over anyway.
@@ -22,7 +22,7 @@ _BATCH = 500
 
 
 def documents_of(inputs: dict[str, Any]) -> list[Document]:
-    """The sequences of a batch, packed or padded, without padding; each once."""
+    """Return the sequences of a batch, packed or padded, without padding; each once."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     documents = list[Document]()
     for row, ids in enumerate(inputs["input_ids"].tolist()):
@@ -47,10 +47,10 @@ def find_rows(
     max_length: int,
     overlong: str,
 ) -> list[str]:
-    """The places (`file:line`) of the first row that became each sequence, in the sequences' order, each once.
+    """Find the places (`file:line`) of the first row that became each sequence, in the sequences' order, each once.
 
     Args:
-        examples: What training read; the rest as for `encode`.
+        examples: The rows that training read; the other arguments are those of `encode`.
     """
     places: dict[Document, str] = {}
     wanted = set(documents)
@@ -73,7 +73,7 @@ def find_rows(
 
 
 def _sequences(dataset: "Dataset") -> list[list[int]]:
-    """Token ids of every sequence; a prompt is followed by each of its answers in turn."""
+    """Return the token ids of every sequence; a prompt is followed by each of its answers in turn."""
     if "prompt_ids" not in dataset.column_names:
         return list(dataset["input_ids"])
     answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]

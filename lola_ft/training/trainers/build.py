@@ -73,7 +73,7 @@ def build_trainer(
     if recipe.train.energy and processes.is_main():
         run.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, run)
         trainer.add_callback(meter)
-    add_guards(trainer, recipe.guards, recipe.train, metrics)
+    add_guards(trainer, recipe, metrics)
     trial = lambda: longest_batch.try_longest_batch(trainer, recipe.train.optimizer)  # noqa: E731
     trainer.add_callback(longest_batch.LongestBatchFirst(trial, say))
     trainer.add_callback(EvaluationDue(trainer))

@@ -12,11 +12,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 
 from lola_ft.training import processes
+from lola_ft.training.reports.metric_names import BY_LANGUAGE
 
 if TYPE_CHECKING:
     from lola_ft.training.trainers.sft import SftTrainer
-
-BY_LANGUAGE = "eval_loss_by_language"
 
 
 def rows_by_language(dataset: Dataset, languages: list[str]) -> dict[str, Dataset]:
@@ -25,11 +24,6 @@ def rows_by_language(dataset: Dataset, languages: list[str]) -> dict[str, Datase
     for place, code in enumerate(languages):
         places.setdefault(code, []).append(place)
     return {code: dataset.select(places[code]) for code in sorted(places)}
-
-
-def losses_by_language(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the losses of an evaluation's metrics by language code."""
-    return {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{BY_LANGUAGE}/")}
 
 
 def evaluate_languages(trainer: "SftTrainer", datasets: dict[str, Dataset]) -> dict[str, float]:

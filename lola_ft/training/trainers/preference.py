@@ -16,7 +16,7 @@ from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
 class PreferenceTrainer(RunTrainer):
-    """What DPO and KTO have in common: the base as reference, and rows that are encoded already."""
+    """The common part of DPO and KTO: the base as reference, and rows that are encoded already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"]

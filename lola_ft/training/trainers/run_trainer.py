@@ -1,5 +1,5 @@
-"""What every trainer of a run does beside learning: checkpoints that are ours, stopping between two steps, skipping
-steps that are not finite, counting tokens.
+"""The base of all trainers: checkpoints that are ours, stopping between two steps, skipping steps that are not finite,
+counting tokens.
 
 `RunTrainer` stands before one of TRL's trainers: `class SftTrainer(RunTrainer, SFTTrainer)`. It is the only class of
 ours between a trainer and TRL's. What a subclass adds to a run, it adds in two hooks, `measures_with_loss` and

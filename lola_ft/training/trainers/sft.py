@@ -13,6 +13,7 @@ from lola_ft.model.router import load_balancing_loss, router_z_loss
 from lola_ft.training import processes
 from lola_ft.training.callbacks.router_guards import RouterLoad, RouterProbe
 from lola_ft.training.checkpointing.rng import untouched_rng
+from lola_ft.training.reports.metric_names import FLIP_RATE
 from lola_ft.training.trainers.language_evaluation import evaluate_languages, sum_of_batch
 from lola_ft.training.trainers.run_trainer import RunTrainer
 
@@ -75,7 +76,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _router_losses(self, outputs: ModelOutput, inputs: dict[str, Any]) -> Tensor:
-        """The weighted sum of the losses that the recipe asks for, each logged by itself."""
+        """Sum the weighted router losses that the recipe asks for; each is logged by itself."""
         total = torch.zeros((), device=outputs.loss.device)
         mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
         for name, coef, function in (
@@ -98,7 +99,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
             return
         wanted = self.control.should_log
         # transformers' own: TRL's would take what it has gathered for the next line of losses into this one
-        Trainer.log(self, {"router_flip_rate": self.router_probe.flip_rate()})
+        Trainer.log(self, {FLIP_RATE: self.router_probe.flip_rate()})
         self.control.should_log = wanted
 
     # Evaluation, where `eval_dataset` is a dictionary of datasets by language code

@@ -20,13 +20,15 @@ from ruamel.yaml import YAML
 from lola_ft.training import run
 from lola_ft.training.checkpointing.state_file import read_state
 from lola_ft.training.run_folder import LOCK_FILE, lock_folder
+from tests.training.checkpointing.resume_child import run_verb
 from tests.training.conftest import recipe_dict
-from tests.training.resume_child import run_verb
 
 # Of a metrics line, what depends on how fast the machine is.
 _TIMES = ("tokens_per_s", "runtime", "samples_per_second", "steps_per_second")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.training.resume_child", "trl", "bitsandbytes", "matplotlib.pyplot"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.training.checkpointing.resume_child", "trl", "bitsandbytes", "matplotlib.pyplot"]
+)
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ def test_nothing_is_trained_after_the_last_step(tmp_path: Path, tiny_base: Path,
 @pytest.mark.slow
 def test_the_script_killed_from_outside(tmp_path: Path, tiny_base: Path, rows_file: Path) -> None:
     """As a user would see it, with all of the machine's threads: `finetune.py`, `kill -9`, `--resume`; then SIGTERM."""
-    script = [sys.executable, str(Path(__file__).parents[2] / "finetune.py")]
+    script = [sys.executable, str(Path(__file__).parents[3] / "finetune.py")]
     whole, recipe = (write_recipe(tmp_path / name, tiny_base, rows_file) for name in ("whole", "killed"))
     subprocess.run([*script, str(whole)], capture_output=True, check=True)
     command, run = [*script, str(recipe), "train.resume=auto"], recipe.parent / "run"

@@ -21,9 +21,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from tests.training.resume_child import MOMENTS
-from tests.training.test_checkpoint import Evil
-from tests.training.test_resume import Child, assert_same_run, metrics, run_child, write_recipe
+from tests.training.checkpointing.resume_child import MOMENTS
+from tests.training.checkpointing.test_checkpoint import Evil
+from tests.training.checkpointing.test_resume import Child, assert_same_run, metrics, run_child, write_recipe
 
 pytestmark = pytest.mark.slow
 KILLS = 20

@@ -13,7 +13,7 @@ from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer, Prefere
 from lola_ft.training.trainers.run_trainer import RunTrainer
 from lola_ft.training.trainers.sft import SftTrainer
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 UPSTREAM = {SftTrainer: SFTTrainer, DpoTrainer: DPOTrainer, KtoTrainer: KTOTrainer}
 OURS = (RunTrainer, PreferenceTrainer, *UPSTREAM)
 _PRIVATE = re.compile(r"_[a-z]\w*")
