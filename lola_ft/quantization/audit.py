@@ -1,10 +1,12 @@
 """What is in a model, by part and by format: parameters and bytes. Silence about a dense expert is the enemy."""
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
 from lola_ft.errors import CheckpointError
-from lola_ft.model.experts import PROJECTIONS, LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.model.parts import Audit, part_of
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
@@ -31,8 +33,8 @@ def require_quantized(model: nn.Module) -> None:
     dense = [
         f"{name}.{projection}"
         for name, module in model.named_modules()
-        if isinstance(module, LolaExperts)
-        for projection in PROJECTIONS
+        if isinstance(module, FusedExperts)
+        for projection in module.shapes
         if getattr(module, projection).dtype != torch.uint8
     ]
     dense += [
@@ -56,8 +58,7 @@ def _count(result: Audit, full_name: str, module: nn.Module, name: str, tensor: 
         num_bytes += sum(scale.numel() * scale.element_size() for scale in scales)
     elif isinstance(module, NF4Experts) and not name.endswith("_bias"):
         kind = "nf4"
-        in_features, out_features = module.shapes["up_proj"]
-        parameters = module.num_experts * in_features * out_features if name in PROJECTIONS else 0
+        parameters = module.num_experts * prod(module.shapes[name]) if name in module.shapes else 0
     count = result.counts[part, kind]
     count.parameters += parameters
     count.num_bytes += num_bytes

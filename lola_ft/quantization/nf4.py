@@ -125,18 +125,20 @@ def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
-    """All experts' dense weights (E, in, out); bit-equal to one after another."""
-    num_experts, numel = stack.packed.shape[0], prod(stack.shape)
-    scales = stack_scales(stack, list(range(num_experts)))
-    if numel % BLOCK:  # an expert's last block is not full
-        parts = [_dense(stack.packed[e], scales[e], numel, dtype) for e in range(num_experts)]
-        return torch.stack(parts).view(num_experts, *stack.shape)
-    return _dense(stack.packed.view(-1), scales.view(-1), num_experts * numel, dtype).view(num_experts, *stack.shape)
+    """All experts' dense weights, part by part (E, P, rows, columns); bit-equal to one after another."""
+    tensors, numel = stack.packed.shape[:2], prod(stack.shape)
+    scales = stack_scales(stack, list(range(tensors[0]))).flatten(0, 1)
+    packed = stack.packed.flatten(0, 1)
+    if numel % BLOCK:  # a tensor's last block is not full
+        dense = torch.stack([_dense(*one, numel, dtype) for one in zip(packed, scales, strict=True)])
+    else:
+        dense = _dense(packed.view(-1), scales.reshape(-1), len(packed) * numel, dtype)
+    return dense.view(*tensors, *stack.shape)
 
 
 def stack_scales(stack: NF4Stack, expert_ids: list[int]) -> Tensor:
-    """The block scales of some experts, float32 (experts, blocks); one call for all, for a call costs what they do."""
-    num_blocks = stack.absmax.shape[1]
+    """The block scales of some experts, float32 (experts, P, blocks); one call for all, for a call costs what they do."""
+    num_blocks = stack.absmax.shape[2]
     absmax, absmax2, offset = stack.absmax, stack.absmax2, stack.offset
     if len(expert_ids) < absmax.shape[0]:
         absmax, absmax2, offset = absmax[expert_ids], absmax2[expert_ids], offset[expert_ids]
@@ -145,7 +147,7 @@ def stack_scales(stack: NF4Stack, expert_ids: list[int]) -> Tensor:
     scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
         absmax.view(-1), absmax2.view(-1), stack.absmax_code, ABSMAX_BLOCK, torch.float32
     )
-    return scales.view(len(expert_ids), -1)[:, :num_blocks] + offset[:, None]
+    return scales.view(*absmax.shape)[..., :num_blocks] + offset[..., None]
 
 
 def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
