@@ -57,15 +57,10 @@ def run_experts(
     factors: list[Tensor | None] = []
     for path in paths:
         factors += _padded(*path.of_all(experts.num_experts), dtype) if path else [None, None]
-    layer = _Layer(
-        up,
-        down,
-        activation_of(experts.activation),
-        experts.has_gate,
-        groups,
-        *(path.dropout if path else 0.0 for path in paths),
-        products or choose_products(x_TD.to(dtype), up, down, groups),
-    )
+    up_dropout, down_dropout = (path.dropout if path else 0.0 for path in paths)
+    products = products or choose_products(x_TD.to(dtype), up, down, groups)
+    activation = activation_of(experts.activation)
+    layer = _Layer(up, down, activation, experts.has_gate, groups, up_dropout, down_dropout, products)
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _Experts.apply(
             x_TD.to(dtype), probs_TK.to(dtype), up.trainable, up.bias, down.trainable, down.bias, *factors, layer
@@ -218,7 +213,9 @@ def _summed_over_choices(x_CD: Tensor, top_k: int) -> Tensor:
     return x_CD if top_k == 1 else x_CD.unflatten(0, (x_CD.shape[0] // top_k, top_k)).sum(1)
 
 
-def _to_rank(x_NI: Tensor, keep_NI: Tensor | None, dropout: float, a_ERI: Tensor | None, layer: _Layer) -> Tensor | None:
+def _to_rank(
+    x_NI: Tensor, keep_NI: Tensor | None, dropout: float, a_ERI: Tensor | None, layer: _Layer
+) -> Tensor | None:
     """(N, R): `dropped(x) @ A.T` of a side path; None if there is no side path."""
     return None if a_ERI is None else layer.products.to_rank(_dropped(x_NI, keep_NI, dropout), a_ERI, layer.groups)
 

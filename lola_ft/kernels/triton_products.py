@@ -78,9 +78,7 @@ class TritonProducts:
         )
         return out_ERI
 
-    def _product(
-        self, x: Tensor, weight: WeightStack, groups: Grouping, side: Side | None, forward: bool
-    ) -> Tensor:
+    def _product(self, x: Tensor, weight: WeightStack, groups: Grouping, side: Side | None, forward: bool) -> Tensor:
         nf4, bias = weight.nf4, weight.bias if forward else None
         assert nf4 is not None, "these kernels read 4-bit weights"
         out = x.new_empty(x.shape[0], weight.out_features if forward else weight.in_features)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lola_ft.kernels.activations import activation_of
 from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.stacks import LowRank, WeightStack
 
@@ -25,6 +26,9 @@ class FusedExperts(nn.Module):
         has_bias: Whether both projections have biases (`up_proj_bias`, …), one row per expert.
         is_transposed: Whether weights are (E, in, out); else they are (E, out, in). PEFT reads it, too.
         activation: Its name in transformers' `ACT2FN`; see `lola_ft.kernels.activations`.
+
+    Raises:
+        UserError: For an activation that the kernels do not have.
 
     Attributes:
         shapes: (in, out) of each projection, by name.
@@ -48,6 +52,7 @@ class FusedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.hidden_size, self.inner_size = num_experts, hidden_size, inner_size
         self.has_gate, self.has_bias, self.is_transposed = has_gate, has_bias, is_transposed
+        activation_of(activation)
         self.activation = activation
         first, inputs = ("gate_up_proj", ("gate_proj", "up_proj")) if has_gate else ("up_proj", ("up_proj",))
         self.shapes = {first: (hidden_size, len(inputs) * inner_size), "down_proj": (inner_size, hidden_size)}

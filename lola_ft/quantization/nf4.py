@@ -137,7 +137,7 @@ def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
 
 
 def stack_scales(stack: NF4Stack, expert_ids: list[int]) -> Tensor:
-    """The block scales of some experts, float32 (experts, P, blocks); one call for all, for a call costs what they do."""
+    """The block scales of some experts, float32 (experts, P, blocks); in one call for all."""
     num_blocks = stack.absmax.shape[2]
     absmax, absmax2, offset = stack.absmax, stack.absmax2, stack.offset
     if len(expert_ids) < absmax.shape[0]:
