@@ -199,8 +199,8 @@ class _Experts(torch.autograd.Function):
 
 
 def _repeated(x_TD: Tensor, top_k: int) -> Tensor:
-    """(C, D): each token once for each of its choices; x itself if there is one."""
-    return x_TD[:, None].expand(-1, top_k, -1).flatten(0, 1)
+    """(C, D): each token once for each of its choices."""
+    return x_TD if top_k == 1 else x_TD.repeat_interleave(top_k, 0)
 
 
 def _grouped(x_CD: Tensor, groups: Grouping) -> Tensor:

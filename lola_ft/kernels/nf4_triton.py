@@ -86,7 +86,7 @@ def product(
     keep,
     weight_rows,
     weight_columns,
-    absmax_stride,
+    blocks,
     superblocks,
     factor_stride_e,
     factor_stride_o,
@@ -119,7 +119,7 @@ def product(
     else:
         num_in, num_out = weight_rows, weight_columns
     packed += expert * ((weight_rows * weight_columns) // 2)
-    absmax += expert * absmax_stride
+    absmax += expert * PARTS * blocks
     absmax2 += expert * PARTS * superblocks
     offset += expert * PARTS
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

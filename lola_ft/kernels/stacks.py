@@ -4,7 +4,7 @@ Weights are used in the orientation in which a family's files store them: (in, o
 and up are one projection with the outputs of both side by side, gate first; in 4 bit they are two parts of it, each
 quantised by itself.
 
-Shapes: E experts, P parts, I inputs, O outputs, R rank.
+Shapes: E experts, M = E*P quantised matrices for P parts of a projection, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +19,16 @@ from lola_ft.kernels.tiles import Tiles
 
 @dataclass(frozen=True)
 class NF4Stack:
-    """All experts' 4-bit weights as they are stored, for kernels that read them; each part is quantised by itself.
+    """All experts' 4-bit weights as they are stored, for kernels that read them.
+
+    Each part of each expert is a matrix that was quantised by itself; an expert's parts follow one another.
 
     Attributes:
-        packed: (E, P, n/2) uint8 for the n weights of a part; two codes per byte, the first in the high bits.
-        absmax: (E, P, n/64) uint8; `absmax2` (E, P, superblocks) and `offset` (E, P) float32.
+        packed: (M, n/2) uint8 for the n weights of a matrix; two codes per byte, the first in the high bits.
+        absmax: (M, n/64) uint8; `absmax2` (M, superblocks) and `offset` (M,) float32.
         absmax_code: (256,) and `nf4_code` (16,) float32.
-        shape: Of one part, as stored.
+        shape: Of one matrix, as stored.
+        parts: Matrices per expert.
     """
 
     packed: Tensor
@@ -35,6 +38,7 @@ class NF4Stack:
     absmax_code: Tensor
     nf4_code: Tensor
     shape: tuple[int, int]
+    parts: int
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class NF4Experts(FusedExperts):
     def _make_weights(self) -> None:
         for name in self.shapes:
             packed, blocks, superblocks = packed_sizes(self.hidden_size * self.inner_size)
-            parts = self._num_parts(name)
+            parts = _num_parts(name)
             tensors = (self.num_experts,) if parts == 1 else (self.num_experts, parts)
             weight = nn.Parameter(torch.empty(*tensors, packed, dtype=torch.uint8), requires_grad=False)
             self.register_parameter(name, weight)
@@ -51,9 +51,6 @@ class NF4Experts(FusedExperts):
             self.register_buffer(f"{name}_absmax2", torch.empty(*tensors, superblocks, dtype=torch.float32))
             self.register_buffer(f"{name}_offset", torch.empty(tensors, dtype=torch.float32))
         self.register_buffer("absmax_code", torch.empty(256, dtype=torch.float32), persistent=False)
-
-    def _num_parts(self, name: str) -> int:
-        return sum(projection == name for projection, _ in self.parts.values())
 
     def allocate(self, device: torch.device) -> None:
         """Give a module made on the meta device its memory. (Biases are left to the loader.)"""
@@ -81,8 +78,8 @@ class NF4Experts(FusedExperts):
         """One expert's quantised weight (views into the stack)."""
         projection, number = self.parts[part]
         stack = self._stack(projection)
-        at = (expert_id, number)
-        return NF4(stack.packed[at], stack.absmax[at], stack.absmax2[at], stack.offset[at])
+        matrix = expert_id * stack.parts + number
+        return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
 
     def expert_weight(self, part: str, expert_id: int, dtype: torch.dtype) -> Tensor:
         """One expert's dequantised weight, as a file holds it."""
@@ -100,30 +97,28 @@ class NF4Experts(FusedExperts):
         )
 
     def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """All experts' dequantised weights, as stored; parts below one another, or side by side if transposed."""
-        stack_EPIO = dequantize_stack(self._stack(name), dtype)
+        """All experts' dequantised weights, as stored; parts one below another, or side by side if transposed."""
+        matrices_EPIO = dequantize_stack(self._stack(name), dtype).unflatten(0, (self.num_experts, -1))
         if self.is_transposed:
-            stack_EPIO = stack_EPIO.transpose(1, 2)
-        return stack_EPIO.reshape(self.num_experts, *self.part_shape(name))
+            matrices_EPIO = matrices_EPIO.transpose(1, 2)
+        return matrices_EPIO.reshape(self.num_experts, *self.part_shape(name))
 
     def _stack(self, name: str) -> NF4Stack:
-        tensors = (self.num_experts, self._num_parts(name))
-        return NF4Stack(
-            getattr(self, name).data.view(*tensors, -1),
-            getattr(self, f"{name}_absmax").view(*tensors, -1),
-            getattr(self, f"{name}_absmax2").view(*tensors, -1),
-            getattr(self, f"{name}_offset").view(tensors),
-            self.absmax_code,
-            nf4_code(self.absmax_code.device),
-            self.part_shape("down_proj" if name == "down_proj" else "up_proj"),
-        )
+        parts = _num_parts(name)
+        tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
+        if parts > 1:
+            tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        shape = self.part_shape("down_proj" if name == "down_proj" else "up_proj")
+        return NF4Stack(*tensors, self.absmax_code, nf4_code(self.absmax_code.device), shape, parts)
 
     def _tiles(self, name: str, expert_ids: list[int], dtype: torch.dtype) -> Iterator[Tiles]:
         stack = self._stack(name)
-        for expert_id, scales in zip(expert_ids, stack_scales(stack, expert_ids), strict=True):
-            packed = stack.packed[expert_id]
-            parts = [tiles_of(packed[p], scales[p], stack.shape, dtype) for p in range(len(packed))]
-            if len(parts) == 1:
+        matrices = [expert_id * stack.parts + part for expert_id in expert_ids for part in range(stack.parts)]
+        scales = stack_scales(stack, matrices)
+        tiles = [tiles_of(stack.packed[m], own, stack.shape, dtype) for m, own in zip(matrices, scales, strict=True)]
+        for first in range(0, len(tiles), stack.parts):
+            parts = tiles[first : first + stack.parts]
+            if stack.parts == 1:
                 yield parts[0]
             else:
                 yield side_by_side(parts) if self.is_transposed else one_below_another(parts, stack.shape[0])
@@ -150,3 +145,8 @@ class NF4Experts(FusedExperts):
         for name, buffer in self.named_buffers(recurse=False):
             setattr(copy, name, buffer.clone())
         return copy.train(self.training)
+
+
+def _num_parts(projection: str) -> int:
+    """How many tensors of a file one expert's projection is made of."""
+    return 2 if projection == "gate_up_proj" else 1
