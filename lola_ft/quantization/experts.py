@@ -108,8 +108,10 @@ class NF4Experts(FusedExperts):
         tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
         if parts > 1:
             tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        packed, absmax, absmax2, offset = tensors
         shape = self.part_shape("down_proj" if name == "down_proj" else "up_proj")
-        return NF4Stack(*tensors, self.absmax_code, nf4_code(self.absmax_code.device), shape, parts)
+        codes = self.absmax_code, nf4_code(self.absmax_code.device)
+        return NF4Stack(packed, absmax, absmax2, offset, *codes, shape, parts)
 
     def _tiles(self, name: str, expert_ids: list[int], dtype: torch.dtype) -> Iterator[Tiles]:
         stack = self._stack(name)
