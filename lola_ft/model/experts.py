@@ -52,7 +52,7 @@ class FusedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.hidden_size, self.inner_size = num_experts, hidden_size, inner_size
         self.has_gate, self.has_bias, self.is_transposed = has_gate, has_bias, is_transposed
-        activation_of(activation)
+        activation_of(activation)  # an unknown one is refused here, before weights are read
         self.activation = activation
         first, inputs = ("gate_up_proj", ("gate_proj", "up_proj")) if has_gate else ("up_proj", ("up_proj",))
         self.shapes = {first: (hidden_size, len(inputs) * inner_size), "down_proj": (inner_size, hidden_size)}

@@ -139,12 +139,20 @@ def test_names_and_shapes_of_the_store_are_those_of_every_cache(make_experts: Ma
     }
 
 
-def test_bfloat16_autocast_equals_dense_experts_of_the_same_values(make_experts: Maker) -> None:
-    experts, _ = make_experts()
-    batch = inputs(experts)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_bfloat16_autocast_equals_dense_experts_of_the_same_values(
+    top_k: int, layout: dict[str, Any], make_experts: Maker
+) -> None:
+    experts, _ = make_experts(**layout)
+    batch = inputs(experts, top_k=top_k)
     twin = dense_twin(experts)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all_equal(run(experts, batch), run(twin, batch))
+        actual, expected = run(experts, batch), run(twin, batch)
+    if not experts.has_gate or experts.is_transposed:
+        assert all_equal(actual, expected)
+    for got, wanted in zip(actual, expected, strict=True):
+        # With gate and up one below another, the gradient of x is rounded once more between them: 8 bits of mantissa.
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
 
 
 def test_training_after_evaluation_and_dequantising_after_both(make_experts: Maker) -> None:
