@@ -13,14 +13,7 @@ from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.errors import AdapterError
 from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
-
-GATED = {"has_gate": True, "has_bias": False, "is_transposed": False, "activation": "silu"}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "lola": {},
-    "gated": GATED,
-    "gated with biases, in x out": GATED | {"has_bias": True, "is_transposed": True},
-    "plain, out x in": {"is_transposed": False, "has_bias": False, "activation": "relu2"},
-}
+from tests.kernels.conftest import LAYOUTS
 
 
 class Layer(nn.Module):

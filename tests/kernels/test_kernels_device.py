@@ -27,7 +27,7 @@ from lola_ft.kernels.stacks import LowRank
 from lola_ft.kernels.triton_products import TritonProducts
 from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
-from tests.kernels.test_kernels_experts import FORMS, LOLA, Form, choices
+from tests.kernels.conftest import FORMS, LOLA, Form, choices
 
 WAYS: dict[str, Products] = {"grouped": GroupedMatmuls(), "triton": TritonProducts(block_n=64, block_k=64)}
 WIDE = TritonProducts(block_n=128, block_k=128)

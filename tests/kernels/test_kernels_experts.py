@@ -20,34 +20,10 @@ from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.stacks import LowRank
 from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import FusedExperts
+from tests.kernels.conftest import FORMS, LOLA, Form, choices
 
 # 8 bits of mantissa in weights, activations and sums, relative to the largest entry; seen: 0.008.
 BF16 = 0.03
-
-
-@dataclass(frozen=True)
-class Form:
-    """Choices of a token, and what the experts are made with (by default like LOLA's)."""
-
-    top_k: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-GATED = {"has_gate": True, "has_bias": False, "is_transposed": False, "activation": "silu"}
-FORMS = {
-    "lola": Form(),
-    "lola, top 2": Form(2),
-    "gated": Form(1, GATED),
-    "gated, top 3": Form(3, GATED),
-    "gated with biases, in x out, top 2": Form(2, GATED | {"has_bias": True, "is_transposed": True}),
-    "plain, out x in, no biases, top 2": Form(2, {"has_bias": False, "is_transposed": False, "activation": "relu2"}),
-}
-LOLA = FORMS["lola"]
-
-
-@pytest.fixture(params=FORMS.values(), ids=FORMS.keys())
-def form(request: pytest.FixtureRequest) -> Form:
-    return request.param
 
 
 @dataclass
@@ -80,12 +56,6 @@ class Case:
             name: torch.zeros_like(leaf) if grad is None else grad
             for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
         }
-
-
-def choices(expert_ids: list[int], top_k: int, num_experts: int) -> Tensor:
-    """(T, K): each token's expert and the next ones, in another order from token to token."""
-    rows = [[(e + (k + t) % top_k) % num_experts for k in range(top_k)] for t, e in enumerate(expert_ids)]
-    return torch.tensor(rows, dtype=torch.long).view(-1, top_k)
 
 
 def make_case(

@@ -16,17 +16,11 @@ from lola_ft.kernels.stacks import LowRank
 from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
 from lola_ft.quantization import experts as experts_module
+from tests.kernels.conftest import LAYOUTS
 
 Maker = Callable[..., tuple[NF4Experts, dict[str, Tensor]]]
 # Last dimensions that are multiples of 64, and ones that are not.
 SIZES = [(64, 128), (96, 160), (32, 100)]
-GATED = {"has_gate": True, "has_bias": False, "is_transposed": False, "activation": "silu"}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "lola": {},
-    "gated": GATED,
-    "gated with biases, in x out": GATED | {"has_bias": True, "is_transposed": True},
-    "plain, out x in": {"is_transposed": False, "has_bias": False, "activation": "relu2"},
-}
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -129,7 +123,7 @@ def test_names_and_shapes_of_the_store_are_those_of_every_cache(make_experts: Ma
         "up_proj_bias": (3, 128),
         "down_proj_bias": (3, 64),
     }
-    gated, _ = make_experts(64, 128, 3, **GATED)
+    gated, _ = make_experts(64, 128, 3, **LAYOUTS["gated"])
     shapes = {name: tuple(tensor.shape) for name, tensor in gated.state_dict().items() if "gate_up" in name}
     assert shapes == {
         "gate_up_proj": (3, 2, n // 2),
