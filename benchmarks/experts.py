@@ -18,7 +18,7 @@ from per_expert import PerExpert, lora_of
 from torch import Tensor, nn
 
 from lola_ft.kernels.stacks import LowRank
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
 from lola_ft.training.precision import choose_precision
 
@@ -40,7 +40,7 @@ def main() -> None:
     milliseconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(args.rounds + args.warmup):
         x = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype)
-        ids, probs = torch.randint(0, args.experts, (args.tokens,), device=device), torch.rand(args.tokens)
+        ids, probs = torch.randint(0, args.experts, (args.tokens, 1), device=device), torch.rand(args.tokens, 1)
         for name, way in ways.items():
             spent = once(way, x, ids, probs.to(x))
             if round_ >= args.warmup:
@@ -70,15 +70,15 @@ def once(way: Way, x: Tensor, ids: Tensor, probs: Tensor) -> float:
     return (time.perf_counter() - began) * 1000
 
 
-def make_dense(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> LolaExperts:
-    experts = LolaExperts(args.hidden, args.inner, args.experts).to(device, dtype).requires_grad_(False)
+def make_dense(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> FusedExperts:
+    experts = FusedExperts(args.hidden, args.inner, args.experts).to(device, dtype).requires_grad_(False)
     for name, parameter in experts.named_parameters():
         parameter.data.zero_() if name.endswith("bias") else parameter.data.normal_(std=0.02)
     return experts
 
 
-def quantise(dense: LolaExperts) -> NF4Experts:
-    experts = NF4Experts(*dense.shapes["up_proj"], dense.num_experts)
+def quantise(dense: FusedExperts) -> NF4Experts:
+    experts = NF4Experts(**dense.settings)
     experts.allocate(dense.up_proj.device)
     for name in dense.shapes:
         for e in range(dense.num_experts):
@@ -87,7 +87,7 @@ def quantise(dense: LolaExperts) -> NF4Experts:
     return experts
 
 
-def ours(experts: LolaExperts, rank: int) -> Way:
+def ours(experts: FusedExperts, rank: int) -> Way:
     paths = {}
     for name, (inputs, outputs) in experts.shapes.items():
         like = experts.up_proj_bias
@@ -97,13 +97,13 @@ def ours(experts: LolaExperts, rank: int) -> Way:
     return lambda x, ids, probs: experts(x, ids, probs, paths)
 
 
-def loop(dense: LolaExperts, rank: int) -> Way:
+def loop(dense: FusedExperts, rank: int) -> Way:
     model = nn.Module()
     model.experts = PerExpert(dense, quantised=True)
     return get_peft_model(model, lora_of(rank)).train().base_model.model.experts
 
 
-def wrapped(dense: LolaExperts, rank: int) -> Way:
+def wrapped(dense: FusedExperts, rank: int) -> Way:
     model = nn.Module()
     model.experts = dense
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_parameters=["experts.up_proj", "experts.down_proj"])

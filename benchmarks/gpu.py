@@ -96,7 +96,8 @@ def moe_layer(base: LolaForCausalLM, tokens: int, dtype: torch.dtype) -> dict[st
     experts, device = base.transformer.h[1].moe.experts, base.device
     torch.manual_seed(0)
     x = torch.randn(tokens, base.config.n_embd, device=device, dtype=dtype, requires_grad=True)
-    ids, probs = torch.randint(0, experts.num_experts, (tokens,), device=device), torch.rand(tokens, device=device)
+    ids = torch.randint(0, experts.num_experts, (tokens, 1), device=device)
+    probs = torch.rand(tokens, 1, device=device)
     paths = {}
     for name, (inputs, outputs) in experts.shapes.items():
         a = torch.randn(experts.num_experts, _RANK, inputs, device=device, dtype=dtype) * 0.02

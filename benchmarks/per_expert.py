@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 
 
 class Network(nn.Module):
@@ -26,9 +26,9 @@ class Network(nn.Module):
 
 
 class PerExpert(nn.Module):
-    """In the place of `LolaExperts`: a list of networks, each called with the tokens that chose it."""
+    """In the place of `FusedExperts`: a list of networks, each called with the tokens that chose it."""
 
-    def __init__(self, experts: LolaExperts, quantised: bool) -> None:
+    def __init__(self, experts: FusedExperts, quantised: bool) -> None:
         super().__init__()
         self.networks = nn.ModuleList(
             Network(
@@ -38,12 +38,12 @@ class PerExpert(nn.Module):
             for e in range(experts.num_experts)
         )
 
-    def forward(self, x_TD: Tensor, expert_ids_T: Tensor, probs_T: Tensor, low_rank: object = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, probs_TK: Tensor, low_rank: object = None) -> Tensor:  # noqa: ARG002
         out_TD = torch.zeros_like(x_TD)
         for e, network in enumerate(self.networks):
-            (tokens,) = torch.where(expert_ids_T == e)
+            tokens, choices = torch.where(expert_ids_TK == e)
             if tokens.numel():
-                out_TD.index_add_(0, tokens, network(x_TD[tokens]) * probs_T[tokens, None].to(x_TD.dtype))
+                out_TD.index_add_(0, tokens, network(x_TD[tokens]) * probs_TK[tokens, choices, None].to(x_TD.dtype))
         return out_TD
 
 

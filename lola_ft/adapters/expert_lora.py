@@ -21,14 +21,15 @@ from lola_ft.adapters.selection import Selection, check_selection
 from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.errors import AdapterError
 from lola_ft.kernels.stacks import LowRank
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
 
 
 class ParamWrapper(StockParamWrapper):
-    """LoRA of one projection of LolaExperts. (PEFT recognises these wrappers by this very class name.)
+    """LoRA of one projection of FusedExperts. (PEFT recognises these wrappers by this very class name.)
 
-    Wrappers nest: `down_proj`'s holds `up_proj`'s, which holds the experts. The outermost one runs them all.
+    Wrappers nest: `down_proj`'s holds that of `up_proj` or `gate_up_proj`, which holds the experts. The outermost one
+    runs them all.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ParamWrapper(StockParamWrapper):
         experts = self.get_base_layer()
         self.num_experts = experts.num_experts
         self._param_ndim = 3
-        return experts.shapes[self.parameter_name]
+        return experts.part_shape(self.parameter_name)  # as stored: `update_layer` swaps (out, in)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         experts = self.get_base_layer()
@@ -106,7 +107,7 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
     Raises:
         UserError: If the selection does not fit the model.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
     if selection is None:
         yield
         return
@@ -149,4 +150,4 @@ def refuse_merge() -> NoReturn:
     )
 
 
-EXPERT_CLASSES = (LolaExperts, NF4Experts)
+EXPERT_CLASSES = (FusedExperts, NF4Experts)

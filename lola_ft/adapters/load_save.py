@@ -17,7 +17,7 @@ from lola_ft.adapters.trained_weights import stack_parts
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.families import architecture_of
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 
 
 def load_adapter(
@@ -140,7 +140,7 @@ def _selection(
     model: nn.Module, weights: AdapterWeights, experts_of: Mapping[str, tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
     """Of each MoE layer in order, the experts with LoRA or trained biases."""
-    layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, LolaExperts)]
+    layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
     names = [*weights.pairs, *(name.removesuffix(".bias") for name in weights.trained)]
     held = {expert.module for name in names if (expert := weights.architecture.family.parse_expert(name))}
     return tuple(

@@ -21,7 +21,7 @@ from lola_ft.adapters.layouts import PREFIX
 from lola_ft.adapters.selection import Selection, check_selection
 from lola_ft.errors import AdapterError
 from lola_ft.families import Architecture, architecture_of
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 
 _IN_MEMORY = re.compile(r"\.parametrizations\.(?P<kind>\w+)\.0\.trained_bias$")
 
@@ -156,7 +156,7 @@ def seen_by_peft(model: nn.Module) -> Iterator[None]:
 
     PEFT (0.21) finds the parameters of a module that is parametrised by their full names alone.
     """
-    experts = [m for m in model.modules() if isinstance(m, LolaExperts) and parametrize.is_parametrized(m)]
+    experts = [m for m in model.modules() if isinstance(m, FusedExperts) and parametrize.is_parametrized(m)]
     aside = [(module, module._modules.pop("parametrizations")) for module in experts]
     try:
         yield
@@ -196,5 +196,5 @@ def _owners(model: PeftModel) -> dict[str, nn.Module]:
     return {
         _without_wrappers(path): module
         for path, module in model.get_base_model().named_modules()
-        if isinstance(module, nn.Linear | nn.LayerNorm | LolaExperts) and ".modules_to_save." not in path
+        if isinstance(module, nn.Linear | nn.LayerNorm | FusedExperts) and ".modules_to_save." not in path
     }

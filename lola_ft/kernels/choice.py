@@ -20,9 +20,10 @@ def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Gr
     if up.nf4 is None or down.nf4 is None or x_TD.device.type != "cuda":
         return GroupedMatmuls()
     fused = _fused()
-    if fused is None or not fused.takes(up.nf4.shape) or not fused.takes(down.nf4.shape):
+    if fused is None or not fused.takes(up.nf4) or not fused.takes(down.nf4):
         return GroupedMatmuls()
-    key = (x_TD.device, x_TD.dtype, up.nf4.shape, groups.ends_E.numel(), groups.tile_rows, groups.num_rows.bit_length())
+    shape = (up.in_features, up.out_features, up.is_transposed)
+    key = (x_TD.device, x_TD.dtype, shape, groups.ends_E.numel(), groups.tile_rows, groups.num_rows.bit_length())
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return GroupedMatmuls()
@@ -64,16 +65,14 @@ def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping
 
 def _time(way: Products, x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping) -> float:
     """Milliseconds of a product forward and one backward, the fastest of some."""
-    assert up.nf4, "only 4-bit weights leave a choice"
-    rows_ND = x_TD.detach().new_ones(groups.num_rows, up.nf4.shape[0])
-    bias = rows_ND.new_zeros(groups.ends_E.numel(), up.nf4.shape[1])
+    rows_ND = x_TD.detach().new_ones(groups.num_rows, up.in_features)
     times = []
     for run in range(_RUNS + 2):  # the first two compile and warm up
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()
-        out_NF = way.times(rows_ND, up, groups, bias, None)
+        out_NO = way.times(rows_ND, up, groups, None)
         way.times_transposed(rows_ND, down, groups, None)
-        del out_NF
+        del out_NO
         ended.record()
         ended.synchronize()
         if run >= 2:

@@ -1,18 +1,22 @@
-"""Every token through the expert that it was sent to: grouped, up, GELU, down, LoRA on the way, scaled, put back.
+"""Every token through the experts that it chose: grouped, in, activation, out, LoRA beside, weighted, summed.
 
-One forward and backward for all machines; what differs is how rows are grouped and multiplied (`Products`): one expert
-after another on a CPU, all at once on a GPU.
+One forward and backward for all families and machines. What differs between families is plain values: how many experts
+a token chooses, gated or not, biases or none, the weights' orientation. What differs between machines is how rows are
+grouped and multiplied (`Products`): one expert after another on a CPU, all at once on a GPU.
 
-Shapes: T tokens, N rows of the grouped buffer, D hidden, F inner, E experts, R rank.
+Shapes: T tokens, K choices of a token, C = T*K choices, N rows of the grouped buffer, D hidden, F inner, E experts,
+R rank; O outputs of the projection into the experts: F, or 2F (gate, then up) for gated ones.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lola_ft.kernels.activations import Activation, activation_of
 from lola_ft.kernels.choice import choose_products
 from lola_ft.kernels.grouping import Grouping, fitting_tile_rows, group_by_expert, group_on_device
 from lola_ft.kernels.loop_products import LoopProducts
@@ -28,151 +32,231 @@ RANK_MULTIPLE = 8
 def run_experts(
     experts: Experts,
     x_TD: Tensor,
-    expert_ids_T: Tensor,
-    probs_T: Tensor,
+    expert_ids_TK: Tensor,
+    probs_TK: Tensor,
     low_rank: Mapping[str, LowRank],
     products: Products | None = None,
 ) -> Tensor:
-    """Send each token through its expert and scale by its probability; (T, D) in x's dtype.
+    """Send each token through its experts and sum their outputs weighted by its probabilities; (T, D) in x's dtype.
 
     Args:
+        low_rank: LoRA side paths by the projection's name.
         products: How to multiply; by default what suits the device.
     """
-    dtype = compute_dtype(x_TD)
-    up, down = experts.weights("up_proj"), experts.weights("down_proj")
+    assert expert_ids_TK.ndim == 2, f"choices are (T, K), not {tuple(expert_ids_TK.shape)}"
+    dtype, expert_ids_C = compute_dtype(x_TD), expert_ids_TK.flatten()
+    up, down = (experts.weights(name) for name in experts.shapes)
+    paths = [low_rank.get(name) for name in experts.shapes]
     if products is None and x_TD.device.type == "cpu":
         products = LoopProducts()
     if isinstance(products, LoopProducts):
-        groups = group_by_expert(expert_ids_T, experts.num_experts)
+        groups = group_by_expert(expert_ids_C, experts.num_experts)
     else:
-        tile_rows = fitting_tile_rows(x_TD.shape[0], experts.num_experts)
-        groups = group_on_device(expert_ids_T, experts.num_experts, tile_rows)
+        tile_rows = fitting_tile_rows(expert_ids_C.numel(), experts.num_experts)
+        groups = group_on_device(expert_ids_C, experts.num_experts, tile_rows)
     factors: list[Tensor | None] = []
-    for name in ("up_proj", "down_proj"):
-        path = low_rank.get(name)
+    for path in paths:
         factors += _padded(*path.of_all(experts.num_experts), dtype) if path else [None, None]
+    up_dropout, down_dropout = (path.dropout if path else 0.0 for path in paths)
+    products = products or choose_products(x_TD.to(dtype), up, down, groups)
+    activation = activation_of(experts.activation)
+    layer = _Layer(up, down, activation, experts.has_gate, groups, up_dropout, down_dropout, products)
     with torch.autocast(x_TD.device.type, enabled=False):
         out_TD = _Experts.apply(
-            x_TD.to(dtype),
-            probs_T.to(dtype),
-            up.trainable,
-            experts.up_proj_bias,
-            down.trainable,
-            experts.down_proj_bias,
-            *factors,
-            up,
-            down,
-            groups,
-            {name: path.dropout for name, path in low_rank.items()},
-            products or choose_products(x_TD.to(dtype), up, down, groups),
+            x_TD.to(dtype), probs_TK.to(dtype), up.trainable, up.bias, down.trainable, down.bias, *factors, layer
         )
     return out_TD.to(x_TD.dtype)
 
 
-class _Experts(torch.autograd.Function):
-    """Saved for backward: grouped inputs, pre-activations, unscaled outputs, rank-R intermediates; no dense weight.
+@dataclass(frozen=True)
+class _Layer:
+    """What a pass needs beside the tensors that gradients flow to."""
 
-    Where a GPU computes GELU again, a CPU, for which that is a twentieth of the layer, keeps its output, too.
+    up: WeightStack
+    down: WeightStack
+    activation: Activation
+    has_gate: bool
+    groups: Grouping
+    up_dropout: float
+    down_dropout: float
+    products: Products
+
+    def activated(self, pre_NO: Tensor) -> Tensor:
+        """(N, F): `act(up)`, or `act(gate) * up` of gated experts."""
+        if not self.has_gate:
+            return self.activation.forward(pre_NO)
+        gate_NF, up_NF = pre_NO.chunk(2, dim=1)
+        return self.activation.forward(gate_NF) * up_NF
+
+    def activated_backward(self, d_act_NF: Tensor, pre_NO: Tensor) -> Tensor:
+        """(N, O): the gradient of what `activated` was given."""
+        if not self.has_gate:
+            return self.activation.backward(d_act_NF, pre_NO)
+        gate_NF, up_NF = pre_NO.chunk(2, dim=1)
+        d_gate_NF = self.activation.backward(d_act_NF * up_NF, gate_NF)
+        return torch.cat([d_gate_NF, d_act_NF * self.activation.forward(gate_NF)], dim=1)
+
+    @property
+    def keeps_activations(self) -> bool:
+        """Whether backward is given act (N, F): where computing it again is not cheap.
+
+        It is cheap on a GPU, and for gated experts everywhere: their backward needs act(gate) in any case.
+        """
+        return not (self.products.recomputes_activations or self.has_gate)
+
+
+class _Experts(torch.autograd.Function):
+    """Saved for backward: inputs, pre-activations, unweighted outputs, rank-R intermediates; no dense weight.
+
+    Inputs are saved grouped, (N, D), where a token has one choice. With more choices they are saved as they came,
+    (T, D), and grouped again. Activations are saved where `_Layer.keeps_activations`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: Tensor,
-        probs_T: Tensor,
-        up_weight: Tensor | None,  # noqa: ARG004 (for its gradient)
-        up_bias_EF: Tensor,
+        probs_TK: Tensor,
+        up_weight: Tensor | None,  # noqa: ARG004 (for its gradient, like the next three)
+        up_bias_EO: Tensor | None,  # noqa: ARG004
         down_weight: Tensor | None,  # noqa: ARG004
-        down_bias_ED: Tensor,
+        down_bias_ED: Tensor | None,  # noqa: ARG004
         a_up: Tensor | None,
         b_up: Tensor | None,
         a_down: Tensor | None,
         b_down: Tensor | None,
-        up: WeightStack,
-        down: WeightStack,
-        groups: Grouping,
-        dropouts: dict[str, float],
-        products: Products,
+        layer: _Layer,
     ) -> Tensor:
-        rows_ND = x_TD.new_zeros(groups.num_rows, x_TD.shape[1]).index_copy_(0, groups.row_of_token_T, x_TD)
-        keep_ND = _keep(rows_ND, dropouts.get("up_proj", 0.0))
-        h_up = None if a_up is None else products.to_rank(_dropped(rows_ND, keep_ND, dropouts, "up_proj"), a_up, groups)
-        pre_NF = products.times(rows_ND, up, groups, up_bias_EF, _side(h_up, b_up))
-        act_NF = F.gelu(pre_NF, approximate="tanh")
-        keep_NF = _keep(act_NF, dropouts.get("down_proj", 0.0))
-        h_down = (
-            None
-            if a_down is None
-            else products.to_rank(_dropped(act_NF, keep_NF, dropouts, "down_proj"), a_down, groups)
-        )
-        y_TD = products.times(act_NF, down, groups, down_bias_ED, _side(h_down, b_down))[groups.row_of_token_T]
+        groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
+        # Group: x (T, D) -> rows (N, D), a row for each choice.
+        rows_ND = _grouped(_repeated(x_TD, top_k), groups)
+        # Into the experts: pre (N, O) = rows @ W_up + bias + dropped(rows) @ A_up.T @ B_up.T
+        keep_ND = _keep(rows_ND, layer.up_dropout)
+        h_up = _to_rank(rows_ND, keep_ND, layer.up_dropout, a_up, layer)
+        pre_NO = products.times(rows_ND, layer.up, groups, _side(h_up, b_up))
+        # Activation: act (N, F)
+        act_NF = layer.activated(pre_NO)
+        # Out of them: y (N, D) = act @ W_down + bias + dropped(act) @ A_down.T @ B_down.T
+        keep_NF = _keep(act_NF, layer.down_dropout)
+        h_down = _to_rank(act_NF, keep_NF, layer.down_dropout, a_down, layer)
+        # and back in the choices' order: y (C, D)
+        y_CD = products.times(act_NF, layer.down, groups, _side(h_down, b_down))[groups.row_of_choice_C]
         ctx.save_for_backward(
-            rows_ND,
-            pre_NF,
-            None if products.recomputes_activations else act_NF,
-            y_TD,
-            probs_T,
+            rows_ND if top_k == 1 else x_TD,
+            pre_NO,
+            act_NF if layer.keeps_activations else None,
+            y_CD,
+            probs_TK,
             *(a_up, b_up, a_down, b_down),
             *(h_up, h_down, keep_ND, keep_NF),
         )
-        ctx.up, ctx.down, ctx.groups, ctx.dropouts, ctx.products = up, down, groups, dropouts, products
-        ctx.biases = up_bias_EF, down_bias_ED
-        return y_TD * probs_T[:, None]
+        ctx.layer = layer
+        # Weigh and sum: out (T, D) = sum over k of probs (T, K) * y (T, K, D)
+        return _summed_over_choices(y_CD * probs_TK.reshape(-1, 1), top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TD = grads[0]
-        rows_ND, pre_NF, act_NF, y_TD, probs_T, *rest = ctx.saved_tensors
+        d_out_TD, layer = grads[0], ctx.layer
+        inputs, pre_NO, act_NF, y_CD, probs_TK, *rest = ctx.saved_tensors
         a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF = rest
-        groups, products, dropouts, wants = ctx.groups, ctx.products, ctx.dropouts, ctx.needs_input_grad
-        d_probs_T = (grad_TD * y_TD).sum(-1, dtype=torch.float32).to(probs_T.dtype) if wants[1] else None
-        d_y_ND = torch.zeros_like(rows_ND).index_copy_(0, groups.row_of_token_T, grad_TD * probs_T[:, None])
+        groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
+        wants_x, wants_probs, wants_up, wants_up_bias, wants_down, wants_down_bias, *wants_factors, _ = (
+            ctx.needs_input_grad
+        )
+        # Weights of the sum: d_probs (T, K) = d_out . y
+        d_out_CD = _repeated(d_out_TD, top_k)
+        d_probs_TK = None
+        if wants_probs:
+            d_probs_C = (d_out_CD * y_CD).sum(-1, dtype=torch.float32)
+            d_probs_TK = d_probs_C.to(probs_TK.dtype).view_as(probs_TK)
+        # Group: d_y (N, D) = probs * d_out
+        d_y_ND = _grouped(d_out_CD * probs_TK.reshape(-1, 1), groups)
+        # Out of the experts: d_W_down = act.T @ d_y; d_act (N, F) = d_y @ W_down.T + kept((d_y @ B_down) @ A_down)
         if act_NF is None:
-            act_NF = F.gelu(pre_NF, approximate="tanh")
-        d_down = products.outer(act_NF, d_y_ND, groups) if wants[4] else None
-        d_down_bias = _summed(d_y_ND, groups, ctx.biases[1]) if wants[5] else None
-        dropped_NF, scale = _dropped(act_NF, keep_NF, dropouts, "down_proj"), _scale(dropouts, "down_proj")
+            act_NF = layer.activated(pre_NO)
+        d_down = _weight_gradient(act_NF, d_y_ND, layer.down, layer) if wants_down else None
+        d_down_bias = _bias_gradient(d_y_ND, layer.down, groups) if wants_down_bias else None
         d_a_down, d_b_down, side = _side_backward(
-            products, groups, d_y_ND, dropped_NF, h_down, a_down, b_down, wants[8:10], keep_NF, scale
+            d_y_ND, act_NF, keep_NF, layer.down_dropout, h_down, a_down, b_down, wants_factors[2:], layer
         )
-        d_act_NF = products.times_transposed(d_y_ND, ctx.down, groups, side)
-        d_pre_NF = torch.ops.aten.gelu_backward(d_act_NF, pre_NF, approximate="tanh")
-        d_up = products.outer(rows_ND, d_pre_NF, groups) if wants[2] else None
-        d_up_bias = _summed(d_pre_NF, groups, ctx.biases[0]) if wants[3] else None
-        dropped_ND, scale = _dropped(rows_ND, keep_ND, dropouts, "up_proj"), _scale(dropouts, "up_proj")
+        d_act_NF = products.times_transposed(d_y_ND, layer.down, groups, side)
+        # Activation: d_pre (N, O)
+        d_pre_NO = layer.activated_backward(d_act_NF, pre_NO)
+        # Into the experts: d_W_up = rows.T @ d_pre; d_rows (N, D) = d_pre @ W_up.T + kept((d_pre @ B_up) @ A_up)
+        rows_ND = inputs if top_k == 1 else _grouped(_repeated(inputs, top_k), groups)
+        d_up = _weight_gradient(rows_ND, d_pre_NO, layer.up, layer) if wants_up else None
+        d_up_bias = _bias_gradient(d_pre_NO, layer.up, groups) if wants_up_bias else None
         d_a_up, d_b_up, side = _side_backward(
-            products, groups, d_pre_NF, dropped_ND, h_up, a_up, b_up, wants[6:8], keep_ND, scale
+            d_pre_NO, rows_ND, keep_ND, layer.up_dropout, h_up, a_up, b_up, wants_factors[:2], layer
         )
+        # Back to tokens: d_x (T, D) = sum over k of d_rows
         d_x_TD = None
-        if wants[0]:
-            d_x_TD = products.times_transposed(d_pre_NF, ctx.up, groups, side)[groups.row_of_token_T]
+        if wants_x:
+            d_x_CD = products.times_transposed(d_pre_NO, layer.up, groups, side)[groups.row_of_choice_C]
+            d_x_TD = _summed_over_choices(d_x_CD, top_k)
         factors = (d_a_up, d_b_up, d_a_down, d_b_down)
-        return d_x_TD, d_probs_T, d_up, d_up_bias, d_down, d_down_bias, *factors, *(None,) * 5
+        return d_x_TD, d_probs_TK, d_up, d_up_bias, d_down, d_down_bias, *factors, None
+
+
+def _repeated(x_TD: Tensor, top_k: int) -> Tensor:
+    """(C, D): each token once for each of its choices."""
+    return x_TD if top_k == 1 else x_TD.repeat_interleave(top_k, 0)
+
+
+def _grouped(x_CD: Tensor, groups: Grouping) -> Tensor:
+    """(N, D): each choice in its row of the buffer, zeros in the rows between."""
+    return x_CD.new_zeros(groups.num_rows, x_CD.shape[1]).index_copy_(0, groups.row_of_choice_C, x_CD)
+
+
+def _summed_over_choices(x_CD: Tensor, top_k: int) -> Tensor:
+    """(T, D): each token's rows summed in the order of its choices, which no machine changes."""
+    return x_CD if top_k == 1 else x_CD.unflatten(0, (x_CD.shape[0] // top_k, top_k)).sum(1)
+
+
+def _to_rank(
+    x_NI: Tensor, keep_NI: Tensor | None, dropout: float, a_ERI: Tensor | None, layer: _Layer
+) -> Tensor | None:
+    """(N, R): `dropped(x) @ A.T` of a side path; None if there is no side path."""
+    return None if a_ERI is None else layer.products.to_rank(_dropped(x_NI, keep_NI, dropout), a_ERI, layer.groups)
+
+
+def _side(hidden: Tensor | None, factor: Tensor | None) -> Side | None:
+    return None if hidden is None or factor is None else Side(hidden, factor)
 
 
 def _side_backward(
-    products: Products,
-    groups: Grouping,
     d_out_NO: Tensor,
-    inputs_NI: Tensor,
+    x_NI: Tensor,
+    keep_NI: Tensor | None,
+    dropout: float,
     hidden_NR: Tensor | None,
     a_ERI: Tensor | None,
     b_EOR: Tensor | None,
-    wants: tuple[bool, ...],
-    keep_NI: Tensor | None,
-    scale: float,
+    wants: list[bool],
+    layer: _Layer,
 ) -> tuple[Tensor | None, Tensor | None, Side | None]:
-    """Gradients of a side path's A and B where they are wanted, and what it adds to that of its inputs.
-
-    Args:
-        inputs_NI: What went into the side path, after dropout. No factors, no side path.
-    """
+    """Gradients of a side path's A and B where they are wanted, and what the path adds to the gradient of x."""
     if hidden_NR is None or a_ERI is None or b_EOR is None:
         return None, None, None
+    products, groups = layer.products, layer.groups
+    # d_hidden (N, R) = d_out @ B; d_A = d_hidden.T @ dropped(x); d_B = d_out.T @ hidden
     d_hidden_NR = products.to_rank(d_out_NO, b_EOR.transpose(1, 2), groups)
-    d_a = products.outer(d_hidden_NR, inputs_NI, groups) if wants[0] else None
+    d_a = products.outer(d_hidden_NR, _dropped(x_NI, keep_NI, dropout), groups) if wants[0] else None
     d_b = products.outer(hidden_NR, d_out_NO, groups).transpose(1, 2) if wants[1] else None
-    return d_a, d_b, Side(d_hidden_NR, a_ERI.transpose(1, 2), keep_NI, scale)
+    return d_a, d_b, Side(d_hidden_NR, a_ERI.transpose(1, 2), keep_NI, 1 / (1 - dropout))
+
+
+def _weight_gradient(x_NI: Tensor, d_out_NO: Tensor, weight: WeightStack, layer: _Layer) -> Tensor:
+    """Each expert's `x.T @ d_out`, in the orientation that its weight has."""
+    left, right = (x_NI, d_out_NO) if weight.is_transposed else (d_out_NO, x_NI)
+    return layer.products.outer(left, right, layer.groups)
+
+
+def _bias_gradient(d_out_NO: Tensor, weight: WeightStack, groups: Grouping) -> Tensor:
+    """(E, O): each expert's sum over its rows."""
+    assert weight.bias is not None, "a projection without biases wants no gradient of them"
+    d_out_CO = d_out_NO[groups.row_of_choice_C].to(weight.bias.dtype)
+    return torch.zeros_like(weight.bias).index_add_(0, groups.expert_ids_C, d_out_CO)
 
 
 def _padded(a_ERI: Tensor, b_EOR: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
@@ -182,15 +266,6 @@ def _padded(a_ERI: Tensor, b_EOR: Tensor, dtype: torch.dtype) -> list[Tensor | N
     return [a.contiguous(), b.contiguous()]
 
 
-def _side(hidden: Tensor | None, factor: Tensor | None) -> Side | None:
-    return None if hidden is None or factor is None else Side(hidden, factor)
-
-
-def _summed(d_NO: Tensor, groups: Grouping, bias_EO: Tensor) -> Tensor:
-    """Each expert's sum over its tokens' rows."""
-    return torch.zeros_like(bias_EO).index_add_(0, groups.expert_ids_T, d_NO[groups.row_of_token_T].to(bias_EO.dtype))
-
-
 def _keep(like: Tensor, probability: float) -> Tensor | None:
     """True where an entry is kept; None without dropout."""
     if not probability:
@@ -198,9 +273,5 @@ def _keep(like: Tensor, probability: float) -> Tensor | None:
     return torch.empty(like.shape, dtype=torch.bool, device=like.device).bernoulli_(1 - probability)
 
 
-def _scale(dropouts: Mapping[str, float], name: str) -> float:
-    return 1 / (1 - dropouts.get(name, 0.0))
-
-
-def _dropped(x: Tensor, keep: Tensor | None, dropouts: Mapping[str, float], name: str) -> Tensor:
-    return x if keep is None else x * keep * _scale(dropouts, name)
+def _dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    return x if keep is None else x * keep * (1 / (1 - dropout))

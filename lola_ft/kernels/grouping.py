@@ -1,5 +1,8 @@
 """Tokens sorted by expert into one buffer where each expert's rows are contiguous.
 
+A token has one row for each expert that it chose: what is sorted are choices, C = T*K of them, a token's K choices one
+after another.
+
 Two plans of the same kind. On a CPU (`group_by_expert`) each group is padded to one of a few row counts: oneDNN builds
 a kernel for every new count (1 to 10 ms, against 0.05 to 1 ms to run it), so unpadded groups, whose sizes change every
 step, would mostly build kernels; so would the buffer as a whole, which is padded, too. On a GPU (`group_on_device`) the
@@ -23,16 +26,16 @@ class Grouping:
     """Rows of a padded buffer, grouped by expert.
 
     Attributes:
-        row_of_token_T: The buffer row of each token (T,), int64.
-        expert_ids_T: The choices themselves, int64.
+        row_of_choice_C: The buffer row of each choice (C,), int64.
+        expert_ids_C: The choices themselves, int64.
         starts_E, ends_E: First and end row of each expert's group, padding included, int32.
         expert_of_tile: Of each tile of `tile_rows` rows; the number of experts for tiles that nobody uses. int32.
         num_rows: Rows of the buffer, a multiple of `tile_rows`.
         tile_rows: Rows that surely belong to one expert.
     """
 
-    row_of_token_T: Tensor
-    expert_ids_T: Tensor
+    row_of_choice_C: Tensor
+    expert_ids_C: Tensor
     starts_E: Tensor
     ends_E: Tensor
     expert_of_tile: Tensor
@@ -50,18 +53,18 @@ class Grouping:
         return [(expert_id, first, end) for expert_id, (first, end) in enumerate(ends) if end > first]
 
 
-def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
+def group_by_expert(expert_ids_C: Tensor, num_experts: int) -> Grouping:
     """Plan the buffer for these choices; reads the counts to the host once."""
-    counts_E = torch.bincount(expert_ids_T, minlength=num_experts)
+    counts_E = torch.bincount(expert_ids_C, minlength=num_experts)
     padded = [padded_rows(count) for count in counts_E.tolist()]
     unused = -sum(padded) % BUFFER_BUCKET if sum(padded) > BUFFER_BUCKET else 0
-    padded_E = torch.tensor([*padded, unused], device=expert_ids_T.device)
+    padded_E = torch.tensor([*padded, unused], device=expert_ids_C.device)
     ends_E = padded_E.cumsum(0)
     starts_E = ends_E - padded_E
     expert_of_row = torch.arange(num_experts + 1, device=ends_E.device).repeat_interleave(padded_E).int()
     return Grouping(
-        _rows_of_tokens(expert_ids_T, counts_E, starts_E[:-1]),
-        expert_ids_T,
+        _rows_of_choices(expert_ids_C, counts_E, starts_E[:-1]),
+        expert_ids_C,
         starts_E[:-1].int(),
         ends_E[:-1].int(),
         expert_of_row,
@@ -70,19 +73,19 @@ def group_by_expert(expert_ids_T: Tensor, num_experts: int) -> Grouping:
     )
 
 
-def group_on_device(expert_ids_T: Tensor, num_experts: int, tile_rows: int) -> Grouping:
+def group_on_device(expert_ids_C: Tensor, num_experts: int, tile_rows: int) -> Grouping:
     """Plan the buffer for these choices without reading any of it."""
-    tokens, device = expert_ids_T.numel(), expert_ids_T.device
-    # A full tile needs tile_rows tokens, and each expert with a token has at most one that is not full.
-    num_tiles = tokens // tile_rows + min(num_experts, tokens)
-    ones_T = torch.ones_like(expert_ids_T)
-    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, expert_ids_T, ones_T)
+    choices, device = expert_ids_C.numel(), expert_ids_C.device
+    # A full tile needs tile_rows choices, and each chosen expert has at most one that is not full.
+    num_tiles = choices // tile_rows + min(num_experts, choices)
+    ones_C = torch.ones_like(expert_ids_C)
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, expert_ids_C, ones_C)
     tiles_E = (counts_E + tile_rows - 1) // tile_rows
     end_tiles_E = tiles_E.cumsum(0)
     starts_E = (end_tiles_E - tiles_E) * tile_rows
     return Grouping(
-        _rows_of_tokens(expert_ids_T, counts_E, starts_E),
-        expert_ids_T,
+        _rows_of_choices(expert_ids_C, counts_E, starts_E),
+        expert_ids_C,
         starts_E.int(),
         (end_tiles_E * tile_rows).int(),
         torch.searchsorted(end_tiles_E, torch.arange(num_tiles, device=device), right=True).int(),
@@ -107,15 +110,15 @@ def bucket_of(count: int) -> int:
     return bucket
 
 
-def fitting_tile_rows(tokens: int, num_experts: int) -> int:
+def fitting_tile_rows(choices: int, num_experts: int) -> int:
     """Rows of a tile: about what an expert gets, between the least that a matrix unit takes and 128."""
-    share = max(1, tokens // num_experts)
+    share = max(1, choices // num_experts)
     return min(128, max(16, 1 << (share - 1).bit_length()))
 
 
-def _rows_of_tokens(expert_ids_T: Tensor, counts_E: Tensor, starts_E: Tensor) -> Tensor:
-    """Each token's row: those of an expert in their order, from its first row on."""
-    order_T = expert_ids_T.argsort(stable=True)
-    sorted_ids_T = expert_ids_T[order_T]
-    place_T = torch.arange(order_T.numel(), device=order_T.device) - (counts_E.cumsum(0) - counts_E)[sorted_ids_T]
-    return torch.empty_like(order_T).scatter_(0, order_T, starts_E[sorted_ids_T] + place_T)
+def _rows_of_choices(expert_ids_C: Tensor, counts_E: Tensor, starts_E: Tensor) -> Tensor:
+    """Each choice's row: those of an expert in their order, from its first row on."""
+    order_C = expert_ids_C.argsort(stable=True)
+    sorted_ids_C = expert_ids_C[order_C]
+    place_C = torch.arange(order_C.numel(), device=order_C.device) - (counts_E.cumsum(0) - counts_E)[sorted_ids_C]
+    return torch.empty_like(order_C).scatter_(0, order_C, starts_E[sorted_ids_C] + place_C)

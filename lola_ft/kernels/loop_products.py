@@ -25,22 +25,25 @@ class LoopProducts:
 
     recomputes_activations = False
 
-    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
-        bias_EO = bias_EO.to(x_NI.dtype)
-        out_NO = _empty_rows(x_NI, bias_EO.shape[1], groups)
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
+        out_NO = _empty_rows(x_NI, weight.out_features, groups)
+        bias_EO = None if weight.bias is None else weight.bias.to(x_NI.dtype)
         joint = side is not None and _takes_jointly(side, out_NO)
+        first_EO = None if joint else bias_EO  # what the products are added to
+        multiply = times if weight.is_transposed else times_transposed
         for e, i, j, tiles in _with_tiles(weight, groups, x_NI.dtype):
-            if not joint:
-                out_NO[i:j] = bias_EO[e]
-            times(x_NI[i:j], tiles, out_NO[i:j], add=not joint)
+            if first_EO is not None:
+                out_NO[i:j] = first_EO[e]
+            multiply(x_NI[i:j], tiles, out_NO[i:j], add=first_EO is not None)
         if side is not None:
             _add_side(out_NO, side, groups, bias_EO if joint else None)
         return out_NO
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
-        out_NI = _empty_rows(x_NO, weight.rows, groups)
+        out_NI = _empty_rows(x_NO, weight.in_features, groups)
+        multiply = times_transposed if weight.is_transposed else times
         for _, i, j, tiles in _with_tiles(weight, groups, x_NO.dtype):
-            times_transposed(x_NO[i:j], tiles, out_NI[i:j])
+            multiply(x_NO[i:j], tiles, out_NI[i:j])
         if side is not None:
             _add_side(out_NI, side, groups, None)
         return out_NI
@@ -73,7 +76,7 @@ def _empty_rows(like: Tensor, columns: int, groups: Grouping) -> Tensor:
 
 
 def _with_tiles(weight: WeightStack, groups: Grouping, dtype: torch.dtype) -> Iterator[tuple[int, int, int, Tiles]]:
-    """Each expert that got a token: its number, first row, end row, dense weight."""
+    """Each expert that got a token: its number, first row, end row, dense weight as stored."""
     spans = groups.spans()
     for span, tiles in zip(spans, weight.tiles([e for e, _, _ in spans], dtype), strict=True):
         yield *span, tiles

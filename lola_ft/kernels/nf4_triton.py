@@ -26,17 +26,41 @@ def _decoded(
     first_column,
     num_rows,
     num_columns,
+    superblocks,
+    PARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile (ROWS, COLUMNS) of one expert's weight in float32, zeros outside; COLUMNS is a multiple of BLOCK."""
+    """A tile (ROWS, COLUMNS) of one expert's weight in float32, zeros outside; COLUMNS is a multiple of BLOCK.
+
+    The weight's parts lie one below another or side by side, and one after another in memory; each has scales of its
+    own, `superblocks` blocks of them, and a mean of these.
+    """
     rows = first_row + tl.arange(0, ROWS)
-    blocks = first_column // BLOCK + tl.arange(0, COLUMNS // BLOCK)
+    columns = first_column // BLOCK + tl.arange(0, COLUMNS // BLOCK)  # of blocks
+    row, column = rows[:, None], columns[None, :]
     blocks_a_row = num_columns // BLOCK
-    inside = (rows[:, None] < num_rows) & (blocks[None, :] < blocks_a_row)
-    block = rows[:, None] * blocks_a_row + blocks[None, :]
+    inside = (row < num_rows) & (column < blocks_a_row)
+    if PARTS == 1:
+        block = row * blocks_a_row + column
+        superblock = block // _SUPERBLOCK
+        mean = tl.load(offset)
+    else:
+        if SIDE_BY_SIDE:
+            blocks_a_row = blocks_a_row // PARTS
+            part = column // blocks_a_row + row * 0
+            part_rows = num_rows
+            block = row * blocks_a_row + column % blocks_a_row
+        else:
+            part_rows = num_rows // PARTS
+            part = row // part_rows + column * 0
+            block = (row % part_rows) * blocks_a_row + column
+        superblock = part * superblocks + block // _SUPERBLOCK
+        mean = tl.load(offset + part, mask=inside, other=0.0)
+        block += part * part_rows * blocks_a_row
     code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-    scale = tl.load(absmax_code + code) * tl.load(absmax2 + block // _SUPERBLOCK, mask=inside, other=0.0) + offset
+    scale = tl.load(absmax_code + code) * tl.load(absmax2 + superblock, mask=inside, other=0.0) + mean
     scale = tl.where(inside, scale, 0.0)[:, :, None]
     at = block[:, :, None] * _PAIRS + tl.arange(0, _PAIRS)[None, None, :]
     byte = tl.load(packed + at, mask=inside[:, :, None], other=0).to(tl.int32)
@@ -62,14 +86,16 @@ def product(
     keep,
     weight_rows,
     weight_columns,
-    absmax_stride,
-    absmax2_stride,
+    blocks,
+    superblocks,
     factor_stride_e,
     factor_stride_o,
     factor_stride_r,
     rank,
     keep_scale,
     NUM_EXPERTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
@@ -79,7 +105,10 @@ def product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`; plus bias; plus `hidden @ factor[expert].T` (RANK > 0)."""
+    """`x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`; plus bias; plus `hidden @ factor[expert].T` (RANK > 0).
+
+    W is the weight as stored, of `weight_rows` and `weight_columns` in all; for its parts see `_decoded`.
+    """
     tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile)
     if expert >= NUM_EXPERTS:
@@ -90,9 +119,9 @@ def product(
     else:
         num_in, num_out = weight_rows, weight_columns
     packed += expert * ((weight_rows * weight_columns) // 2)
-    absmax += expert * absmax_stride
-    absmax2 += expert * absmax2_stride
-    mean = tl.load(offset + expert)
+    absmax += expert * PARTS * blocks
+    absmax2 += expert * PARTS * superblocks
+    offset += expert * PARTS
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = columns < num_out
@@ -106,13 +135,16 @@ def product(
                     packed,
                     absmax,
                     absmax2,
-                    mean,
+                    offset,
                     absmax_code,
                     nf4_code,
                     tl.program_id(1) * BLOCK_N,
                     start,
                     weight_rows,
                     weight_columns,
+                    superblocks,
+                    PARTS,
+                    SIDE_BY_SIDE,
                     BLOCK_N,
                     BLOCK_K,
                 ).to(part.dtype)
@@ -122,13 +154,16 @@ def product(
                 packed,
                 absmax,
                 absmax2,
-                mean,
+                offset,
                 absmax_code,
                 nf4_code,
                 start,
                 tl.program_id(1) * BLOCK_N,
                 weight_rows,
                 weight_columns,
+                superblocks,
+                PARTS,
+                SIDE_BY_SIDE,
                 BLOCK_K,
                 BLOCK_N,
             ).to(part.dtype)

@@ -35,12 +35,13 @@ class Products(Protocol):
     """One way to multiply. Rows beyond the last expert's group hold anything afterwards.
 
     Attributes:
-        recomputes_activations: Whether GELU is computed again in backward, and not kept, because that is cheap there.
+        recomputes_activations: Whether activations are computed again in backward, and not kept, because that is
+            cheap there.
     """
 
     recomputes_activations: bool
 
-    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
         """`x @ weight[expert] + bias[expert]` and the side path; (N, O)."""
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
@@ -58,13 +59,16 @@ class GroupedMatmuls:
 
     recomputes_activations = True
 
-    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
-        out_NO = F.grouped_mm(x_NI, weight.dense(x_NI.dtype), offs=groups.ends_E)
-        out_NO += bias_EO.to(x_NI.dtype)[groups.expert_of_row()]
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
+        dense = weight.dense(x_NI.dtype)
+        out_NO = F.grouped_mm(x_NI, dense if weight.is_transposed else dense.transpose(1, 2), offs=groups.ends_E)
+        if weight.bias is not None:
+            out_NO += weight.bias.to(x_NI.dtype)[groups.expert_of_row()]
         return _with_side(out_NO, side, groups)
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
-        out_NI = F.grouped_mm(x_NO, weight.dense(x_NO.dtype).transpose(1, 2), offs=groups.ends_E)
+        dense = weight.dense(x_NO.dtype)
+        out_NI = F.grouped_mm(x_NO, dense.transpose(1, 2) if weight.is_transposed else dense, offs=groups.ends_E)
         return _with_side(out_NI, side, groups)
 
     def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:

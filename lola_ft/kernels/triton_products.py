@@ -8,7 +8,7 @@ from torch import Tensor
 from lola_ft.kernels import nf4_triton
 from lola_ft.kernels.grouping import Grouping
 from lola_ft.kernels.products import GroupedMatmuls, Side
-from lola_ft.kernels.stacks import WeightStack
+from lola_ft.kernels.stacks import NF4Stack, WeightStack
 
 _LEAST = 16  # rows and columns that a matrix unit takes
 _LARGEST_RANK = 256  # a rank beyond this would not fit beside the tile
@@ -29,15 +29,15 @@ class TritonProducts:
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
 
     @staticmethod
-    def takes(shape: tuple[int, int]) -> bool:
+    def takes(nf4: NF4Stack) -> bool:
         """Whether a weight's blocks of scales lie within its rows."""
-        return shape[1] % nf4_triton.BLOCK.value == 0
+        return nf4.shape[1] % nf4_triton.BLOCK.value == 0
 
-    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, bias_EO: Tensor, side: Side | None) -> Tensor:
-        return self._product(x_NI, weight, groups, bias_EO, side, transposed=False)
+    def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
+        return self._product(x_NI, weight, groups, side, forward=True)
 
     def times_transposed(self, x_NO: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
-        return self._product(x_NO, weight, groups, None, side, transposed=True)
+        return self._product(x_NO, weight, groups, side, forward=False)
 
     def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:
         rank = factor_ERI.shape[1]
@@ -78,19 +78,12 @@ class TritonProducts:
         )
         return out_ERI
 
-    def _product(
-        self,
-        x: Tensor,
-        weight: WeightStack,
-        groups: Grouping,
-        bias: Tensor | None,
-        side: Side | None,
-        transposed: bool,
-    ) -> Tensor:
-        nf4 = weight.nf4
+    def _product(self, x: Tensor, weight: WeightStack, groups: Grouping, side: Side | None, forward: bool) -> Tensor:
+        nf4, bias = weight.nf4, weight.bias if forward else None
         assert nf4 is not None, "these kernels read 4-bit weights"
-        rows, columns = nf4.shape
-        out = x.new_empty(x.shape[0], rows if transposed else columns)
+        out = x.new_empty(x.shape[0], weight.out_features if forward else weight.in_features)
+        inputs_first = (weight.in_features, weight.out_features)
+        rows, columns = inputs_first if weight.is_transposed else inputs_first[::-1]
         # Pointers that a kernel does not follow are given as some tensor: Triton wants one.
         strides = side.factor_EOR.stride() if side else (0, 0, 0)
         rank = side.hidden_NR.shape[1] if side else 0
@@ -116,7 +109,9 @@ class TritonProducts:
             rank,
             side.scale if side else 1.0,
             NUM_EXPERTS=groups.ends_E.numel(),
-            TRANSPOSED=transposed,
+            PARTS=nf4.parts,
+            SIDE_BY_SIDE=weight.is_transposed,
+            TRANSPOSED=weight.is_transposed != forward,
             HAS_BIAS=bias is not None,
             RANK=_rank_block(rank) if rank else 0,
             HAS_KEEP=side is not None and side.keep_NO is not None,

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lola_ft.kernels.attention import cpu_attention, suits_cpu_attention
 from lola_ft.model.config import LolaConfig
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.model.packed import Stretch
 from lola_ft.model.router import RouterGate, route
 
@@ -116,7 +116,7 @@ class LolaMoe(nn.Module):
     def __init__(self, config: LolaConfig) -> None:
         super().__init__()
         self.gate = RouterGate(config.n_embd, config.num_experts)
-        self.experts = LolaExperts(config.n_embd, config.n_inner, config.num_experts)
+        self.experts = FusedExperts(config.n_embd, config.n_inner, config.num_experts)
         # The authors drop out each expert's output before scaling it; both are elementwise, so once after is the same.
         self.dropout = nn.Dropout(config.resid_pdrop)
 
@@ -131,7 +131,7 @@ class LolaMoe(nn.Module):
         routing = route(self.gate(x_TD), choices[0] if choices else None)
         if choices == []:
             choices.append(routing.expert_ids_T)
-        out_TD = self.experts(x_TD, routing.expert_ids_T, routing.probs_T)
+        out_TD = self.experts(x_TD, routing.expert_ids_T[:, None], routing.probs_T[:, None])
         return self.dropout(out_TD).view_as(x_BSD), routing.logits_TE
 
 
@@ -173,7 +173,7 @@ def init_weights(module: nn.Module, std: float) -> None:
         nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, LolaExperts):
+    elif isinstance(module, FusedExperts):
         with torch.no_grad():
             for name, parameter in module.named_parameters(recurse=False):
                 parameter.zero_() if name.endswith("_bias") else parameter.normal_(std=std)

@@ -1,5 +1,7 @@
 """What is in a model, by part and by format: parameters and bytes. Silence about a dense expert is the enemy."""
 
+from math import prod
+
 import torch
 from torch import Tensor, nn
 
@@ -66,8 +68,7 @@ def _count(result: Audit, part: str, module: nn.Module, name: str, tensor: Tenso
         num_bytes += sum(scale.numel() * scale.element_size() for scale in scales)
     elif isinstance(module, NF4Experts) and not name.endswith("_bias"):
         kind = "nf4"
-        in_features, out_features = module.shapes.get(name, (0, 0))  # scales stand for no parameters
-        parameters = module.num_experts * in_features * out_features
+        parameters = module.num_experts * prod(module.shapes[name]) if name in module.shapes else 0
     count = result.counts[part, kind]
     count.parameters += parameters
     count.num_bytes += num_bytes

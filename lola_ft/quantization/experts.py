@@ -1,12 +1,15 @@
 """The fused experts of one MoE layer in NF4: the 4-bit store.
 
-Each projection of each expert is quantised by itself, in its in×out orientation, exactly as bitsandbytes would quantise
-that one tensor of the Hub's checkpoint. The stacked parts are, for E experts and n = in*out weights an expert:
+Each weight of each expert is quantised by itself, in the orientation of the family's files, exactly as bitsandbytes
+would quantise that one tensor; a gated expert's gate and up apart. The stacked parts of a projection are, for E experts
+and n weights per tensor:
 
-    up_proj, down_proj      (E, n/2)        uint8    two codes a byte; a parameter, so that PEFT finds it by name
+    up_proj, down_proj      (E, n/2)        uint8    two codes per byte; a parameter, so that PEFT finds it by name
     …_absmax                (E, n/64)       uint8    scale of each block
     …_absmax2               (E, n/64/256)   float32  scale of each block of scales
     …_offset                (E,)            float32  mean of the scales
+
+`gate_up_proj` has two tensors per expert, gate then up, and each of its stacks a second dimension of two.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +21,8 @@ from torch import Tensor, nn
 
 from lola_ft.kernels.nf4_sizes import packed_sizes
 from lola_ft.kernels.stacks import NF4Stack, WeightStack
-from lola_ft.kernels.tiles import Tiles
-from lola_ft.model.experts import PROJECTIONS, LolaExperts
+from lola_ft.kernels.tiles import Tiles, one_below_another, side_by_side
+from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization.nf4 import (
     NF4,
     dequantize,
@@ -31,75 +34,96 @@ from lola_ft.quantization.nf4 import (
     tiles_of,
 )
 
+_SCALES = ("absmax", "absmax2", "offset")
 
-class NF4Experts(LolaExperts):
-    """LolaExperts with 4-bit weights; biases stay as they are. Allocated empty, filled by `load_expert`."""
+
+class NF4Experts(FusedExperts):
+    """FusedExperts with 4-bit weights; biases stay as they are. Allocated empty, filled by `load_expert`."""
 
     def _make_weights(self) -> None:
-        for name, (in_features, out_features) in self.shapes.items():
-            packed, blocks, superblocks = packed_sizes(in_features * out_features)
-            e = self.num_experts
-            weight = nn.Parameter(torch.empty(e, packed, dtype=torch.uint8), requires_grad=False)
+        for name in self.shapes:
+            packed, blocks, superblocks = packed_sizes(self.hidden_size * self.inner_size)
+            parts = _num_parts(name)
+            tensors = (self.num_experts,) if parts == 1 else (self.num_experts, parts)
+            weight = nn.Parameter(torch.empty(*tensors, packed, dtype=torch.uint8), requires_grad=False)
             self.register_parameter(name, weight)
-            self.register_buffer(f"{name}_absmax", torch.empty(e, blocks, dtype=torch.uint8))
-            self.register_buffer(f"{name}_absmax2", torch.empty(e, superblocks, dtype=torch.float32))
-            self.register_buffer(f"{name}_offset", torch.empty(e, dtype=torch.float32))
+            self.register_buffer(f"{name}_absmax", torch.empty(*tensors, blocks, dtype=torch.uint8))
+            self.register_buffer(f"{name}_absmax2", torch.empty(*tensors, superblocks, dtype=torch.float32))
+            self.register_buffer(f"{name}_offset", torch.empty(tensors, dtype=torch.float32))
         self.register_buffer("absmax_code", torch.empty(256, dtype=torch.float32), persistent=False)
 
     def allocate(self, device: torch.device) -> None:
         """Give a module made on the meta device its memory. (Biases are left to the loader.)"""
-        for name in PROJECTIONS:
+        for name in self.shapes:
             weight = getattr(self, name)
             setattr(self, name, nn.Parameter(torch.empty_like(weight, device=device), requires_grad=False))
-            for part in ("absmax", "absmax2", "offset"):
+            for part in _SCALES:
                 buffer = getattr(self, f"{name}_{part}")
                 setattr(self, f"{name}_{part}", torch.empty_like(buffer, device=device))
         self.absmax_code = dynamic_code().to(device)
 
-    def load_expert(self, name: str, expert_id: int, weight: Tensor) -> None:
-        """Quantise one expert's dense weight (in, out) into its slot."""
-        nf4 = quantize(weight)
-        getattr(self, name).data[expert_id] = nf4.packed
-        getattr(self, f"{name}_absmax")[expert_id] = nf4.absmax
-        getattr(self, f"{name}_absmax2")[expert_id] = nf4.absmax2
-        getattr(self, f"{name}_offset")[expert_id] = nf4.offset
+    def load_expert(self, part: str, expert_id: int, weight: Tensor) -> None:
+        """Quantise one expert's dense weight, as a file holds it, into its place.
 
-    def stored(self, name: str, expert_id: int) -> NF4:
+        Args:
+            part: `up_proj`, `down_proj` or, of gated experts, `gate_proj`.
+        """
+        place, new = self.stored(part, expert_id), quantize(weight)
+        place.packed.copy_(new.packed)
+        place.absmax.copy_(new.absmax)
+        place.absmax2.copy_(new.absmax2)
+        place.offset.copy_(new.offset)
+
+    def stored(self, part: str, expert_id: int) -> NF4:
         """One expert's quantised weight (views into the stack)."""
-        return NF4(
-            getattr(self, name).data[expert_id],
-            getattr(self, f"{name}_absmax")[expert_id],
-            getattr(self, f"{name}_absmax2")[expert_id],
-            getattr(self, f"{name}_offset")[expert_id],
-        )
+        projection, number = self.parts[part]
+        stack = self._stack(projection)
+        matrix = expert_id * stack.parts + number
+        return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
 
-    def expert_weight(self, name: str, expert_id: int, dtype: torch.dtype) -> Tensor:
-        """One expert's dequantised weight (in, out)."""
-        return dequantize(self.stored(name, expert_id), self.absmax_code, self.shapes[name], dtype)
+    def expert_weight(self, part: str, expert_id: int, dtype: torch.dtype) -> Tensor:
+        """One expert's dequantised weight, as a file holds it."""
+        return dequantize(self.stored(part, expert_id), self.absmax_code, self.part_shape(part), dtype)
 
     def weights(self, name: str) -> WeightStack:
-        tiles, dense = partial(self._tiles, name), partial(self._dense, name)
-        return WeightStack(None, tiles, dense, self.shapes[name][0], self._stack(name))
-
-    def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """All experts' dequantised weights (E, in, out)."""
-        return dequantize_stack(self._stack(name), dtype)
-
-    def _stack(self, name: str) -> NF4Stack:
-        return NF4Stack(
-            getattr(self, name).data,
-            getattr(self, f"{name}_absmax"),
-            getattr(self, f"{name}_absmax2"),
-            getattr(self, f"{name}_offset"),
-            self.absmax_code,
-            nf4_code(self.absmax_code.device),
-            self.shapes[name],
+        return WeightStack(
+            *self.shapes[name],
+            self.is_transposed,
+            None,
+            getattr(self, f"{name}_bias"),
+            partial(self._tiles, name),
+            partial(self._dense, name),
+            self._stack(name),
         )
 
+    def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
+        """All experts' dequantised weights, as stored; parts one below another, or side by side if transposed."""
+        matrices_EPIO = dequantize_stack(self._stack(name), dtype).unflatten(0, (self.num_experts, -1))
+        if self.is_transposed:
+            matrices_EPIO = matrices_EPIO.transpose(1, 2)
+        return matrices_EPIO.reshape(self.num_experts, *self.part_shape(name))
+
+    def _stack(self, name: str) -> NF4Stack:
+        parts = _num_parts(name)
+        tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
+        if parts > 1:
+            tensors = [tensor.flatten(0, 1) for tensor in tensors]
+        packed, absmax, absmax2, offset = tensors
+        shape = self.part_shape("down_proj" if name == "down_proj" else "up_proj")
+        codes = self.absmax_code, nf4_code(self.absmax_code.device)
+        return NF4Stack(packed, absmax, absmax2, offset, *codes, shape, parts)
+
     def _tiles(self, name: str, expert_ids: list[int], dtype: torch.dtype) -> Iterator[Tiles]:
-        scales = stack_scales(self._stack(name), expert_ids)
-        for expert_id, scales_of_one in zip(expert_ids, scales, strict=True):
-            yield tiles_of(getattr(self, name).data[expert_id], scales_of_one, self.shapes[name], dtype)
+        stack = self._stack(name)
+        matrices = [expert_id * stack.parts + part for expert_id in expert_ids for part in range(stack.parts)]
+        scales = stack_scales(stack, matrices)
+        tiles = [tiles_of(stack.packed[m], own, stack.shape, dtype) for m, own in zip(matrices, scales, strict=True)]
+        for first in range(0, len(tiles), stack.parts):
+            parts = tiles[first : first + stack.parts]
+            if stack.parts == 1:
+                yield parts[0]
+            else:
+                yield side_by_side(parts) if self.is_transposed else one_below_another(parts, stack.shape[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Experts":
         """Follow `.to(device)`, but keep the scales float32 under `.half()` or `.to(dtype)`."""
@@ -115,12 +139,16 @@ class NF4Experts(LolaExperts):
         raise TypeError("4-bit experts are not pickled; save their state_dict as safetensors.")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NF4Experts":
-        hidden_size, inner_size = self.shapes["up_proj"]
         with torch.device("meta"):
-            copy = NF4Experts(hidden_size, inner_size, self.num_experts)
+            copy = NF4Experts(**self.settings)
         memo[id(self)] = copy
         for name, parameter in self.named_parameters(recurse=False):
             setattr(copy, name, nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad))
         for name, buffer in self.named_buffers(recurse=False):
             setattr(copy, name, buffer.clone())
         return copy.train(self.training)
+
+
+def _num_parts(projection: str) -> int:
+    """How many tensors of a file one expert's projection is made of."""
+    return 2 if projection == "gate_up_proj" else 1

@@ -23,7 +23,7 @@ from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.model.layers import init_weights
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
@@ -218,10 +218,9 @@ def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> No
     module = model.get_submodule(place.module)
     if isinstance(module, NF4Linear | NF4Experts):
         return
-    if isinstance(module, LolaExperts):
-        hidden_size, inner_size = module.shapes["up_proj"]
+    if isinstance(module, FusedExperts):
         with torch.device("meta"):
-            experts = NF4Experts(hidden_size, inner_size, module.num_experts)
+            experts = NF4Experts(**module.settings)
         experts.allocate(device)
         _replace(model, place.module, experts)
     else:
@@ -252,7 +251,7 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         place = places[entry.name]
         quantised = four_bit(place)
         if isinstance(quantised, NF4Experts):
-            quantised.load_expert(place.leaf, place.expert or 0, tensor)
+            quantised.load_expert(place.part or place.leaf, place.expert or 0, tensor)
         elif quantised is not None:
             quantised.load_dense(tensor.t() if place.transposed else tensor)
         elif place.expert is not None:

@@ -125,27 +125,27 @@ def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
-    """All experts' dense weights (E, in, out); bit-equal to one after another."""
-    num_experts, numel = stack.packed.shape[0], prod(stack.shape)
-    scales = stack_scales(stack, list(range(num_experts)))
-    if numel % BLOCK:  # an expert's last block is not full
-        parts = [_dense(stack.packed[e], scales[e], numel, dtype) for e in range(num_experts)]
-        return torch.stack(parts).view(num_experts, *stack.shape)
-    return _dense(stack.packed.view(-1), scales.view(-1), num_experts * numel, dtype).view(num_experts, *stack.shape)
+    """All dense matrices (M, rows, columns) of a stack; bit-equal to one after another."""
+    num_matrices, numel = stack.packed.shape[0], prod(stack.shape)
+    scales = stack_scales(stack, list(range(num_matrices)))
+    if numel % BLOCK:  # a matrix's last block is not full
+        parts = [_dense(stack.packed[m], scales[m], numel, dtype) for m in range(num_matrices)]
+        return torch.stack(parts).view(num_matrices, *stack.shape)
+    return _dense(stack.packed.view(-1), scales.view(-1), num_matrices * numel, dtype).view(num_matrices, *stack.shape)
 
 
-def stack_scales(stack: NF4Stack, expert_ids: list[int]) -> Tensor:
-    """The block scales of some experts, float32 (experts, blocks); one call for all, for a call costs what they do."""
+def stack_scales(stack: NF4Stack, matrices: list[int]) -> Tensor:
+    """The block scales of some matrices, float32 (matrices, blocks); in one call for all."""
     num_blocks = stack.absmax.shape[1]
     absmax, absmax2, offset = stack.absmax, stack.absmax2, stack.offset
-    if len(expert_ids) < absmax.shape[0]:
-        absmax, absmax2, offset = absmax[expert_ids], absmax2[expert_ids], offset[expert_ids]
+    if len(matrices) < absmax.shape[0]:
+        absmax, absmax2, offset = absmax[matrices], absmax2[matrices], offset[matrices]
     if missing := -num_blocks % ABSMAX_BLOCK:  # the last superblock is not full
         absmax = F.pad(absmax, (0, missing))
     scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
         absmax.view(-1), absmax2.view(-1), stack.absmax_code, ABSMAX_BLOCK, torch.float32
     )
-    return scales.view(len(expert_ids), -1)[:, :num_blocks] + offset[:, None]
+    return scales.view(len(matrices), -1)[:, :num_blocks] + offset[:, None]
 
 
 def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:

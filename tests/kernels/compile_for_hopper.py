@@ -17,7 +17,8 @@ _POINTERS = _BF16 | _BYTES | _FLOAT32 | _INT32 | {"keep": "*i1", "keep_scale": "
 
 def compile_kernel(kernel: triton.JITFunction, tile_rows: int, **constants: object) -> None:
     """Compile with the constants that the kernel has among the given ones."""
-    constants = {"NUM_EXPERTS": 16, "RANK": 16, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "tf32"} | constants
+    defaults = {"NUM_EXPERTS": 16, "RANK": 16, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "tf32"}
+    constants = defaults | {"PARTS": 1, "SIDE_BY_SIDE": True} | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     constants["BLOCK_M"] = tile_rows
     signature = {name: "constexpr" if name in constants else _POINTERS.get(name, "i32") for name in kernel.arg_names}
@@ -29,6 +30,7 @@ def compile_kernel(kernel: triton.JITFunction, tile_rows: int, **constants: obje
                 "kernel": kernel.__name__,
                 "tile_rows": tile_rows,
                 "transposed": constants.get("TRANSPOSED"),
+                "parts": constants.get("PARTS"),
                 "matrix_instructions": sum(compiled.asm["ptx"].count(name) for name in ("wgmma.mma", "mma.sync")),
                 "shared_bytes": compiled.metadata.shared,
             }
@@ -39,8 +41,8 @@ def compile_kernel(kernel: triton.JITFunction, tile_rows: int, **constants: obje
 if __name__ == "__main__":
     for rows in (16, 128):
         for transposed in (False, True):
-            compile_kernel(
-                nf4_triton.product, rows, TRANSPOSED=transposed, HAS_BIAS=not transposed, HAS_KEEP=transposed
-            )
+            for parts, side_by_side in ((1, True), (2, True), (2, False)):
+                of_weight = {"PARTS": parts, "SIDE_BY_SIDE": side_by_side, "TRANSPOSED": transposed}
+                compile_kernel(nf4_triton.product, rows, HAS_BIAS=not transposed, HAS_KEEP=transposed, **of_weight)
         compile_kernel(nf4_triton.to_rank, rows)
         compile_kernel(nf4_triton.outer, rows)

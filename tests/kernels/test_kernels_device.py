@@ -1,18 +1,21 @@
 """The GPU's ways of running experts, on the CPU: torch's grouped products, and our Triton kernels interpreted.
 
-Shapes: T tokens, D hidden, F inner, E experts, R rank.
+Shapes: T tokens, K choices, D hidden, F inner, E experts, R rank.
 """
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
 pytest.importorskip("triton", reason="needs Triton")
 
@@ -22,8 +25,9 @@ from lola_ft.kernels.grouping import fitting_tile_rows, group_on_device
 from lola_ft.kernels.products import GroupedMatmuls, Products
 from lola_ft.kernels.stacks import LowRank
 from lola_ft.kernels.triton_products import TritonProducts
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
+from tests.kernels.conftest import FORMS, LOLA, Form, choices
 
 WAYS: dict[str, Products] = {"grouped": GroupedMatmuls(), "triton": TritonProducts(block_n=64, block_k=64)}
 WIDE = TritonProducts(block_n=128, block_k=128)
@@ -37,41 +41,45 @@ LOADS = {
 SIZES = (64, 128, 4)
 
 
-def make_experts(kind: str, sizes: tuple[int, int, int] = SIZES) -> LolaExperts:
-    hidden, inner, num_experts = sizes
+def make_experts(kind: str, sizes: tuple[int, int, int] = SIZES, form: Form = LOLA) -> FusedExperts:
     generator = torch.Generator().manual_seed(0)
-    experts = (NF4Experts if kind == "nf4" else LolaExperts)(hidden, inner, num_experts)
+    experts = (NF4Experts if kind == "nf4" else FusedExperts)(*sizes, **form.settings)
     if isinstance(experts, NF4Experts):
         experts.allocate(torch.device("cpu"))
-    for name, shape in experts.shapes.items():
-        for e in range(num_experts):
-            weight = torch.randn(shape, generator=generator) * 0.3
-            if isinstance(experts, NF4Experts):
-                experts.load_expert(name, e, weight)
-            else:
-                getattr(experts, name).data[e] = weight
-        bias = getattr(experts, f"{name}_bias")
-        bias.data = torch.randn(bias.shape, generator=generator)
+    for part in experts.parts:
+        for e in range(experts.num_experts):
+            experts.load_expert(part, e, torch.randn(experts.part_shape(part), generator=generator) * 0.3)
+    for name, bias in experts.named_parameters():
+        if name.endswith("_bias"):
+            bias.data = torch.randn(bias.shape, generator=generator)
     return experts
 
 
-def outcome(run: Any, experts: LolaExperts, ids: list[int], rank: int, chosen: tuple[int, ...] | None) -> list[Tensor]:
+def outcome(
+    run: Any,
+    experts: FusedExperts,
+    ids: list[int],
+    rank: int,
+    chosen: tuple[int, ...] | None,
+    top_k: int = 1,
+    dropout: float = 0.0,
+) -> list[Tensor]:
     """Output and the gradients of everything that wants one."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
         return (torch.randn(shape, generator=generator) * 0.3).requires_grad_()
 
-    x, probs = random(len(ids), experts.shapes["up_proj"][0]), random(len(ids))
+    x, probs = random(len(ids), experts.hidden_size), random(len(ids), top_k)
     leaves, paths = [x, probs, *(p for p in experts.parameters() if p.requires_grad)], {}
     for name, (inputs, outputs) in experts.shapes.items():
         if rank:
             with_lora = len(chosen) if chosen else experts.num_experts
             # A permuted view, as PEFT's layout of B gives it.
             a, b = random(with_lora, rank, inputs), random(outputs, rank, with_lora)
-            paths[name] = LowRank(a, b.permute(2, 0, 1), expert_ids=chosen)
+            paths[name] = LowRank(a, b.permute(2, 0, 1), dropout, expert_ids=chosen)
             leaves += [a, b]
-    out = run(experts, x, torch.tensor(ids), probs, paths)
+    out = run(experts, x, choices(ids, top_k, experts.num_experts), probs, paths)
     weights = torch.randn(out.shape, generator=generator)
     return [out, *torch.autograd.grad(out, leaves, weights)]
 
@@ -86,7 +94,27 @@ def same(left: list[Tensor], right: list[Tensor]) -> None:
 def test_equals_the_loop_in_4_bit(way: Products, load: list[int]) -> None:
     experts = make_experts("nf4")
     expected = outcome(run_experts, experts, load, 5, None)
-    same(outcome(lambda *given: run_experts(*given, products=way), experts, load, 5, None), expected)
+    same(outcome(partial(run_experts, products=way), experts, load, 5, None), expected)
+
+
+@pytest.mark.parametrize(
+    ("load", "rank"),
+    [
+        ("spread", 5),
+        ("one token", 0),
+        *(
+            pytest.param(load, 8, marks=pytest.mark.slow)
+            for load in ("empty experts", "all tokens to one expert", "several tiles")
+        ),
+    ],
+)
+@pytest.mark.parametrize("form", [name for name in FORMS if name != "lola"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_every_form_equals_the_loop_in_4_bit(way: Products, form: str, load: str, rank: int) -> None:
+    given = FORMS[form]
+    experts = make_experts("nf4", form=given)
+    expected = outcome(run_experts, experts, LOADS[load], rank, None, given.top_k)
+    same(outcome(partial(run_experts, products=way), experts, LOADS[load], rank, None, given.top_k), expected)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 8, 17])
@@ -94,90 +122,119 @@ def test_equals_the_loop_in_4_bit(way: Products, load: list[int]) -> None:
 def test_every_rank(way: Products, rank: int) -> None:
     experts = make_experts("nf4")
     expected = outcome(run_experts, experts, LOADS["spread"], rank, None)
-    same(outcome(lambda *given: run_experts(*given, products=way), experts, LOADS["spread"], rank, None), expected)
+    same(outcome(partial(run_experts, products=way), experts, LOADS["spread"], rank, None), expected)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_some_experts_have_lora(way: Products) -> None:
-    experts = make_experts("nf4")
-    expected = outcome(run_experts, experts, LOADS["spread"], 4, (1, 3))
-    same(outcome(lambda *given: run_experts(*given, products=way), experts, LOADS["spread"], 4, (1, 3)), expected)
+@pytest.mark.parametrize("form", ["lola", "gated, top 3"])
+def test_some_experts_have_lora(way: Products, form: str) -> None:
+    given = FORMS[form]
+    experts, load = make_experts("nf4", form=given), LOADS["spread"]
+    expected = outcome(run_experts, experts, load, 4, (1, 3), given.top_k)
+    same(outcome(partial(run_experts, products=way), experts, load, 4, (1, 3), given.top_k), expected)
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
-def test_dense_weights_and_biases_are_trained_too(load: list[int]) -> None:
-    experts = make_experts("dense", (24, 40, 4))
-    expected = outcome(run_experts, experts, load, 3, None)
-    same(outcome(lambda *given: run_experts(*given, products=GroupedMatmuls()), experts, load, 3, None), expected)
+@pytest.mark.parametrize("form", FORMS)
+def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) -> None:
+    given = FORMS[form]
+    experts = make_experts("dense", (24, 40, 4), given)
+    expected = outcome(run_experts, experts, load, 3, None, given.top_k)
+    same(outcome(partial(run_experts, products=GroupedMatmuls()), experts, load, 3, None, given.top_k), expected)
 
 
-def test_trained_biases_on_4_bit_weights() -> None:
-    experts = make_experts("nf4")
-    experts.up_proj_bias.requires_grad_()
-    experts.down_proj_bias.requires_grad_()
-    expected = outcome(run_experts, experts, LOADS["spread"], 4, None)
-    same(
-        outcome(lambda *given: run_experts(*given, products=WAYS["triton"]), experts, LOADS["spread"], 4, None),
-        expected,
-    )
+@pytest.mark.parametrize("form", ["lola", "gated with biases, in x out, top 2"])
+def test_trained_biases_on_4_bit_weights(form: str) -> None:
+    given = FORMS[form]
+    experts, load = make_experts("nf4", form=given), LOADS["spread"]
+    for name in experts.shapes:
+        getattr(experts, f"{name}_bias").requires_grad_()
+    expected = outcome(run_experts, experts, load, 4, None, given.top_k)
+    same(outcome(partial(run_experts, products=WAYS["triton"]), experts, load, 4, None, given.top_k), expected)
 
 
-@pytest.mark.parametrize("sizes", [(128, 64, 3), (192, 320, 5), (64, 1088, 2)], ids=str)
-def test_other_sizes(sizes: tuple[int, int, int]) -> None:
-    """The last has superblocks of scales that are full, and one that is not."""
-    experts, load = make_experts("nf4", sizes), [0, 1, 1, 0, 1]
-    expected = outcome(run_experts, experts, load, 4, None)
+@pytest.mark.parametrize(
+    ("sizes", "form"),
+    [
+        *(((128, 64, 3), form) for form in FORMS),
+        ((192, 320, 5), "lola"),
+        ((64, 1088, 2), "lola"),
+        ((64, 320, 2), "gated"),
+        ((64, 320, 2), "gated with biases, in x out, top 2"),
+    ],
+    ids=str,
+)
+def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
+    """The last ones have superblocks of scales that are full, and one that is not; of gated experts in each part."""
+    given = FORMS[form]
+    experts, load = make_experts("nf4", sizes, given), [0, 1, 1, 0, 1]
+    expected = outcome(run_experts, experts, load, 4, None, given.top_k)
     for way in (GroupedMatmuls(), WIDE):
-        same(outcome(lambda *given, way=way: run_experts(*given, products=way), experts, load, 4, None), expected)
+        same(outcome(partial(run_experts, products=way), experts, load, 4, None, given.top_k), expected)
 
 
 @pytest.mark.parametrize("way", ["triton", "grouped"])
-def test_dropout_is_the_plain_formula(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["lola", "gated, top 3", "plain, out x in, no biases, top 2"])
+def test_dropout_is_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the masks that were drawn, output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T`."""
-    experts, ids, rank, p = make_experts("nf4"), LOADS["spread"], 4, 0.4
+    given, ids, rank, p = FORMS[form], LOADS["spread"], 4, 0.4
+    experts = make_experts("nf4", form=given)
     masks: list[Tensor] = []
     real = kernel._keep
     monkeypatch.setattr(kernel, "_keep", lambda *given: masks.append(real(*given)) or masks[-1])
-    generator = torch.Generator().manual_seed(3)
-    tokens = torch.tensor(ids)
-    leaves = [torch.randn(len(ids), 64, generator=generator), torch.rand(len(ids), generator=generator)]
-    for inputs, outputs in experts.shapes.values():
-        leaves += [
-            torch.randn(4, rank, inputs, generator=generator),
-            torch.randn(4, outputs, rank, generator=generator),
-        ]
-    leaves = [leaf.mul(0.3).requires_grad_() for leaf in leaves]
-    x, probs, a_up, b_up, a_down, b_down = leaves
-    paths = {"up_proj": LowRank(a_up, b_up, p), "down_proj": LowRank(a_down, b_down, p)}
-    out = run_experts(experts, x, tokens, probs, paths, WAYS[way])
+    got = outcome(partial(run_experts, products=WAYS[way]), experts, ids, rank, None, given.top_k, p)
     assert len(masks) == 2
     assert 0.5 < masks[1].float().mean() < 0.7
-    groups = group_on_device(tokens, 4, fitting_tile_rows(len(ids), 4))
-    plain = []
-    for t, e in enumerate(ids):
-        keep_up, keep_down = (mask[groups.row_of_token_T[t]] / (1 - p) for mask in masks)
-        up, down = (experts.expert_weight(name, e, torch.float32) for name in experts.shapes)
-        pre = x[t] @ up + experts.up_proj_bias[e] + b_up[e] @ (a_up[e] @ (x[t] * keep_up))
-        act = torch.nn.functional.gelu(pre, approximate="tanh")
-        plain.append((act @ down + experts.down_proj_bias[e] + b_down[e] @ (a_down[e] @ (act * keep_down))) * probs[t])
-    expected = torch.stack(plain)
-    weights = torch.randn(out.shape, generator=generator)
-    same([out, *torch.autograd.grad(out, leaves, weights)], [expected, *torch.autograd.grad(expected, leaves, weights)])
+    same(got, outcome(partial(plain_with_masks, masks=masks), experts, ids, rank, None, given.top_k, p))
 
 
-@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
-def test_weights_decoded_inside_are_those_dequantised_whole(name: str) -> None:
-    """Rows of the identity times the weight give the weight itself, bit for bit."""
-    experts = make_experts("nf4", (64, 192, 2))
-    inputs = experts.shapes[name][0]
-    ids = torch.arange(2).repeat_interleave(inputs)
-    groups = group_on_device(ids, 2, 64)
-    rows = torch.zeros(groups.num_rows, inputs).index_copy_(0, groups.row_of_token_T, torch.eye(inputs).repeat(2, 1))
-    bias = torch.zeros(2, experts.shapes[name][1])
-    out = WAYS["triton"].times(rows, experts.weights(name), groups, bias, None)[groups.row_of_token_T]
-    dense = torch.cat([experts.expert_weight(name, e, torch.float32) for e in range(2)])
-    assert torch.equal(out, dense)
-    assert torch.equal(experts.weights(name).dense(torch.float32).flatten(0, 1), dense)
+def plain_with_masks(
+    experts: FusedExperts, x: Tensor, ids: Tensor, probs: Tensor, paths: dict[str, LowRank], masks: list[Tensor]
+) -> Tensor:
+    groups = group_on_device(ids.flatten(), 4, fitting_tile_rows(ids.numel(), 4))
+    act_fn, top_k = ACT2FN[experts.activation], ids.shape[1]
+
+    def project(name: str, e: int, x: Tensor, kept: Tensor) -> Tensor:
+        parts = [part for part, (projection, _) in experts.parts.items() if projection == name]
+        weights = [experts.expert_weight(part, e, torch.float32) for part in parts]
+        bias, path = getattr(experts, f"{name}_bias"), paths[name]
+        out = torch.cat([x @ (weight if experts.is_transposed else weight.t()) for weight in weights])
+        side = path.b_EOR[e] @ (path.a_ERI[e] @ (x * kept / (1 - path.dropout)))
+        return out + side + (0 if bias is None else bias[e])
+
+    (up, down), rows = experts.shapes, []
+    for choice, e in enumerate(ids.flatten().tolist()):
+        keep_up, keep_down = (mask[groups.row_of_choice_C[choice]] for mask in masks)
+        t, k = divmod(choice, top_k)
+        pre = project(up, e, x[t], keep_up)
+        if experts.has_gate:
+            gate, pre = pre.chunk(2)
+            act = act_fn(gate) * pre
+        else:
+            act = act_fn(pre)
+        rows.append(project(down, e, act, keep_down) * probs[t, k])
+    return torch.stack(rows).view(len(ids), top_k, -1).sum(1)
+
+
+@pytest.mark.parametrize("projection", [0, 1], ids=["in", "out"])
+@pytest.mark.parametrize("form", ["lola", "gated", "gated with biases, in x out, top 2"])
+def test_weights_decoded_inside_are_those_dequantised_whole(form: str, projection: int) -> None:
+    """Rows of the identity times the weight give the weight itself, bit for bit, each way round."""
+    experts = make_experts("nf4", (64, 192, 2), FORMS[form])
+    weight = replace(experts.weights(list(experts.shapes)[projection]), bias=None)
+    dense = weight.dense(torch.float32)
+    whole = dense if experts.is_transposed else dense.transpose(1, 2)
+    for times, wanted in ((WAYS["triton"].times, whole), (WAYS["triton"].times_transposed, whole.transpose(1, 2))):
+        rows = wanted.shape[1]
+        groups = group_on_device(torch.arange(2).repeat_interleave(rows), 2, 64)
+        eye = torch.zeros(groups.num_rows, rows).index_copy_(0, groups.row_of_choice_C, torch.eye(rows).repeat(2, 1))
+        assert torch.equal(times(eye, weight, groups, None)[groups.row_of_choice_C], wanted.flatten(0, 1))
+    for part, (name, number) in experts.parts.items():
+        if name == list(experts.shapes)[projection]:
+            rows, columns = experts.part_shape(part)
+            for e in range(2):
+                own = dense[e][:, number * columns :] if experts.is_transposed else dense[e][number * rows :]
+                assert torch.equal(own[:rows, :columns], experts.expert_weight(part, e, torch.float32))
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
@@ -185,7 +242,7 @@ def test_weights_decoded_inside_are_those_dequantised_whole(name: str) -> None:
 def test_groups_are_whole_tiles(load: list[int], tile_rows: int) -> None:
     ids = torch.tensor(load)
     groups = group_on_device(ids, 4, tile_rows)
-    rows = groups.row_of_token_T
+    rows = groups.row_of_choice_C
     assert rows.unique().numel() == len(load)
     assert int(rows.max()) < int(groups.ends_E[-1]) <= groups.num_rows
     assert torch.equal(groups.expert_of_row()[rows], ids)
@@ -208,6 +265,6 @@ def test_kernels_compile_for_hopper() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 8
+    assert len(kernels) == 16
     assert all(kernel["matrix_instructions"] > 0 for kernel in kernels)
     assert all(kernel["shared_bytes"] <= 227 * 1024 for kernel in kernels)

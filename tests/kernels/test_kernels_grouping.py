@@ -17,7 +17,7 @@ choices = st.integers(1, 20).flatmap(
 def test_every_token_has_a_row_of_its_own_in_its_experts_span(case: tuple[list[int], int]) -> None:
     expert_ids, num_experts = case
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
-    rows = groups.row_of_token_T.tolist()
+    rows = groups.row_of_choice_C.tolist()
     assert len(set(rows)) == len(rows) == len(expert_ids)
     span_of = {expert_id: (first, end) for expert_id, first, end in groups.spans()}
     for expert_id, row in zip(expert_ids, rows, strict=True):
@@ -47,7 +47,7 @@ def test_tokens_of_an_expert_keep_their_order_from_its_first_row_on(case: tuple[
     expert_ids, num_experts = case
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
     for expert_id, first, _ in groups.spans():
-        rows = [row for row, e in zip(groups.row_of_token_T.tolist(), expert_ids, strict=True) if e == expert_id]
+        rows = [row for row, e in zip(groups.row_of_choice_C.tolist(), expert_ids, strict=True) if e == expert_id]
         assert rows == list(range(first, first + len(rows)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,24 @@ def base(write_base: BaseWriter) -> Path:
 
 @pytest.fixture(scope="session")
 def make_experts() -> Callable[..., tuple[NF4Experts, dict[str, Tensor]]]:
-    """Makes 4-bit experts, and the dense weights (E, in, out) that they were quantised from."""
+    """Makes 4-bit experts, and the dense weights of each part, as stored, that they were quantised from."""
 
-    def make(hidden: int = 64, inner: int = 128, num_experts: int = 4) -> tuple[NF4Experts, dict[str, Tensor]]:
+    def make(
+        hidden: int = 64, inner: int = 128, num_experts: int = 4, **layout: Any
+    ) -> tuple[NF4Experts, dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(hidden)
         with torch.device("meta"):
-            experts = NF4Experts(hidden, inner, num_experts)
+            experts = NF4Experts(hidden, inner, num_experts, **layout)
         experts.allocate(torch.device("cpu"))
         dense = {}
-        for name, shape in experts.shapes.items():
-            dense[name] = torch.randn(num_experts, *shape, generator=generator) * 0.2
+        for part in experts.parts:
+            dense[part] = torch.randn(num_experts, *experts.part_shape(part), generator=generator) * 0.2
             for e in range(num_experts):
-                experts.load_expert(name, e, dense[name][e])
-            bias = torch.randn(num_experts, shape[1], generator=generator) * 0.2
-            setattr(experts, f"{name}_bias", torch.nn.Parameter(bias, requires_grad=False))
+                experts.load_expert(part, e, dense[part][e])
+        for name, meta in list(experts.named_parameters()):
+            if name.endswith("_bias"):
+                bias = torch.randn(meta.shape, generator=generator) * 0.2
+                setattr(experts, name, torch.nn.Parameter(bias, requires_grad=False))
         return experts, dense
 
     return make
@@ -152,9 +157,17 @@ class SavedBytes:
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
             for value in getattr(node, "__dict__", {}).values():
-                for item in value if isinstance(value, (tuple, list)) else [value]:
-                    if isinstance(item, Tensor):
-                        self._keep(item)
+                self._keep_all(value)
+
+    def _keep_all(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._keep(value)
+        elif isinstance(value, tuple | list):
+            for item in value:
+                self._keep_all(item)
+        elif is_dataclass(value):
+            for one in fields(value):
+                self._keep_all(getattr(value, one.name))
 
     @property
     def total(self) -> int:

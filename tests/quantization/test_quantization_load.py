@@ -17,7 +17,7 @@ from lola_ft import load_base
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Place
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.experts import LolaExperts
+from lola_ft.model.experts import FusedExperts
 from lola_ft.model.layout import place_of
 from lola_ft.quantization import NF4Experts, NF4Linear
 from lola_ft.quantization import experts as experts_module
@@ -319,7 +319,7 @@ def test_what_backward_keeps_is_far_below_the_dense_weights(
 def test_a_dense_expert_is_refused(base: Path) -> None:
     loaded = load_base(base, dtype="float32", quiet=True)
     require_quantized(loaded)
-    loaded.transformer.h[3].moe.experts = LolaExperts(64, 128, 4)
+    loaded.transformer.h[3].moe.experts = FusedExperts(64, 128, 4)
     with pytest.raises(CheckpointError, match=r"2 weights are still dense .* transformer\.h\.3\.moe\.experts\.up_proj"):
         require_quantized(loaded)
 
@@ -333,12 +333,12 @@ def test_a_dense_linear_layer_is_refused(name: str, base: Path) -> None:
         require_quantized(loaded)
 
 
-@pytest.mark.parametrize("forgotten", [LolaExperts, nn.Linear])
+@pytest.mark.parametrize("forgotten", [FusedExperts, nn.Linear])
 def test_a_loader_that_forgets_a_layer_does_not_go_on(
     forgotten: type[nn.Module], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = load_module._quantize_module
-    name = "transformer.h.1." + ("moe.experts" if forgotten is LolaExperts else "attn.c_attn")
+    name = "transformer.h.1." + ("moe.experts" if forgotten is FusedExperts else "attn.c_attn")
 
     def forget(model: LolaForCausalLM, place: Place, device: torch.device) -> None:
         if place.module != name:
