@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lola_ft import load_base
 from lola_ft.adapters import add_adapter
+from lola_ft.families import architecture_of
 from lola_ft.planning.activations import activations
 from lola_ft.recipe import load_recipe
 from lola_ft.training.adapter import adapter_settings
@@ -80,7 +81,7 @@ def test_saved_tensors_are_as_planned(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         trainer.compute_loss(model.train(), batch)
-    job = replace(job_of(recipe, model.config, "cpu"), length=batch["input_ids"].shape[1])
+    job = replace(job_of(recipe, architecture_of(model.config), "cpu"), length=batch["input_ids"].shape[1])
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     assert activations(job).saved == pytest.approx(real, rel=0.05)  # as in test_planning_activations.py
 
