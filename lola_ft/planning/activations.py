@@ -199,16 +199,17 @@ class Walk:
         return saved
 
     def _experts(self, chosen: int) -> int:
-        """Grouped inputs, pre-activations, outputs; of LoRA its factors, what is between them, the dropout masks.
+        """Inputs, pre-activations and outputs; of LoRA its factors, its rank-R intermediates and dropout masks.
 
         Args:
             chosen: How many experts have LoRA.
         """
         settings, sizes, rows = self.settings, self.sizes, grouped_rows(self.job)
         hidden, inner, inputs = sizes.hidden, sizes.expert_inner, expert_inputs(self.job)
-        saved = (rows * (hidden + inputs * inner) + self.tokens * sizes.top_k * hidden) * self.width
-        if not self.cuda:
-            saved += rows * inner * self.width  # the activation's output; a GPU computes it again
+        kept_inputs = rows if sizes.top_k == 1 else self.tokens  # grouped, or as they came
+        saved = (kept_inputs * hidden + rows * inputs * inner + self.tokens * sizes.top_k * hidden) * self.width
+        if not self.cuda and inputs == 1:  # a GPU, and every machine for gated experts, computes it again
+            saved += rows * inner * self.width
         if chosen:
             rank = settings.expert_rank or 0
             if chosen < sizes.num_experts:  # zeros for those without LoRA
