@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 from lola_ft.errors import UserError
 
@@ -202,8 +202,8 @@ class Family:
     embeddings: tuple[str, str]
     sizes: Callable[[Any], Sizes]
     places: Callable[[Any], dict[str, Place]]
-    attention: str = "fused"
-    norm: str = "rms"
+    attention: Literal["fused", "scores", "stretches"] = "fused"
+    norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None

@@ -8,6 +8,7 @@ Letters: T tokens, K experts per token, D hidden, F inner, E experts, R rank.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from transformers.activations import ACT2FN
@@ -65,7 +66,9 @@ class Walk:
     @property
     def norm_width(self) -> int:
         """Bytes per number that a norm gives."""
-        return self.exact_width if self.family.norm == "layer" else self.width
+        if self.family.norm == "rms":
+            return _FLOAT if self.settings.tune_norms else self.width  # a trained weight is float32
+        return self.exact_width
 
     @property
     def stream_width(self) -> int:
@@ -74,7 +77,6 @@ class Walk:
 
     def embeddings(self) -> int:
         saved = self.dropout(self.sizes.embedding_dropout, self.tokens * self.sizes.hidden)
-        self.x_grad = self.x_grad or self.settings.tune_norms or self.settings.tune_biases  # from the first norm on
         return saved + (self.norm() if self.family.normed_embeddings else 0)
 
     def layer(self, layer: int) -> int:
@@ -83,11 +85,13 @@ class Walk:
 
     def norm(self) -> int:
         """The input (a float32 copy where norms are computed in that), statistics, cast or trained weights."""
+        row, tuned, before = self.tokens * self.sizes.hidden, self.settings.tune_norms, self.x_grad
+        if self.family.norm == "rms":
+            self.x_grad = before or tuned
+            return ((row + self.tokens) * _FLOAT if before else 0) + (row * self.width if tuned else 0)
+        self.x_grad = before or tuned or self.settings.tune_biases
         if not self.x_grad:
             return 0
-        row, tuned = self.tokens * self.sizes.hidden, self.settings.tune_norms
-        if self.family.norm == "rms":
-            return (row + self.tokens) * _FLOAT + (row * self.width if tuned else 0)
         copies = 2 * _FLOAT * self.sizes.hidden if self.half and self.cuda and not tuned else 0
         return row * self.norm_width + 2 * self.tokens * (_FLOAT if tuned else self.norm_width) + copies
 
@@ -121,10 +125,12 @@ class Walk:
 
     def _side_by_side(self, group: str, matrices: list[tuple[int, int]]) -> int:
         """Linear layers with LoRA that read the same norm: the first keeps its input for all if none copies it."""
-        shared = self.norm_width == self.width
-        return sum(
-            self._linear(group, matrix, self.norm_width, place > 0 and shared) for place, matrix in enumerate(matrices)
-        )
+        saved, before = 0, self.x_grad
+        for place, matrix in enumerate(matrices):
+            after, self.x_grad = self.x_grad, before
+            saved += self._linear(group, matrix, self.norm_width, place > 0 and self.norm_width == self.width)
+            self.x_grad = self.x_grad or after
+        return saved
 
     def _linear(self, group: str, matrix: tuple[int, int], x_width: int, kept: bool) -> int:
         """A linear layer's LoRA; its frozen weight needs nothing.
@@ -136,6 +142,7 @@ class Walk:
         """
         rank, (size_out, size_in) = self.ranks.get(group), matrix
         if rank is None:
+            self.x_grad = self.x_grad or self.settings.tune_biases
             return 0
         settings, tokens = self.settings, self.tokens
         probability = settings.dropout_of(group)
@@ -192,16 +199,17 @@ class Walk:
         return saved
 
     def _experts(self, chosen: int) -> int:
-        """Grouped inputs, pre-activations, outputs; of LoRA its factors, what is between them, the dropout masks.
+        """Inputs, pre-activations and outputs; of LoRA its factors, its rank-R intermediates and dropout masks.
 
         Args:
             chosen: How many experts have LoRA.
         """
         settings, sizes, rows = self.settings, self.sizes, grouped_rows(self.job)
         hidden, inner, inputs = sizes.hidden, sizes.expert_inner, expert_inputs(self.job)
-        saved = (rows * (hidden + inputs * inner) + self.tokens * sizes.top_k * hidden) * self.width
-        if not self.cuda:
-            saved += rows * inner * self.width  # the activation's output; a GPU computes it again
+        kept_inputs = rows if sizes.top_k == 1 else self.tokens  # grouped, or as they came
+        saved = (kept_inputs * hidden + rows * inputs * inner + self.tokens * sizes.top_k * hidden) * self.width
+        if not self.cuda and inputs == 1:  # a GPU, and every machine for gated experts, computes it again
+            saved += rows * inner * self.width
         if chosen:
             rank = settings.expert_rank or 0
             if chosen < sizes.num_experts:  # zeros for those without LoRA
@@ -244,6 +252,7 @@ def expert_factors(job: Job, rank: int) -> int:
     return rank * (2 * sizes.hidden + (1 + expert_inputs(job)) * sizes.expert_inner)
 
 
+@cache
 def kept_by_activation(name: str) -> int:
     """How many numbers an activation keeps for each that comes in, its result left out: it is asked with a few.
 

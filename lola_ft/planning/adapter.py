@@ -21,9 +21,9 @@ class AdapterSizes:
     """Counts of an adapter.
 
     Attributes:
-        held: Bytes that it adds to the model.
+        held: Bytes that it adds to the model: its tensors, and for DoRA the lengths of the base's rows (float32).
         file: Bytes of `adapter_model.safetensors` at the end of a run.
-        numels: Number of values in each trained tensor.
+        numels: Number of values in each trained tensor as the model holds it, an MoE layer's experts stacked.
     """
 
     held: int
@@ -38,7 +38,9 @@ def adapter_sizes(architecture: Architecture, settings: AdapterSettings) -> Adap
         UserError: If the base lacks something that the settings train, or the selection of experts does not fit it.
     """
     outline = adapter_outline(architecture, settings)
-    return AdapterSizes(adapter_bytes(outline), adapter_file_bytes(outline), trained_numels(outline))
+    numels = [tensor.numel() for tensor in to_state(outline, "peft", outline.experts_of()).values()]
+    lengths = sum(pair.magnitude.numel() for pair in outline.pairs.values() if pair.magnitude is not None)
+    return AdapterSizes(_FLOAT * (sum(numels) + lengths), adapter_file_bytes(outline), numels)
 
 
 def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> AdapterWeights:
@@ -61,17 +63,6 @@ def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> Ad
         elif kind == "bias" and settings.tune_biases:
             weights.base_biases[name] = torch.empty(place.shape, device="meta")
     return weights
-
-
-def trained_numels(weights: AdapterWeights) -> list[int]:
-    """Return the sizes of the trained tensors as the model holds them, an MoE layer's experts stacked."""
-    return [tensor.numel() for tensor in to_state(weights, "peft", weights.experts_of()).values()]
-
-
-def adapter_bytes(weights: AdapterWeights) -> int:
-    """Return the bytes that an attached adapter adds to a model: its tensors, and for DoRA the lengths of rows."""
-    lengths = sum(pair.magnitude.numel() for pair in weights.pairs.values() if pair.magnitude is not None)
-    return _FLOAT * (sum(trained_numels(weights)) + lengths)
 
 
 def adapter_file_bytes(weights: AdapterWeights) -> int:
