@@ -142,7 +142,6 @@ class Sizes:
     Attributes:
         hidden, inner: Width of the residual stream, and between the two layers of a dense MLP.
         positions: Longest sequence in tokens.
-        learned_positions: Whether each position has an embedding; else they are rotary or slopes (ALiBi).
         moe_layers: Indices of the layers with experts.
         expert_inner: Width inside an expert.
         top_k: Experts that a token uses.
@@ -156,7 +155,6 @@ class Sizes:
     layers: int
     heads: int
     positions: int
-    learned_positions: bool = False
     moe_layers: tuple[int, ...] = ()
     num_experts: int = 0
     expert_inner: int = 0
@@ -176,6 +174,7 @@ class Family:
         heads: Model classes by head (`causal_lm`, …), each as `module:Class`, imported when it is wanted. A class of
             transformers gets LOLA's loss (`families/causal_lm.py`).
         backbone: Attribute of the causal model that holds the layers.
+        positions: How it knows a token's place: by `learned` embeddings, `rotary`, or `slopes` of attention (ALiBi).
         packs: Whether its attention keeps the documents of a packed row apart.
         attention: How it is computed: `fused` (PyTorch's own, which holds no scores), `scores` (all scores are in
             memory, and a mask of numbers), or `stretches` (fused, and packed documents a stretch at a time).
@@ -196,6 +195,7 @@ class Family:
     title: str
     heads: Mapping[str, str]
     backbone: str
+    positions: Literal["learned", "rotary", "slopes"]
     packs: bool
     targets: Mapping[str, tuple[str, ...]]
     size_keys: tuple[str, ...]

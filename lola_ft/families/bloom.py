@@ -59,6 +59,7 @@ BLOOM = Family(
     title="BLOOM",
     heads={"causal_lm": "transformers:BloomForCausalLM"},
     backbone="transformer",
+    positions="slopes",
     packs=False,  # transformers gives its attention no position ids, so it cannot see where a document begins
     attention="scores",
     norm="layer",

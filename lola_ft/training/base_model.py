@@ -98,7 +98,7 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     if wanted <= most:
         return recipe
     if "max_length" in recipe.data.model_fields_set:
-        learned = "learned " if sizes.learned_positions else ""
+        learned = "learned " if base.architecture.family.positions == "learned" else ""
         raise UserError(
             f"data.max_length: {wanted} is more than the {most} {learned}positions of {recipe.base.model}. "
             f"Set data.max_length={most} or less."

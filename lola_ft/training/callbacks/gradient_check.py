@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lola_ft.adapters.expert_lora import ParamWrapper
+from lola_ft.adapters.load_save import plain_name
 from lola_ft.adapters.stacks import split_b
-from lola_ft.model.layers import LolaMoe
+from lola_ft.model.experts import FusedExperts
 
 
 class GradientCheck(TrainerCallback):
@@ -29,9 +30,9 @@ class GradientCheck(TrainerCallback):
         self._model = model
         self._used: dict[str, set[int]] = defaultdict(set)
         self._handles = [
-            module.register_forward_hook(self._watch(name))
+            module.register_forward_hook(self._watch(plain_name(name)))
             for name, module in model.named_modules()
-            if isinstance(module, LolaMoe)
+            if isinstance(module, FusedExperts)
         ]
 
     def on_step_begin(self, *_: object, **__: object) -> None:
@@ -47,17 +48,16 @@ class GradientCheck(TrainerCallback):
         self.summary = check_gradients(self._model, self._used)
 
     def _watch(self, name: str) -> Callable[..., None]:
-        def on_forward(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
-            out_BSD, router_logits_TE = output
-            if not out_BSD.requires_grad:
+        def on_forward(module: nn.Module, inputs: tuple[Any, ...], out_TD: Tensor) -> None:  # noqa: ARG001
+            if not out_TD.requires_grad:
                 return
-            expert_ids_T = router_logits_TE.detach().argmax(dim=-1)
+            expert_ids_TK = inputs[1]
 
-            def on_gradient(d_out_BSD: Tensor) -> None:
-                live_T = d_out_BSD.reshape(-1, d_out_BSD.shape[-1]).ne(0).any(dim=-1)
-                self._used[name].update(expert_ids_T[live_T].unique().tolist())
+            def on_gradient(d_out_TD: Tensor) -> None:
+                live_T = d_out_TD.ne(0).any(dim=-1)
+                self._used[name].update(expert_ids_TK[live_T].unique().tolist())
 
-            out_BSD.register_hook(on_gradient)
+            out_TD.register_hook(on_gradient)
 
         return on_forward
 
@@ -66,7 +66,7 @@ def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
     """Check every trainable tensor's gradient; for an expert, the rows of its `lora_B` (A's are zero while B is).
 
     Args:
-        used: Ids of the experts that got a token with a gradient, by MoE module name.
+        used: Ids of the experts that got a token with a gradient, by the fused module's name in the base.
 
     Raises:
         AssertionError: Naming tensors and experts without a gradient: a bug, not a user's mistake.
@@ -78,13 +78,13 @@ def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
     for name, module in model.named_modules():
         if not isinstance(module, ParamWrapper):
             continue
-        moe = name.split(".experts")[0]
+        layer = plain_name(name)
         for adapter in module.active_adapters:
             experts_of = module.experts_of[adapter]
             grad_EOR = split_b(module.lora_B[adapter].weight.grad, len(experts_of))
             got = dict(zip(experts_of, grad_EOR.flatten(1).ne(0).any(dim=1).tolist(), strict=True))
-            idle += [f"{moe} expert {e} {module.parameter_name}" for e in used.get(moe, ()) if not got.get(e, True)]
-        experts += len(used.get(moe, ())) if module.parameter_name == "down_proj" else 0
+            idle += [f"{layer} expert {e} {module.parameter_name}" for e in used.get(layer, ()) if not got.get(e, True)]
+        experts += len(used.get(layer, ())) if module.parameter_name == "down_proj" else 0
     assert not idle, f"{len(idle)} expert adapters saw tokens and got no gradient, such as {idle[:3]}"
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
     finite = all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad and p.grad is not None)

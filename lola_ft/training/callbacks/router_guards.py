@@ -4,7 +4,6 @@ many tokens of a fixed text go to other experts than in the base.
 Shapes: T tokens, M MoE layers, E experts.
 """
 
-import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,8 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from lola_ft.data import encode_texts
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
-from lola_ft.model.layers import LolaMoe
-from lola_ft.model.router import route
+from lola_ft.model.experts import FusedExperts
 from lola_ft.routing.measures import dead_experts, flip_rate, largest_share, load_entropy
 from lola_ft.training import processes
 from lola_ft.training.callbacks.alarm import Alarm
@@ -49,16 +47,20 @@ class RouterLoad:
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, LolaMoe)]
-        self.layers = [int(re.findall(r"\.h\.(\d+)\.", name)[-1]) for name, _ in found]
-        assert found, "a LOLA model has MoE layers"
-        shape, device = (len(found), model.config.num_experts), found[0][1].gate.weight.device
-        self.counts_ME = torch.zeros(shape, dtype=torch.int64, device=device)
+        architecture = architecture_of(model.config)
+        self.layers = list(architecture.sizes.moe_layers)
+        self._top_k = architecture.sizes.top_k
+        shape = (len(self.layers), architecture.num_experts)
+        self.counts_ME = torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.token_mask_T: Tensor | None = None
         self._fresh = False
-        for place, (_, moe) in enumerate(found):
-            moe.register_forward_pre_hook(self._before)
-            moe.register_forward_hook(self._counter(place))
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base.base_model.register_forward_pre_hook(self._begin)
+        base.base_model.register_forward_hook(self._end)
+        experts = [module for module in base.modules() if isinstance(module, FusedExperts)]
+        assert len(experts) == len(self.layers), "every MoE layer has one module of experts"
+        for place, module in enumerate(experts):
+            module.register_forward_pre_hook(self._counter(place))
 
     def read(self) -> dict[str, float]:
         """Return the measures for a log line, the worst layer first, then each by its layer; the counts begin again."""
@@ -72,7 +74,7 @@ class RouterLoad:
             "router_min_entropy": entropy_M.min().item(),
             "router_max_share": share_M.max().item(),
             "router_dead": int(dead_M.sum()),
-            "router_tokens": int(counts_ME[0].sum()),
+            "router_tokens": int(counts_ME[0].sum()) // self._top_k,
         }
         for name, values in ((ENTROPY, entropy_M), (SHARE, share_M), (DEAD, dead_M)):
             line |= {f"{name}/{layer}": round(v, 4) for layer, v in zip(self.layers, values.tolist(), strict=True)}
@@ -84,18 +86,22 @@ class RouterLoad:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts_ME.copy_(state["counts"])
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note whether this pass is a first one: one that is given choices repeats another (gradient checkpointing)."""
-        repeats = len(args) > 1 and bool(args[1])
-        self._fresh = module.training and not repeats
+    def _begin(self, backbone: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Count from here: gradient checkpointing runs layers again later, outside the backbone's own pass."""
+        self._fresh = backbone.training
+
+    def _end(self, *_: object) -> None:
+        self._fresh = False
 
     def _counter(self, place: int) -> Callable[..., None]:
-        def count(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+        def count(_module: nn.Module, args: tuple[Any, ...]) -> None:
             if not self._fresh:
                 return
-            expert_ids_T, mask_T = route(output[1].detach()).expert_ids_T, self.token_mask_T
-            ones_T = torch.ones_like(expert_ids_T) if mask_T is None else mask_T.to(torch.int64)
-            self.counts_ME[place].index_add_(0, expert_ids_T, ones_T)
+            expert_ids_TK, mask_T = args[1], self.token_mask_T
+            ones_TK = torch.ones_like(expert_ids_TK)
+            if mask_T is not None:
+                ones_TK = ones_TK * mask_T[:, None]
+            self.counts_ME[place].index_add_(0, expert_ids_TK.flatten(), ones_TK.flatten())
 
         return count
 
