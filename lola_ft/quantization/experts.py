@@ -68,6 +68,8 @@ class NF4Experts(FusedExperts):
         Args:
             part: `up_proj`, `down_proj` or, of gated experts, `gate_proj`.
         """
+        shape = self.part_shape(part)
+        assert tuple(weight.shape) == shape, f"{part} of an expert is {shape}, not {tuple(weight.shape)}"
         place, new = self.stored(part, expert_id), quantize(weight)
         place.packed.copy_(new.packed)
         place.absmax.copy_(new.absmax)
