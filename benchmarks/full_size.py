@@ -15,7 +15,7 @@ import torch
 from load import measure_load, parse, print_result
 from memory import Peak
 
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def compute(
 def train_step(model: torch.nn.Module, ids: torch.Tensor, compute_dtype: str) -> float:
     """One step of LoRA on attention and all experts with gradient checkpointing; seconds."""
     began = time.perf_counter()
-    peft_model = attach(model, lora_config(AdapterSettings(attention_rank=16, expert_rank=16))).train()  # type: ignore[arg-type]
+    peft_model = add_adapter(model, AdapterSettings(attention_rank=16, expert_rank=16)).train()  # type: ignore[arg-type]
     peft_model.gradient_checkpointing_enable({"use_reentrant": False})
     peft_model.enable_input_require_grads()
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-4)

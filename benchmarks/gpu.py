@@ -20,7 +20,7 @@ from random_checkpoint import write_checkpoint
 from train_step import train_steps, with_adapter
 
 import lola_ft
-from lola_ft.kernels import choice
+from lola_ft.kernels import choose_products
 from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.loop_products import LoopProducts
 from lola_ft.kernels.products import GroupedMatmuls
@@ -69,7 +69,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
         )
         base = model.unload()
         base.gradient_checkpointing_disable()
-    yield "chosen", choice.chosen()
+    yield "chosen", choose_products.chosen()
 
 
 def training(

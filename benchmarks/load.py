@@ -26,7 +26,6 @@ from random_checkpoint import write_checkpoint
 import lola_ft
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.model import LolaForCausalLM
-from lola_ft.model.layout import place_of
 from lola_ft.quantization import audit
 from lola_ft.quantization.cache import source_identity, write_cache
 from lola_ft.quantization.nf4 import quantize
@@ -86,12 +85,12 @@ def time_parts(source: Path) -> dict[str, float]:
     """
     seconds: dict[str, float] = defaultdict(float)
     weights: dict[tuple[int, ...], int] = Counter()
-    for entry in BaseCheckpoint.open(source):
+    checkpoint = BaseCheckpoint.open(source)
+    for entry in checkpoint:
         began = time.perf_counter()
         tensor = entry.read()
         seconds["read_alone"] += time.perf_counter() - began
-        place = place_of(entry.name)
-        if place.transposed or (place.expert_id is not None and len(entry.shape) == 2):
+        if checkpoint.architecture.places[entry.name].quantized:
             weights[entry.shape] += 1
             began = time.perf_counter()
             quantize(tensor)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from lola_ft.model.hub_checkpoint import expected_shapes
 from torch import Tensor
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig
 
 SHARD_BYTES = 5_000_000_000
@@ -21,7 +21,8 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, **sizes: int
     config.save_pretrained(folder)
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
-    for name, shape in expected_shapes(config).items():
+    for name, place in architecture_of(config).places.items():
+        shape = place.shape
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         if size + num_bytes > SHARD_BYTES:
             shards.append([])
@@ -53,14 +54,14 @@ def _start(name: str, shape: tuple[int, ...], pool: Tensor, shift: int) -> Tenso
 
 def write_random_adapter(folder: Path, base: Path, rank: int) -> None:
     """Write LoRA on attention, dense MLP and every expert with random values, in PEFT's layout."""
-    from lola_ft.adapters.files import write_adapter
+    from lola_ft.adapters.on_disk import write_adapter
     from lola_ft.adapters.weights import AdapterWeights, LoraPair
 
     torch.manual_seed(1)
-    config = BaseCheckpoint.open(base).config
-    weights = AdapterWeights({})
-    for name, shape in expected_shapes(config).items():
-        if name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")):
-            a, b = torch.randn(rank, shape[0]).mul_(0.02), torch.randn(shape[1], rank).mul_(0.02)
+    weights = AdapterWeights(BaseCheckpoint.open(base).architecture)
+    for name, place in weights.architecture.places.items():
+        if place.quantized:
+            size_out, size_in = place.out_in
+            a, b = torch.randn(rank, size_in).mul_(0.02), torch.randn(size_out, rank).mul_(0.02)
             weights.pairs[name.removesuffix(".weight")] = LoraPair(a, b, alpha=2.0 * rank)
-    write_adapter(weights, folder, "peft", config.num_experts)
+    write_adapter(weights, folder, "peft")

@@ -17,7 +17,7 @@ from peft import PeftModel
 from train_step import parse, train_steps, with_adapter, write_base
 
 import lola_ft
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.training.precision import Precision, choose_precision
 
 EXPERTS, RANKS, TOKENS = (16, 4, 64), (8, 16, 64), (256, 2048, 8192)
@@ -41,7 +41,7 @@ def rank_series(args: argparse.Namespace, precision: Precision) -> dict[str, dic
 
 
 def expert_lora(args: argparse.Namespace, precision: Precision) -> dict[str, dict[str, float]]:
-    without = attach(base_of(args, precision), lora_config(AdapterSettings(attention_rank=8, mlp_rank=8))).train()
+    without = add_adapter(base_of(args, precision), AdapterSettings(attention_rank=8, mlp_rank=8)).train()
     return in_turn({"without": without, "with": model_of(args, precision)}, args, precision)
 
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 from random_checkpoint import write_checkpoint
 
 import lola_ft
-from lola_ft.adapters import AdapterSettings, attach, lora_config
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.memory import keep_freed_memory
 from lola_ft.model import LolaForCausalLM
 from lola_ft.training.precision import Precision, choose_precision
@@ -75,7 +75,7 @@ def with_adapter(base: LolaForCausalLM, rank: int, checkpointing: bool) -> PeftM
     """LoRA on attention, dense MLP and every expert, ready to train."""
     torch.manual_seed(0)
     ranks = AdapterSettings(attention_rank=rank, mlp_rank=rank, expert_rank=rank)
-    model = attach(base, lora_config(ranks)).train()
+    model = add_adapter(base, ranks).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -172,7 +172,7 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base, write the Hub's layout, and check the result."""
-    from lola_ft.merging.command import merge_command
+    from lola_ft.merging.merge_run import merge_command
 
     merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
 
@@ -397,7 +397,7 @@ def routing_report(
 ) -> None:
     """Write a page with tables and figures, the figures as files, and all numbers as JSON."""
     from lola_ft.routing.profile import read_profile
-    from lola_ft.routing.report import write_report
+    from lola_ft.routing.report_page import write_report
 
     file = Path(profile)
     folder = out or file.with_name(f"{file.stem}-report")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lola_ft.adapters.files import CONFIG_FILE, read_adapter
+from lola_ft.adapters.on_disk import CONFIG_FILE, read_adapter
 from lola_ft.checkpoints.folder import commit_of, resolve_folder
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.file_names import ADAPTER_FOLDER, MANIFEST_FILE, MERGE_REPORT_FILE, MERGED_FOLDER, RECIPE_FILE

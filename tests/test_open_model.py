@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lola_ft
-from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging import merge
 from lola_ft.open_model import open_model

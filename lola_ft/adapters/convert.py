@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.errors import UserError

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lola_ft.adapters.expert_lora import ParamWrapper
-from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
+from lola_ft.adapters.on_disk import config_for, read_adapter, write_adapter
 from lola_ft.adapters.peft_model import attach, identity_of
 from lola_ft.adapters.trained_bias import partly_trained, plain_key
 from lola_ft.adapters.trained_weights import stack_parts

@@ -6,8 +6,8 @@ To add a family, write its file and list it here.
 from typing import Any
 
 from lola_ft.errors import CheckpointError
-from lola_ft.families.base import Architecture, ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.bloom import BLOOM
+from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.gpt2 import GPT2
 from lola_ft.families.lola import LOLA
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lola_ft.families.base import Family, Place, Sizes
+from lola_ft.families.family import Family, Place, Sizes
 
 TRAINED_LENGTH = 2048
 """Tokens of the sequences that BLOOM was trained on; its config need not say it."""

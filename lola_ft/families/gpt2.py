@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lola_ft.families.base import Family, Place, Sizes
+from lola_ft.families.family import Family, Place, Sizes
 
 IGNORED = (r"\.attn\.bias$", r"\.attn\.masked_bias$")
 """Buffers of the attention that old checkpoints carry."""

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lola_ft.families.base import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.gpt2 import IGNORED, attention, embeddings, mlp, norm
-from lola_ft.model.layout import EXPERT_PROJECTIONS
+from lola_ft.model.conversion import EXPERT_PROJECTIONS
 
 
 def sizes(config: Any) -> Sizes:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
+from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
 from lola_ft.card import CardFacts, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
 from lola_ft.checkpoints.folder import weight_files
@@ -24,9 +24,9 @@ from lola_ft.file_names import (
     RECIPE_FILE,
     ROUTING_PLOT,
 )
-from lola_ft.hub.base import Base
+from lola_ft.hub.publication import Source, read_json
+from lola_ft.hub.published_base import Base
 from lola_ft.hub.recipe_copy import portable_recipe
-from lola_ft.hub.source import Source, read_json
 
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lola_ft.kernels.activations import Activation, activation_of
-from lola_ft.kernels.choice import choose_products
+from lola_ft.kernels.choose_products import choose_products
 from lola_ft.kernels.grouping import Grouping, fitting_tile_rows, group_by_expert, group_on_device
 from lola_ft.kernels.loop_products import LoopProducts
 from lola_ft.kernels.precision import compute_dtype

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lola_ft.adapters.files import StoredAdapter
+from lola_ft.adapters.on_disk import StoredAdapter
 from lola_ft.adapters.stacks import split_b
-from lola_ft.merging.base import MergeBase
+from lola_ft.merging.merge_base import MergeBase
 
 _STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
 

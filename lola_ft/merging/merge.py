@@ -4,19 +4,19 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from lola_ft.adapters.files import StoredAdapter, read_adapter
+from lola_ft.adapters.on_disk import StoredAdapter, read_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
-from lola_ft.merging.base import CheckpointBase, MergeBase
-from lola_ft.merging.card import write_card
+from lola_ft.merging.companions import copy_companions, write_config
 from lola_ft.merging.deltas import Deltas
-from lola_ft.merging.folder import copy_companions, write_config
+from lola_ft.merging.merge_base import CheckpointBase, MergeBase
+from lola_ft.merging.merge_report import MergeReport
+from lola_ft.merging.merged_card import write_card
 from lola_ft.merging.proof import prove
-from lola_ft.merging.report import MergeReport
 from lola_ft.merging.stream import Written, write_weights
 from lola_ft.repo_id import is_repo_id
 from lola_ft.subject import run_around

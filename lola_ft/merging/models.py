@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from lola_ft.adapters.files import StoredAdapter
+from lola_ft.adapters.on_disk import StoredAdapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
-from lola_ft.merging.base import MergeBase
 from lola_ft.merging.effects import measure_effects
+from lola_ft.merging.merge_base import MergeBase
+from lola_ft.merging.merge_report import MergeReport
 from lola_ft.merging.outputs import Models, compute_dtype, too_large
-from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import compare
 from lola_ft.subject import run_around, trained_in_4_bit
 

@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lola_ft.adapters.files import WEIGHTS_FILE, StoredAdapter
+from lola_ft.adapters.on_disk import WEIGHTS_FILE, StoredAdapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.adapter_keys import expert_of, factor_keys, stacked_row
-from lola_ft.merging.base import MergeBase
+from lola_ft.merging.merge_base import MergeBase
 
 _ROWS = 4  # of every changed weight
 _SAMPLE = 12  # changed weights recomputed in whole, at least

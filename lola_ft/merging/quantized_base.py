@@ -12,7 +12,7 @@ from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import Place
-from lola_ft.merging.base import MergeBase
+from lola_ft.merging.merge_base import MergeBase
 from lola_ft.quantization.cache import NF4_PARTS, SOURCE_FILE, WEIGHTS_FILE
 from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import CheckpointError
-from lola_ft.merging.base import MergeBase
 from lola_ft.merging.buffers import Buffers
 from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.merge_base import MergeBase
 from lola_ft.merging.pipeline import run_pipeline
 
 

@@ -16,8 +16,8 @@ from transformers.utils import can_return_tuple
 from lola_ft.errors import UserError
 from lola_ft.kernels.loss import labelled_cross_entropy
 from lola_ft.model.config import LolaConfig
+from lola_ft.model.conversion import IGNORED_KEYS, register_conversion
 from lola_ft.model.layers import LolaBlock, init_weights
-from lola_ft.model.layout import IGNORED_KEYS, register_conversion
 from lola_ft.model.packed import stretches_of
 from lola_ft.model.router import load_balancing_loss
 

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lola_ft.families.parts import Audit
-from lola_ft.planning.activations import Activations, activations
-from lola_ft.planning.adapter import adapter_sizes
-from lola_ft.planning.base import base_audit
+from lola_ft.planning.adapter_sizes import adapter_sizes
+from lola_ft.planning.base_weights import base_audit
 from lola_ft.planning.job import Job
 from lola_ft.planning.optimizer import OptimizerBytes, optimizer_bytes
+from lola_ft.planning.saved_for_backward import Activations, activations
 from lola_ft.planning.workspace import backward_work, loss_work
 
 _FLOAT = 4

@@ -6,9 +6,9 @@ Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 from transformers.activations import ACT2FN
 
 from lola_ft.kernels.nf4_sizes import BLOCK
-from lola_ft.planning.activations import expert_factors, expert_inputs, grouped_rows
-from lola_ft.planning.attention import is_stepwise, score_numbers
+from lola_ft.planning.attention_memory import is_stepwise, score_numbers
 from lola_ft.planning.job import Job
+from lola_ft.planning.saved_for_backward import expert_factors, expert_inputs, grouped_rows
 
 _FLOAT = 4
 _CHUNK_ROWS = 256  # of the loss: `kernels/loss.py`

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lola_ft.routing.profile import Profile, read_profile, save_profile
     from lola_ft.routing.profiling import profile_routing
     from lola_ft.routing.relevance import save_choice, select_experts
-    from lola_ft.routing.report import write_report
+    from lola_ft.routing.report_page import write_report
 
 __all__ = [
     "Profile",
@@ -41,5 +41,5 @@ __getattr__ = lazy_attributes(
     profile="Profile read_profile save_profile",
     profiling="profile_routing",
     relevance="save_choice select_experts",
-    report="write_report",
+    report_page="write_report",
 )

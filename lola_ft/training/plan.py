@@ -10,8 +10,8 @@ from rich.console import Console
 
 from lola_ft.families import Architecture
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
-from lola_ft.planning.merged import merged_files
-from lola_ft.planning.report import memory_lines, memory_table, shape, verdict
+from lola_ft.planning.merged_sizes import merged_files
+from lola_ft.planning.prediction_tables import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.base_model import OpenBase, adapter_settings

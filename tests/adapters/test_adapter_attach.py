@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, lora_config
-from lola_ft.adapters.files import write_adapter
 from lola_ft.adapters.load_save import adapter_weights
+from lola_ft.adapters.on_disk import write_adapter
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
 from tests.tiny import TINY

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.fingerprint import fingerprint

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.declared import declared_modules
-from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.load_save import adapter_weights, load_adapter
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError, UserError
 from lola_ft.families import architecture_of

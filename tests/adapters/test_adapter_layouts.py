@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lola_ft.adapters.files import config_for, read_adapter, write_adapter
 from lola_ft.adapters.layouts import LAYOUTS, detect_layout, from_state, to_state
+from lola_ft.adapters.on_disk import config_for, read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.families import architecture_of

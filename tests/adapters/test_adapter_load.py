@@ -12,13 +12,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import load_adapter, save_adapter
-from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.layouts import LAYOUTS, to_state
 from lola_ft.adapters.load_save import adapter_weights
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.model.layout import EXPERT_PROJECTIONS
+from lola_ft.model.conversion import EXPERT_PROJECTIONS
 from tests.conftest import make_base
 from tests.tiny import TINY
 

@@ -16,9 +16,9 @@ from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, lora_co
 from lola_ft.adapters.combine import combine_adapters
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.expert_lora import ParamWrapper
-from lola_ft.adapters.files import read_adapter, write_adapter
 from lola_ft.adapters.load_save import adapter_weights
 from lola_ft.adapters.loftq import start_at_rounding_error
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.adapters.peft_model import RouterLora
 from lola_ft.adapters.selection import read_selection
 from lola_ft.adapters.weights import AdapterWeights

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_adapter
-from lola_ft.adapters.files import write_adapter
+from lola_ft.adapters.on_disk import write_adapter
 from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.weights import AdapterWeights
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from lola_ft.adapters import AdapterSettings, add_adapter, combine_adapters, fitting_layout, load_adapter, save_adapter
 from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter, write_adapter
 from lola_ft.adapters.load_save import adapter_weights
+from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter, write_adapter
 from lola_ft.adapters.trained_bias import TrainedBias
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
-from lola_ft.adapters.files import read_adapter, write_adapter
+from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
-from lola_ft.hub.check import compare_adapter, compare_merged
+from lola_ft.hub.reload_check import compare_adapter, compare_merged
 from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 import lola_ft
 from lola_ft.cli import main
 from lola_ft.hub import publish as publish_module
-from lola_ft.hub.check import compare_adapter
+from lola_ft.hub.reload_check import compare_adapter
 from lola_ft.recipe import load_recipe
 from tests.conftest import assert_says
 

@@ -92,7 +92,7 @@ def test_the_same_again_makes_no_commit(hub: Any, adapter: Path, capsys: pytest.
 
 
 def test_the_other_layout_holds_the_same_numbers(hub: Any, adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
-    from lola_ft.adapters.files import read_adapter
+    from lola_ft.adapters.on_disk import read_adapter
 
     send(adapter, layout="per_expert", base=str(tiny_base))
     files = hub.repos[REPO].files

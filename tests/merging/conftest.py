@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lola_ft.adapters.files import write_adapter
+from lola_ft.adapters.on_disk import write_adapter
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 
 from lola_ft.merging import merge
-from lola_ft.merging.command import merge_command
 from lola_ft.merging.effects import Effects, advice, effects_table, measure_effects
+from lola_ft.merging.merge_run import merge_command
 from lola_ft.merging.outputs import Outputs
 
 

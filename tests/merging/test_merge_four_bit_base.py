@@ -14,7 +14,7 @@ from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.merging import merge
-from lola_ft.merging.command import merge_command
+from lola_ft.merging.merge_run import merge_command
 from lola_ft.quantization import load_base, quantize_base
 
 

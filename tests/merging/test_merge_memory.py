@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lola_ft.adapters.files import write_adapter
+from lola_ft.adapters.on_disk import write_adapter
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM

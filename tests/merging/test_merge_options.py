@@ -83,9 +83,9 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
         "biases": "transformer.h.3.moe.experts.2.c_fc.bias",
         "dora": "transformer.h.0.attn.c_attn.weight",
     }[kind]
-    from lola_ft.adapters.files import read_adapter
+    from lola_ft.adapters.on_disk import read_adapter
     from lola_ft.checkpoints.safetensors_file import bytes_of
-    from lola_ft.merging.base import CheckpointBase
+    from lola_ft.merging.merge_base import CheckpointBase
 
     file = tmp_path / "merged" / "model.safetensors"
     state = load_file(file)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lola_ft.adapters.files import read_adapter
+from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import read_header
@@ -21,8 +21,8 @@ from lola_ft.errors import CheckpointError
 from lola_ft.families import LOLA
 from lola_ft.merging import merge
 from lola_ft.merging.adapter_keys import factor_keys
-from lola_ft.merging.base import CheckpointBase
 from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.merge_base import CheckpointBase
 from lola_ft.merging.proof import WeightProof, prove
 from lola_ft.merging.stream import _Sink, write_weights
 

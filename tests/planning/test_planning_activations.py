@@ -13,7 +13,7 @@ from lola_ft.families import BLOOM, GPT2, LOLA
 from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.products import GroupedMatmuls
 from lola_ft.model import experts
-from lola_ft.planning.activations import activations, kept_by_activation
+from lola_ft.planning.saved_for_backward import activations, kept_by_activation
 from tests.planning.conftest import FAMILIES, Batch, adapted, job_of, make
 
 # The loss keeps its divisor, and a mask that is a token shorter per row. On a CPU the experts' rows are padded to

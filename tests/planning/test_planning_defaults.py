@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lola_ft.adapters import AdapterSettings
 from lola_ft.families import FAMILIES, Family, Place, Sizes
-from lola_ft.planning.activations import activations
+from lola_ft.planning.saved_for_backward import activations
 from lola_ft.planning.workspace import backward_work
 from tests.planning.conftest import Batch, adapted, checkpointed, job_of, make_batch
 from tests.planning.test_planning_workspace import peak_of_backward

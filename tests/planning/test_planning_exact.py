@@ -14,8 +14,8 @@ from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.planning import Job, predict
-from lola_ft.planning.adapter import adapter_sizes
-from lola_ft.planning.base import base_audit
+from lola_ft.planning.adapter_sizes import adapter_sizes
+from lola_ft.planning.base_weights import base_audit
 from lola_ft.quantization import audit
 from lola_ft.training.trainers.arguments import _OPTIMIZERS
 from tests.planning.conftest import FAMILIES, ODD, Batch, adapted, make, make_batch

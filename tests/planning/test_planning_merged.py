@@ -12,7 +12,7 @@ from torch import nn
 from lola_ft import merge
 from lola_ft.adapters import AdapterSettings, save_adapter
 from lola_ft.checkpoints.base_checkpoint import open_config
-from lola_ft.planning.merged import merged_files
+from lola_ft.planning.merged_sizes import merged_files
 from tests.planning.conftest import FAMILIES, adapted
 
 

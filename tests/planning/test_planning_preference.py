@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lola_ft import load_base
 from lola_ft.adapters import add_adapter
 from lola_ft.families import architecture_of
-from lola_ft.planning.activations import activations
+from lola_ft.planning.saved_for_backward import activations
 from lola_ft.recipe import load_recipe
 from lola_ft.training.base_model import adapter_settings
 from lola_ft.training.dataset import prepare

@@ -7,7 +7,7 @@ import pytest
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lola_ft.adapters import AdapterSettings
-from lola_ft.planning.activations import activations
+from lola_ft.planning.saved_for_backward import activations
 from lola_ft.planning.workspace import backward_work
 from tests.planning.conftest import Batch, adapted, checkpointed, job_of, make, make_batch
 

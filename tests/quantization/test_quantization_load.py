@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from lola_ft import load_base
 from lola_ft.errors import CheckpointError, UserError
-from lola_ft.families import Place
+from lola_ft.families import Place, architecture_of
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.experts import FusedExperts
-from lola_ft.model.layout import place_of
 from lola_ft.quantization import NF4Experts, NF4Linear
 from lola_ft.quantization import experts as experts_module
 from lola_ft.quantization import load as load_module
@@ -41,12 +40,11 @@ def hub_tensors(folder: Path) -> dict[str, Tensor]:
 
 def dequantised(model: LolaForCausalLM, hub_name: str, dtype: torch.dtype) -> Tensor | None:
     """The 4-bit weight of a Hub tensor in the Hub's orientation; None if it is not in 4 bit."""
-    place = place_of(hub_name)
-    module_name, _, name = place.parameter.rpartition(".")
-    module = model.get_submodule(module_name)
-    if isinstance(module, NF4Experts) and not name.endswith("_bias"):
-        return module.expert_weight(name, place.expert_id or 0, dtype)
-    if isinstance(module, NF4Linear) and name == "weight":
+    place = architecture_of(model.config).places[hub_name]
+    module = model.get_submodule(place.module)
+    if isinstance(module, NF4Experts) and not place.leaf.endswith("_bias"):
+        return module.expert_weight(place.leaf, place.expert or 0, dtype)
+    if isinstance(module, NF4Linear) and place.leaf == "weight":
         return module.dense_weight(dtype).t()
     return None
 
@@ -65,9 +63,9 @@ def dense_twin(model: LolaForCausalLM, base: Path) -> LolaForCausalLM:
         for name in hub_tensors(base):
             weight = dequantised(model, name, torch.float32)
             if weight is not None:
-                place = place_of(name)
+                place = architecture_of(model.config).places[name]
                 target = parameters[place.parameter]
-                target = target if place.expert_id is None else target[place.expert_id]
+                target = target if place.expert is None else target[place.expert]
                 target.copy_(weight.t() if place.transposed else weight)
     return twin.eval()
 
@@ -89,14 +87,14 @@ def test_every_weight_is_quantised_as_bitsandbytes_would(source: str, write_base
     quantised, tensors = 0, hub_tensors(folder)
     for name, tensor in tensors.items():
         actual = dequantised(loaded, name, tensor.dtype)
-        place = place_of(name)
+        place = architecture_of(loaded.config).places[name]
         if actual is not None:
             quantised += 1
             turned = through_bitsandbytes(tensor.t()).t() if place.transposed else through_bitsandbytes(tensor)
             assert torch.equal(actual, turned), name
             continue
         parameter = loaded.get_parameter(place.parameter)
-        parameter = parameter if place.expert_id is None else parameter[place.expert_id]
+        parameter = parameter if place.expert is None else parameter[place.expert]
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, tensor.float()), name
     # Two attention weights a layer, two MLP weights in 2 layers, two weights of 4 experts in 2 layers.

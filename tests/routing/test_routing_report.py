@@ -18,7 +18,7 @@ from lola_ft.routing.language_families import find_language, read_languages
 from lola_ft.routing.measures import flip_rate, jensen_shannon
 from lola_ft.routing.profile import Profile, save_profile
 from lola_ft.routing.profiling import profile_routing
-from lola_ft.routing.report import write_report
+from lola_ft.routing.report_page import write_report
 from lola_ft.routing.summary import summarise
 
 Make = Callable[..., Profile]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from lola_ft.adapters.files import read_adapter
+from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.adapters.selection import read_selection
 from lola_ft.errors import UserError
 from lola_ft.recipe import load_recipe

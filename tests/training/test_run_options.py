@@ -12,7 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from ruamel.yaml import YAML
 
 import lola_ft
-from lola_ft.adapters.files import read_adapter
+from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.recipe import load_recipe
 from lola_ft.training import processes, train
 from lola_ft.training.precision import choose_precision

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lola_ft.adapters.files import read_adapter
+from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.card import CardFacts, render_card
 from lola_ft.environment import hardware, library_versions
 from lola_ft.families import recorded_family

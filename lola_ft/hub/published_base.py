@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from lola_ft.errors import PublishError
-from lola_ft.hub.source import Source
+from lola_ft.hub.publication import Source
 from lola_ft.repo_id import is_commit, is_repo_id
 
 _FILES = ("*.safetensors", "*.json")

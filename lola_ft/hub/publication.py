@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lola_ft.adapters.files import WEIGHTS_FILE, read_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE
+from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
 from lola_ft.errors import AdapterError, PublishError, UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, RECIPE_FILE
 from lola_ft.subject import find_subject

@@ -8,7 +8,7 @@ from lola_ft.card import CardFacts, render_card
 from lola_ft.families import Family
 from lola_ft.file_names import CARD_FILE
 from lola_ft.files import write_text
-from lola_ft.merging.report import MergeReport
+from lola_ft.merging.merge_report import MergeReport
 
 
 def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any], folder: Path) -> None:

@@ -8,8 +8,8 @@ from lola_ft.errors import UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, MERGED_FOLDER
 from lola_ft.merging.effects import advice, effects_table
 from lola_ft.merging.merge import merge
+from lola_ft.merging.merge_report import MergeReport
 from lola_ft.merging.proof import WeightProof
-from lola_ft.merging.report import MergeReport
 from lola_ft.merging.verify import Verification
 from lola_ft.subject import find_subject, is_adapted
 

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from lola_ft.kernels.experts import RANK_MULTIPLE
 from lola_ft.kernels.grouping import BUFFER_BUCKET, bucket_of, fitting_tile_rows
-from lola_ft.planning.attention import kept_inside, mask_bytes
+from lola_ft.planning.attention_memory import kept_inside, mask_bytes
 from lola_ft.planning.job import Job
 
 _FLOAT = 4

@@ -1,7 +1,7 @@
 """Proof, in a process of its own, that what is sent computes what was trained.
 
-    python -m lola_ft.hub.check adapter SOURCE STAGED --base FOLDER
-    python -m lola_ft.hub.check merged SOURCE STAGED
+    python -m lola_ft.hub.reload_check adapter SOURCE STAGED --base FOLDER
+    python -m lola_ft.hub.reload_check merged SOURCE STAGED
 
 loads both folders from disk, one after the other, and prints one line of JSON: the largest difference between their
 logits and the largest logit.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lola_ft.adapters import load_adapter
-from lola_ft.adapters.files import read_adapter
+from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import PublishError, UserError
 from lola_ft.families import architecture_of

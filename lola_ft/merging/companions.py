@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, TOKENIZER_FILES
 from lola_ft.files import copy_files, write_text
-from lola_ft.merging.base import MergeBase
+from lola_ft.merging.merge_base import MergeBase
 
 _OTHER_FILES = ("generation_config.json", "*.py")
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lola_ft.adapters.files import file_metadata
 from lola_ft.adapters.layouts import to_state
+from lola_ft.adapters.on_disk import file_metadata
 from lola_ft.adapters.selection import check_selection
 from lola_ft.adapters.settings import AdapterSettings
 from lola_ft.adapters.weights import AdapterWeights, LoraPair

@@ -11,7 +11,7 @@ import torch
 
 import lola_ft
 from lola_ft.errors import PublishError
-from lola_ft.hub.source import Source
+from lola_ft.hub.publication import Source
 
 
 def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> str:
@@ -21,7 +21,7 @@ def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> s
         PublishError: If they differ, or the staged folder does not load.
     """
     _free_memory()
-    command = [sys.executable, "-m", "lola_ft.hub.check", source.kind, str(source.folder), str(staged)]
+    command = [sys.executable, "-m", "lola_ft.hub.reload_check", source.kind, str(source.folder), str(staged)]
     if base is not None:
         command += ["--base", str(base)]
     package = str(Path(lola_ft.__file__).parents[1])
