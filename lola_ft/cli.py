@@ -46,7 +46,7 @@ _Quantization = Annotated[str, typer.Option(help="nf4, none, or auto: as the run
 
 @app.callback()
 def about() -> None:
-    """Fine-tune LOLA, a multilingual mixture-of-experts language model, on one GPU."""
+    """Fine-tune LOLA, a multilingual mixture-of-experts model, and other language models, on one GPU."""
 
 
 @app.command()
@@ -440,6 +440,14 @@ def nano(
     from lola_ft.nano import build_nano
 
     build_nano(Path(out))
+
+
+@app.command()
+def families(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the base families that are supported: what can be trained of each, and its limits."""
+    from lola_ft.families.listing import families_as_json, families_as_text
+
+    print(families_as_json() if as_json else families_as_text())
 
 
 @app.command()

@@ -18,6 +18,7 @@ COMMANDS = {
     "help of a verb": (0, ["-m", "lola_ft", "train", "--help"]),
     "recipes list": (0, ["-m", "lola_ft", "recipes", "list"]),
     "recipes show": (0, ["-m", "lola_ft", "recipes", "show", "demo"]),
+    "families": (0, ["-m", "lola_ft", "families"]),
     "schema": (0, ["-m", "lola_ft", "schema"]),
     "unknown option": (2, ["-m", "lola_ft", "train", "--wrong"]),
     "mistake, train": (2, ["-m", "lola_ft", "train", "MISTAKE"]),

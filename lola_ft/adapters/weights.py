@@ -44,7 +44,7 @@ class AdapterWeights:
 
     Attributes:
         architecture: The base's.
-        pairs: By Hub module name, such as `transformer.h.1.moe.experts.3.c_fc`.
+        pairs: By Hub module name.
         trained: Fully trained weights (the router's, the norms', biases), by Hub tensor name.
         base_biases: The base's biases of experts that are not trained: `peft` holds a layer's as one stack.
         bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
@@ -189,7 +189,7 @@ class AdapterWeights:
     def _lost(self, declared: list[str]) -> list[str]:
         """Of declared modules without LoRA, those of a kind of which others have it; the other kinds are said.
 
-        A config's `c_proj` means attention, dense layers and experts at once; a file may have left some of them out.
+        A short name in a config may mean attention, dense layers and experts at once; a file may lack some of them.
         """
         target_of = self.architecture.family.target_of
         held = {target_of(module, "peft") for module in self.pairs}

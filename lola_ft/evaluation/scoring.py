@@ -69,9 +69,10 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
     width = max(len(piece.ids) for piece in batch)
     ids_BS = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in batch])
     labels_BS = torch.tensor([piece.labels + [MASKED] * (width - len(piece.labels)) for piece in batch])
-    device = causal.lm_head.weight.device
+    head = causal.get_output_embeddings().weight
+    device = head.device
     x_BSD = causal.base_model(ids_BS.to(device), use_cache=False).last_hidden_state
-    nats_N = label_nats(x_BSD, causal.lm_head.weight, labels_BS.to(device)).double().cpu().numpy()
+    nats_N = label_nats(x_BSD, head, labels_BS.to(device)).double().cpu().numpy()
     return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
 
 

@@ -184,6 +184,7 @@ class Family:
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
+        fully: What can be trained without LoRA: norms, biases.
         experts, routing: None for a dense family.
         hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
         licence, licence_name: The Hub's identifier and the name (Markdown), if all of its checkpoints have one licence.
@@ -205,6 +206,7 @@ class Family:
     attention: Literal["fused", "scores", "stretches"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
+    fully: tuple[str, ...] = ("norms", "biases")
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None
     routing: Routing | None = None
@@ -213,6 +215,11 @@ class Family:
     licence_name: str = ""
     authors_url: str | None = None
     tags: tuple[str, ...] = ()
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What can be trained: groups that can have LoRA, norms, biases."""
+        return (*self.lora_groups, *self.fully)
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:
@@ -342,11 +349,10 @@ class Architecture:
             "of it contradict each other and could not be merged."
         )
 
-    @cached_property
+    @property
     def features(self) -> tuple[str, ...]:
-        """What can be trained: groups for LoRA, norms, biases."""
-        beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
-        return (*self.family.lora_groups, *beside)
+        """What can be trained of this base."""
+        return self.family.features
 
     def group_of(self, name: str) -> str | None:
         """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""

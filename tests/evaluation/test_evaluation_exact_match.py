@@ -1,7 +1,6 @@
 """Exact match counts what it should, on a model whose answers are written down."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lola_ft.evaluation import best_constant_answer, exact_match_by_language
+from tests.tiny import tiny_config
 
 EOS, PAD = 5, 1
 
@@ -17,7 +17,7 @@ class Scripted(nn.Module):
     """Says for each prompt what its script says, by the prompt's real tokens; keeps what it was shown."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(n_positions=128, vocab_size=320)
+    config = tiny_config()
 
     def __init__(self, script: dict[tuple[int, ...], list[int]]) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ def test_the_template_shapes_the_prompt(verb: Verb, tiny_base: Path) -> None:
         (("--chat",), "renders a single request"),
         (("--prompt", "a", "--template", "other"), "template 'other' is unknown"),
         (("--prompt", "a", "--top-p", "0.5"), "--top-p does nothing"),
-        (("--prompt", "a", "--adapter", "nowhere"), "no run's and no adapter's folder"),
+        (("--prompt", "a", "--adapter", "nowhere"), "neither a run's folder nor an adapter's"),
         (("--prompt", "a", "--out", "."), ".: is a folder"),
         (("--prompt", "a", "--out", "/dev/null/x.jsonl"), "/dev/null is no folder"),
     ],

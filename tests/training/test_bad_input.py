@@ -93,7 +93,7 @@ BAD_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     "wrong type": ({"train": {"max_steps": "many"}}, "train.max_steps"),
     "missing data": ({"data": {"sources": [{"path": "nowhere.jsonl", "format": "alpaca"}]}}, "nowhere.jsonl"),
     "nothing to train": ({"adapter": {"attention": None, "mlp": None, "experts": None}}, "nothing would be trained"),
-    "beyond LOLA's positions": ({"data": {"max_length": 4096}}, "2048 positions"),
+    "far beyond its positions": ({"data": {"max_length": 4096}}, "128 learned positions"),
     "beyond this base's positions": ({"data": {"max_length": 256}}, "128 learned positions"),
     "every row too long": ({"data": {"max_length": 16}}, "none of the 80 rows is left"),
     "one row too long": ({"data": {"max_length": 80, "overlong": "error"}}, "more than data.max_length 80"),

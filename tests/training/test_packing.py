@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from lola_ft.model.tokenizer import read_config
 from trl import SFTConfig, SFTTrainer
 
+from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.encoding import dataset_of
 from lola_ft.errors import UserError
@@ -57,7 +57,7 @@ def test_rows_are_those_that_trl_would_make(tiny_base: Path, tmp_path: Path, pac
         model=LolaForCausalLM.from_pretrained(tiny_base),
         args=arguments,
         train_dataset=shuffled,
-        processing_class=load_tokenizer(tiny_base, read_config(tiny_base)),
+        processing_class=load_tokenizer(tiny_base, open_config(tiny_base)[1].config),
     )
     rows = ready(shuffled, packs, 64)
     assert rows.to_dict() == trainer.train_dataset.to_dict()

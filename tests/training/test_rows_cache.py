@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lola_ft.model.tokenizer import read_config
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data import encoded_cache
 from lola_ft.errors import UserError
@@ -27,7 +27,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
-    return load_tokenizer(tiny_base, read_config(tiny_base))
+    return load_tokenizer(tiny_base, open_config(tiny_base)[1].config)
 
 
 def section(rows: Path, **changes: Any) -> Data:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig
 from lola_ft.recipe import load_recipe
 from lola_ft.training.dataset import prepare
@@ -60,7 +61,7 @@ def test_steps_and_tokens_are_those_of_the_data(
     assert planned["steps"] == 40
     assert planned["tokens_per_step"] == round(4 * mixed.tokens / 80)
     assert longest < recipe.data.max_length, "the plan is for the rows that there are"
-    assert job_of(recipe, LolaConfig.from_pretrained(tiny_base), "cpu", longest).length == longest
+    assert job_of(recipe, architecture_of(LolaConfig.from_pretrained(tiny_base)), "cpu", longest).length == longest
 
 
 def test_mistakes_are_messages(recipe_file: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any]) -> None:
@@ -91,6 +92,6 @@ def test_a_base_without_tokenizer_is_planned_without_data(
 
 def test_advice_names_the_parts_and_a_smaller_setting(recipe_file: Callable[..., Path], tiny_base: Path) -> None:
     recipe = load_recipe(recipe_file(train={"micro_batch_size": 4096, "grad_accum_steps": 1}))
-    lines = advice(recipe, LolaConfig.from_pretrained(tiny_base)).splitlines()
+    lines = advice(recipe, architecture_of(LolaConfig.from_pretrained(tiny_base))).splitlines()
     assert lines[0] == "4096 rows of 128 tokens, packed need about:"
     assert lines[-1].split()[0] == "train.gradient_checkpointing=true"

@@ -1,0 +1,99 @@
+"""The table of families: complete, the only place that names their tensors, and what `lola-ft families` prints."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from lola_ft.errors import CheckpointError, UserError
+from lola_ft.families import FAMILIES, Family, architecture_of, find_family
+from tests.conftest import Outcome
+from tests.tiny import TINY
+
+PACKAGE = Path(__file__).parents[2] / "lola_ft"
+# The native model is LOLA's own, and the nano base is a small LOLA made through its classes.
+NAMES_ALLOWED = ("families", "model", "nano")
+SMALL = {"lola_v1": {"n_layer": 2}, "gpt2": {"n_layer": 2}, "bloom": {"n_layer": 2, "hidden_size": 64}}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
+
+
+def small_config(family: Family) -> Any:
+    return CONFIG_MAPPING[family.model_type](**SMALL.get(family.model_type, {}))
+
+
+def test_every_parameter_of_the_model_has_a_place_of_its_size(family: Family) -> None:
+    config = small_config(family)
+    with torch.device("meta"):
+        model = family.model_class()(config)
+    places = architecture_of(config).places.values()
+    assert {place.parameter for place in places} == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        own = [torch.Size(place.shape).numel() for place in places if place.parameter == name]
+        assert sum(own) == parameter.numel(), name
+
+
+def test_targets_norms_and_biases_are_those_of_the_places(family: Family) -> None:
+    architecture = architecture_of(small_config(family))
+    for name, place in architecture.places.items():
+        lora = name.endswith(".weight") and place.group in family.lora_groups and len(place.shape) == 2
+        target = family.target_of(name.removesuffix(".weight"), "peft")
+        assert (target is not None) == lora, name
+        assert not lora or target in family.lora_groups[place.group], name
+    assert bool(architecture.norm_modules) == ("norms" in family.fully)
+    assert bool(architecture.bias_names) == ("biases" in family.fully)
+    assert bool(family.experts) == bool(family.routing) == bool(architecture.sizes.moe_layers)
+
+
+def words_of(family: Family) -> set[str]:
+    """Parts of names of tensors that say which family it is; `weight`, `bias`, `experts` and `gate` do not."""
+    parts = {part for name in architecture_of(small_config(family)).places for part in name.split(".")}
+    common = {"transformer", "model", "layers", "h", "attn", "mlp", "moe", "norm", "dense"}
+    common |= {"weight", "bias", "experts", "gate"}
+    return {part for part in parts | {family.model_type} if not part.isdigit()} - common
+
+
+def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
+    words = set[str]().union(*map(words_of, FAMILIES.values()))
+    assert {"c_attn", "wte", "query_key_value", "gpt2", "lola_v1"} <= words
+    pattern = re.compile(rf"(?<!\\w)({'|'.join(sorted(words))})(?!\\w)")
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.relative_to(PACKAGE).parts[0] in NAMES_ALLOWED:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            text = line.replace("dice-research/lola_v1", "")  # the base's name on the Hub
+            wrong += [f"{path.relative_to(PACKAGE)}:{number}: {match[0]}" for match in pattern.finditer(text)]
+    assert wrong == []
+
+
+def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
+    with pytest.raises(UserError) as caught:
+        TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
+    assert str(caught.value) == (
+        "adapter.shared_experts: the base is a LOLA model (lola_v1), which has no shared_experts. It has attention, "
+        "mlp, experts, router, norms, biases. Remove the key, or choose another base."
+    )
+
+
+def test_an_unknown_model_type_lists_the_families() -> None:
+    with pytest.raises(CheckpointError, match=r"model_type is 't5'.*GPT-2 \(gpt2\), BLOOM \(bloom\)"):
+        find_family("t5")
+
+
+def test_the_verb_lists_every_family(verb: Callable[..., Outcome]) -> None:
+    text, parsed = verb("families").out, json.loads(verb("families", "--json").out)
+    assert parsed.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        assert f"{family.title} (model_type {name})" in text
+        assert parsed[name]["lora"] == list(family.lora_groups)
+    assert parsed["lola_v1"]["trained_fully"] == ["router", "norms", "biases"]
+    assert parsed["bloom"]["packing"] is False
