@@ -127,8 +127,3 @@ class _NF4Linear(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module is one of the linear layers that 4-bit loading replaces."""
-    return type(module) is nn.Linear
