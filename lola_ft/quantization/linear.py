@@ -5,7 +5,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lola_ft.kernels.precision import compute_dtype
 from lola_ft.kernels.tiles import Tiles, times, times_transposed
