@@ -8,13 +8,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lola_ft.adapters import load_adapter
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data.prompt_template import Template
 from lola_ft.families import Architecture, Sizes, architecture_of
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.quantization.cache import is_cache
-from lola_ft.quantization.load import default_device, load_base
+from lola_ft.quantization.load import default_device, known_dtype, load_base, load_checkpoint
 from lola_ft.subject import Subject, find_subject
 
 
@@ -74,14 +75,29 @@ def open_model(
     Raises:
         UserError: Nothing that can be opened; also a tokenizer that does not belong to the model.
     """
-    subject = find_subject(path, base, revision, adapter)
+    return open_subject(find_subject(path, base, revision, adapter), quantization, dtype, device, quiet)
+
+
+def open_subject(
+    subject: Subject,
+    quantization: str | None = "auto",
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device | None = None,
+    quiet: bool = True,
+) -> OpenModel:
+    """Load what was found already; arguments as for `open_model`."""
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
-    model = load_base(subject.base, wanted, _possible(dtype, target), target, subject.revision, quiet)
+    held = known_dtype(_possible(dtype, target))
+    base = subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
+    if is_cache(base):
+        model = load_base(base, wanted, held, target, quiet=quiet)
+    else:
+        model = load_checkpoint(BaseCheckpoint.open(base), subject.base, wanted, held, target, quiet)
     fingerprint = model.base_fingerprint
     if subject.adapter:
         model = load_adapter(model, subject.adapter)
-    texts = subject.folder if any(subject.folder.glob("tokenizer*")) else resolve_folder(subject.base, subject.revision)
+    texts = subject.folder if any(subject.folder.glob("tokenizer*")) else base
     tokenizer = load_tokenizer(texts, model.config)
     template = subject.folder / TEMPLATE_FILE
     saved = Template.load(str(template)) if template.is_file() else None

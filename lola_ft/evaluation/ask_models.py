@@ -14,7 +14,7 @@ from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.open_model import OpenModel, open_model
+from lola_ft.open_model import OpenModel, open_subject
 from lola_ft.subject import Subject, find_subject, is_adapted
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def ask_each(
     answers, facts = list[T](), list[dict[str, Any]]()
     for model, subject in zip(models, subjects, strict=True):
         console.print(f"{model} ({subject.kind}) …", highlight=False, markup=False)
-        opened = open_model(model, _base_for(model, opening.base), quantization=opening.quantization)
+        opened = open_subject(subject, opening.quantization)
         template = template_of(opened, opening.template, common)
         answers.append(ask(opened, template))
         facts.append(

@@ -117,7 +117,7 @@ def _open_base(base: str | Path, revision: str | None, rounding: str | None, sto
     four_bit = Path(base)
     if not (four_bit / "nf4.safetensors").is_file():
         try:
-            resolve_folder(base, revision)
+            folder = resolve_folder(base, revision)
         except CheckpointError:
             # Here, because it brings bitsandbytes.
             from lola_ft.quantization.cache import caches_of
@@ -127,7 +127,7 @@ def _open_base(base: str | Path, revision: str | None, rounding: str | None, sto
                 raise
             four_bit = caches[0]
         else:
-            return CheckpointBase.open(BaseCheckpoint.open(base, revision), rounding or "base")
+            return CheckpointBase.open(BaseCheckpoint.open(folder), rounding or "base")
     if rounding == "base":
         raise UserError(
             f"{base}: the original weights are not here, only their 4-bit form ({four_bit}), so --rounding base has "

@@ -133,7 +133,7 @@ def quantize_base(
     """
     torch_dtype = known_dtype(dtype)
     checkpoint = BaseCheckpoint.open(path, revision)
-    model = load_base(path, "nf4", torch_dtype, "cpu", revision, quiet)
+    model = load_checkpoint(checkpoint, path, "nf4", torch_dtype, torch.device("cpu"), quiet)
     identity = source_identity(checkpoint, model.base_fingerprint, torch_dtype)
     return matching_cache(identity) or write_cache(model, identity, checkpoint.folder)
 
