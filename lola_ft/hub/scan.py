@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from lola_ft.errors import PublishError
 
-# Vocabularies hold pieces such as "/usr/lib": there, only this machine's own folders count as paths.
+# Vocabularies hold pieces such as "/usr/lib", and compressed pictures such bytes by chance: there, only this machine's
+# own folders count as paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"
@@ -34,6 +35,7 @@ _PATHS = re.compile(
 )
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH(?!OR)|_KEY$|_PAT$", re.I)
 _SHORTEST_SECRET = 8
+_IN_BINARY = " (readable bytes)"
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,26 @@ class Scanner:
         self._host = re.compile(rf"(?<![\w-]){re.escape(host)}(?![\w-])") if telling else None
 
     def scan(self, file: Path) -> list[Finding]:
-        """What is private in a file."""
-        vocabulary = file.name in VOCABULARIES
+        """List what is private in a file."""
         return [
             Finding(f"{file.name}{place}", kind)
             for place, text in _texts(file)
-            for kind in self._kinds(text, vocabulary)
+            for kind in self._kinds(text, only_own=file.name in VOCABULARIES or place == _IN_BINARY)
         ]
 
-    def _kinds(self, text: str, vocabulary: bool) -> Iterator[str]:
+    def _kinds(self, text: str, only_own: bool) -> Iterator[str]:
+        """Name each kind of private thing in a text.
+
+        Args:
+            only_own: Only this machine's own folders count as paths: the text may look like a path by chance.
+        """
         plain = text.replace("\\/", "/")
         if _TOKENS.search(plain):
             yield "a token or key"
         yield from (f"the value of {name}" for value, name in self._secrets.items() if value in plain)
-        if any(own in plain for own in self._own) or (not vocabulary and _PATHS.search(plain)):
+        if any(own in plain for own in self._own) or (not only_own and _PATHS.search(plain)):
             yield "an absolute path of a machine"
-        if self._host and not vocabulary and self._host.search(plain):
+        if self._host and not only_own and self._host.search(plain):
             yield "this machine's name"
 
 
@@ -123,7 +129,7 @@ def _texts(file: Path) -> Iterator[tuple[str, str]]:
         lines = content.decode("utf-8").splitlines()
     except UnicodeDecodeError:
         for run in re.findall(rb"[\x20-\x7e]{12,}", content):
-            yield " (readable bytes)", run.decode("ascii")
+            yield _IN_BINARY, run.decode("ascii")
         return
     for number, line in enumerate(lines, start=1):
         yield f":{number}", line
