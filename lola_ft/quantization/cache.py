@@ -1,7 +1,7 @@
 """A quantised base on disk, so that quantising happens once.
 
 `lola-ft quantize BASE` writes one; `load_base` uses it if it agrees with its source, else quantises again. A cache is
-a folder of `nf4.safetensors` (packed codes, scales, and what stayed dense, each under its native name), `source.json`
+a folder of `nf4.safetensors` (packed codes, scales, and dense weights, each by its name in memory), `source.json`
 (format, the source's fingerprint and files), and copies of the source's config and tokenizer, so that it can be loaded
 and merged into without its source.
 """
