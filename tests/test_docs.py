@@ -1,4 +1,4 @@
-"""Paths that the documents name exist: a file that is renamed must be renamed there too."""
+"""Paths that the documents name exist, and CONTRIBUTING.md's map of the package is whole."""
 
 import re
 from pathlib import Path
@@ -29,6 +29,19 @@ def test_named_paths_exist(document: Path) -> None:
     places = [*PLACES, *([NEIGHBOURS[name]] if name in NEIGHBOURS else [])]
     missing = [path for path in paths_in(document) if not any((ROOT / place / path).exists() for place in places)]
     assert not missing, f"{name} names {', '.join(missing)}: not there. Was it renamed?"
+
+
+def test_the_house_is_whole() -> None:
+    """Every folder and single file of the package is on the map, and every file on the map exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text.partition("    lola_ft/\n")[2].partition("    benchmarks/")[0]
+    named = set(re.findall(r"\b\w+\.py\b", house)) | set(re.findall(r"^      (\w+)/", house, re.MULTILINE))
+    package = ROOT / "lola_ft"
+    rooms = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    missing = rooms - named - {"__init__.py", "__main__.py"}
+    assert not missing, f"CONTRIBUTING.md lacks {missing}"
+    files = {path.name for path in package.rglob("*.py")}
+    assert named <= rooms | files, f"CONTRIBUTING.md names {named - rooms - files}"
 
 
 def test_paths_are_found() -> None:
