@@ -1,4 +1,4 @@
-"""lola_ft: parameter-efficient fine-tuning of LOLA, a multilingual mixture-of-experts language model.
+"""lola_ft: parameter-efficient fine-tuning of LOLA, a multilingual mixture-of-experts model, and of dense bases.
 
 Importing it makes `transformers.AutoModelForCausalLM` load LOLA checkpoints natively, without remote code. The other
 functions are imported when they are first used: PEFT and bitsandbytes take seconds.

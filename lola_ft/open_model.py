@@ -21,11 +21,11 @@ from lola_ft.subject import Subject, find_subject
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to be asked, and how to talk to it.
+    """A model ready for questions, with its tokenizer and prompt template.
 
     Attributes:
-        template: The prompt template that training saved beside it; None of a base.
-        fingerprint: Of the base's weights.
+        template: The prompt template that training saved beside it; None for a base.
+        fingerprint: Fingerprint of the base's weights.
     """
 
     subject: Subject
@@ -36,7 +36,7 @@ class OpenModel:
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The language model itself, with an adapter's wrappers inside it where there is one."""
+        """The language model itself; it contains the adapter's wrappers, if there is an adapter."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
@@ -50,7 +50,7 @@ class OpenModel:
 
     @property
     def quantization(self) -> str:
-        """`nf4`, or `none` of a dense model."""
+        """`nf4`, or `none` for an unquantised model."""
         return getattr(self.causal, "quantization", None) or "none"
 
 
@@ -67,13 +67,13 @@ def open_model(
     """Load a base, a run, an adapter (either layout) or a merged model for evaluation.
 
     Args:
-        base: Of a run or an adapter, if it is not where training found it.
-        quantization: "nf4", "none", or "auto": what a run trained on, else not quantised.
+        base: The base of a run or an adapter, if it is not where training found it.
+        quantization: "nf4", "none", or "auto": as the run was trained, else unquantised.
         dtype: bfloat16 becomes float32 where the machine only emulates it.
         adapter: A run or an adapter to put on a base.
 
     Raises:
-        UserError: Nothing that can be opened; also a tokenizer that does not belong to the model.
+        UserError: Nothing to open, or a tokenizer that does not belong to the model.
     """
     return open_subject(find_subject(path, base, revision, adapter), quantization, dtype, device, quiet)
 
@@ -105,7 +105,7 @@ def open_subject(
 
 
 def _fitting(subject: Subject) -> str | None:
-    """What a run trained on; 4 bit where only that form of the base is here."""
+    """Return the quantisation that the run was trained on; 4 bit where only that form of the base exists here."""
     return "nf4" if is_cache(subject.base) else subject.quantization
 
 

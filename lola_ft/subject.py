@@ -1,4 +1,4 @@
-"""Telling what a user points at: a base, a run, an adapter or a merged model. Every verb asks here."""
+"""The thing that a user points at, recognised as a base, a run, an adapter or a merged model: for every verb."""
 
 import json
 from dataclasses import dataclass, field
@@ -13,17 +13,18 @@ from lola_ft.file_names import ADAPTER_FOLDER, MANIFEST_FILE, MERGE_REPORT_FILE,
 
 @dataclass(frozen=True)
 class Subject:
-    """What a user pointed at, found but not loaded.
+    """A base, run, adapter or merged model, found but not loaded.
 
     Attributes:
-        name: As the user wrote it; what a table calls it.
-        folder: Where its own files are: the adapter's folder of a run or an adapter, the model's else.
-        base: Folder or Hub id of the weights to load first; the folder itself of a base or a merged model; "" if
-            neither run nor adapter says it and it was not needed.
-        revision: Of the base on the Hub: the commit that is in the cache, if it was resolved here.
-        quantization: What a run trained on ("nf4" or None), or what an adapter needs; None where nothing says it.
-        run: The run that it is, or lies in.
-        manifest: The run's, {} without one.
+        name: As the user wrote it, and as tables show it.
+        folder: The folder of its own files: the adapter's for a run or an adapter, else the model's.
+        base: Folder or Hub id of the weights to load first; for a base or a merged model, its own name. "" if
+            neither run nor adapter names it and it was not needed.
+        revision: The commit of a base on the Hub, where it is known; else what the user, the run or the adapter names.
+        quantization: The form of the base that a run trained on ("nf4" or None) or that an adapter needs; None where
+            neither says it.
+        run: The run that it is, or in which it lies.
+        manifest: The run's manifest, {} without a run.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Subject:
 
     @property
     def adapter(self) -> Path | None:
-        """The adapter's folder, if there is one."""
+        """Return the adapter's folder, if there is one."""
         return self.folder if self.kind in ("run", "adapter") else None
 
 
@@ -48,7 +49,7 @@ def find_subject(
     adapter: str | Path | None = None,
     needs_base: bool = True,
 ) -> Subject:
-    """Tell what a path or a Hub id is.
+    """Recognise a path or a Hub id.
 
     Args:
         base: The base to use instead of the one that a run or an adapter names.
@@ -109,7 +110,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
 
 
 def trained_in_4_bit(manifest: dict[str, Any]) -> bool:
-    """Tell whether training saw a 4-bit base; taken to be so where no run says otherwise."""
+    """Tell whether training saw a 4-bit base; assumed where no manifest says otherwise."""
     return manifest.get("recipe", {}).get("base", {}).get("quantization", "nf4") == "nf4"
 
 

@@ -1,4 +1,4 @@
-"""What an adapter's file holds, tensor by tensor: all numbers, and those that were written.
+"""The contents of an adapter's file, checked tensor by tensor: all numbers, and the ones that were written.
 
 Shapes do not tell a tensor from the same numbers in another order (experts fastest or slowest, two layers swapped), and
 names do not tell that a module was lost with both its factors. A file of ours lists its tensors with their checksums.
@@ -19,7 +19,7 @@ CHECKSUMS_KEY = "lola_ft_tensors"
 
 
 def checksums_of(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """CRC-32 of each tensor's bytes, eight hex digits; zeros for a tensor without numbers (meta)."""
+    """Return the CRC-32 of each tensor's bytes, eight hex digits; zeros for a tensor without numbers (meta)."""
     return {
         name: _hex(0 if tensor.is_meta else zlib.crc32(bytes_of(tensor.contiguous()))) for name, tensor in state.items()
     }
@@ -29,8 +29,8 @@ def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Map
     """Read every tensor once.
 
     Raises:
-        AdapterError: Naming tensors that are not all numbers; or that are missing, beside or other than what was
-            written, if the file says what that was.
+        AdapterError: Naming tensors with NaN or infinity; or, if the file lists its tensors, those that are missing,
+            added or changed.
     """
     found = {name: _read(entry) for name, entry in entries.items()}
     if broken := [name for name, (finite, _) in found.items() if not finite]:
@@ -54,7 +54,7 @@ def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Map
 
 
 def _read(entry: TensorEntry) -> tuple[bool, str]:
-    """Whether every value is a number (a piece's extremes tell: NaN is among them if there is one), and the CRC-32."""
+    """Return whether every value is finite, and the CRC-32. (A piece's extremes are NaN if any value is.)"""
     finite, checksum = True, 0
     for _, piece in entry.pieces():
         finite = finite and bool(torch.stack(torch.aminmax(piece)).isfinite().all())

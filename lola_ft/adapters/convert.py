@@ -12,7 +12,7 @@ from lola_ft.files import copy_files
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted: the layout it came in, and how many tensors the file held."""
+    """The layout that an adapter was converted from, and the number of its tensors."""
 
     source_layout: str
     tensors: int
@@ -22,7 +22,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     """Write an adapter to `out` in `layout`; the numbers are bit-equal. Tokenizer and template come along.
 
     Args:
-        base: Tells how many experts there are, and is checked to fit.
+        base: The adapter's base, which has the number of experts; the adapter must fit it.
 
     Raises:
         AdapterError: If the adapter does not fit the base, or the layout cannot hold it.

@@ -1,4 +1,4 @@
-"""What an adapter's config declares that the file holds, by Hub names: a tensor that is lost must be missed."""
+"""The modules that an adapter's config declares, by Hub names: a tensor that the file lost is found in this way."""
 
 import re
 from collections.abc import Collection, Mapping

@@ -4,7 +4,7 @@ The weight is cut into its rows' lengths, which are learned, and their direction
 `y = m / |W + sBA| * (W + sBA) x + bias`. PEFT's own (0.21) builds `W + sBA` in every forward and, with dropout, keeps W
 for backward. Here the base's output is scaled, and the rows' lengths come from
 `|W_i + sB_i A|^2 = |W_i|^2 + 2s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T`, where W A^T is one more pass of R rows.
-As in PEFT the lengths are a constant to the gradient. Dropout touches the LoRA path alone.
+As in PEFT the lengths are a constant to the gradient. Dropout acts only on the LoRA path.
 
 Shapes: I input, O output, R rank.
 """

@@ -139,7 +139,7 @@ def _without_extras(config: LoraConfig) -> LoraConfig:
 
 
 def refuse_merge() -> NoReturn:
-    """PEFT's in-memory merge has nothing to add to here.
+    """Refuse PEFT's in-memory merge: fused experts have no single dense weight to add to.
 
     Raises:
         AdapterError: Always, naming what merges instead.

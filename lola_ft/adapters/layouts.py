@@ -2,7 +2,7 @@
 
 `peft`: what PEFT writes for the model in memory; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
 `per_expert`: one A (R, in) and B (out, R) per expert, under the names of the checkpoint (LOLA's authors' own layout).
-Both call linear layers by the same names and hold a router's trained weight as it is.
+Both call linear layers by the same names and hold a router's trained weight unchanged.
 """
 
 import re
@@ -76,7 +76,7 @@ def from_state(
 def _sort_factors(
     state: dict[str, Tensor], weights: AdapterWeights
 ) -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], str]]:
-    """Factors by module and kind, and their keys; fully trained weights go where they belong.
+    """Sort factors by module and kind, with their keys; fully trained weights go where they belong.
 
     Raises:
         AdapterError: Naming the tensors that have no place in the base.
@@ -178,7 +178,7 @@ def _pair_state(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
 
 
 def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) -> tuple[Tensor, Tensor]:
-    """Fused factors (E, R, in) and (E, out, R); an expert without a pair gets zeros, which change nothing."""
+    """Stack factors to (E, R, in) and (E, out, R); an expert without a pair gets zeros, which change nothing."""
     some = next(iter(by_expert.values()))
     if {(pair.a.shape, pair.b.shape, pair.alpha) for pair in by_expert.values()} != {
         (some.a.shape, some.b.shape, some.alpha)
@@ -190,7 +190,7 @@ def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) ->
 
 
 def _fused_module(module: str, layout: ExpertLayout | None) -> str | None:
-    """The fused experts' module that a LoRA pair is on; None for another module."""
+    """Return the fused experts' module that a LoRA pair is on; None for another module."""
     plain = module.removesuffix(".base_layer")
     return plain if layout and plain.endswith(f".{layout.module}") else None
 
@@ -198,7 +198,7 @@ def _fused_module(module: str, layout: ExpertLayout | None) -> str | None:
 def _fused_stack(
     module: str, inner: bool, factors: dict[str, dict[str, Tensor]], config: dict[str, Any], layout: ExpertLayout
 ) -> str:
-    """Which fused parameter a pair belongs to: wrappers nest, and the config tells which one stands alone.
+    """Find the fused parameter of a pair: wrappers nest, and the config tells which one there is if there is only one.
 
     Args:
         inner: Whether it is the inner one of two wrappers.
@@ -215,7 +215,7 @@ def _fused_stack(
 
 
 def _check_rank(name: str, pair: dict[str, Tensor], config: dict[str, Any], num_experts: int) -> None:
-    """Both factors must have the config's rank, times the experts that they are stacked for."""
+    """Check that both factors have the config's rank, times the number of stacked experts."""
     rank = int(_setting("rank_pattern", "r", name, config))
     rows, columns = pair["A"].shape[0], pair["B"].shape[1]
     if {rows, columns} != {rank * num_experts}:
@@ -231,7 +231,7 @@ def _alpha(name: str, config: dict[str, Any]) -> float:
 
 
 def _setting(pattern_key: str, common_key: str, name: str, config: dict[str, Any]) -> Any:
-    """A module's own value, or the common one; the first pattern that matches counts, as in PEFT."""
+    """Return a module's own value, or the common one; the first pattern that matches counts, as in PEFT."""
     pattern = config.get(pattern_key) or {}
     first = next((end for end in pattern if re.match(rf"(?:.*\.)?(?:{end})$", name)), name)
     value = pattern.get(first, config.get(common_key))

@@ -27,10 +27,10 @@ def load_adapter(
     trainable: bool = False,
     name: str = "default",
 ) -> PeftModel:
-    """Put a stored adapter of either layout on a model (changed in place; use the returned one from then on).
+    """Put a stored adapter of either layout on a model (changed in place; use the returned model afterwards).
 
     Args:
-        model: A base; or what this returned, to load another adapter beside the first and make it the active one.
+        model: A base; or a model with an adapter, to load another one beside the first and make it active.
         allow_other_base: Accept an adapter that was trained on other base weights.
         name: What to call the adapter, for `set_adapter`.
 
@@ -80,7 +80,7 @@ def save_adapter(
 
 
 def fitting_layout(model: PeftModel) -> str:
-    """`peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
+    """Return `peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
     num_experts = architecture_of(model.config).num_experts
     some = any(len(ids) < num_experts for ids in experts_of(model, model.active_adapter).values())
     dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
@@ -88,7 +88,7 @@ def fitting_layout(model: PeftModel) -> str:
 
 
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:
-    """The numbers of an adapter of a model, the active one's if no name is given, on the CPU, under the Hub's names."""
+    """Return the numbers of an adapter, the active one if no name is given, on the CPU, by Hub names."""
     if not isinstance(model, PeftModel):
         raise AdapterError("This model has no adapter to save.")
     name = name or model.active_adapter
@@ -105,9 +105,9 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
 
 
 def experts_of(model: PeftModel, name: str) -> dict[str, tuple[int, ...]]:
-    """The experts that have LoRA in each MoE layer that has any, or trained biases; by the Hub's name of the layer.
+    """Return the experts with LoRA or trained biases, by the Hub name of their layer; layers without any are left out.
 
-    A layer without LoRA on its experts of which all biases are trained is left out.
+    So is a layer whose experts have no LoRA and all their biases trained.
     """
     found = {
         plain_name(path): module.experts_of[name]
@@ -120,12 +120,12 @@ def experts_of(model: PeftModel, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def plain_name(path: str) -> str:
-    """A module's or parameter's name without what PEFT's wrappers add."""
+    """Return a module's or parameter's name without the additions of PEFT's wrappers."""
     return path.removeprefix(PREFIX).replace(".base_layer", "")
 
 
 def _untrained_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The base's biases of the experts that an adapter leaves out, by the Hub's names; none if it trains no biases."""
+    """Return the base's biases of experts that an adapter leaves out, by Hub names; none if it trains no biases."""
     architecture, found = architecture_of(model.config), dict[str, Tensor]()
     for parameter, (chosen, stack) in partly_trained(model, name).items():
         parts, layout = stack_parts(parameter, architecture), architecture.family.experts
@@ -139,7 +139,7 @@ def _untrained_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
 def _selection(
     model: nn.Module, weights: AdapterWeights, experts_of: Mapping[str, tuple[int, ...]]
 ) -> tuple[tuple[int, ...], ...]:
-    """Of each MoE layer in order, the experts with LoRA or trained biases."""
+    """List the experts with LoRA or trained biases of each MoE layer, in order."""
     layers = [(plain_name(name), module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
     names = [*weights.pairs, *(name.removesuffix(".bias") for name in weights.trained)]
     held = {expert.module for name in names if (expert := weights.architecture.family.parse_expert(name))}

@@ -1,8 +1,8 @@
 """Starting LoRA at the error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
 
-The base stays as it is: A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts nearer to
-the original model. Such an adapter belongs to the 4-bit base: on the original weights it would correct an error that is
-not there, so it is merged with `--rounding nf4`.
+The base stays frozen: A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts nearer to
+the original model. Such an adapter belongs to the 4-bit base: the original weights do not have the error that it
+corrects. So it is merged with `--rounding nf4`.
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
 
 
 def _wrappers(model: PeftModel) -> dict[str, Any]:
-    """PEFT's layers by the native name of the module or expert parameter that they wrap."""
+    """List PEFT's layers by the name in memory of the module or expert parameter that they wrap."""
     found: dict[str, Any] = {}
     for name, module in model.base_model.model.named_modules():
         plain = name.replace(".base_layer", "")

@@ -44,7 +44,7 @@ _AUTHORS_CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter folder as it is: its config, and where each tensor of its file lies."""
+    """An adapter's folder: its config, and the place of each tensor in its file."""
 
     folder: Path
     config: dict[str, Any]
@@ -57,12 +57,12 @@ class StoredAdapter:
 
     @property
     def starts_at_rounding_error(self) -> bool:
-        """Whether it corrects the rounding of the 4-bit base, and belongs on that."""
+        """Tell whether the adapter corrects the rounding of the 4-bit base, and so belongs on it."""
         return self.metadata.get("lola_ft_start") == "loftq"
 
     @property
     def loads_with_stock_peft(self) -> bool:
-        """Whether stock PEFT loads it, on the unquantised base: it refuses DoRA beside LoRA on expert parameters."""
+        """Tell whether stock PEFT loads it, on the unquantised base: PEFT refuses DoRA beside LoRA on experts."""
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
 
@@ -70,7 +70,7 @@ class StoredAdapter:
         """Read the adapter's numbers, by Hub names.
 
         Args:
-            architecture: Of the base that it is for.
+            architecture: The base's.
 
         Raises:
             AdapterError: If a tensor has no place in such a base.
@@ -78,7 +78,7 @@ class StoredAdapter:
         return self._arranged({key: entry.read() for key, entry in self.entries.items()}, architecture)
 
     def outline(self, architecture: Architecture) -> AdapterWeights:
-        """Return the same with shapes only (meta tensors); `keys` says where the numbers are."""
+        """Return the weights with shapes only (meta tensors); `keys` says where their numbers are."""
         shapes = {
             key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in self.entries.items()
         }
@@ -189,7 +189,7 @@ def file_metadata(weights: AdapterWeights, layout: str, state: dict[str, torch.T
 
 
 def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """By our own writer: safetensors' own orders its metadata at random, and equal adapters would differ in bytes."""
+    """Write with our own writer: safetensors orders metadata at random, so equal adapters would differ in bytes."""
     entries = [
         TensorEntry(name, file, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0) for name, tensor in state.items()
     ]
@@ -199,7 +199,7 @@ def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[st
 
 
 def is_replaceable(path: str | Path) -> bool:
-    """Whether an adapter may be written here: nothing, an empty folder, or an adapter's folder."""
+    """Tell whether an adapter may be written here: no folder, an empty one, or an adapter's."""
     folder = Path(path)
     if not folder.is_dir():
         return not folder.exists()
@@ -207,7 +207,7 @@ def is_replaceable(path: str | Path) -> bool:
 
 
 def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
-    """Return `adapter_config.json` for these weights: what stock PEFT needs to load them.
+    """Return `adapter_config.json` for the weights: the settings that stock PEFT needs to load them.
 
     Dropout is written as 0: it plays no part once trained, and PEFT refuses it on expert parameters.
     """
@@ -254,9 +254,9 @@ def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], di
 
 
 def _others_hold_in_by_out(architecture: Architecture, layout: str) -> bool:
-    """Whether the model that others load the adapter onto holds its linear layers in×out (transformers' `Conv1D`).
+    """Tell whether other tools load the adapter onto a model with linear layers in×out (transformers' `Conv1D`).
 
-    A native class of ours holds them out×in, LOLA's authors' code as the files do.
+    A native class of ours holds them out×in, the code of LOLA's authors in the orientation of the files.
     """
     if architecture.family.native:
         return layout == "per_expert"
@@ -264,7 +264,7 @@ def _others_hold_in_by_out(architecture: Architecture, layout: str) -> bool:
 
 
 def _preferred(values: dict[str, Any], family: Family) -> Any:
-    """The experts' value if there is one (PEFT wants no pattern for parameters), else the first, else 1."""
+    """Return the experts' value if there is one (PEFT wants no pattern for parameters), else the first, else 1."""
     of_experts = (values[target] for target in family.expert_targets if target in values)
     return next(of_experts, next(iter(values.values()), 1))
 

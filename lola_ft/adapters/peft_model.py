@@ -27,7 +27,7 @@ class NF4LoraLinear(LoraLinear4bit):
     """PEFT's LoRA on a 4-bit linear layer.
 
     A single plain adapter is added inside the layer's own pass: PEFT's forward makes four more tensors of the output's
-    size. Merging is refused, for it would quantise the merged weight anew.
+    size. Merging is refused, since it would quantise the merged weight again.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -72,14 +72,14 @@ def attach(
     dropouts: Mapping[str, float] | None = None,
     biases: Collection[str] = (),
 ) -> PeftModel:
-    """As `add_adapter`, from PEFT's config.
+    """Wrap a model as `add_adapter` does, from PEFT's config.
 
-    Adapter weights and what is trained as it is are float32 whatever the base: small updates vanish in 16 bits.
+    Adapter weights and fully trained weights are float32 on any base: small updates vanish in 16 bits.
 
     Args:
         selection: Experts that get LoRA, for each MoE layer; None for all.
         dropouts: Dropout of a target (the end of a module's name) in place of the config's.
-        biases: Hub names of biases to train fully.
+        biases: Hub names of the biases to train.
 
     Raises:
         UserError: If the model has an adapter already and was not given as the PeftModel around it.
@@ -112,7 +112,7 @@ def attach(
 
 
 def identity_of(model: PreTrainedModel | PeftModel) -> str | None:
-    """The fingerprint of a model's base weights, which it keeps; None if it cannot be told."""
+    """Return the fingerprint of a model's base weights, and keep it on the model; None if it is not known."""
     if not isinstance(model, PeftModel) and not hasattr(model, "base_fingerprint"):
         model.base_fingerprint = fingerprint_in_memory(model)
     return getattr(model, "base_fingerprint", None)

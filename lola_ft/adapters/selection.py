@@ -1,4 +1,4 @@
-"""Which experts get LoRA: all, lists, or a file written by `lola-ft routing select`."""
+"""The experts that get LoRA: all, lists, or a file written by `lola-ft routing select`."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ Selection = tuple[tuple[int, ...], ...]
 
 
 def read_selection(select: str | list[list[int]]) -> Selection | None:
-    """The experts for each MoE layer; None for all.
+    """Return the experts for each MoE layer; None for all.
 
     Args:
         select: `all`, the lists themselves, or the path of a JSON file with the lists under `experts`.

@@ -1,4 +1,4 @@
-"""What to train beside the frozen base: plain settings, and PEFT's config for them."""
+"""The settings of an adapter, without any library's types, and PEFT's config for them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ INITS = ("default", "gaussian", "loftq")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What to train beside the frozen base.
+    """The weights to train beside the frozen base.
 
     Attributes:
         attention_rank, mlp_rank, expert_rank, router_rank: LoRA rank of each group; None leaves the group out.
@@ -29,8 +29,8 @@ class AdapterSettings:
             base, arXiv 2310.08659).
         selection: Experts that get LoRA; None for all.
         tune_router: Fully train the router's weights and save them with the adapter.
-        tune_norms: The same for the LayerNorms.
-        tune_biases: The same for every bias; of the experts', those of the selection.
+        tune_norms: Fully train the norms.
+        tune_biases: Fully train every bias; of experts, only the selected ones'.
     """
 
     attention_rank: int | None = None
@@ -50,7 +50,7 @@ class AdapterSettings:
     tune_biases: bool = False
 
     def ranks(self) -> dict[str, int]:
-        """Rank of each group that has LoRA."""
+        """Return the rank of each group that has LoRA."""
         given = {
             "attention": self.attention_rank,
             "mlp": self.mlp_rank,
@@ -60,7 +60,7 @@ class AdapterSettings:
         return {group: rank for group, rank in given.items() if rank is not None}
 
     def wanted(self) -> dict[str, str]:
-        """Recipe keys in use, with the feature of a family that each needs."""
+        """Return the recipe keys in use, with the feature of a family that each needs."""
         keys = {
             "adapter.attention": ("attention", self.attention_rank is not None),
             "adapter.mlp": ("mlp", self.mlp_rank is not None),

@@ -1,8 +1,8 @@
-"""Biases trained as they are: an adapter's own beside the base's, which stay what they were.
+"""Fully trained biases: an adapter's own, beside the base's, which do not change.
 
-PEFT's `bias="all"` trains the base's own tensors, so that one adapter alone may do it and disabling it gives no base
-back, and it passes over the experts' stacks. Here a bias is parametrised (`torch.nn.utils.parametrize`): whoever reads
-`module.bias` gets the active adapter's or, without one, the base's very tensor.
+PEFT's `bias="all"` trains the base's own tensors. So only one adapter can do it, disabling it does not give the base
+back, and the experts' stacks are left out. Here a bias is parametrised (`torch.nn.utils.parametrize`): `module.bias` is
+the active adapter's or, without an adapter, the base's own tensor.
 """
 
 import re
@@ -27,13 +27,13 @@ _IN_MEMORY = re.compile(r"\.parametrizations\.(?P<kind>\w+)\.0\.trained_bias$")
 
 
 class TrainedBias(AuxiliaryTrainingWrapper):
-    """The parametrisation of one bias, or of the stack of a layer's experts' biases, where it holds chosen rows alone.
+    """The parametrisation of one bias, or of the stack of a layer's experts' biases, of which it holds the chosen rows.
 
     PEFT activates, disables, saves and loads it like its own `modules_to_save`.
 
     Attributes:
         trained_bias: By adapter, float32.
-        experts_of: Which experts' rows an adapter holds; an adapter that holds the whole tensor is not in it.
+        experts_of: Experts whose rows an adapter holds; an adapter that holds the whole tensor is not in it.
     """
 
     adapter_layer_names = ("trained_bias",)
@@ -102,7 +102,7 @@ def bias_names(architecture: Architecture, selection: Selection | None, norms: b
     """List the Hub names of all biases that an adapter may train; of experts, only the chosen ones'.
 
     Args:
-        norms: Whether the LayerNorms' are among them.
+        norms: Include the norms' biases.
 
     Raises:
         UserError: If the selection does not fit the model.
@@ -118,7 +118,7 @@ def bias_names(architecture: Architecture, selection: Selection | None, norms: b
 
 
 def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) -> None:
-    """Give an adapter biases of its own, by Hub names; active if the adapter is."""
+    """Give an adapter biases of its own, by Hub names; they are active if the adapter is."""
     places = architecture_of(model.config).places
     experts_of: dict[str, list[int]] = {}
     for place in (places[name] for name in names):
@@ -138,7 +138,7 @@ def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) ->
 
 
 def drop_copied_biases(model: PeftModel) -> None:
-    """Where an adapter trains a whole LayerNorm, PEFT copied it with the other adapters' biases: leave these out."""
+    """Remove the other adapters' biases that PEFT copied with a norm that an adapter trains."""
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             for copy in wrapper.modules_to_save.values():
@@ -152,9 +152,9 @@ def drop_copied_biases(model: PeftModel) -> None:
 
 @contextmanager
 def seen_by_peft(model: nn.Module) -> Iterator[None]:
-    """The experts' biases put aside while PEFT looks for expert weights to put LoRA on.
+    """Put the experts' biases aside while PEFT looks for expert weights to put LoRA on.
 
-    PEFT (0.21) finds the parameters of a module that is parametrised by their full names alone.
+    PEFT (0.21) finds the parameters of a parametrised module only by their full names.
     """
     experts = [m for m in model.modules() if isinstance(m, FusedExperts) and parametrize.is_parametrized(m)]
     aside = [(module, module._modules.pop("parametrizations")) for module in experts]
@@ -166,7 +166,7 @@ def seen_by_peft(model: nn.Module) -> Iterator[None]:
 
 
 def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """Of each stack of which an adapter holds some rows: the experts, and the base's stack; by the native name."""
+    """List the stacks of which an adapter holds some rows, by name in memory: the experts, and the base's stack."""
     return {
         plain_key(f"{path}.trained_bias").removeprefix(PREFIX): (
             module.experts_of[adapter_name],
@@ -178,7 +178,7 @@ def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple
 
 
 def plain_key(key: str) -> str:
-    """A trained bias's name in PEFT's state or in a file as the native model without an adapter calls it."""
+    """Return a trained bias's name in the model without an adapter, from its name in PEFT's state or in a file."""
     return key if ".lora_" in key else _without_wrappers(_IN_MEMORY.sub(r".\g<kind>", key))
 
 
@@ -187,12 +187,12 @@ def _without_wrappers(path: str) -> str:
 
 
 def _own(module: nn.Module, kind: str) -> nn.Parameter:
-    """The base's tensor."""
+    """Return the base's tensor."""
     return module.get_parameter(f"parametrizations.{kind}.original")
 
 
 def _owners(model: PeftModel) -> dict[str, nn.Module]:
-    """The base's own modules that have a bias, whatever is wrapped around them, by their name in the base."""
+    """Yield the base's own modules that have a bias, whatever is wrapped around them, by their name in the base."""
     return {
         _without_wrappers(path): module
         for path, module in model.get_base_model().named_modules()

@@ -1,7 +1,7 @@
-"""How files hold fully trained weights: routers, LayerNorms, biases.
+"""Fully trained weights in files: routers, norms, biases.
 
-A bias has the name that the base's own has once PEFT has wrapped its module: under that one stock PEFT puts it into the
-base. In the layout `peft` the biases of an MoE layer's experts are one stack (E, out), in `per_expert` each by itself.
+A bias has the name that the base's own bias has once PEFT has wrapped its module: by that name stock PEFT finds its
+place. In the layout `peft` the biases of an MoE layer's experts are one stack (E, out), in `per_expert` each by itself.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ from lola_ft.families import Architecture
 def trained_name(name: str, architecture: Architecture) -> str | None:
     """Return a fully trained weight's Hub name (of a stack, the name in memory) from its name in a file.
 
-    None for anything that cannot be trained so.
+    None for a tensor that cannot be fully trained.
     """
     plain = name.replace(".base_layer", "") if name.endswith("bias") else name
     if stack_parts(plain, architecture):
@@ -39,10 +39,10 @@ def stack_parts(name: str, architecture: Architecture) -> tuple[str, str] | None
 
 
 def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]]) -> None:
-    """Put each expert's bias in the place of its layer's stack, which has a row per expert.
+    """Replace each stack of experts' biases by one bias per expert.
 
     Args:
-        experts_of: The experts that a layer's stack is of, where these are not all.
+        experts_of: The experts whose rows a layer's stack holds, where it does not hold all.
     """
     layout = weights.architecture.family.experts
     for name in list(weights.trained):
@@ -94,7 +94,7 @@ def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str,
 
 
 def _base_row(weights: AdapterWeights, name: str) -> Tensor:
-    """The base's bias of an expert that is not trained, which stock PEFT will put into the base with the others."""
+    """Return the base's bias of an expert that is not trained: stock PEFT puts it into the base with the others."""
     if name not in weights.base_biases:
         raise AdapterError(
             f"{name}: the layout peft holds the biases of a layer's experts as one stack, and this one was not trained "

@@ -47,14 +47,14 @@ class AdapterWeights:
         pairs: By Hub module name.
         trained: Fully trained weights (the router's, the norms', biases), by Hub tensor name.
         base_biases: The base's biases of experts that are not trained: `peft` holds a layer's as one stack.
-        bias_experts: Experts whose biases the file says it holds, by layer; None if it says nothing.
+        bias_experts: Experts whose biases the file claims to hold, by layer; None if it claims nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
-        base: The base's Hub id, or "".
-        revision: Of the base on the Hub, if it is not its main branch.
+        base: The base's Hub id, "" for a local folder.
+        revision: The commit of a base on the Hub.
         base_fingerprint: Identity of the base's weights, if it is known.
-        starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that.
-        declared: The config of a file of another tool, which must hold all that this says; None for one of ours.
-        keys: Names in the file that it was read from, by module (A's and B's) or trained weight.
+        starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that base.
+        declared: The config of another tool's file, which must hold all declared modules; None for a file of ours.
+        keys: Names in the file, by module (A's and B's) or trained weight.
     """
 
     architecture: Architecture
@@ -81,7 +81,7 @@ class AdapterWeights:
         return delta_OI.t().contiguous() if self.is_in_by_out(module) else delta_OI
 
     def is_in_by_out(self, module: str) -> bool:
-        """Whether the checkpoint stores this module's weight in×out."""
+        """Tell whether the checkpoint stores this module's weight in×out."""
         place = self.architecture.kind_of(f"{module}.weight")
         return place is not None and place.in_by_out
 
@@ -90,11 +90,11 @@ class AdapterWeights:
         return any(pair.magnitude is not None for pair in self.pairs.values())
 
     def tensor_count(self) -> int:
-        """How many stored tensors this is in the per-expert layout."""
+        """Count the tensors of the layout `per_expert`."""
         return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + len(self.trained)
 
     def biases(self) -> list[str]:
-        """Names of the trained biases; a LayerNorm's that is trained with its weight is not counted."""
+        """List the trained biases; a norm's bias that is trained with its weight is not among them."""
         return [
             name
             for name in self.trained
@@ -102,12 +102,12 @@ class AdapterWeights:
         ]
 
     def experts_of(self) -> dict[str, tuple[int, ...]]:
-        """Ids of the experts that have LoRA or trained biases, by layer; layers where all of them do are left out."""
+        """Return the ids of experts with LoRA or trained biases, by layer; layers where all have them are left out."""
         found = self._experts_in([*self.pairs, *(name.removesuffix(".bias") for name in self.trained)])
         return {layer: ids for layer, ids in found.items() if len(ids) < self.architecture.num_experts}
 
     def untrained_biases(self) -> list[str]:
-        """Names of the biases that a layer's stack has beside the trained ones."""
+        """List the biases that a layer's stack holds beside the trained ones."""
         experts = self.architecture.family.experts
         return [
             f"{experts.name(layer, e, projection)}.bias"
@@ -118,11 +118,11 @@ class AdapterWeights:
         ]
 
     def experts_with_biases(self) -> dict[str, tuple[int, ...]]:
-        """Ids of the experts whose biases are trained, by layer."""
+        """Return the ids of experts whose biases are trained, by layer."""
         return self._experts_in(name.removesuffix(".bias") for name in self.trained)
 
     def _experts_in(self, modules: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Ids of the experts among these modules, by layer."""
+        """Return the ids of the experts among these modules, by layer."""
         found: dict[str, set[int]] = {}
         for module in modules:
             if expert := self.architecture.family.parse_expert(module):
@@ -172,7 +172,7 @@ class AdapterWeights:
             )
 
     def _not_held(self) -> list[str]:
-        """What the file's config declares and the file does not hold."""
+        """List what the file's config declares and the file does not hold."""
         if self.declared is None:
             return []
         lora, trained = declared_modules(self.declared, self.architecture)
@@ -202,7 +202,7 @@ class AdapterWeights:
         return [module for module, kind in kinds.items() if kind not in left_out]
 
     def _missing_biases(self) -> list[str]:
-        """The biases that an adapter with trained biases should hold, and does not."""
+        """List the biases that an adapter with trained biases should hold, and does not."""
         if not self.biases():
             return []
         # A file that does not say which experts it is about is about all of them, or none.
@@ -215,6 +215,6 @@ class AdapterWeights:
         return [name for name in self.architecture.bias_names if name not in self.trained and wanted(name)]
 
     def _reason(self, module: str) -> str:
-        """Why some modules cannot have LoRA."""
+        """Say why a module cannot have LoRA, if there is a known reason."""
         tied = self.architecture.tied_modules
         return f". {self.architecture.tied_reason}" if tied and module.endswith(tied) else ""

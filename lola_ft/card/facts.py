@@ -1,4 +1,4 @@
-"""What a model card is made from."""
+"""The facts that a model card is made from."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,14 +8,14 @@ from lola_ft.families import Family
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything a card says, as far as it is known.
+    """Everything that a card can say; unknown facts are left out of it.
 
     Attributes:
         location: The repository's id; in the draft of a run, the adapter's folder.
         published: Whether `location` is a repository.
-        base: The base's Hub id; in a draft, whatever the recipe has.
-        family: The base's; None if nothing tells.
-        base_revision: Branch, tag or commit of the base.
+        base: The base's Hub id; in a draft, the recipe's `base.model`.
+        family: The base's; None if it is not known.
+        base_revision: The base's commit where that is known, else branch or tag.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
         manifest: The run's `manifest.json`, or as much of it as there is.
@@ -48,7 +48,7 @@ class CardFacts:
 
     @property
     def quantization(self) -> str | None:
-        """How the base's weights were stored in training: "nf4" or None."""
+        """The quantisation of the base in training: "nf4" or None."""
         stored = self.recipe.get("base", {}).get("quantization", "nf4")
         return None if stored == "none" else stored
 

@@ -21,7 +21,7 @@ _NAMED_RESULTS = {
 
 
 def render_card(facts: CardFacts) -> str:
-    """The README's text; a part of which nothing is known is left out."""
+    """Return the README's text; a part about which nothing is known is left out."""
     parts = [
         f"---\n{_metadata(facts).to_yaml()}\n---",
         f"# {facts.title}",
@@ -122,7 +122,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _figures(facts: CardFacts, name: str) -> str:
-    """A section of whatever figures a run kept under a name; nested ones are named `outer / inner`."""
+    """Return a section with the figures that a run kept under a name; nested ones are named `outer / inner`."""
     figures = facts.manifest.get(name) or facts.manifest.get("results", {}).get(name)
     rows = [[key, _number(value)] for key, value in _flat(figures)] if isinstance(figures, dict) else []
     return f"## {name.capitalize()}\n\n{_table(['', ''], rows)}" if rows else ""

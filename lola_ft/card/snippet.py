@@ -1,10 +1,10 @@
-"""How to load what a card describes: Python that runs as it stands."""
+"""Code that loads the model of a card: Python that runs without changes."""
 
 from lola_ft.card.facts import CardFacts
 
 
 def snippets(facts: CardFacts) -> list[tuple[str, str]]:
-    """Pairs of a heading and code; each runs alone, but the last, which uses the first one's model."""
+    """Return pairs of a heading and code. Each runs by itself, but the last one uses the model of the first."""
     merged_with = "With lola_ft" if facts.family is None or facts.family.native else "With transformers"
     found = [(merged_with, _merged(facts)) if facts.kind == "merged" else ("With lola_ft", _adapter(facts))]
     if facts.stock_peft:
@@ -41,7 +41,7 @@ model = AutoModelForCausalLM.from_pretrained("{facts.location}", dtype="auto")
 
 
 def _registration(facts: CardFacts) -> str:
-    """The import that makes transformers load a native class of ours; "" where transformers brings the class."""
+    """Return the import that makes transformers load a class of lola_ft; "" where transformers brings the class."""
     if facts.family is None:
         return "import lola_ft  # tells transformers about families that it does not bring\n"
     return f"import lola_ft  # tells transformers what {facts.family.title} is\n" if facts.family.native else ""

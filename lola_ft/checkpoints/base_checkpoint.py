@@ -1,4 +1,4 @@
-"""A checkpoint folder of any family, opened: which tensors it holds and where, and what is wrong with it."""
+"""A checkpoint folder of any family, opened and checked: the place of each tensor; mistakes name file and tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -67,7 +67,7 @@ class BaseCheckpoint:
         return self.architecture.config
 
     def __iter__(self) -> Iterator[TensorEntry]:
-        """The weights in file order, so that reading them is sequential."""
+        """Yield the weights in file order, so that reading them is sequential."""
         yield from sorted(self.entries.values(), key=lambda entry: (entry.file, entry.start))
 
     def stored_name(self, name: str) -> str:
@@ -75,7 +75,7 @@ class BaseCheckpoint:
         return name.removeprefix(self.omitted_prefix)
 
     def check_tied_head(self) -> None:
-        """Refuse a checkpoint whose output head should be its embeddings and is not: it would be lost.
+        """Refuse a checkpoint whose output head should equal its embeddings and does not: the head would be lost.
 
         Raises:
             CheckpointError: If the stored head differs in any value.
@@ -120,7 +120,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 
 def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
-    """Every tensor of the files; one that stands in two of them is refused."""
+    """List every tensor of the files; a tensor that is in two of them is refused."""
     found: dict[str, TensorEntry] = {}
     for file in files:
         for entry in read_header(file):
@@ -133,7 +133,7 @@ def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
 
 
 def _named_as_on_the_hub(found: dict[str, TensorEntry], family: Family) -> tuple[dict[str, TensorEntry], str]:
-    """The tensors by Hub name, and the beginning of it that the files leave out ("" if they do not)."""
+    """Return the tensors by Hub name, and the beginning of the names that the files leave out, "" if none."""
     prefix = f"{family.backbone}."
     if any(name.startswith(prefix) for name in found):
         return found, ""

@@ -31,11 +31,11 @@ def fingerprint(checkpoint: BaseCheckpoint) -> str:
 
 
 def fingerprint_in_memory(model: "PreTrainedModel") -> str | None:
-    """Return the same of a model that transformers loaded, whose checkpoint is not known.
+    """Return the fingerprint of a model that transformers loaded, whose checkpoint is not known.
 
     Returns:
-        None where its values are not those of a file (quantised, float16, resized), or where the names in the file
-        are not known: only a native class says both.
+        None where the values are not those of a file (quantised, float16, resized). None for transformers' own classes,
+        too: whether the names in their file have the backbone's prefix is not known.
     """
     family = FAMILIES.get(model.config.model_type)
     if family is None or not family.native:
@@ -65,7 +65,7 @@ def _digest(tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
 
 
 def _spots(numel: int) -> list[int]:
-    """Up to 64 indices at even distances."""
+    """Return up to 64 indices at even distances."""
     count = min(_SAMPLES, numel)
     return [numel * i // count for i in range(count)]
 

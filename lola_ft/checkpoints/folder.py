@@ -1,4 +1,4 @@
-"""A checkpoint's folder: found here or on the Hub, with the names of what lies in it."""
+"""A checkpoint's folder, found here or on the Hub, and the names of its files."""
 
 import json
 from pathlib import Path

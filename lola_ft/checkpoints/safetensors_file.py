@@ -32,7 +32,7 @@ Empty = Callable[[int, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes lie: `shape` elements from byte `start` of `file`.
+    """The place of a tensor's bytes: `shape` elements from byte `start` of `file`.
 
     Attributes:
         kind: The dtype as the file names it, such as "BF16".
@@ -63,7 +63,7 @@ class TensorEntry:
         return tensor
 
     def pieces(self, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces of whole units (rows, say), each with the place of its first value.
+        """Yield the flat tensor in pieces of whole units (such as rows), each with the place of its first value.
 
         Args:
             empty: Gives the memory of a piece; fresh memory if left out.
@@ -80,7 +80,7 @@ class TensorEntry:
                 yield start, piece
 
     def rows(self, start: int, stop: int) -> "TensorEntry":
-        """The entry of a stretch of this tensor: its rows from `start` to before `stop`."""
+        """Return the entry of some rows of this tensor, from `start` to before `stop`."""
         size = self.num_bytes // self.shape[0]
         shape = (stop - start, *self.shape[1:])
         return replace(self, shape=shape, start=self.start + start * size, num_bytes=(stop - start) * size)
@@ -96,7 +96,7 @@ def read_ahead(
     """Read each entry, in its dtype or cast to another, while the caller works on the ones before.
 
     Args:
-        ahead: How many are read at a time, and held beside the one that is given out.
+        ahead: Number of tensors that are read ahead, and held beside the yielded one.
     """
     coming: deque[tuple[TensorEntry, Future[Tensor]]] = deque()
     with ThreadPoolExecutor(ahead) as pool:
@@ -112,7 +112,7 @@ def read_ahead(
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, to read into or write from."""
+    """Return the memory of a contiguous CPU tensor, to read into or write from."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -127,7 +127,7 @@ def read_fully(fd: int, view: memoryview, file: Path) -> None:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file, by its header; checks that the file is as long as the header says."""
+    """List the tensors of a safetensors file from its header; check that the file is as long as the header says."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)

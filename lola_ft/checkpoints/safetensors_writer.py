@@ -17,7 +17,7 @@ Outline = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def file_header(tensors: Iterable[Outline], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
-    """What stands before the tensors of a file, and how many bytes follow."""
+    """Return the bytes that come before a file's tensors, and the number of bytes that follow."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     offset = 0
     for name, shape, dtype in tensors:
@@ -43,8 +43,8 @@ class SafetensorsWriter:
 
         Args:
             entries: The tensors to come.
-            dtype: What every tensor is written in; None keeps each one's own.
-            metadata: Of the file, beside its format.
+            dtype: Dtype of every tensor; None keeps each tensor's own.
+            metadata: The file's metadata, beside its format.
         """
         tensors = [(entry.name, entry.shape, dtype or entry.dtype) for entry in entries]
         self._pending = tensors[::-1]

@@ -391,8 +391,8 @@ class Architecture:
             lacks = " and no ".join(dict.fromkeys(missing.values()))
             raise UserError(
                 f"{', '.join(missing)}: the base is a {self.family.title} model ({self.family.model_type}), which has "
-                f"no {lacks}. It has {', '.join(known)}. Remove the key{'s' if len(missing) > 1 else ''}, or choose "
-                "another base."
+                f"no {lacks}. It has {', '.join(known)}. Leave {'them' if len(missing) > 1 else 'it'} out, or "
+                "choose another base."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a folder to publish is: a run, an adapter or a merged model, and what it tells of its base."""
+"""A folder to publish, recognised as a run, an adapter or a merged model, with the base that it names."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Source:
         folder: Where the weights are.
         run: The run they come from, if it is known.
         base: The base as run or adapter names it; "" if neither does.
-        revision: Of the base.
+        revision: The base's.
         layout: The adapter's; None for merged weights.
         manifest: The run's `manifest.json`, {} without a run.
     """
@@ -35,10 +35,10 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what is to be published.
+    """Recognise the folder to publish.
 
     Raises:
-        PublishError: If it is none of the three, or a run that did not end.
+        PublishError: If it is neither a run, an adapter nor a merged model; or a run that did not end.
         AdapterError: If the adapter is damaged.
     """
     given = Path(path)
@@ -66,7 +66,7 @@ def find_source(path: str | Path) -> Source:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
         PublishError: If the file holds anything else.

@@ -1,4 +1,4 @@
-"""The `publish` verb: choose, check, send, say what was done."""
+"""The `publish` verb: choose, check, send, and print what was done."""
 
 import tempfile
 import time
@@ -35,15 +35,15 @@ def publish(
     """Publish a run's adapter, an adapter's folder or a merged model; a second time updates the first.
 
     Args:
-        repo: The repository, `owner/name`; made if it is not there.
+        repo: The repository, `owner/name`; created if it does not exist.
         layout: Layout to convert an adapter to; None keeps its own.
-        base: The base's folder or Hub id, for the check, if the source does not name one that is here.
+        base: The base's folder or Hub id, for the check, if the source names none that is on this machine.
         base_id: Hub id of the base, if the source names a local folder.
         skip_check: Do not reload and compare.
         dry_run: Do everything but send.
 
     Raises:
-        PublishError: If it must not be sent, cannot be, or did not arrive whole.
+        PublishError: If the folder must not be sent, cannot be sent, or did not arrive whole.
     """
     if not is_repo_id(repo):
         raise PublishError(f"--repo {repo}: not the id of a repository. Write it as owner/name.")
@@ -72,7 +72,7 @@ def publish(
 
 
 def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
-    """Publish a run that just ended; a failure leaves the run as it is and says how to publish it later.
+    """Publish a run that just ended; a failure leaves the run complete and says how to publish it later.
 
     Raises:
         PublishError: With that advice.
@@ -112,7 +112,7 @@ def _check(source: Source, staged: Staged, base: Base, skip: bool) -> str:
 
 
 def _show(staged: Staged, repo: str, console: Console) -> None:
-    """What would be sent."""
+    """Print what would be sent."""
     table = Table(title=f"Would be sent to {repo}", title_justify="left")
     table.add_column("file")
     table.add_column("bytes", justify="right")

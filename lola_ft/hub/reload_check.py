@@ -1,4 +1,4 @@
-"""Proof, in a process of its own, that what is sent computes what was trained.
+"""Proof, in a process of its own, that the sent files compute what was trained.
 
     python -m lola_ft.hub.reload_check adapter SOURCE STAGED --base FOLDER
     python -m lola_ft.hub.reload_check merged SOURCE STAGED
@@ -33,7 +33,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found equal."""
+    """The tokens that were compared, and the differences of their logits."""
 
     tokens: int
     max_logit_difference: float
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
-    """Logits of the base with the adapter as trained, and with the adapter as it is sent.
+    """Compare the base's logits with the trained adapter, and with the adapter that is sent.
 
     Raises:
         PublishError: If they differ, or if the adapter changes nothing.
@@ -64,7 +64,7 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
 
 
 def compare_merged(source: Path, staged: Path) -> Comparison:
-    """Logits of the merged model as it lies here, and as it is sent, in the native class.
+    """Compare the logits of the merged model here, and of the one that is sent.
 
     Raises:
         PublishError: If they differ.
@@ -84,7 +84,7 @@ def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    """Logits (R, S, V) in float32 on ids spread over the vocabulary."""
+    """Return logits (R, S, V) in float32 on ids spread over the vocabulary."""
     model.eval()
     sizes = architecture_of(model.config).sizes
     length = min(_LENGTH, sizes.positions)
@@ -103,7 +103,7 @@ def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> Comparison
 
 
 def main() -> None:
-    """Compare, print one line of JSON; a refusal is one message on stderr and exit code 2."""
+    """Compare, and print one line of JSON; a refusal is one message on stderr and exit code 2."""
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=("adapter", "merged"))
     parser.add_argument("source", type=Path)

@@ -1,4 +1,4 @@
-"""What the Hub's refusals mean, and which of them are worth another try."""
+"""The Hub's refusals: their meaning, and which of them are worth another try."""
 
 import json
 import time
@@ -20,10 +20,10 @@ _LATER = (408, 429)
 
 
 def with_retries(call: Callable[[], T], repo: str, wait: Wait = time.sleep) -> T:
-    """Call; after a dropped connection, a server's error or a conflict call again, a few times.
+    """Call a function; after a dropped connection, a server's error or a conflict call it again, a few times.
 
     Raises:
-        PublishError: Saying what the Hub answered and how to mend it.
+        PublishError: Saying what the Hub answered and how to fix it.
     """
     for seconds in (*WAITS, None):
         try:
@@ -36,7 +36,7 @@ def with_retries(call: Callable[[], T], repo: str, wait: Wait = time.sleep) -> T
 
 
 def explain(error: Exception, repo: str) -> PublishError:
-    """The refusal in words that a user can act on."""
+    """Put a refusal into words that a user can act on."""
     status, owner = _status(error), repo.partition("/")[0]
     if status == 401:
         return PublishError(
@@ -67,7 +67,7 @@ def explain(error: Exception, repo: str) -> PublishError:
 
 
 def _passing(error: Exception) -> bool:
-    """Whether another try may go well."""
+    """Tell whether another try may succeed."""
     status = _status(error)
     if status is not None:
         return status >= 500 or status in (*_LATER, *_CONFLICTS)
@@ -78,7 +78,7 @@ def _passing(error: Exception) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error; an upload's own errors wrap the server's."""
+    """Return the HTTP status behind an error; an upload's own errors wrap the server's."""
     return next((link.response.status_code for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
 
 

@@ -1,6 +1,6 @@
-"""What must not leave this machine: its paths and its name, tokens, values of secret environment variables.
+"""Search for what must not leave this machine: its paths and its name, tokens, values of secret environment variables.
 
-Every text file is read line by line; of weights, the header's metadata and names; of pictures, the readable bytes.
+Text files are read line by line. In weights the header's metadata and names are read, in pictures the readable bytes.
 """
 
 import json
@@ -40,7 +40,7 @@ _IN_BINARY = " (readable bytes)"
 
 @dataclass(frozen=True)
 class Finding:
-    """A place that must not be sent; the thing itself is not repeated."""
+    """The place of private text in a file; the text itself is not repeated."""
 
     place: str
     kind: str
@@ -106,7 +106,7 @@ class Scanner:
 
 
 def _secrets() -> Iterator[tuple[str, str]]:
-    """Values to look for, as they are and as JSON would write them, each with a name for it."""
+    """Return the values to look for, plain and as JSON writes them, each with its name."""
     named = [(name, value) for name, value in os.environ.items() if _SECRET_NAMES.search(name)]
     if token := get_token():
         named.append(("the token of the Hub", token))
@@ -117,7 +117,7 @@ def _secrets() -> Iterator[tuple[str, str]]:
 
 
 def _texts(file: Path) -> Iterator[tuple[str, str]]:
-    """A file's texts, each with its place in it."""
+    """Yield a file's texts, each with its place in the file."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as weights:
             for key, value in (weights.metadata() or {}).items():

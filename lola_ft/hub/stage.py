@@ -1,4 +1,4 @@
-"""The folder that is sent: chosen files of the source, with what names this machine rewritten."""
+"""The folder that is sent: chosen files of the source, rewritten where they name this machine."""
 
 import json
 from dataclasses import dataclass
@@ -105,9 +105,9 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
 
 
 def _family_of(source: Source, base: Base) -> Family | None:
-    """The base's family: as the merged model's or the base's config says, or the run's manifest, or the tensors.
+    """Return the base's family, from the config of the merged model or the base, the run's manifest, or the tensors.
 
-    None where none of these is at hand and the adapter's tensors would fit several families.
+    None where there is neither config nor manifest and the adapter's tensors would fit several families.
     """
     folder = source.folder if source.kind == "merged" else base.folder
     if folder is not None and (folder / MODEL_CONFIG_FILE).is_file():
@@ -179,7 +179,7 @@ def _copy_matching(source: Path, folder: Path, patterns: tuple[str, ...]) -> Non
 
 
 def _without_traces(file: Path) -> dict[str, Any] | None:
-    """The file's content without traces; None if it has none and can go as it is."""
+    """Return the file's content without traces of this machine; None if it has none and can be sent unchanged."""
     if file.name not in ("config.json", "generation_config.json", "tokenizer_config.json"):
         return None
     content = read_json(file)

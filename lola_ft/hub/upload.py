@@ -18,7 +18,7 @@ from lola_ft.hub.stage import LIST_FILE, Staged
 
 @dataclass(frozen=True)
 class Published:
-    """What the Hub holds now.
+    """The publication that the Hub holds now.
 
     Attributes:
         deleted: Files of an earlier publication that are no longer part of it.
@@ -38,14 +38,14 @@ class _Sent:
 
 
 def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = time.sleep) -> Published:
-    """Send the folder in one commit and look at what arrived.
+    """Send the folder in one commit and check what arrived.
 
     Args:
         private: A new repository becomes private; an existing one must be.
         wait: Waits some seconds before another try.
 
     Raises:
-        PublishError: If the Hub refuses, or does not hold afterwards what was sent.
+        PublishError: If the Hub refuses, or holds something else afterwards.
     """
     api = HfApi(library_name="lola_ft")
     sent = with_retries(partial(_send, api, staged, repo, private, message), repo, wait)
@@ -54,7 +54,7 @@ def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = 
 
 
 def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> _Sent:
-    """One try, from what the repository holds now; a try whose answer got lost is not repeated but found done."""
+    """Try once, from the repository's present state; if the answer of an earlier try got lost, its commit is found."""
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     head = api.model_info(repo)
     if private and head.private is False:
@@ -69,7 +69,7 @@ def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) ->
 
 
 def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
-    """Files in the repository that an earlier publication put there."""
+    """List the files in the repository that an earlier publication put there."""
     present = {sibling.rfilename for sibling in head.siblings or ()}
     if LIST_FILE not in present:
         return set()
@@ -96,7 +96,7 @@ def _verify(api: HfApi, staged: Staged, repo: str, sent: _Sent) -> None:
 
 
 def _same(file: Path, sibling: object) -> bool:
-    """Whether the Hub's size and hash are the file's: SHA-256 of large files, git's blob hash of small ones."""
+    """Tell whether the Hub's size and hash are the file's: SHA-256 of large files, git's blob hash of small ones."""
     size, lfs, blob = (getattr(sibling, name, None) for name in ("size", "lfs", "blob_id"))
     if size != file.stat().st_size:
         return False

@@ -1,6 +1,6 @@
-"""Which tensors of an adapter's file belong to a weight, told from names alone, for checks that trust nothing else.
+"""The tensors of an adapter's file that belong to a weight, found by their names only: for the proof of a merge.
 
-The family says what experts are called; which key is whose is worked out here, apart from how the merge does it.
+The family says how experts are named. The rest is worked out here, by other code than the merge's.
 """
 
 import re
@@ -14,7 +14,7 @@ _WRAPPED = ("", ".base_layer", ".base_layer.base_layer")
 
 
 def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family: Family) -> list[str]:
-    """Find A's and B's key (and DoRA's lengths'), or a trained weight's one; none if the file does not change it.
+    """Find the keys of A and B (and of DoRA's lengths), or of a trained weight; none if the file does not change it.
 
     Args:
         name: Hub name of the weight.
@@ -62,7 +62,7 @@ def stacked_row(name: str, key: str, family: Family) -> int | None:
 
 
 def _bias(module: str, held: Collection[str], family: Family) -> list[str]:
-    """A trained bias's key, by itself or in its layer's stack; PEFT's wrappers leave `.base_layer` in it."""
+    """Find a trained bias's key, its own or that of its layer's stack; PEFT's wrappers leave `.base_layer` in it."""
     names = [f"{module}{wrapped}.bias" for wrapped in _WRAPPED]
     if found := expert_of(module, family):
         names += [f"{found[0]}{wrapped}.{found[2]}_bias" for wrapped in _WRAPPED]
@@ -75,7 +75,7 @@ def _pair(module: str, held: Collection[str]) -> list[str]:
 
 
 def _held(names: tuple[str, ...], held: Collection[str]) -> list[str]:
-    """These names, with or without PEFT's prefix, if the file holds them all."""
+    """Return the names, with or without PEFT's prefix, if the file holds them all."""
     for prefix in (_PREFIX, ""):
         if all(prefix + name in held for name in names):
             return [prefix + name for name in names]

@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh memory for every piece would cost more time than adding the update to it."""
+"""Memory that is used again: fresh memory for every piece would cost more time than adding the update."""
 
 from collections import deque
 
@@ -14,7 +14,7 @@ class Buffers:
         self._taken: dict[int, Tensor] = {}
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat tensor of any content."""
+        """Return a flat tensor of any content."""
         num_bytes = numel * dtype.itemsize
         try:
             memory = self._free.pop()
@@ -26,7 +26,7 @@ class Buffers:
         return memory[:num_bytes].view(dtype)
 
     def give_back(self, tensor: Tensor) -> None:
-        """Its memory may be handed out again; a tensor that is not from here is left alone."""
+        """Take memory back, to hand it out again; a tensor from elsewhere is ignored."""
         memory = self._taken.pop(tensor.data_ptr(), None)
         if memory is not None:
             self._free.append(memory)

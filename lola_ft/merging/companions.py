@@ -1,4 +1,4 @@
-"""What a merged folder holds beside its weights: config, generation config, tokenizer, template."""
+"""The files of a merged folder beside its weights: config, generation config, tokenizer, template."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None
 
 
 def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
-    """Tokenizer and prompt template that training used (else the base's tokenizer, never a mix); the small rest."""
+    """Copy training's tokenizer and prompt template (else the base's tokenizer, never a mix) and other small files."""
     tokenizer = adapter_folder if any(adapter_folder.glob("tokenizer*")) else base_folder
     copy_files(base_folder, folder, _OTHER_FILES)
     copy_files(tokenizer, folder, TOKENIZER_FILES)

@@ -1,4 +1,4 @@
-"""The adapter's updates, read from its file when they are wanted: a whole adapter may be larger than the memory."""
+"""The adapter's updates, read from its file one at a time: a whole adapter may be larger than the memory."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ _STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
 
 
 class Deltas:
-    """What an adapter does to each weight of a checkpoint, by Hub names and as the checkpoint stores it.
+    """The changes of an adapter to each weight of a checkpoint, by Hub names and as the checkpoint stores it.
 
     Attributes:
-        outline: The adapter's pairs and trained weights, shapes alone.
+        outline: The adapter's pairs and trained weights, with shapes only.
     """
 
     def __init__(self, stored: StoredAdapter, base: MergeBase) -> None:
@@ -30,7 +30,7 @@ class Deltas:
         self._update = torch.empty(0)
 
     def tensors_for(self, name: str) -> list[str]:
-        """The adapter's tensors that change this weight, by module and factor; none if it leaves it alone."""
+        """List the adapter's tensors that change this weight, by module and factor; empty if none does."""
         if name in self.outline.trained:
             return [name]
         module = name.removesuffix(".weight")
@@ -78,7 +78,7 @@ class Deltas:
         torch.addmm(update_XY, part_XR, columns_RY, beta=0, alpha=scaling, out=update_XY)
 
     def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
-        """The values that stand in these ones' place, float32, if the weight was trained as it is."""
+        """Return the values that replace the base's, float32, if the weight was fully trained; else None."""
         self._fetch(name)
         return None if self._trained is None else self._trained[start : start + values.numel()]
 
@@ -102,7 +102,7 @@ class Deltas:
         self._name = name
 
     def _dora_factor(self, name: str) -> Tensor:
-        """Learned length of each output over the length that it has with the update, float32 (outputs,)."""
+        """Return DoRA's factor per output: its learned length over its length with the update, float32 (outputs,)."""
         entry, module = self._base.entries[name], name.removesuffix(".weight")
         columns, by_column = entry.shape[-1], self.outline.is_in_by_out(module)
         squares = torch.zeros(columns if by_column else entry.shape[0], dtype=torch.float64)
@@ -118,7 +118,7 @@ class Deltas:
         return (self._entries[key].read(torch.float32).double() / squares.sqrt()).float()
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """The factors (R, rows) and (R, columns) of the stored weight; an expert's are cut from its layer's stack.
+        """Read the factors (R, rows) and (R, columns) of the stored weight; an expert's are cut from its layer's stack.
 
         A and B^T for a weight that is stored in×out, the other way round for one that is stored out×in.
         """
@@ -140,7 +140,7 @@ class Deltas:
         return expert.expert
 
     def _stack(self, key: str) -> Tensor:
-        """A layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""
+        """Read a layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""
         if key not in self._stacks:
             while len(self._stacks) >= _STACKS_KEPT:
                 self._stacks.pop(next(iter(self._stacks)))

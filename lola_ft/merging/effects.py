@@ -1,4 +1,4 @@
-"""What rounding does to a merge: loss and logits of the adapter on the 4-bit base, on the original one, and merged."""
+"""The effects of rounding on a merge: loss and logits of the adapter on the 4-bit base, on the original, and merged."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from lola_ft.merging.outputs import Outputs
 
 @dataclass(frozen=True)
 class Distance:
-    """How far one model's predictions are from another's.
+    """The distance of one model's predictions from another's.
 
     Attributes:
-        kl: Mean Kullback-Leibler divergence of next-token distributions, in nats a token, of the second from the first.
+        kl: Mean Kullback-Leibler divergence of the second's next-token distributions from the first's, nats per token.
         top1_agreement: Share of positions with the same most likely next token.
-        loss_difference: First's mean loss minus second's, in nats a token.
+        loss_difference: First's mean loss minus second's, in nats per token.
     """
 
     kl: float
@@ -26,7 +26,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Effects:
-    """Losses (nats a token) and distances on the prompts; None in the 4-bit ones if training saw no 4-bit base.
+    """Losses (nats per token) and distances on the prompts; those of the 4-bit base are None if training saw none.
 
     Attributes:
         adapter_on_4_bit: Loss of the adapter on the base in 4 bit, which training saw.
@@ -61,7 +61,7 @@ def measure_effects(
 
 
 def effects_table(effects: Effects, rounding: str) -> Table:
-    """The effects as a table to print: one line a model; divergence and agreement are from line (1) and line (2)."""
+    """Make a table to print: one line per model; divergence and agreement are from line (1) and line (2)."""
     table = Table(title="What rounding does, on a few sentences", title_justify="left")
     for heading in ("", "loss", "KL (1)", "top-1 (1)", "KL (2)", "top-1 (2)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -76,7 +76,7 @@ def effects_table(effects: Effects, rounding: str) -> Table:
 
 
 def advice(effects: Effects) -> str:
-    """Which rounding to choose, in one sentence; "" where there is no choice."""
+    """Say in one sentence which rounding to choose; "" where there is no choice."""
     if effects.original_from_4_bit is None:
         return ""
     return (
@@ -93,7 +93,7 @@ def original_minus_4_bit(effects: Effects) -> float:
 
 
 def _loss(outputs: list[Outputs]) -> float:
-    """Mean cross-entropy of each next token, nats."""
+    """Return the mean cross-entropy of the next tokens, in nats."""
     logits = torch.cat([out.logits_SV[:-1] for out in outputs])
     return F.cross_entropy(logits, torch.cat([out.ids_S[1:] for out in outputs])).item()
 

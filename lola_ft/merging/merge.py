@@ -93,10 +93,10 @@ def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path
 
 
 def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:
-    """The rounding that was asked for, or the only one that an adapter of this kind allows.
+    """Return the rounding that was asked for, or the only one that this adapter allows.
 
     Raises:
-        UserError: If these contradict each other.
+        UserError: If the two contradict each other.
     """
     if not stored.starts_at_rounding_error:
         return rounding
@@ -109,10 +109,10 @@ def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:
 
 
 def _open_base(base: str | Path, revision: str | None, rounding: str | None, stored: StoredAdapter) -> MergeBase:
-    """The base's checkpoint; or its 4-bit form, if that is what was given or all that there is.
+    """Open the base's checkpoint; or its 4-bit form, if that was given or the original does not exist here.
 
     Raises:
-        UserError: If `rounding` asks for original weights that are not there.
+        UserError: If `rounding` asks for original weights and there are none.
     """
     four_bit = Path(base)
     if not (four_bit / "nf4.safetensors").is_file():
@@ -188,7 +188,7 @@ def _written_dtype(base: MergeBase, dtype: str) -> str:
 
 
 def _base_id(stored: StoredAdapter) -> str:
-    """The Hub id that the adapter names as its base; "" for a path, which means nothing to others."""
+    """Return the Hub id that the adapter names as its base; "" for a path, which means nothing on other machines."""
     name = str(stored.config.get("base_model_name_or_path") or "")
     return name if is_repo_id(name) and not Path(name).exists() else ""
 

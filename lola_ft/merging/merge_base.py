@@ -1,4 +1,4 @@
-"""What an adapter is merged into: a checkpoint's weights, or what 4-bit rounding left of them."""
+"""The weights that an adapter is merged into: a checkpoint's, as they are or after 4-bit rounding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from lola_ft.families import Architecture
 
 @dataclass(frozen=True)
 class MergeBase(ABC):
-    """A base's tensors by Hub names, read a piece at a time.
+    """A base's tensors by Hub names, read piece by piece.
 
     Attributes:
         folder: Where the config, the tokenizer and other small files lie.
@@ -27,8 +27,8 @@ class MergeBase(ABC):
         shards: The files to write, each with its tensors in order.
         ignored: Names of legacy tensors that are left out.
         fingerprint: Identity of the original weights.
-        rounded: Whether the tensors are as 4-bit rounding leaves them.
-        kind: `checkpoint`, or `nf4` where the original weights are not there.
+        rounded: Whether the tensors are rounded to 4 bit.
+        kind: `checkpoint`, or `nf4` where only the 4-bit form exists.
         omitted_prefix: Beginning of the Hub names that the base's own files leave out, and the merged ones, too.
     """
 
@@ -48,7 +48,7 @@ class MergeBase(ABC):
         return {entry.name: entry for _, entries in self.shards for entry in entries}
 
     def is_rounded(self, name: str) -> bool:
-        """Whether 4-bit rounding has changed this tensor."""
+        """Tell whether 4-bit rounding has changed this tensor."""
         return self.rounded and self.architecture.places[name].quantized
 
     def stored_name(self, name: str) -> str:
@@ -57,20 +57,20 @@ class MergeBase(ABC):
 
     @abstractmethod
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The flat tensor in pieces of whole units, as `TensorEntry.pieces` gives them."""
+        """Yield the flat tensor in pieces of whole units, as `TensorEntry.pieces` does."""
 
     @abstractmethod
     def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
-        """Some rows of a 2-D tensor (len(wanted), columns)."""
+        """Read some rows of a 2-D tensor (len(wanted), columns)."""
 
 
 @dataclass(frozen=True)
 class CheckpointBase(MergeBase):
-    """A checkpoint in the Hub's layout, as it is or as NF4 rounding would leave it."""
+    """A checkpoint in the Hub's layout, with its own weights or with their NF4 rounding."""
 
     @staticmethod
     def open(checkpoint: BaseCheckpoint, rounding: str) -> "CheckpointBase":
-        """Merge into the stored weights (`base`) or into what 4-bit loading makes of them (`nf4`).
+        """Open a base to merge into its stored weights (`base`) or their 4-bit rounding (`nf4`).
 
         Raises:
             CheckpointError: If the base has an output head that should be its embeddings and is not.

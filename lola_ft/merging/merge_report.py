@@ -1,4 +1,4 @@
-"""What a merge did, as `merge_report.json` keeps it."""
+"""The report of a merge, which `merge_report.json` keeps."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ from lola_ft.merging.verify import Verification
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The counts and checks of one merge.
 
     Attributes:
         base_fingerprint: Identity of the base's original weights.
-        base_kind: `checkpoint`, or `nf4` if only a 4-bit base was there.
+        base_kind: `checkpoint`, or `nf4` if only the 4-bit form of the base existed.
         adapter_layout: `peft` or `per_expert`.
         dtype: The option; `auto` is the base's own.
-        rounding: `base` or `nf4`: what the update was added to.
+        rounding: `base` or `nf4`: the weights that the update was added to.
         adapter_tensors: Tensors of the adapter (an expert's A and B count one each, also where they are stacked).
         applied: How many of them were merged, each once.
-        replaced: Of these, weights trained as they are (router, norms, biases): they stand in the base's place.
+        replaced: Of the applied ones, fully trained weights (router, norms, biases), which replace the base's.
         biases: How many of the replaced ones are biases.
         changed: Base tensors that the adapter changed.
-        rounded: Base tensors that it did not, but 4-bit rounding did.
+        rounded: Base tensors that only 4-bit rounding changed.
         copied: Base tensors written as they were (but for a cast).
         dropped: Legacy buffers and copies of tied weights that were left out, by name.
         largest_change: Largest absolute update of any weight, in float32.

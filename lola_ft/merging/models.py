@@ -16,7 +16,7 @@ from lola_ft.subject import run_around, trained_in_4_bit
 
 
 def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
-    """The report with the comparison of logits and the effects of rounding, or with the reason why there is none.
+    """Add the comparison of logits and the effects of rounding to a report, or the reason why they are missing.
 
     Raises:
         AdapterError: If merged and base plus adapter differ by more than rounding explains.

@@ -1,4 +1,4 @@
-"""What models put out on a few real sentences; whole models are loaded for it, one after another."""
+"""The outputs of models on a few real sentences; whole models are loaded, one after another."""
 
 import gc
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ _SPARE_BYTES = 500_000_000  # PEFT, bitsandbytes and what they bring
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one prompt: its token ids (S,), logits (S, V), and scores (S*L, E) of L routers, token by token.
+    """The token ids (S,) of one prompt, its logits (S, V), and scores (S*L, E) of L routers, token by token.
 
-    Without routers, scores are (S, 1) zeros: every token takes the only way there is.
+    Without routers, scores are (S, 1) zeros, as if one expert took every token.
 
     Attributes:
         dtype: What was computed in.
@@ -47,7 +47,7 @@ class Models:
 
     Attributes:
         base: Folder of the base; `adapter`, `merged`: of the adapter and of the result.
-        compute: What all are held and computed in.
+        compute: Dtype in which all are held and computed.
     """
 
     base: Path
@@ -56,7 +56,7 @@ class Models:
     compute: torch.dtype
 
     def adapted(self, quantization: str | None) -> list[Outputs]:
-        """Base plus adapter; the base in 4 bit or not."""
+        """Run base plus adapter; the base in 4 bit or not."""
         from lola_ft.adapters import load_adapter
         from lola_ft.quantization import load_base
 
@@ -64,7 +64,7 @@ class Models:
         return _run(load_adapter(model, self.adapter, allow_other_base=True), self._prompt_ids())
 
     def merged_alone(self) -> list[Outputs]:
-        """The result, as transformers loads it."""
+        """Run the merged model, as transformers loads it."""
         from transformers import AutoModelForCausalLM
 
         from lola_ft.quantization.load import default_device
@@ -73,7 +73,7 @@ class Models:
         return _run(model.to(default_device()), self._prompt_ids())
 
     def _prompt_ids(self) -> list[Tensor]:
-        """The prompts' token ids; without a tokenizer, ids spread over the vocabulary."""
+        """Return the prompts' token ids; without a tokenizer, ids spread over the vocabulary."""
         from transformers import AutoTokenizer
 
         if any(self.merged.glob("tokenizer*")):
@@ -86,7 +86,7 @@ class Models:
 
 
 def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
-    """Float32 where the model is small or the machine has nothing faster, else what its weights are in."""
+    """Return float32 where the model is small or the machine has nothing faster, else the dtype of its weights."""
     # Here, so that a merge without models does without bitsandbytes.
     from lola_ft.quantization.load import default_device
 
@@ -94,7 +94,7 @@ def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
 
 
 def too_large(parameters: int, compute: torch.dtype) -> str:
-    """Why a model of so many parameters cannot be loaded here; "" if it can."""
+    """Say why a model of so many parameters cannot be loaded here; "" if it can."""
     needed = parameters * compute.itemsize * _SPARE + _SPARE_BYTES
     free = {"memory": psutil.virtual_memory().available}
     if torch.cuda.is_available():

@@ -12,9 +12,9 @@ _DEPTH = 3  # pieces read ahead, and pieces waiting to be written
 
 
 def run_pipeline(source: Iterable[T], work: Callable[[T], U], sink: Callable[[U], None]) -> None:
-    """Do `sink(work(item))` for every item, in order: a thread reads the source, another one feeds the sink.
+    """Do `sink(work(item))` for every item, in order: one thread reads the source, another one feeds the sink.
 
-    Both are used by one thread alone, so neither needs a lock. An error of any of the three ends all and is raised.
+    Source and sink have one thread each, so neither needs a lock. An error in any of the three ends all and is raised.
     """
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         try:

@@ -1,4 +1,4 @@
-"""Proof from the files: what a merge wrote, held against base and adapter by another road than it was written by.
+"""Proof from the files: the merged weights compared with base and adapter, by other code than wrote them.
 
 The adapter's file is read here by its own keys with safetensors' reader, one expert cut out of a stack by slicing, and
 sums are float64. Memory does not grow with the model.
@@ -30,11 +30,11 @@ _BLOCK = 1 << 15  # values recomputed at a time, in float64: what stays in a cor
 
 @dataclass(frozen=True)
 class WeightProof:
-    """What was found in the written files; anything else would have been an error.
+    """The findings in the written files; anything else would have been an error.
 
     Attributes:
         tensors: In the merged folder; names, shapes and dtypes are the base's (or the dtype asked for).
-        untouched: Of these, tensors that the adapter leaves alone: every value is the base's, its cast or its NF4
+        untouched: Of these, tensors that the adapter does not change: every value is the base's, its cast or its NF4
             rounding, bit by bit.
         touched: Tensors that it changes: read back, each has the checksum of what was written, and a few rows of each
             were recomputed.
@@ -80,7 +80,7 @@ def prove(
     """Check every tensor of a merged folder.
 
     Args:
-        dtype: That was asked for; None for each tensor's own.
+        dtype: The dtype that was asked for; None for each tensor's own.
         checksums: CRC-32 of the tensors as they were written.
 
     Raises:
@@ -122,9 +122,9 @@ def prove(
 
 @dataclass(frozen=True)
 class _Found:
-    """Of some rows: errors as shares of what is allowed, whether the update is visible, values given back exactly.
+    """The findings in some rows: errors as shares of the limit, whether the update shows, values given back exactly.
 
-    `without_update`: the whole weight's update is zero; or a weight that was trained as it is did not move here.
+    `without_update`: the whole weight's update is zero, or a fully trained weight did not move in these rows.
     """
 
     error: float
@@ -150,15 +150,15 @@ class _Factors:
 
     @property
     def are_zero(self) -> bool:
-        """Whether there is no update at all; DoRA's lengths are one."""
+        """Tell whether there is no update at all; DoRA's lengths are one."""
         return self.factor is None and not (self.a.any() and self.b.any())
 
     def update(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Some rows of the update, and the sum of the sizes of what is added in it."""
+        """Return some rows of the update, and the sum of the sizes of its terms."""
         return (self.b @ self.a[:, rows]).T, (self.abs_b @ self.abs_a[:, rows]).T
 
     def factor_of(self, rows: list[int]) -> Tensor | None:
-        """What multiplies these rows, with DoRA."""
+        """Return DoRA's factor for these rows."""
         return self.factor if self.factor is None or len(self.factor) == 1 else self.factor[rows]
 
 
@@ -175,14 +175,14 @@ class _AdapterFile:
         self._latest: tuple[str, _Factors] | None = None
 
     def keys_of(self, name: str) -> list[str]:
-        """The file's tensors that change this weight."""
+        """List the file's tensors that change this weight."""
         found = expert_of(name.rpartition(".")[0], self._family)
         if found and found[1] not in self._experts_of.get(found[0], (found[1],)):
             return []  # the stack has a place for it that nothing was trained in
         return factor_keys(name, self.stored.entries, self.stored.config, self._family)
 
     def factors(self, name: str) -> _Factors:
-        """Of a weight; the latest one's are kept."""
+        """Read the factors of a weight; the latest weight's are kept."""
         if self._latest is None or self._latest[0] != name:
             self._latest = (name, self._read_factors(name))
         return self._latest[1]
@@ -207,7 +207,7 @@ class _AdapterFile:
         return replace(factors, factor=factor[None] if in_by_out else factor[:, None])
 
     def _lengths(self, name: str, factors: _Factors, in_by_out: bool) -> Tensor:
-        """Lengths of the outputs of weight plus update: its columns or its rows."""
+        """Return the lengths of the outputs of weight plus update: its columns or its rows."""
         columns, found = len(factors.b), []
         for start, values in self._base.pieces(self._base.entries[name], unit=columns):
             rows = list(range(start // columns, (start + values.numel()) // columns))
@@ -216,7 +216,7 @@ class _AdapterFile:
         return (torch.stack(found).sum(0) if in_by_out else torch.cat(found)).sqrt()
 
     def trained(self, name: str) -> Tensor:
-        """The trained weight itself."""
+        """Read the fully trained weight."""
         (key,) = self.keys_of(name)
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
             row = stacked_row(name, key, self._family)
@@ -234,7 +234,7 @@ def _check_all_used(adapter: _AdapterFile, touched: list[str]) -> None:
 
 
 def _check_stored(entry: TensorEntry, checksum: int) -> None:
-    """The file holds what was written."""
+    """Check that the file holds what was written."""
     found = 0
     for _, piece in entry.pieces():
         found = zlib.crc32(bytes_of(piece), found)
@@ -246,7 +246,7 @@ def _check_stored(entry: TensorEntry, checksum: int) -> None:
 
 
 def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -> None:
-    """Every value is the base's, cast to the output dtype, bit by bit."""
+    """Check that every value is the base's, cast to the output dtype, bit by bit."""
     for start, values in base.pieces(entry):
         written = _stretch(merged, start, values.numel())
         if not torch.equal(values.to(written.dtype).view(torch.uint8), written.view(torch.uint8)):
@@ -257,7 +257,7 @@ def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -
 
 
 def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, choice: random.Random) -> _Found:
-    """A few rows of a changed weight."""
+    """Check a few rows of a changed weight."""
     wanted = _row_choice(merged, choice)
     start = base.rows(base.entries[merged.name], wanted)
     written = torch.cat([merged.rows(row, row + 1).read() for row in wanted])
@@ -265,7 +265,7 @@ def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, cho
 
 
 def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) -> _Found:
-    """Every value of a changed weight, some rows at a time."""
+    """Check every value of a changed weight, some rows at a time."""
     if len(adapter.keys_of(merged.name)) == 1:
         every = list(range(merged.shape[0]))
         return _compare_trained(adapter, merged, base.rows(base.entries[merged.name], every), merged.read(), every)
@@ -287,7 +287,7 @@ def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) ->
 
 
 def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]) -> _Found:
-    """Hold written rows against `start + scaling * (B @ A)^T` in float64, and take the update off again."""
+    """Compare written rows with `start + scaling * (B @ A)^T` in float64, and take the update off again."""
     if len(adapter.keys_of(merged.name)) == 1:
         return _compare_trained(adapter, merged, start, written, rows)
     factors = adapter.factors(merged.name)
@@ -319,7 +319,7 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
 def _compare_trained(
     adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]
 ) -> _Found:
-    """A weight that was trained as it is stands there as it is; to unmerge it is to have the base."""
+    """Check that a fully trained weight replaces the base's; to take the update off again is to have the base."""
     trained = adapter.trained(merged.name)[rows]
     if not torch.equal(trained.to(written.dtype), written):
         raise CheckpointError(f"{merged.file}: tensor '{merged.name}' is not the adapter's trained weight.")
@@ -328,7 +328,7 @@ def _compare_trained(
 
 
 def _half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """At most half the distance between neighbouring numbers of a dtype, at these values; float64."""
+    """Return at most half the distance between neighbouring numbers of a dtype, at these values; float64."""
     info = torch.finfo(dtype)
     return info.eps / 2 * values.abs() + info.smallest_normal * info.eps
 
@@ -338,7 +338,7 @@ def _row_choice(entry: TensorEntry, choice: random.Random) -> list[int]:
 
 
 def _choose_sample(touched: list[str], choice: random.Random) -> list[str]:
-    """At least one weight of each kind (attention's, an expert's …), and some more."""
+    """Choose at least one weight of each kind (attention's, an expert's …), and some more."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in touched:
         kinds[re.sub(r"\.\d+\.", ".N.", name)].append(name)
@@ -348,6 +348,6 @@ def _choose_sample(touched: list[str], choice: random.Random) -> list[str]:
 
 
 def _stretch(entry: TensorEntry, start: int, numel: int) -> Tensor:
-    """Some values of a flat tensor."""
+    """Read some values of a flat tensor."""
     size = entry.dtype.itemsize
     return replace(entry, shape=(numel,), start=entry.start + start * size, num_bytes=numel * size).read()

@@ -1,4 +1,4 @@
-"""A base of which only the 4-bit form is there: its weights are what dequantising gives."""
+"""A base of which only the 4-bit form exists here: its weights are dequantised."""
 
 import json
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ class QuantizedBase(MergeBase):
         """Open a quantised base.
 
         Raises:
-            CheckpointError: If something of it is missing or damaged.
+            CheckpointError: If a part of it is missing or damaged.
         """
         if not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -88,13 +88,13 @@ class QuantizedBase(MergeBase):
         return (self._dequantized(entry) if quantized else self._dense(entry).read().view(entry.shape))[wanted]
 
     def _dense(self, entry: TensorEntry) -> TensorEntry:
-        """Where a tensor that stayed dense lies; an expert's bias is a row of its layer's."""
+        """Find a tensor that stayed dense; an expert's bias is a row of its layer's stack."""
         place = self.architecture.places[entry.name]
         stored = self.stored[place.parameter]
         return stored if place.expert is None else stored.rows(place.expert, place.expert + 1)
 
     def _dequantized(self, entry: TensorEntry) -> Tensor:
-        """The weight as the checkpoint stores it, float32."""
+        """Dequantise a weight, in the orientation of the checkpoint, float32."""
         place = self.architecture.places[entry.name]
         parts = [self.stored[part] for part in self.parts_of(entry.name)]
         if place.expert is not None:
@@ -107,7 +107,7 @@ class QuantizedBase(MergeBase):
 
 
 def _shards(places: dict[str, Place], file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
-    """The tensors to write, cut into files of a few gigabytes."""
+    """Cut the tensors to write into files of a few gigabytes."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
     for name, place in places.items():

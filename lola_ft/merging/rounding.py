@@ -1,4 +1,4 @@
-"""What a weight is after NF4 rounding, exactly as 4-bit loading would have it."""
+"""A weight after NF4 rounding, with exactly the values that 4-bit loading gives it."""
 
 import torch
 from torch import Tensor
@@ -8,9 +8,9 @@ from lola_ft.quantization.nf4 import dequantize, dynamic_code, quantize
 
 
 def nf4_rounded(place: Place, weight: Tensor) -> Tensor:
-    """Return the dequantised weight in float32, of a tensor that 4-bit loading quantises.
+    """Quantise and dequantise a tensor that 4-bit loading quantises; float32.
 
-    Each expert is rounded in the orientation of its file, a linear layer in the out×in one that the model holds.
+    Each expert is rounded in the orientation of its file, a linear layer out×in, as the model holds it.
     """
     oriented = weight.t().contiguous() if place.transposed else weight
     rounded = dequantize(quantize(oriented), dynamic_code(), tuple(oriented.shape), torch.float32)

@@ -1,4 +1,4 @@
-"""Writing merged weights: read, add and write a piece at a time, whatever the model's size."""
+"""Writing merged weights: read, add and write piece by piece, whatever the model's size."""
 
 import zlib
 from collections import Counter
@@ -21,12 +21,12 @@ from lola_ft.merging.pipeline import run_pipeline
 
 @dataclass
 class Written:
-    """What was written.
+    """The record of what was written.
 
     Attributes:
         applied: How often each tensor of the adapter was merged, by module and factor.
-        changes: Largest absolute update of each weight that the adapter touches; 0 where nothing of it was written,
-            for it is smaller than the output dtype's rounding.
+        changes: Largest absolute update of each weight that the adapter changes; 0 where the update is smaller than the
+            output dtype's rounding.
         weight_map: File of each tensor, by its name there.
         num_bytes: Of all tensors.
         checksums: CRC-32 of each tensor's bytes, if they were asked for.
@@ -82,7 +82,7 @@ def _read(base: MergeBase, buffers: Buffers) -> Iterator[_Piece]:
 
 
 class _Update:
-    """Puts the adapter's update on a piece and casts it; what is at hand of the adapter is kept between calls."""
+    """Adds the adapter's update to a piece and casts it; the adapter's tensors in use are kept between calls."""
 
     def __init__(self, deltas: Deltas, written: Written, dtype: torch.dtype | None, buffers: Buffers) -> None:
         self._deltas, self._written, self._dtype, self._buffers = deltas, written, dtype, buffers
@@ -100,10 +100,10 @@ class _Update:
         return replace(piece, values=result)
 
     def _merged(self, piece: _Piece, own: Tensor) -> Tensor:
-        """The piece with the update; notes whether and how much that changes it.
+        """Return the piece with the update; record how much the update changes it.
 
         Args:
-            own: The piece without, in the output dtype.
+            own: The piece without the update, in the output dtype.
         """
         name = piece.entry.name
         update = self._deltas.update(name, piece.start, piece.values)

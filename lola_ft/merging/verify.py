@@ -23,7 +23,7 @@ class Verification:
         top1_agreement: Share of positions whose most likely next token is the same.
         compared: Tokens before the first of their prompt that rounding sent to another expert: from there on logits
             differ by more than rounding.
-        dtype: What both were computed in.
+        dtype: Dtype of both computations.
     """
 
     max_logit_difference: float
@@ -35,7 +35,7 @@ class Verification:
 
 
 def compare(reference: list[Outputs], result: list[Outputs], weights_dtype: torch.dtype) -> Verification:
-    """Compare what base plus adapter and the merged model put out.
+    """Compare the outputs of base plus adapter and of the merged model.
 
     Args:
         weights_dtype: Of the merged weights.
@@ -58,10 +58,10 @@ def compare(reference: list[Outputs], result: list[Outputs], weights_dtype: torc
 
 
 def _comparable(reference: list[Outputs], result: list[Outputs]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits and router scores, of both, that rounding alone can have moved.
+    """Return the logits and router scores of both that may differ only by rounding.
 
-    A score near a tie may fall the other way after rounding; that token then goes through another expert, and what
-    follows it sees it. Scores up to and with the first such choice, and logits before it, must still agree.
+    A score near a tie may fall the other way after rounding. Its token then goes through another expert, and all later
+    tokens see the difference. Scores up to and with the first such token, and logits before it, must still agree.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for a, b in zip(reference, result, strict=True):

@@ -1,4 +1,4 @@
-"""What is in a model, by part and by format: parameters and bytes. Silence about a dense expert is the enemy."""
+"""The contents of a model by part and format, in parameters and bytes; a dense expert in a 4-bit model is refused."""
 
 from math import prod
 
@@ -46,7 +46,7 @@ def _is_four_bit(module: nn.Module, name: str) -> bool:
 
 
 def _part_of(name: str, architecture: Architecture | None) -> str:
-    """The part that a parameter or buffer belongs to, by its name in the model."""
+    """Return the part of a parameter or buffer, from its name in the model."""
     if "lora_" in name:
         return "adapter"
     if ".trained_bias." in name:

@@ -1,7 +1,7 @@
 """A quantised base on disk, so that quantising happens once.
 
-`lola-ft quantize BASE` writes one; `load_base` uses it when it agrees with its source, else quantises anew. A cache is
-a folder of `nf4.safetensors` (packed codes, scales, and what stayed dense, each under its native name), `source.json`
+`lola-ft quantize BASE` writes one; `load_base` uses it if it agrees with its source, else quantises again. A cache is
+a folder of `nf4.safetensors` (packed codes, scales, and dense weights, each by its name in memory), `source.json`
 (format, the source's fingerprint and files), and copies of the source's config and tokenizer, so that it can be loaded
 and merged into without its source.
 """
@@ -32,12 +32,12 @@ _COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 
 
 def cache_folder(identity: dict[str, Any]) -> Path:
-    """Where the quantised form of a source belongs."""
+    """Return the folder for the quantised form of a source."""
     return cache_root() / "nf4" / f"{identity['fingerprint']}-{identity['dtype']}"
 
 
 def source_identity(checkpoint: BaseCheckpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a cache must agree with: format, fingerprint, and every weight file's name, size and time of change.
+    """Return what a cache must agree with: format, fingerprint, every weight file's name, size and time of change.
 
     A Hub snapshot's folder is named by its revision.
     """
@@ -79,7 +79,7 @@ def write_cache(model: nn.Module, identity: dict[str, Any], source: Path) -> Pat
 
 
 def matching_cache(identity: dict[str, Any]) -> Path | None:
-    """The cache of the source of this identity, if there is one and it agrees with the source in everything."""
+    """Return the cache of the source of this identity, if there is one and it agrees with the source in everything."""
     folder = cache_folder(identity)
     try:
         saved = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
@@ -89,12 +89,12 @@ def matching_cache(identity: dict[str, Any]) -> Path | None:
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Whether a folder is a quantised base that `write_cache` wrote."""
+    """Tell whether a folder is a quantised base that `write_cache` wrote."""
     return all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, SOURCE_FILE))
 
 
 def caches_of(base_fingerprint: str) -> list[Path]:
-    """The quantised forms of a base that this machine has, whether or not the base itself is still there."""
+    """List the quantised forms of a base on this machine, whether or not the base itself still exists."""
     return [folder for folder in sorted((cache_root() / "nf4").glob(f"{base_fingerprint}-*")) if is_cache(folder)]
 
 

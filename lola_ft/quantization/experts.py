@@ -1,7 +1,7 @@
 """The fused experts of one MoE layer in NF4: the 4-bit store.
 
-Each weight of each expert is quantised by itself, in the orientation of the family's files, exactly as bitsandbytes
-would quantise that one tensor; a gated expert's gate and up apart. The stacked parts of a projection are, for E experts
+Each weight of each expert is quantised separately, in the orientation of the family's files, exactly as bitsandbytes
+would quantise that tensor; so are a gated expert's gate and up. The stacked parts of a projection are, for E experts
 and n weights per tensor:
 
     up_proj, down_proj      (E, n/2)        uint8    two codes per byte; a parameter, so that PEFT finds it by name
@@ -38,7 +38,7 @@ _SCALES = ("absmax", "absmax2", "offset")
 
 
 class NF4Experts(FusedExperts):
-    """FusedExperts with 4-bit weights; biases stay as they are. Allocated empty, filled by `load_expert`."""
+    """FusedExperts with 4-bit weights; biases stay dense. Allocated empty, filled by `load_expert`."""
 
     def _make_weights(self) -> None:
         for name in self.shapes:
@@ -77,14 +77,14 @@ class NF4Experts(FusedExperts):
         place.offset.copy_(new.offset)
 
     def stored(self, part: str, expert_id: int) -> NF4:
-        """One expert's quantised weight (views into the stack)."""
+        """Return one expert's quantised weight (views into the stack)."""
         projection, number = self.parts[part]
         stack = self._stack(projection)
         matrix = expert_id * stack.parts + number
         return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
 
     def expert_weight(self, part: str, expert_id: int, dtype: torch.dtype) -> Tensor:
-        """One expert's dequantised weight, as a file holds it."""
+        """Return one expert's dequantised weight, as a file holds it."""
         return dequantize(self.stored(part, expert_id), self.absmax_code, self.part_shape(part), dtype)
 
     def weights(self, name: str) -> WeightStack:
@@ -152,5 +152,5 @@ class NF4Experts(FusedExperts):
 
 
 def _num_parts(projection: str) -> int:
-    """How many tensors of a file one expert's projection is made of."""
+    """Return the number of tensors of a file that make up one expert's projection."""
     return 2 if projection == "gate_up_proj" else 1

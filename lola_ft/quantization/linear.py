@@ -42,17 +42,17 @@ class NF4Linear(bnb.nn.Linear4bit):
         self.quant_state = state
 
     def stored(self) -> NF4:
-        """The quantised weight (views)."""
+        """Return the quantised weight (views)."""
         state = self.weight.quant_state
         return NF4(self.weight.data.view(-1), state.absmax, state.state2.absmax, state.offset)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The dequantised weight (out, in)."""
+        """Return the dequantised weight (out, in)."""
         state = self.weight.quant_state
         return dequantize(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
     def tiles(self, dtype: torch.dtype) -> Tiles:
-        """The dequantised weight (out, in), some rows at a time."""
+        """Yield the dequantised weight (out, in), some rows at a time."""
         state = self.weight.quant_state
         return dequantized_tiles(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
@@ -64,7 +64,7 @@ class NF4Linear(bnb.nn.Linear4bit):
 
     @torch.compiler.disable
     def forward_with_lora(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
-        """`x W^T + bias + dropout(x) A^T B^T` in one pass over the output.
+        """Return `x W^T + bias + dropout(x) A^T B^T`, in one pass over the output.
 
         Args:
             b_OR: B times LoRA's scaling.

@@ -52,8 +52,8 @@ def load_base(
     Args:
         path: A checkpoint's folder or a Hub id; or the folder of a quantised base that `quantize_base` wrote.
         quantization: "nf4" or None.
-        dtype: What stays dense is held, and everything is computed, in this dtype.
-        device: Where to; the GPU if there is one.
+        dtype: Dtype of all weights that stay dense, and of the computation.
+        device: The device to load to; by default the GPU if there is one.
         quiet: Do not print the audit (parameters and bytes by part and format).
         head: "causal_lm"; or, where the family has them, "sequence_classification" or "token_classification", a fresh
             layer of `num_labels` outputs, which stays in `dtype`.
@@ -93,7 +93,7 @@ def load_checkpoint(
     """Load a base that is open already; arguments and errors as for `load_base`.
 
     Args:
-        path: What the user called it: a folder or a Hub id.
+        path: The base's folder or Hub id, as the user gave it.
     """
     quantization = known_quantization(quantization)
     checkpoint.check_tied_head()
@@ -119,7 +119,7 @@ def load_checkpoint(
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -139,10 +139,10 @@ def quantize_base(
 
 
 def known_quantization(quantization: str | None) -> str | None:
-    """The quantization by its name; "none" is None.
+    """Return a quantization by its name; "none" is None.
 
     Raises:
-        UserError: One that is not known.
+        UserError: An unknown name.
     """
     wanted = None if quantization == "none" else quantization
     if wanted not in QUANTIZATIONS:
@@ -151,10 +151,10 @@ def known_quantization(quantization: str | None) -> str | None:
 
 
 def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype by its name.
+    """Return a dtype by its name.
 
     Raises:
-        UserError: One that weights cannot be held in.
+        UserError: An unknown name, or a dtype that cannot hold weights.
     """
     known = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if known is None or known not in DTYPES.values():
@@ -163,7 +163,7 @@ def known_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    """Refuse a weight with NaN or infinite values: in 4 bit they would spoil their whole block, unseen.
+    """Refuse a weight with NaN or infinite values: in 4 bit they would spoil their whole block, unnoticed.
 
     Raises:
         CheckpointError: Beginning with `what`.
@@ -174,7 +174,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
 
 
 def _load_quantized(folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device) -> Any:
-    """Load a base of which only the 4-bit form is there."""
+    """Load a base of which only the 4-bit form exists here."""
     if quantization is None:
         raise UserError(f"{folder}: holds a base in 4 bit; load it with quantization='nf4'.")
     architecture = open_config(folder)[1]

@@ -1,7 +1,7 @@
 """NF4 with double quantisation, by bitsandbytes' operators, for one weight at a time.
 
 A weight is cut into blocks of 64 values in memory order, each with a scale (absmax); the scales are themselves stored
-in 8 bits, in blocks of 256, around their mean. 4.127 bits a weight in all.
+in 8 bits, in blocks of 256, around their mean. 4.127 bits per weight in all.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ class NF4:
     """One quantised weight.
 
     Attributes:
-        packed: Two 4-bit codes a byte, uint8 (numel / 2, rounded up).
+        packed: Two 4-bit codes per byte, uint8 (numel / 2, rounded up).
         absmax: 8-bit code of each block's scale, uint8 (blocks,).
         absmax2: Scale of each block of scales, float32 (blocks / 256, rounded up).
         offset: Mean of the scales, float32 scalar.
@@ -77,12 +77,12 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _as_numpy(flat: Tensor) -> np.ndarray:
-    """The same memory; bfloat16, which numpy lacks, as uint16: the upper half of a float32."""
+    """View a tensor's memory in numpy; bfloat16, which numpy lacks, as uint16: the upper half of a float32."""
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
 def _quantize_chunk(weights: np.ndarray, chunk: slice, packed: np.ndarray, scales: np.ndarray) -> None:
-    """Fill a chunk's codes and scales; in numpy alone."""
+    """Fill a chunk's codes and scales, with numpy only."""
     if weights.dtype == np.uint16:
         bits = weights[chunk].astype(np.uint32)
         scaled = np.left_shift(bits, 16, out=bits).view(np.float32)
@@ -104,19 +104,19 @@ def _quantize_chunk(weights: np.ndarray, chunk: slice, packed: np.ndarray, scale
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Kept: with fresh threads for every weight the allocator would spread over many arenas and give nothing back."""
+    """Return the kept threads: with fresh ones per weight the allocator would use many arenas and free nothing."""
     return ThreadPoolExecutor(count)
 
 
 @cache
 def _bounds() -> tuple[np.float32, ...]:
-    """The 15 values halfway between neighbouring codes of NF4."""
+    """Return the 15 values halfway between neighbouring codes of NF4."""
     code = bnb.get_4bit_type("nf4", device="cpu")
     return tuple(((code[:-1] + code[1:]) / 2).numpy())
 
 
 def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The dense weight of `shape` in `dtype`.
+    """Return the dense weight of `shape` in `dtype`.
 
     Args:
         absmax_code: `dynamic_code()` on the weight's device.
@@ -125,7 +125,7 @@ def dequantize(nf4: NF4, absmax_code: Tensor, shape: tuple[int, ...], dtype: tor
 
 
 def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
-    """All dense matrices (M, rows, columns) of a stack; bit-equal to one after another."""
+    """Return all dense matrices (M, rows, columns) of a stack; bit-equal to dequantising one after another."""
     num_matrices, numel = stack.packed.shape[0], prod(stack.shape)
     scales = stack_scales(stack, list(range(num_matrices)))
     if numel % BLOCK:  # a matrix's last block is not full
@@ -135,7 +135,7 @@ def dequantize_stack(stack: NF4Stack, dtype: torch.dtype) -> Tensor:
 
 
 def stack_scales(stack: NF4Stack, matrices: list[int]) -> Tensor:
-    """The block scales of some matrices, float32 (matrices, blocks); in one call for all."""
+    """Return the block scales of some matrices, float32 (matrices, blocks), with one call for all."""
     num_blocks = stack.absmax.shape[1]
     absmax, absmax2, offset = stack.absmax, stack.absmax2, stack.offset
     if len(matrices) < absmax.shape[0]:
@@ -149,15 +149,15 @@ def stack_scales(stack: NF4Stack, matrices: list[int]) -> Tensor:
 
 
 def dequantized_tiles(nf4: NF4, absmax_code: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
-    """The dense weight of `shape` in `dtype`, some rows at a time; the same numbers as whole."""
+    """Yield the dense weight of `shape` in `dtype`, some rows at a time; the same numbers as `dequantize`."""
     return tiles_of(nf4.packed, _block_scales(nf4, absmax_code), shape, dtype)
 
 
 def tiles_of(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tiles:
-    """The same from the codes and the scale of each block.
+    """Yield the dense weight some rows at a time, from the codes and the scale of each block.
 
-    In tiles only where it pays and sums stay exact enough: in float32 on a CPU. (A sum over tiles is rounded after
-    each of them, which half precision would feel.)
+    Tiles are used only where they are faster and sums stay exact enough: in float32 on a CPU. (A sum over tiles is
+    rounded after each tile, which costs digits in half precision.)
     """
     rows, columns = shape
     tiled = packed.device.type == "cpu" and dtype == torch.float32 and columns % BLOCK == 0
@@ -179,25 +179,28 @@ def _block_scales(nf4: NF4, absmax_code: Tensor) -> Tensor:
 
 
 def _dense(packed: Tensor, scales: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
-    """Flat. bitsandbytes 0.50's CPU operator shares rows out among threads, and is wrong for some shapes whose last
-    dimension is no multiple of 64: it gets rows of one block, or one row."""
+    """Dequantise to a flat tensor.
+
+    bitsandbytes 0.50's CPU operator shares rows among threads, and is wrong for some shapes whose last dimension is no
+    multiple of 64: it is given rows of one block, or one row.
+    """
     shape = (numel // BLOCK, BLOCK) if numel % BLOCK == 0 else (numel,)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), scales, BLOCK, "nf4", shape, dtype)
 
 
 def dynamic_code() -> Tensor:
-    """The 256 values of bitsandbytes' 8-bit type for scales, float32, on the CPU."""
+    """Return the 256 values of bitsandbytes' 8-bit type for scales, float32, on the CPU."""
     return bnb.create_dynamic_map()
 
 
 @cache
 def nf4_code(device: torch.device) -> Tensor:
-    """The 16 values of NF4, float32."""
+    """Return the 16 values of NF4, float32."""
     return bnb.get_4bit_type("nf4", device=device)
 
 
 def quant_state(nf4: NF4, shape: torch.Size) -> bnb.QuantState:
-    """The scales as bitsandbytes' own classes hold them."""
+    """Return the scales as bitsandbytes' own classes hold them."""
     device = nf4.packed.device
     second = bnb.QuantState(
         absmax=nf4.absmax2, code=dynamic_code().to(device), blocksize=ABSMAX_BLOCK, dtype=torch.float32

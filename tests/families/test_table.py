@@ -64,7 +64,7 @@ def words_of(family: Family) -> set[str]:
 def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
     words = set[str]().union(*map(words_of, FAMILIES.values()))
     assert {"c_attn", "wte", "query_key_value", "gpt2", "lola_v1"} <= words
-    pattern = re.compile(rf"(?<!\\w)({'|'.join(sorted(words))})(?!\\w)")
+    pattern = re.compile(rf"(?<!\w)({'|'.join(sorted(words))})(?!\w)")
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.relative_to(PACKAGE).parts[0] in NAMES_ALLOWED:
@@ -80,7 +80,7 @@ def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
         TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
     assert str(caught.value) == (
         "adapter.shared_experts: the base is a LOLA model (lola_v1), which has no shared_experts. It has attention, "
-        "mlp, experts, router, norms, biases. Remove the key, or choose another base."
+        "mlp, experts, router, norms, biases. Leave it out, or choose another base."
     )
 
 

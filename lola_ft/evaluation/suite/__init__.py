@@ -1,4 +1,4 @@
-"""Benchmark suites, run by EleutherAI's lm-evaluation-harness on the native model."""
+"""Benchmark suites, run by EleutherAI's lm-evaluation-harness on a loaded model."""
 
 from lola_ft.evaluation.suite.run_suite import SuiteOptions, evaluate_suite
 

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness (optional extra `harness`), given the native model."""
+"""EleutherAI's lm-evaluation-harness (optional extra `harness`), asking a loaded model."""
 
 import logging
 from functools import cache

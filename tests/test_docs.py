@@ -1,0 +1,62 @@
+"""Paths that the documents name exist, and CONTRIBUTING.md's map of the package is whole."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "CONTRIBUTING.md", ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PLACES = ("", "lola_ft", "docs")
+"""Folders below the root that a path may be relative to; a link in a document is relative to the document."""
+
+FOLDERS_OF_OUTPUT = ("runs/", "reports/", ".cache/", "nano-report/")
+"""Beginnings of folders that commands make when a reader runs them."""
+EXAMPLES = ("recipes/sw.yaml",)
+"""A reader's own files, in examples of messages."""
+PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/")
+"""Folders inside a run."""
+NEIGHBOURS = {
+    "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files
+    "docs/performance.md": "benchmarks",  # its first line says that all scripts are there
+}
+"""A folder whose files a document names without it."""
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_paths_exist(document: Path) -> None:
+    name = str(document.relative_to(ROOT))
+    places = [*PLACES, *([NEIGHBOURS[name]] if name in NEIGHBOURS else [])]
+    missing = [path for path in paths_in(document) if not any((ROOT / place / path).exists() for place in places)]
+    assert not missing, f"{name} names {', '.join(missing)}: not there. Was it renamed?"
+
+
+def test_the_house_is_whole() -> None:
+    """Every folder and single file of the package is on the map, and every file on the map exists."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text.partition("    lola_ft/\n")[2].partition("    benchmarks/")[0]
+    named = set(re.findall(r"\b\w+\.py\b", house)) | set(re.findall(r"^      (\w+)/", house, re.MULTILINE))
+    package = ROOT / "lola_ft"
+    rooms = {path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    missing = rooms - named - {"__init__.py", "__main__.py"}
+    assert not missing, f"CONTRIBUTING.md lacks {missing}"
+    files = {path.name for path in package.rglob("*.py")}
+    assert named <= rooms | files, f"CONTRIBUTING.md names {named - rooms - files}"
+
+
+def test_paths_are_found() -> None:
+    """The patterns still see what documents name."""
+    assert "lola_ft/families/gpt2.py" in paths_in(ROOT / "docs" / "families.md")
+    assert "training/trainers/" in paths_in(ROOT / "CONTRIBUTING.md")
+    assert "docs/resume.md" in paths_in(ROOT / "README.md")
+
+
+def paths_in(document: Path) -> list[str]:
+    """Return the Python files, documents and folders in backticks, recipes in commands, and targets of links."""
+    text = document.read_text(encoding="utf-8")
+    in_backticks = re.findall(r"`([\w./-]+(?:\.(?:py|md|csv)|/))`", text)
+    in_commands = re.findall(r"\b((?:benchmarks|recipes|tests)/[\w./-]+\.(?:py|yaml|jsonl))", text)
+    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    found = dict.fromkeys([*in_backticks, *in_commands, *links])
+    exceptions = (*PARTS_OF_OUTPUT, *EXAMPLES)
+    return [path for path in found if path not in exceptions and not path.startswith(FOLDERS_OF_OUTPUT)]
