@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lola_ft.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "CONTRIBUTING.md", ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 PLACES = ("", "lola_ft", "docs")
@@ -60,3 +62,9 @@ def paths_in(document: Path) -> list[str]:
     found = dict.fromkeys([*in_backticks, *in_commands, *links])
     exceptions = (*PARTS_OF_OUTPUT, *EXAMPLES)
     return [path for path in found if path not in exceptions and not path.startswith(FOLDERS_OF_OUTPUT)]
+
+
+def test_every_family_has_a_line_in_the_table() -> None:
+    lines = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").splitlines()
+    listed = {line.split("|")[2].strip().strip("`") for line in lines if line.startswith("| ") and line.count("|") > 6}
+    assert listed - {"`model_type`", "model_type"} == set(FAMILIES)
