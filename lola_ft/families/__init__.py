@@ -10,6 +10,10 @@ from lola_ft.families.bloom import BLOOM
 from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.gpt2 import GPT2
 from lola_ft.families.lola import LOLA
+from lola_ft.families.mixtral import MIXTRAL
+from lola_ft.families.olmoe import OLMOE
+from lola_ft.families.qwen2_moe import QWEN2_MOE
+from lola_ft.families.qwen3_moe import QWEN3_MOE
 
 __all__ = [
     "BLOOM",
@@ -27,7 +31,7 @@ __all__ = [
     "recorded_family",
 ]
 
-FAMILIES = {family.model_type: family for family in (LOLA, GPT2, BLOOM)}
+FAMILIES = {family.model_type: family for family in (LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GPT2, BLOOM)}
 """By `model_type`."""
 
 

@@ -129,10 +129,13 @@ class Routing:
     """How a family's routers choose experts.
 
     Attributes:
-        balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), or None.
+        balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), `pooled` (one term
+            over the tokens of all layers, as transformers has it), or None.
+        gate: How the router holds its weight: as a `linear` layer, or as a bare `parameter` of its own.
     """
 
-    balance: str | None = None
+    balance: Literal["layer_sum", "pooled"] | None = None
+    gate: Literal["linear", "parameter"] = "linear"
 
 
 @dataclass(frozen=True)
