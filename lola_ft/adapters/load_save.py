@@ -12,6 +12,7 @@ from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
 from lola_ft.adapters.on_disk import config_for, read_adapter, write_adapter
 from lola_ft.adapters.peft_model import attach, identity_of
+from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.trained_bias import partly_trained, plain_key
 from lola_ft.adapters.trained_weights import stack_parts
 from lola_ft.adapters.weights import AdapterWeights
@@ -55,6 +56,7 @@ def load_adapter(
 
 def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
     """Attach an adapter with these numbers and make it the active one."""
+    weights = sharing_inputs(weights)
     experts_of = weights.experts_of()
     state = to_state(weights, "peft", experts_of)
     config = _loading_config(weights, state, model)

@@ -184,6 +184,7 @@ class Family:
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
         normed_embeddings: Whether a norm stands between the embeddings and the first layer.
         targets: By group, endings of the names in memory of its linear layers (of the router, its module).
+        renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
@@ -208,6 +209,7 @@ class Family:
     attention: Literal["fused", "scores", "stretches"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None
     routing: Routing | None = None
@@ -219,11 +221,23 @@ class Family:
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:
-        """Targets by group as PEFT is told them: modules, and of experts the fused parameters."""
+        """Targets by group as PEFT is told them: modules, of experts the fused parameters, and bare routers' weights."""
         own = dict(self.targets)
         if self.experts:
             own["experts"] = self.experts.targets
+        if self.router_is_parameter:
+            own["router"] = tuple(f"{module}.weight" for module in self.targets["router"])
         return {group: own[group] for group in LORA_GROUPS if group in own}
+
+    @property
+    def router_is_parameter(self) -> bool:
+        """Whether the router's module holds its weight as a bare parameter, and is no linear layer."""
+        return self.routing is not None and self.routing.gate == "parameter"
+
+    @property
+    def parameter_targets(self) -> tuple[str, ...]:
+        """Targets that PEFT is told as `target_parameters`."""
+        return (*self.expert_targets, *(self.lora_groups["router"] if self.router_is_parameter else ()))
 
     @property
     def expert_targets(self) -> tuple[str, ...]:
@@ -239,6 +253,14 @@ class Family:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         return self.experts.parse(module) if self.experts else None
 
+    def in_memory(self, module: str) -> str:
+        """Return the name in memory of a module outside the experts, from its name on disk."""
+        return _with_ending(module, self.renamed)
+
+    def on_disk(self, module: str) -> str:
+        """Return the name on disk of a module outside the experts, from its name in memory."""
+        return _with_ending(module, {memory: disk for disk, memory in self.renamed.items()})
+
     def target_of(self, module: str, layout: str) -> str | None:
         """Return the shortest ending of a Hub module name that says in a layout's config what is meant.
 
@@ -247,8 +269,13 @@ class Family:
         if expert := self.parse_expert(module):
             numbered = ".".join(module.split(".")[-3:])
             return numbered if layout == "per_expert" else self._fused_target(expert.projection)
-        targets = (target for group in self.targets.values() for target in group)
-        return next((target for target in targets if module.endswith(f".{target}")), None)
+        held = self.in_memory(module)
+        for group, targets in self.targets.items():
+            for target in targets:
+                if held.endswith(f".{target}"):
+                    bare = group == "router" and self.router_is_parameter
+                    return f"{target}.weight" if bare and layout == "peft" else self.on_disk(f".{target}")[1:]
+        return None
 
     def takes_lora(self, module: str) -> bool:
         """Whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
@@ -320,10 +347,22 @@ class Architecture:
         """Names of the normalisation layers, without what stands before them: what PEFT's `modules_to_save` takes."""
         return self._last_names("norms", ".weight")
 
-    @property
+    @cached_property
     def router_modules(self) -> tuple[str, ...]:
-        """The router's name, likewise."""
-        return tuple(module.rpartition(".")[2] for module in self.family.targets.get("router", ()))
+        """The router's name, likewise, with as much before it as tells it from other modules."""
+        return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
+
+    def trained_module(self, name: str) -> str:
+        """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
+        module = self.family.in_memory(name.rpartition(".")[0])
+        routers = (target for target in self.family.targets.get("router", ()) if module.endswith(f".{target}"))
+        return next(map(self._module_to_save, routers), module.rpartition(".")[2])
+
+    def _module_to_save(self, router: str) -> str:
+        """PEFT takes every module whose name ends so, also a `shared_expert_gate` for `gate`."""
+        last = router.rpartition(".")[2]
+        others = (place.module for place in self.places.values() if place.group != "router")
+        return router if any(module.endswith(last) for module in others) else last
 
     @cached_property
     def bias_names(self) -> tuple[str, ...]:
@@ -349,7 +388,8 @@ class Architecture:
     def features(self) -> tuple[str, ...]:
         """What can be trained: groups for LoRA, norms, biases."""
         beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
-        return (*self.family.lora_groups, *beside)
+        held = {place.group for place in self.places.values()}
+        return (*(group for group in self.family.lora_groups if group in held), *beside)
 
     def group_of(self, name: str) -> str | None:
         """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
@@ -395,6 +435,12 @@ class Architecture:
 
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 """What PEFT puts into the names of modules."""
+
+
+def _with_ending(name: str, endings: Mapping[str, str]) -> str:
+    """The name with its ending changed, if it is one of these."""
+    found = (name.removesuffix(old) + new for old, new in endings.items() if name.endswith(f".{old}"))
+    return next(found, name)
 
 
 def _without_numbers(name: str) -> str:

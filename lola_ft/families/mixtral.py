@@ -44,6 +44,7 @@ MIXTRAL = Family(
     positions="rotary",
     packs=True,
     targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
+    renamed={"block_sparse_moe.gate": "mlp.gate"},
     size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
     embeddings=decoder.EMBEDDINGS,
     sizes=sizes,
