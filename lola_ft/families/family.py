@@ -108,6 +108,11 @@ class ExpertLayout:
         """The fused parameter that holds a projection."""
         return next(stack for stack, names in self.stacks.items() if projection in names)
 
+    def part_of(self, projection: str) -> tuple[int, int]:
+        """Which part of its stack a projection is, and of how many: (0, 1) alone, (1, 2) for up behind gate."""
+        names = self.stacks[self.stack_of(projection)]
+        return names.index(projection), len(names)
+
     def parse(self, module: str) -> ExpertName | None:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         if match := self._pattern.match(module):
