@@ -223,6 +223,8 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     ranks, alphas = _by_target(weights, layout)
     common_rank = _preferred(ranks, family)
     common_alpha = _preferred(alphas, family)
+    parameters = [target for target in family.parameter_targets if target in ranks]
+    parameters += [target for target in ranks if target.endswith(".weight") and target not in parameters]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=weights.base,
@@ -235,8 +237,8 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         use_rslora=weights.rslora,
         use_dora=weights.dora,
         fan_in_fan_out=_others_hold_in_by_out(weights.architecture, layout),
-        target_modules=linear_targets(ranks, family),
-        target_parameters=[target for target in family.parameter_targets if target in ranks] or None,
+        target_modules=linear_targets([target for target in ranks if target not in parameters], family),
+        target_parameters=parameters or None,
         modules_to_save=sorted(
             {weights.architecture.trained_module(name) for name in weights.trained if name.endswith(".weight")}
         )

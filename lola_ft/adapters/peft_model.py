@@ -1,13 +1,15 @@
 """An adapter attached to a model: PEFT's wrappers around what gets LoRA, everything else frozen."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -89,7 +91,7 @@ def attach(
     config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
     config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
     identity_of(model)  # while its parameters have their own names
-    with select_experts(model, config, selection), seen_by_peft(model), warnings.catch_warnings():
+    with select_experts(model, config, selection), seen_by_peft(model), targets_as_given(), warnings.catch_warnings():
         # PEFT 0.21 says so of patterns that name a parameter, and follows them.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         if wrapped:
@@ -106,6 +108,21 @@ def attach(
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
     return peft_model
+
+
+@contextmanager
+def targets_as_given() -> Iterator[None]:
+    """While an adapter is made, keep PEFT (0.21) from reading its targets as names of transformers 4.
+
+    It would take a dense layer's or a shared expert's `gate_proj` for those of all experts.
+    """
+    name = "convert_peft_config_for_transformers"
+    convert = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *_args, **_kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, convert)
 
 
 def identity_of(model: PreTrainedModel | PeftModel) -> str | None:

@@ -1,6 +1,6 @@
 """What to train beside the frozen base: plain settings, and PEFT's config for them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -121,7 +121,7 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
     )
 
 
-def linear_targets(targets: Mapping[str, object], family: Family) -> list[str] | str:
+def linear_targets(targets: Collection[str], family: Family) -> list[str] | str:
     """Return PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 

@@ -241,7 +241,7 @@ class Family:
 
     @property
     def parameter_targets(self) -> tuple[str, ...]:
-        """Targets that PEFT is told as `target_parameters`."""
+        """Targets that are parameters in memory."""
         return (*self.expert_targets, *(self.lora_groups["router"] if self.router_is_parameter else ()))
 
     @property
@@ -278,9 +278,19 @@ class Family:
         for group, targets in self.targets.items():
             for target in targets:
                 if held.endswith(f".{target}"):
-                    bare = group == "router" and self.router_is_parameter
-                    return f"{target}.weight" if bare and layout == "peft" else self.on_disk(f".{target}")[1:]
+                    by_weight = self._is_named_by_weight(target, group)
+                    return f"{target}.weight" if by_weight and layout == "peft" else self.on_disk(f".{target}")[1:]
         return None
+
+    def _is_named_by_weight(self, target: str, group: str) -> bool:
+        """Whether PEFT's config names a module by its weight, among the `target_parameters`.
+
+        Bare routers have no other name. And a dense layer or shared expert that is called like an expert's projection:
+        PEFT (0.21) takes such a name among the `target_modules` for all the experts, and leaves the module out.
+        """
+        if group == "router":
+            return self.router_is_parameter
+        return self.experts is not None and not self.native and target.rpartition(".")[2] in self.experts.projections
 
     def takes_lora(self, module: str) -> bool:
         """Whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
