@@ -70,10 +70,24 @@ class _Choices(TorchFunctionMode):
         if function not in (torch.topk, torch.Tensor.topk):
             return function(*args, **kwargs)
         if not self._complete:
-            chosen = function(*args, **kwargs)
-            self._made.append(chosen.indices)
-            return chosen
-        scores, dim = args[0], kwargs.get("dim", args[2] if len(args) > 2 else -1)
+            with torch.no_grad():
+                self._made.append(function(*args, **kwargs).indices)
         indices = self._made[self._next]
         self._next += 1
-        return torch.return_types.topk((scores.gather(dim, indices), indices))
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return torch.return_types.topk((_Taken.apply(args[0], dim, indices), indices))
+
+
+class _Taken(torch.autograd.Function):
+    """`scores.gather(dim, indices)`, which keeps the indices for backward and not the scores, in every pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, dim: int, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.dim, ctx.shape = dim, scores.shape
+        return scores.gather(dim, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).scatter_(ctx.dim, indices, grads[0]), None, None
