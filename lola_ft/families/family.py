@@ -188,6 +188,7 @@ class Family:
             memory, and a mask of numbers), or `stretches` (fused, and packed documents a stretch at a time).
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
         normed_embeddings: Whether a norm stands between the embeddings and the first layer.
+        normed_queries: Whether norms stand behind the projections of queries and keys.
         targets: By group, endings of the names in memory of its linear layers (of the router, its module).
         renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
@@ -214,6 +215,7 @@ class Family:
     attention: Literal["fused", "scores", "stretches"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
+    normed_queries: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None

@@ -37,6 +37,7 @@ OLMOE = Family(
     backbone="model",
     positions="rotary",
     packs=True,
+    normed_queries=True,
     targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
     size_keys=(*decoder.SIZE_KEYS, "num_experts"),
     embeddings=decoder.EMBEDDINGS,

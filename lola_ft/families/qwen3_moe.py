@@ -53,6 +53,7 @@ QWEN3_MOE = Family(
     backbone="model",
     positions="rotary",
     packs=True,
+    normed_queries=True,
     targets={"attention": decoder.ATTENTION_TARGETS, "mlp": decoder.MLP_TARGETS, "router": ("mlp.gate",)},
     size_keys=(*decoder.SIZE_KEYS, "num_experts", "moe_intermediate_size"),
     embeddings=decoder.EMBEDDINGS,
