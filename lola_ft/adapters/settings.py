@@ -23,7 +23,7 @@ class AdapterSettings:
             out.
         alpha: The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`).
         dropout: Of the side path's input.
-        alphas, dropouts: Of a group alone (attention, mlp, shared_experts, experts, router), in place of the common one.
+        alphas, dropouts: Of one group (attention, mlp, shared_experts, experts, router), in place of the common one.
         rslora: Scale by alpha / sqrt(rank) (arXiv 2312.03732).
         dora: Learn the length of attention's and MLP's output rows apart from their direction (arXiv 2402.09353).
         init: `default` (A random, B zero), `gaussian` (A normal), or `loftq` (both start at the error of the 4-bit

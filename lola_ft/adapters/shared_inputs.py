@@ -32,13 +32,12 @@ def joined_pair(weights: AdapterWeights, expert: ExpertName) -> LoraPair:
     projections = layout.stacks[layout.stack_of(expert.projection)]
     names = [layout.name(expert.module, expert.expert, projection) for projection in projections]
     pairs = [weights.pairs.get(name) for name in names]
-    first = pairs[0]
-    if len(names) == 1 and first is not None:
-        return first
-    for name, pair in zip(names, pairs, strict=True):
-        if pair is None or first is None or not _share_input(first, pair):
-            raise AdapterError(f"{name}: {names[0]} has another A or alpha, which only the layout per_expert can hold.")
-    return replace(first, b=torch.cat([pair.b for pair in pairs if pair is not None]))
+    first, held = pairs[0], [pair for pair in pairs if pair is not None]
+    if first is None or len(held) < len(names) or not all(_share_input(first, pair) for pair in held):
+        raise AdapterError(
+            f"{' and '.join(names)}: they do not have the same A and alpha, which only the layout per_expert can hold."
+        )
+    return first if len(names) == 1 else replace(first, b=torch.cat([pair.b for pair in held]))
 
 
 def sharing_inputs(weights: AdapterWeights) -> AdapterWeights:
@@ -54,7 +53,7 @@ def sharing_inputs(weights: AdapterWeights) -> AdapterWeights:
             continue
         assert layout is not None, "only experts are fused"
         changed = dict(weights.pairs)
-        for (module, expert), pairs in stacked.items():
+        for module, expert in stacked:
             names = [layout.name(module, expert, projection) for projection in projections]
             changed |= dict(zip(names, _side_by_side(weights, names), strict=True))
         weights = replace(weights, pairs=changed)
@@ -95,8 +94,8 @@ def _side_by_side(weights: AdapterWeights, names: list[str]) -> list[LoraPair]:
     scalings = {weights.scaling(name) for name in names if name in weights.pairs}
     if len(scalings) > 1 or len({pair.rank for pair in given}) > 1:
         raise AdapterError(
-            f"{names[0]} and {names[1].rpartition('.')[2]}: their ranks or scalings differ, which one fused pair cannot "
-            "express. Keep the adapter in the layout per_expert, or merge it."
+            f"{names[0]} and {names[1].rpartition('.')[2]}: their ranks or scalings differ, which one fused pair "
+            "cannot express. Keep the adapter in the layout per_expert, or merge it."
         )
     rank, total = given[0].rank, len(names) * given[0].rank
     alpha = given[0].alpha * (total / rank) ** (0.5 if weights.rslora else 1.0)

@@ -32,9 +32,7 @@ def balancing_loss(
     return pooled_balancing_loss(router_logits, architecture.sizes.top_k, token_mask_T)
 
 
-def pooled_balancing_loss(
-    router_logits: Sequence[Tensor], top_k: int, token_mask_T: Tensor | None = None
-) -> Tensor:
+def pooled_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask_T: Tensor | None = None) -> Tensor:
     """transformers' `load_balancing_loss_func`: `E * sum_e f_e * P_e` over the tokens of all layers as one.
 
     f_e is the number of choices of expert e per token (Switch Transformers, arXiv 2101.03961, equations 4 to 6, with K

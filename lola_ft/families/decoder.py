@@ -63,7 +63,9 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention(prefix: str, config: Any, layer: int, biases: bool = False, output_bias: bool = False) -> dict[str, Place]:
+def attention(
+    prefix: str, config: Any, layer: int, biases: bool = False, output_bias: bool = False
+) -> dict[str, Place]:
     """The norms around attention, and its four projections; keys and values may have fewer heads."""
     hidden, size = config.hidden_size, head_size(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
@@ -79,11 +81,11 @@ def query_key_norms(prefix: str, queries: int, keys: int, layer: int) -> dict[st
     return norm(f"{prefix}.self_attn.q_norm", queries, layer) | norm(f"{prefix}.self_attn.k_norm", keys, layer)
 
 
-def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int) -> dict[str, Place]:
+def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int, bias: bool = False) -> dict[str, Place]:
     """Gate, up and down; of a dense layer or of a shared expert."""
-    found = linear(f"{name}.gate_proj", hidden, inner, group, layer)
-    found |= linear(f"{name}.up_proj", hidden, inner, group, layer)
-    return found | linear(f"{name}.down_proj", inner, hidden, group, layer)
+    found = linear(f"{name}.gate_proj", hidden, inner, group, layer, bias)
+    found |= linear(f"{name}.up_proj", hidden, inner, group, layer, bias)
+    return found | linear(f"{name}.down_proj", inner, hidden, group, layer, bias)
 
 
 def router(on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int) -> dict[str, Place]:

@@ -228,7 +228,7 @@ class Family:
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:
-        """Targets by group as PEFT is told them: modules, of experts the fused parameters, and bare routers' weights."""
+        """Targets by group as PEFT is told them: modules, experts' fused parameters, the weights of bare routers."""
         own = dict(self.targets)
         if self.experts:
             own["experts"] = self.experts.targets

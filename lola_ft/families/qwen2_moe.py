@@ -1,4 +1,4 @@
-"""Qwen1.5's and Qwen2's mixtures of experts (`qwen2_moe`): a shared expert with a gate of its own beside the chosen ones."""
+"""Qwen1.5's and Qwen2's mixtures of experts (`qwen2_moe`): a shared expert, with a gate, beside the chosen ones."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Qwen3's mixtures of experts (`qwen3_moe`; arXiv 2505.09388): top-8 by softmax, norms of each head's queries and keys."""
+"""Qwen3's mixtures of experts (`qwen3_moe`; arXiv 2505.09388): top-8 by softmax, norms of queries and keys by head."""
 
 from typing import Any
 

@@ -18,15 +18,21 @@ class RouterInWeightDtype(nn.Module):
     A trained weight is float32, where 16 bits could swap two close experts.
     """
 
+    weight: Tensor
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the router's own; x is (…, D) of any dtype."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype), *args, **kwargs)
 
 
+def score_in_weight_dtype(router: nn.Module) -> None:
+    """Make a router of transformers a `RouterInWeightDtype`, under the same class name."""
+    router.__class__ = _in_weight_dtype(type(router))
+
+
 @cache
-def in_weight_dtype(router_class: type) -> type:
-    """Return a router's class with `RouterInWeightDtype`, under the same name."""
+def _in_weight_dtype(router_class: type[nn.Module]) -> type[nn.Module]:
     return type(router_class.__name__, (RouterInWeightDtype, router_class), {"__module__": router_class.__module__})
 
 

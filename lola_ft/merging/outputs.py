@@ -42,9 +42,8 @@ class Outputs:
     dtype: str
     top_k: int = 1
 
-    @property
-    def choices_NE(self) -> Tensor:
-        """True for the experts that a token takes (S*L, E)."""
+    def choices(self) -> Tensor:
+        """Return (S*L, E) bool, True for the experts that a token takes."""
         chosen = self.scores_NE.topk(self.top_k, dim=-1).indices
         return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter_(1, chosen, value=True)
 

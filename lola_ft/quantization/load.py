@@ -21,7 +21,7 @@ from lola_ft.checkpoints.folder import commit_of
 from lola_ft.checkpoints.safetensors_file import read_ahead
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
-from lola_ft.families.routers import in_weight_dtype
+from lola_ft.families.routers import score_in_weight_dtype
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
 from lola_ft.model.experts import FusedExperts
@@ -203,9 +203,8 @@ def _build(
             _fuse_experts(model, place.module, architecture, quantization, device)
         elif quantization and place.quantized:
             _quantize_linear(model, place)
-        elif place.group == "router" and architecture.family.routing.gate == "parameter":
-            router = model.get_submodule(place.module)
-            router.__class__ = in_weight_dtype(type(router))
+        elif place.group == "router" and architecture.family.router_is_parameter:
+            score_in_weight_dtype(model.get_submodule(place.module))
     model.quantization = quantization
     model.config.dtype = dtype
     return model
@@ -226,8 +225,10 @@ def _fuse_experts(
     wanted = NF4Experts if quantization else FusedExperts
     if isinstance(module, wanted):
         return
-    own = isinstance(module, FusedExperts)
-    settings = module.settings if own else _settings_of(module, architecture.sizes.activation)
+    if isinstance(module, FusedExperts):
+        settings = module.settings
+    else:
+        settings = _settings_of(module, architecture.sizes.activation)
     with torch.device("meta"):
         experts = wanted(**settings)
     if isinstance(experts, NF4Experts):

@@ -1,6 +1,7 @@
 """Profiling: each text goes once through the backbone, and the routers' choices are counted where they are made.
 
-Shapes: T real tokens of a batch, P of them sampled, K choices of a token, C = T*K, L languages, M MoE layers, E experts.
+Shapes: T real tokens of a batch, P of them sampled, K choices of a token, C = T*K, L languages, M MoE layers,
+E experts.
 """
 
 import hashlib

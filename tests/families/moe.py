@@ -11,9 +11,16 @@ from lola_ft.nano.tokenizer import train_tokenizer
 
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 COMMON = {
-    **{"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-    **{"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.1},
-    **{"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1},
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 5,
+    "pad_token_id": 1,
 }
 
 
@@ -43,8 +50,13 @@ KINDS = {
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         {
-            **{"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
-            **{"head_dim": 32, "mlp_only_layers": [0], "norm_topk_prob": True},
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 32,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
         },
         ("attention", "mlp", "experts", "router"),
     ),
@@ -52,8 +64,12 @@ KINDS = {
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         {
-            **{"intermediate_size": 96, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
-            **{"shared_expert_intermediate_size": 48, "decoder_sparse_step": 2},
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 48,
+            "decoder_sparse_step": 2,
         },
         ("attention", "mlp", "shared_experts", "experts", "router"),
     ),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter, lora_config
 from lola_ft.adapters.convert import convert_adapter
+from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, UserError
@@ -129,9 +130,7 @@ def test_gate_and_up_with_an_input_matrix_of_each_become_one_pair_of_twice_the_r
     torch.testing.assert_close(logits(ours), logits(stock_peft(base, tmp_path / "peft")), atol=1e-5, rtol=1e-4)
 
 
-def test_gate_and_up_of_different_strength_are_refused_by_name(
-    moe_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_gate_and_up_of_different_strength_are_refused_by_name(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     each = random_adapter(moe_bases["olmoe"], "olmoe", tmp_path / "each", "per_expert")
     config = json.loads((each / "adapter_config.json").read_text())
     config["alpha_pattern"] = {r"experts\.\d+\.gate_proj": 3}
@@ -141,9 +140,7 @@ def test_gate_and_up_of_different_strength_are_refused_by_name(
 
 
 @every_kind
-def test_only_what_is_asked_for_is_trained_and_the_rest_stays_bit_by_bit(
-    kind: str, moe_bases: dict[str, Path]
-) -> None:
+def test_only_what_is_asked_for_is_trained_and_the_rest_stays_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
     """One step on a 4-bit base with dropout and a selection of experts; the router is frozen."""
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     layers = sum(name.endswith(".experts") for name, _ in model.named_modules())
@@ -181,3 +178,16 @@ def test_a_group_that_the_base_lacks_is_refused_with_those_that_it_has(
         return
     with pytest.raises(UserError, match=rf"{key}: .*no {group}. It has attention, .*experts, router, norms"):
         lora_config(AdapterSettings(**settings), architecture)
+
+
+@every_kind
+def test_loftq_starts_at_the_rounding_error_of_gate_and_up_together(kind: str, moe_bases: dict[str, Path]) -> None:
+    checkpoint = BaseCheckpoint.open(moe_bases[kind])
+    model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
+    adapted = add_adapter(model, AdapterSettings(expert_rank=16, attention_rank=16, init="loftq"))
+    said = start_at_rounding_error(adapted, checkpoint)
+    assert 0.2 < float(said.rpartition("takes away ")[2].partition("%")[0]) / 100 < 1, said
+    plain = load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
+    rounded = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
+    before, after = ((logits(other) - logits(plain)).square().mean() for other in (rounded, adapted.eval()))
+    assert after < before

@@ -1,4 +1,4 @@
-"""Mixtures of experts of transformers' own: loaded dense and in 4 bit, with their loss. Stock transformers is the judge."""
+"""Mixtures of experts loaded dense and in 4 bit, with their loss. Stock transformers is the judge."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -30,9 +30,7 @@ def stock_model(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
-def test_dense_logits_loss_and_gradients_are_those_of_stock_transformers(
-    kind: str, moe_bases: dict[str, Path]
-) -> None:
+def test_dense_logits_loss_and_gradients_are_those_of_stock_transformers(kind: str, moe_bases: dict[str, Path]) -> None:
     stock, ours = stock_model(moe_bases[kind]), load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
     assert any(isinstance(module, FusedExperts) for module in ours.modules())
     torch.testing.assert_close(ours(IDS).logits, stock(IDS).logits)
@@ -92,7 +90,7 @@ def test_every_matrix_in_4_bit_is_what_bitsandbytes_makes_of_the_tensor_in_the_f
 
 
 def test_4_bit_logits_are_those_of_stock_transformers_with_the_rounded_weights(
-    kind: str, moe_bases: dict[str, Path], tmp_path: Path
+    kind: str, moe_bases: dict[str, Path]
 ) -> None:
     ours = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     twin = stock_model(moe_bases[kind])

@@ -111,14 +111,14 @@ def test_an_update_of_one_expert_changes_that_expert_only(moe_bases: dict[str, P
     assert report.adapter_tensors == 6
 
 
-def test_a_base_in_16_bit_and_several_files_is_merged_file_by_file(
-    moe_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_base_in_16_bit_and_several_files_is_merged_file_by_file(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(moe_bases["olmoe"], base)
     state = {name: tensor.bfloat16() for name, tensor in load_file(base / FILE).items()}
     save_file(state, base / FILE, metadata={"format": "pt"})
-    AutoModelForCausalLM.from_pretrained(base, dtype="auto").save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    AutoModelForCausalLM.from_pretrained(base, dtype="auto").save_pretrained(
+        tmp_path / "sharded", max_shard_size="100KB"
+    )
     adapter = random_adapter(tmp_path / "sharded", "olmoe", tmp_path / "adapter")
     report = lola_ft.merge(tmp_path / "sharded", adapter, tmp_path / "merged")
     assert {file.name for file in (tmp_path / "merged").glob("*.safetensors*")} == {

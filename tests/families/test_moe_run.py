@@ -123,11 +123,19 @@ def test_its_routing_counts_every_choice_and_selects_experts(
         assert outcome.code == 0, outcome.err
         profiles.append(read_profile(tmp_path / f"{name}.safetensors"))
     for profile in profiles:
-        assert torch.equal(profile.counts_LME.sum(-1), top_k * profile.tokens_L[:, None].expand(profile.counts_LME.shape[:2]))
+        assert torch.equal(
+            profile.counts_LME.sum(-1), top_k * profile.tokens_L[:, None].expand(profile.counts_LME.shape[:2])
+        )
         assert profile.choices_SM.shape[1:] == (len(profile.about.layers), top_k)
         torch.testing.assert_close(profile.mean_probs_LME.sum(-1), torch.ones(profile.counts_LME.shape[:2]))
-    report = verb("routing", "report", tmp_path / "base.safetensors", "--compare", tmp_path / "run.safetensors")
-    assert report.code in (0, 2), report.err
+    report = verb("routing", "report", tmp_path / "base.safetensors", tmp_path / "run.safetensors")
+    assert report.code == 0, report.err
+    chosen = ("--languages", profiles[0].languages[0], "--out", tmp_path / "experts.json", "--coverage", "0.5")
+    outcome = verb("routing", "select", tmp_path / "base.safetensors", *chosen)
+    assert outcome.code == 0, outcome.err
+    selected = json.loads((tmp_path / "experts.json").read_text())["experts"]
+    assert [len(set(ids)) for ids in selected] == [len(ids) for ids in selected]
+    assert all(0 < len(ids) < profiles[0].num_experts for ids in selected)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(

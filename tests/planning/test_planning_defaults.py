@@ -52,6 +52,7 @@ LLAMA = Family(
     title="Llama",
     heads={"causal_lm": "transformers:LlamaForCausalLM"},
     backbone="model",
+    positions="rotary",
     packs=True,
     targets={
         "attention": tuple(f"self_attn.{x}_proj" for x in "qkvo"),

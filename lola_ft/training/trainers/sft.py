@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with LOLA's loss: labelled tokens only, the family's own load-balancing term, evaluation by language."""
+"""TRL's SFTTrainer with our loss: labelled tokens only, the family's load-balancing term, evaluation by language."""
 
 from functools import partial
 from typing import Any
