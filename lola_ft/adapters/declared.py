@@ -24,7 +24,8 @@ def declared_modules(config: Mapping[str, Any], architecture: Architecture) -> t
         and _in_layers(places.get(f"{module}.weight"), config.get("layers_to_transform"))
     ]
     targets = config.get("target_parameters")
-    lora += [module for module in experts if _matches(places[f"{module}.weight"].parameter, targets)]
+    held = {module: places[f"{module}.weight"].parameter for module in matrices}
+    lora += [module for module in matrices if module not in lora and _matches(held[module], targets)]
     return lora, [module for module in modules if _matches(module, config.get("modules_to_save"))]
 
 

@@ -58,7 +58,8 @@ class SideDora(DoraLinearVariant):
         magnitude = module.lora_magnitude_vector[active_adapter]
         factor_O = magnitude.weight / magnitude.lengths(base_layer, a.weight, b.weight, scaling)
         update = b(a(module.lora_dropout[active_adapter](x))) * scaling
-        scaled = (factor_O - 1) * (result - base_layer.bias) + factor_O * update
+        product = result if base_layer.bias is None else result - base_layer.bias
+        scaled = (factor_O - 1) * product + factor_O * update
         return result + scaled.to(result.dtype)
 
 

@@ -38,7 +38,7 @@ class ParamWrapper(StockParamWrapper):
         kwargs.pop("is_target_conv_1d_layer", None)
         self.dropout_of: dict[str, float] = {}
         self.experts_of: dict[str, tuple[int, ...]] = {}
-        super().__init__(base_layer, adapter_name, parameter_name, _without_extras(config), **kwargs)
+        super().__init__(base_layer, adapter_name, parameter_name, without_extras(config), **kwargs)
         self.dropout_of[adapter_name] = config.lora_dropout
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:  # noqa: ARG002
@@ -51,7 +51,7 @@ class ParamWrapper(StockParamWrapper):
         experts = self.get_base_layer()
         self.experts_of[adapter_name] = experts.selected or tuple(range(experts.num_experts))
         self.num_experts = len(self.experts_of[adapter_name])  # PEFT makes so many pairs
-        super().update_layer(adapter_name, r, lora_alpha, config=_without_extras(config), **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha, config=without_extras(config), **kwargs)
         self.num_experts = experts.num_experts
         self.dropout_of[adapter_name] = config.lora_dropout
 
@@ -131,7 +131,7 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
             module.selected = None
 
 
-def _without_extras(config: LoraConfig) -> LoraConfig:
+def without_extras(config: LoraConfig) -> LoraConfig:
     """A copy that stock PEFT's wrapper accepts: dropout happens in our side path, and experts have no DoRA."""
     plain = copy.copy(config)
     plain.lora_dropout, plain.use_dora = 0.0, False

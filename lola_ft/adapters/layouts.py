@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lola_ft.adapters.shared_inputs import joined_pair
 from lola_ft.adapters.stacks import join_a, join_b, split_a, split_b
 from lola_ft.adapters.trained_weights import split_stacks, trained_name, trained_state
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
@@ -53,23 +54,24 @@ def from_state(
         pair_keys = tuple(keys[module, factor] for factor in pair)
         fused = _fused_module(module, layout)
         if fused is None or layout is None:
-            _check_rank(module, pair, config, 1)
-            weights.keys[module] = pair_keys
-            weights.pairs[module] = LoraPair(pair["A"], pair["B"], _alpha(module, config), pair.get("magnitude"))
+            named, name = _named_in_config(module, config), architecture.family.on_disk(module)
+            _check_rank(named, pair, config, 1)
+            weights.keys[name] = pair_keys
+            weights.pairs[name] = LoraPair(pair["A"], pair["B"], _alpha(named, config), pair.get("magnitude"))
             continue
         stack = _fused_stack(fused, module != fused, factors, config, layout)
-        named, (projection,) = f"{fused}.{stack}", layout.stacks[stack]
+        named, projections = f"{fused}.{stack}", layout.stacks[stack]
         experts = (experts_of or {}).get(fused, range(architecture.num_experts))
         _check_rank(named, pair, config, len(experts))
         a_ERI, b_EOR = split_a(pair["A"], len(experts)), split_b(pair["B"], len(experts))
         for place, e in enumerate(experts):
-            single = layout.name(fused, e, projection)
-            if single in factors:
-                raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
-            weights.keys[single] = pair_keys
-            weights.pairs[single] = LoraPair(
-                a_ERI[place].contiguous(), b_EOR[place].contiguous(), _alpha(named, config)
-            )
+            a_RI = a_ERI[place].contiguous()  # gate and up share it
+            for projection, b_OR in zip(projections, b_EOR[place].chunk(len(projections)), strict=True):
+                single = layout.name(fused, e, projection)
+                if single in factors:
+                    raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
+                weights.keys[single] = pair_keys
+                weights.pairs[single] = LoraPair(a_RI, b_OR.contiguous(), _alpha(named, config))
     return weights
 
 
@@ -148,11 +150,14 @@ def to_state(
     for module, pair in weights.pairs.items():
         single = family.parse_expert(module)
         if single is None or layout == "per_expert":
-            state |= _pair_state(module, pair.a, pair.b)
+            name = module if layout == "per_expert" else family.in_memory(module)
+            state |= _pair_state(name, pair.a, pair.b)
             if pair.magnitude is not None:
-                state[f"{PREFIX}{module}.lora_magnitude_vector"] = pair.magnitude
+                state[f"{PREFIX}{name}.lora_magnitude_vector"] = pair.magnitude
         elif family.experts:
-            stacks[single.module, family.experts.stack_of(single.projection)][single.expert] = pair
+            by_expert = stacks[single.module, family.experts.stack_of(single.projection)]
+            if single.expert not in by_expert:
+                by_expert[single.expert] = joined_pair(weights, single)
     if len({frozenset(m for m, s in stacks if s == stack) for _, stack in stacks}) > 1:
         raise AdapterError(
             "Some layers have LoRA on both projections of their experts, some on one: only per_expert can hold it."
@@ -212,6 +217,13 @@ def _fused_stack(
     if len(targets) != 1 or not targets <= set(layout.stacks):
         raise AdapterError(f"{module}: target_parameters {sorted(targets)} do not tell which projection it is.")
     return targets.pop()
+
+
+def _named_in_config(module: str, config: dict[str, Any]) -> str:
+    """A module's name in the config; its weight's, where a router's bare weight has the LoRA."""
+    weight = f"{module}.weight"
+    targets = config.get("target_parameters") or ()
+    return weight if any(weight.endswith(f".{target}") for target in targets) else module
 
 
 def _check_rank(name: str, pair: dict[str, Tensor], config: dict[str, Any], num_experts: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -12,11 +13,12 @@ from lola_ft.adapters.expert_lora import ParamWrapper
 from lola_ft.adapters.layouts import PREFIX, from_state, to_state
 from lola_ft.adapters.on_disk import config_for, read_adapter, write_adapter
 from lola_ft.adapters.peft_model import attach, identity_of
+from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.trained_bias import partly_trained, plain_key
 from lola_ft.adapters.trained_weights import stack_parts
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.errors import AdapterError
-from lola_ft.families import architecture_of
+from lola_ft.families import Family, architecture_of
 from lola_ft.model.experts import FusedExperts
 
 
@@ -55,6 +57,7 @@ def load_adapter(
 
 def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
     """Attach an adapter with these numbers and make it the active one."""
+    weights = sharing_inputs(weights)
     experts_of = weights.experts_of()
     state = to_state(weights, "peft", experts_of)
     config = _loading_config(weights, state, model)
@@ -150,12 +153,30 @@ def _selection(
 
 def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: PreTrainedModel) -> LoraConfig:
     """PEFT's config for the native model; a target is named in full where it covers only some layers."""
-    config = config_for(weights, "peft")
+    config = _naming_modules(config_for(weights, "peft"), weights.architecture.family)
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config[kind], list):
             config[kind] = [name for target in config[kind] for name in _names_of(target, kind, state, model)]
     known = {key: value for key, value in config.items() if key in LoraConfig.__dataclass_fields__}
     return LoraConfig(**known)
+
+
+def _naming_modules(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The config with linear layers among the modules, of which stock PEFT is told by their weights."""
+
+    def plain(target: str) -> str:
+        return target if target in family.parameter_targets else target.removesuffix(".weight")
+
+    targets = [plain(target) for target in config["target_parameters"] or ()]
+    modules = [target for target in targets if target not in family.parameter_targets]
+    parameters = [target for target in targets if target in family.parameter_targets]
+    changed = config | {"target_parameters": parameters or None}
+    if modules:
+        named = config["target_modules"]
+        changed["target_modules"] = [*(named if isinstance(named, list) else ()), *modules]
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        changed[pattern] = {plain(target): value for target, value in config[pattern].items()}
+    return changed
 
 
 def _names_of(target: str, kind: str, state: dict[str, Tensor], model: PreTrainedModel) -> list[str]:

@@ -5,6 +5,7 @@ the original model. Such an adapter belongs to the 4-bit base: the original weig
 corrects. So it is merged with `--rounding nf4`.
 """
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
     modules = {name.replace(".base_layer", ""): module for name, module in model.base_model.model.named_modules()}
     wrappers = _wrappers(model)
     before = after = 0.0
+    gates_and_ups: dict[tuple[str, int | None], dict[str, Tensor]] = defaultdict(dict)
     for entry in checkpoint:
         place = checkpoint.architecture.places[entry.name]
         module = modules.get(place.module)
@@ -42,13 +44,20 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
         if isinstance(module, NF4Experts) and place.expert is not None:
             if place.expert not in wrapper.experts_of[adapter_name]:
                 continue
-            rounded_OI = module.expert_weight(place.leaf, place.expert, torch.float32).t()
+            rounded = module.expert_weight(place.part or place.leaf, place.expert, torch.float32)
+            rounded_OI = rounded.t() if place.in_by_out else rounded
         elif isinstance(wrapper.get_base_layer(), NF4Linear):
             rounded_OI = wrapper.get_base_layer().dense_weight(torch.float32)
         else:
             continue
         weight = entry.read(torch.float32).to(rounded_OI.device)
         error_OI = (weight.t() if place.in_by_out else weight) - rounded_OI
+        if place.part is not None:  # one pair for both: wait for the other
+            parts = gates_and_ups[place.parameter, place.expert]
+            parts[place.part] = error_OI
+            if len(parts) < 2:
+                continue
+            error_OI = torch.cat([parts.pop("gate_proj"), parts.pop("up_proj")])
         b_OR, a_RI = _best_factors(error_OI, wrapper.r[adapter_name], wrapper.scaling[adapter_name])
         _set_factors(wrapper, adapter_name, place.expert, a_RI, b_OR)
         before += error_OI.square().sum().item()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY, check_contents, checksums_of
 from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
+from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
@@ -159,6 +160,8 @@ def write_adapter(
         weights.architecture.require({f"layout {layout}": "experts"})
     if not is_replaceable(path):
         raise UserError(f"{path}: already there and no adapter. Choose another folder.")
+    if layout == "peft":
+        weights = sharing_inputs(weights)
     state = to_state(weights, layout)
     metadata = file_metadata(weights, layout, state)
     config = config_for(weights, layout)
@@ -220,6 +223,8 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     ranks, alphas = _by_target(weights, layout)
     common_rank = _preferred(ranks, family)
     common_alpha = _preferred(alphas, family)
+    parameters = [target for target in family.parameter_targets if target in ranks]
+    parameters += [target for target in ranks if target.endswith(".weight") and target not in parameters]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=weights.base,
@@ -232,9 +237,12 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         use_rslora=weights.rslora,
         use_dora=weights.dora,
         fan_in_fan_out=_others_hold_in_by_out(weights.architecture, layout),
-        target_modules=linear_targets(ranks, family),
-        target_parameters=[target for target in family.expert_targets if target in ranks] or None,
-        modules_to_save=sorted({name.split(".")[-2] for name in weights.trained if name.endswith(".weight")}) or None,
+        target_modules=linear_targets([target for target in ranks if target not in parameters], family),
+        target_parameters=parameters or None,
+        modules_to_save=sorted(
+            {weights.architecture.trained_module(name) for name in weights.trained if name.endswith(".weight")}
+        )
+        or None,
         bias="all" if weights.biases() else "none",
     )
     plain = {key: _jsonable(value) for key, value in config.to_dict().items()}

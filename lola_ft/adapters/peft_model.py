@@ -1,24 +1,29 @@
 """An adapter attached to a model: PEFT's wrappers around what gets LoRA, everything else frozen."""
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lola_ft.adapters.dora import DenseLoraLinear, SideDora
 from lola_ft.adapters.expert_lora import EXPERT_CLASSES, ParamWrapper, refuse_merge, select_experts
+from lola_ft.adapters.router_lora import ParamWrapper as RouterParamWrapper
+from lola_ft.adapters.router_lora import RouterLora
 from lola_ft.adapters.selection import Selection
 from lola_ft.adapters.settings import AdapterSettings, lora_config
 from lola_ft.adapters.trained_bias import bias_names, drop_copied_biases, seen_by_peft, train_biases
 from lola_ft.checkpoints.fingerprint import fingerprint_in_memory
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
+from lola_ft.families.routers import RouterInWeightDtype
 from lola_ft.model.router import RouterGate
 from lola_ft.quantization import NF4Linear
 
@@ -44,14 +49,6 @@ class NF4LoraLinear(LoraLinear4bit):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:  # noqa: ARG002
         refuse_merge()
-
-
-class RouterLora(LoraLinear):
-    """PEFT's LoRA on the router, in float32 also under autocast, like the router itself."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float(), *args, **kwargs)
 
 
 def add_adapter(model: PreTrainedModel, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
@@ -90,11 +87,13 @@ def attach(
     if wrapped and adapter_name in model.peft_config:
         raise UserError(f"This model already has an adapter '{adapter_name}'; give the new one another name.")
     classes: dict[type, type] = dict.fromkeys(EXPERT_CLASSES, ParamWrapper)
-    classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora}
+    classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora, RouterInWeightDtype: RouterParamWrapper}
     config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
     config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
     identity_of(model)  # while its parameters have their own names
-    with select_experts(model, config, selection), seen_by_peft(model):
+    with select_experts(model, config, selection), seen_by_peft(model), targets_as_given(), warnings.catch_warnings():
+        # PEFT 0.21 says so of patterns that name a parameter, and follows them.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         if wrapped:
             model.add_adapter(adapter_name, config)
             peft_model = model
@@ -109,6 +108,21 @@ def attach(
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
     return peft_model
+
+
+@contextmanager
+def targets_as_given() -> Iterator[None]:
+    """While an adapter is made, keep PEFT (0.21) from reading its targets as names of transformers 4.
+
+    It would take a dense layer's or a shared expert's `gate_proj` for those of all experts.
+    """
+    name = "convert_peft_config_for_transformers"
+    convert = getattr(transformers_weight_conversion, name)
+    setattr(transformers_weight_conversion, name, lambda *_args, **_kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(transformers_weight_conversion, name, convert)
 
 
 def identity_of(model: PreTrainedModel | PeftModel) -> str | None:

@@ -1,6 +1,6 @@
 """The settings of an adapter, without any library's types, and PEFT's config for them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,11 @@ class AdapterSettings:
     """The weights to train beside the frozen base.
 
     Attributes:
-        attention_rank, mlp_rank, expert_rank, router_rank: LoRA rank of each group; None leaves the group out.
+        attention_rank, mlp_rank, shared_rank, expert_rank, router_rank: LoRA rank of each group; None leaves the group
+            out.
         alpha: The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`).
         dropout: Of the side path's input.
-        alphas, dropouts: Of a group alone (attention, mlp, experts, router), in place of the common one.
+        alphas, dropouts: Of one group (attention, mlp, shared_experts, experts, router), in place of the common one.
         rslora: Scale by alpha / sqrt(rank) (arXiv 2312.03732).
         dora: Learn the length of attention's and MLP's output rows apart from their direction (arXiv 2402.09353).
         init: `default` (A random, B zero), `gaussian` (A normal), or `loftq` (both start at the error of the 4-bit
@@ -35,6 +36,7 @@ class AdapterSettings:
 
     attention_rank: int | None = None
     mlp_rank: int | None = None
+    shared_rank: int | None = None
     expert_rank: int | None = None
     router_rank: int | None = None
     alpha: float = 32.0
@@ -54,6 +56,7 @@ class AdapterSettings:
         given = {
             "attention": self.attention_rank,
             "mlp": self.mlp_rank,
+            "shared_experts": self.shared_rank,
             "experts": self.expert_rank,
             "router": self.router_rank,
         }
@@ -64,6 +67,7 @@ class AdapterSettings:
         keys = {
             "adapter.attention": ("attention", self.attention_rank is not None),
             "adapter.mlp": ("mlp", self.mlp_rank is not None),
+            "adapter.shared_experts": ("shared_experts", self.shared_rank is not None),
             "adapter.experts": ("experts", self.expert_rank is not None),
             "router.mode": ("router", self.tune_router or self.router_rank is not None),
             "adapter.norms": ("norms", self.tune_norms),
@@ -112,14 +116,14 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
         use_dora=settings.dora,
         init_lora_weights="gaussian" if settings.init == "gaussian" else True,
         target_modules=linear_targets(targets, family),
-        target_parameters=[target for target in targets if target in family.expert_targets] or None,
+        target_parameters=[target for target in targets if target in family.parameter_targets] or None,
         modules_to_save=trained_modules or None,
     )
 
 
-def linear_targets(targets: Mapping[str, object], family: Family) -> list[str] | str:
+def linear_targets(targets: Collection[str], family: Family) -> list[str] | str:
     """Return PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    linear = sorted(target for target in targets if target not in family.expert_targets)
+    linear = sorted(target for target in targets if target not in family.parameter_targets)
     return linear if targets else DUMMY_TARGET_MODULES

@@ -23,6 +23,8 @@ def trained_name(name: str, architecture: Architecture) -> str | None:
     plain = name.replace(".base_layer", "") if name.endswith("bias") else name
     if stack_parts(plain, architecture):
         return plain
+    module, _, kind_of_weight = plain.rpartition(".")
+    plain = f"{architecture.family.on_disk(module)}.{kind_of_weight}"
     kind = architecture.kind_of(plain)
     trainable = kind is not None and (kind.group in ("router", "norms") or plain.endswith(".bias"))
     return plain if trainable else None
@@ -77,7 +79,8 @@ def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str,
             stacks[single.module, single.projection][single.expert] = tensor
         else:
             wrapped = kind == "bias" and family.target_of(module, layout) in targets
-            state[f"{module}{'.base_layer' * wrapped}.{kind}"] = tensor
+            held = module if layout == "per_expert" else family.in_memory(module)
+            state[f"{held}{'.base_layer' * wrapped}.{kind}"] = tensor
     nesting = ".base_layer" * len(targets.intersection(family.expert_targets))
     for (module, projection), by_expert in stacks.items():
         assert family.experts is not None, "only experts have stacks"

@@ -91,7 +91,7 @@ def _summary(facts: CardFacts) -> list[list[str]]:
 
 
 def _lora(recipe: dict[str, Any]) -> str:
-    groups = [(name, recipe["adapter"].get(name)) for name in ("attention", "mlp", "experts")]
+    groups = [(name, recipe["adapter"].get(name)) for name in ("attention", "mlp", "shared_experts", "experts")]
     ranks = ", ".join(f"{name} rank {group['rank']}" for name, group in groups if group) or "none"
     return f"{ranks}, alpha {recipe['adapter']['alpha']:g}"
 

@@ -9,7 +9,15 @@ from lola_ft.errors import CheckpointError
 from lola_ft.families.bloom import BLOOM
 from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.gpt2 import GPT2
+from lola_ft.families.llama import LLAMA
 from lola_ft.families.lola import LOLA
+from lola_ft.families.mistral import MISTRAL
+from lola_ft.families.mixtral import MIXTRAL
+from lola_ft.families.olmoe import OLMOE
+from lola_ft.families.qwen2 import QWEN2
+from lola_ft.families.qwen2_moe import QWEN2_MOE
+from lola_ft.families.qwen3 import QWEN3
+from lola_ft.families.qwen3_moe import QWEN3_MOE
 
 __all__ = [
     "BLOOM",
@@ -27,7 +35,10 @@ __all__ = [
     "recorded_family",
 ]
 
-FAMILIES = {family.model_type: family for family in (LOLA, GPT2, BLOOM)}
+_MIXTURES = (LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL)
+_DENSE = (GPT2, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
+
+FAMILIES = {family.model_type: family for family in (*_MIXTURES, *_DENSE)}
 """By `model_type`."""
 
 

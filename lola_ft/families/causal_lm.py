@@ -7,11 +7,14 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
+from lola_ft.families.balancing import balancing_loss
+from lola_ft.families.routers import keeping_choices
 from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.model.router import real_tokens
 
 
 class LabelledLoss:
@@ -42,7 +45,6 @@ class LabelledLoss:
         **kwargs: Any,
     ) -> Any:
         """Predict the next tokens; with labels, return the loss as `LolaForCausalLM` does."""
-        assert not output_router_logits, "a dense model has no routers"
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -51,12 +53,31 @@ class LabelledLoss:
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
+        architecture = architecture_of(self.config)
+        if architecture.family.routing:
+            inputs["output_router_logits"] = output_router_logits
+        else:
+            assert not output_router_logits, "a dense model has no routers"
         if labels is None:
             return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
         self._check_packing(attention_mask, position_ids)
-        x_BSD = getattr(self, self.base_model_prefix)(**inputs).last_hidden_state
+        outputs = getattr(self, self.base_model_prefix)(**inputs)
+        x_BSD = outputs.last_hidden_state
         loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=None if skip_logits else self.lm_head(x_BSD))
+        logits = None if skip_logits else self.lm_head(x_BSD)
+        if not output_router_logits:
+            return CausalLMOutputWithPast(loss=loss, logits=logits)
+        mask = real_tokens(attention_mask, x_BSD.shape[1])
+        aux_loss = balancing_loss(architecture, outputs.router_logits, mask)
+        return MoeCausalLMOutputWithPast(
+            loss=loss, logits=logits, aux_loss=aux_loss, router_logits=outputs.router_logits
+        )
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        """As transformers' own; a layer that is computed again keeps its choices of experts."""
+        if architecture_of(self.config).family.routing and "gradient_checkpointing_func" in kwargs:
+            kwargs["gradient_checkpointing_func"] = keeping_choices(kwargs["gradient_checkpointing_func"])
+        super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, folder: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as transformers does, each matrix in its family's orientation on disk.

@@ -108,6 +108,11 @@ class ExpertLayout:
         """The fused parameter that holds a projection."""
         return next(stack for stack, names in self.stacks.items() if projection in names)
 
+    def part_of(self, projection: str) -> tuple[int, int]:
+        """Which part of its stack a projection is, and of how many: (0, 1) alone, (1, 2) for up behind gate."""
+        names = self.stacks[self.stack_of(projection)]
+        return names.index(projection), len(names)
+
     def parse(self, module: str) -> ExpertName | None:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         if match := self._pattern.match(module):
@@ -129,10 +134,13 @@ class Routing:
     """How a family's routers choose experts.
 
     Attributes:
-        balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), or None.
+        balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), `pooled` (one term
+            over the tokens of all layers, as transformers has it), or None.
+        gate: How the router holds its weight: as a `linear` layer, or as a bare `parameter` of its own.
     """
 
-    balance: str | None = None
+    balance: Literal["layer_sum", "pooled"] | None = None
+    gate: Literal["linear", "parameter"] = "linear"
 
 
 @dataclass(frozen=True)
@@ -180,7 +188,9 @@ class Family:
             memory, and a mask of numbers), or `stretches` (fused, and packed documents a stretch at a time).
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
         normed_embeddings: Whether a norm stands between the embeddings and the first layer.
+        normed_queries: Whether norms stand behind the projections of queries and keys.
         targets: By group, endings of the names in memory of its linear layers (of the router, its module).
+        renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
@@ -207,6 +217,8 @@ class Family:
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
     fully: tuple[str, ...] = ("norms", "biases")
+    normed_queries: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     experts: ExpertLayout | None = None
     routing: Routing | None = None
@@ -223,11 +235,23 @@ class Family:
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:
-        """Targets by group as PEFT is told them: modules, and of experts the fused parameters."""
+        """Targets by group as PEFT is told them: modules, experts' fused parameters, the weights of bare routers."""
         own = dict(self.targets)
         if self.experts:
             own["experts"] = self.experts.targets
+        if self.router_is_parameter:
+            own["router"] = tuple(f"{module}.weight" for module in self.targets["router"])
         return {group: own[group] for group in LORA_GROUPS if group in own}
+
+    @property
+    def router_is_parameter(self) -> bool:
+        """Whether the router's module holds its weight as a bare parameter, and is no linear layer."""
+        return self.routing is not None and self.routing.gate == "parameter"
+
+    @property
+    def parameter_targets(self) -> tuple[str, ...]:
+        """Targets that are parameters in memory."""
+        return (*self.expert_targets, *(self.lora_groups["router"] if self.router_is_parameter else ()))
 
     @property
     def expert_targets(self) -> tuple[str, ...]:
@@ -243,6 +267,14 @@ class Family:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         return self.experts.parse(module) if self.experts else None
 
+    def in_memory(self, module: str) -> str:
+        """Return the name in memory of a module outside the experts, from its name on disk."""
+        return _with_ending(module, self.renamed)
+
+    def on_disk(self, module: str) -> str:
+        """Return the name on disk of a module outside the experts, from its name in memory."""
+        return _with_ending(module, {memory: disk for disk, memory in self.renamed.items()})
+
     def target_of(self, module: str, layout: str) -> str | None:
         """Return the shortest ending of a Hub module name that says in a layout's config what is meant.
 
@@ -251,8 +283,23 @@ class Family:
         if expert := self.parse_expert(module):
             numbered = ".".join(module.split(".")[-3:])
             return numbered if layout == "per_expert" else self._fused_target(expert.projection)
-        targets = (target for group in self.targets.values() for target in group)
-        return next((target for target in targets if module.endswith(f".{target}")), None)
+        held = self.in_memory(module)
+        for group, targets in self.targets.items():
+            for target in targets:
+                if held.endswith(f".{target}"):
+                    by_weight = self._is_named_by_weight(target, group)
+                    return f"{target}.weight" if by_weight and layout == "peft" else self.on_disk(f".{target}")[1:]
+        return None
+
+    def _is_named_by_weight(self, target: str, group: str) -> bool:
+        """Whether PEFT's config names a module by its weight, among the `target_parameters`.
+
+        Bare routers have no other name. And a dense layer or shared expert that is called like an expert's projection:
+        PEFT (0.21) takes such a name among the `target_modules` for all the experts, and leaves the module out.
+        """
+        if group == "router":
+            return self.router_is_parameter
+        return self.experts is not None and not self.native and target.rpartition(".")[2] in self.experts.projections
 
     def takes_lora(self, module: str) -> bool:
         """Whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
@@ -324,10 +371,22 @@ class Architecture:
         """Names of the normalisation layers, without what stands before them: what PEFT's `modules_to_save` takes."""
         return self._last_names("norms", ".weight")
 
-    @property
+    @cached_property
     def router_modules(self) -> tuple[str, ...]:
-        """The router's name, likewise."""
-        return tuple(module.rpartition(".")[2] for module in self.family.targets.get("router", ()))
+        """The router's name, likewise, with as much before it as tells it from other modules."""
+        return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
+
+    def trained_module(self, name: str) -> str:
+        """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
+        module = self.family.in_memory(name.rpartition(".")[0])
+        routers = (target for target in self.family.targets.get("router", ()) if module.endswith(f".{target}"))
+        return next(map(self._module_to_save, routers), module.rpartition(".")[2])
+
+    def _module_to_save(self, router: str) -> str:
+        """PEFT takes every module whose name ends so, also a `shared_expert_gate` for `gate`."""
+        last = router.rpartition(".")[2]
+        others = (place.module for place in self.places.values() if place.group != "router")
+        return router if any(module.endswith(last) for module in others) else last
 
     @cached_property
     def bias_names(self) -> tuple[str, ...]:
@@ -351,8 +410,10 @@ class Architecture:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What can be trained of this base."""
-        return self.family.features
+        """What can be trained: groups for LoRA, norms, biases."""
+        beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
+        held = {place.group for place in self.places.values()}
+        return (*(group for group in self.family.lora_groups if group in held), *beside)
 
     def group_of(self, name: str) -> str | None:
         """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
@@ -398,6 +459,12 @@ class Architecture:
 
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
 """What PEFT puts into the names of modules."""
+
+
+def _with_ending(name: str, endings: Mapping[str, str]) -> str:
+    """The name with its ending changed, if it is one of these."""
+    found = (name.removesuffix(old) + new for old, new in endings.items() if name.endswith(f".{old}"))
+    return next(found, name)
 
 
 def _without_numbers(name: str) -> str:

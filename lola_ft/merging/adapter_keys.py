@@ -21,15 +21,16 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family
         held: The file's keys.
         config: `adapter_config.json`.
     """
-    if found := _held((name,), held):
-        return found
+    for called in (name, _called_in_memory(name, family)):
+        if found := _held((called,), held):
+            return found
+        if found := _pair(called.removesuffix(".weight"), held) if called.endswith(".weight") else []:
+            return found
     if name.endswith(".bias"):
         return _bias(name.removesuffix(".bias"), held, family)
     if not name.endswith(".weight"):
         return []
     module = name.removesuffix(".weight")
-    if found := _pair(module, held):
-        return found
     named = expert_of(module, family)
     if named is None or family.experts is None:
         return []
@@ -55,10 +56,24 @@ def expert_of(module: str, family: Family) -> tuple[str, int, str] | None:
     return None
 
 
+def place_in_stack(module: str, family: Family) -> int:
+    """Tell how many projections come before this one in its fused parameter: 1 for up, which follows gate."""
+    assert family.experts is not None, "only experts are fused"
+    projection = module.rpartition(".")[2]
+    return next(names.index(projection) for names in family.experts.stacks.values() if projection in names)
+
+
 def stacked_row(name: str, key: str, family: Family) -> int | None:
     """Find the row of a stack of biases that is this weight's; None if the key is only this weight's."""
     found = expert_of(name.removesuffix(".bias"), family)
     return found[1] if found and key.endswith(f"{found[2]}_bias") else None
+
+
+def _called_in_memory(name: str, family: Family) -> str:
+    """What the model in memory, and so PEFT's layout, calls a weight outside the experts."""
+    for disk, memory in family.renamed.items():
+        name = re.sub(rf"\.{re.escape(disk)}\.(weight|bias)$", rf".{memory}.\1", name)
+    return name
 
 
 def _bias(module: str, held: Collection[str], family: Family) -> list[str]:

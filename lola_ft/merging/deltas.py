@@ -5,9 +5,10 @@ from torch import Tensor
 
 from lola_ft.adapters.on_disk import StoredAdapter
 from lola_ft.adapters.stacks import split_b
+from lola_ft.families.family import ExpertName
 from lola_ft.merging.merge_base import MergeBase
 
-_STACKS_KEPT = 2  # a layer's up and down projections take turns in the file
+_STACKS_KEPT = 2  # a layer's two stacks take turns in the file
 
 
 class Deltas:
@@ -91,7 +92,7 @@ class Deltas:
             (key,) = self.outline.keys[name]
             entry = self._entries[key]
             if name.endswith(".bias") and len(entry.shape) == 2:  # a layer's stack, a row an expert
-                expert = self._expert(name.removesuffix(".bias"))
+                expert = self._expert(name.removesuffix(".bias")).expert
                 entry = entry.rows(expert, expert + 1)
             self._trained = entry.read(torch.float32).view(-1)
         else:
@@ -129,15 +130,19 @@ class Deltas:
             a_RI, b_RO = entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
         else:
             expert = self._expert(module)
-            a_RI = entry_a.rows(expert * rank, (expert + 1) * rank).read(torch.float32)
-            b_RO = split_b(self._stack(key_b), self._num_experts)[expert].t().contiguous()
+            a_RI = entry_a.rows(expert.expert * rank, (expert.expert + 1) * rank).read(torch.float32)
+            b_OR = split_b(self._stack(key_b), self._num_experts)[expert.expert]
+            layout = self._base.architecture.family.experts
+            assert layout is not None, "only experts are stacked"
+            part, parts = layout.part_of(expert.projection)
+            b_RO = b_OR.chunk(parts)[part].t().contiguous()
         return (a_RI, b_RO) if self.outline.is_in_by_out(module) else (b_RO, a_RI)
 
-    def _expert(self, module: str) -> int:
-        """Id of the expert that a Hub module belongs to."""
+    def _expert(self, module: str) -> ExpertName:
+        """The expert's projection that a Hub module is."""
         expert = self._base.architecture.family.parse_expert(module)
         assert expert is not None, f"{module} belongs to no expert"
-        return expert.expert
+        return expert
 
     def _stack(self, key: str) -> Tensor:
         """Read a layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""

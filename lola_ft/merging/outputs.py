@@ -33,12 +33,19 @@ class Outputs:
 
     Attributes:
         dtype: What was computed in.
+        top_k: Experts that each token takes.
     """
 
     ids_S: Tensor
     logits_SV: Tensor
     scores_NE: Tensor
     dtype: str
+    top_k: int = 1
+
+    def choices(self) -> Tensor:
+        """Return (S*L, E) bool, True for the experts that a token takes."""
+        chosen = self.scores_NE.topk(self.top_k, dim=-1).indices
+        return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter_(1, chosen, value=True)
 
 
 @dataclass(frozen=True)
@@ -111,14 +118,16 @@ def _run(model: nn.Module, prompts: list[Tensor]) -> list[Outputs]:
     parameter = next(model.parameters())
     name = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     results = []
+    architecture = architecture_of(model.config)
+    top_k = architecture.sizes.top_k or 1
     for ids in prompts:
-        if architecture_of(model.config).family.routing:
+        if architecture.family.routing:
             out = model(ids.to(parameter.device), output_router_logits=True)
             scores = torch.stack(out.router_logits, dim=1).flatten(0, 1).float().cpu()
         else:
             out = model(ids.to(parameter.device))
             scores = torch.zeros(ids.shape[1], 1)
-        results.append(Outputs(ids[0], out.logits[0].float().cpu(), scores, name))
+        results.append(Outputs(ids[0], out.logits[0].float().cpu(), scores, name, top_k))
     del model
     gc.collect()
     return results

@@ -20,7 +20,7 @@ from lola_ft.adapters.on_disk import WEIGHTS_FILE, StoredAdapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.errors import CheckpointError
-from lola_ft.merging.adapter_keys import expert_of, factor_keys, stacked_row
+from lola_ft.merging.adapter_keys import expert_of, factor_keys, place_in_stack, stacked_row
 from lola_ft.merging.merge_base import MergeBase
 
 _ROWS = 4  # of every changed weight
@@ -192,11 +192,13 @@ class _AdapterFile:
         with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
             a, b = file.get_tensor(key_a), file.get_tensor(key_b)
             lengths = file.get_tensor(key_lengths[0]) if key_lengths else None
-        module = name.removesuffix(".weight")
+        module, in_by_out = name.removesuffix(".weight"), self._base.architecture.places[name].in_by_out
         if (found := expert_of(module, self._family)) and not re.search(r"\.experts\.\d+\.", key_a):
             expert, rank = found[1], a.shape[0] // self._num_experts
             a, b = a[expert * rank : (expert + 1) * rank], b[:, expert :: self._num_experts]
-        in_by_out = self._base.architecture.places[name].in_by_out
+            outputs = self._base.entries[name].shape[1 if in_by_out else 0]
+            first = outputs * place_in_stack(module, self._family)
+            b = b[first : first + outputs]  # of gate and up in one stack: first gate's outputs, then up's
         if not in_by_out:
             a, b = b.T, a.T
         scaled = self._scaling(module) * b.double()

@@ -99,7 +99,10 @@ class QuantizedBase(MergeBase):
         parts = [self.stored[part] for part in self.parts_of(entry.name)]
         if place.expert is not None:
             parts = [part.rows(place.expert, place.expert + 1) for part in parts]
-        packed, absmax, absmax2, offset = (part.read().view(-1) for part in parts)
+        tensors = [part.read() for part in parts]
+        if place.part is not None:  # gate or up, in that order
+            tensors = [tensor[0, ("gate_proj", "up_proj").index(place.part)] for tensor in tensors]
+        packed, absmax, absmax2, offset = (tensor.reshape(-1) for tensor in tensors)
         rows, columns = entry.shape
         shape = (columns, rows) if place.transposed else (rows, columns)
         weight = dequantize(NF4(packed, absmax, absmax2, offset[0]), dynamic_code(), shape, torch.float32)

@@ -65,7 +65,7 @@ def _comparable(reference: list[Outputs], result: list[Outputs]) -> tuple[Tensor
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for a, b in zip(reference, result, strict=True):
-        rerouted_N = (a.scores_NE.argmax(-1) != b.scores_NE.argmax(-1)).tolist()
+        rerouted_N = (a.choices() != b.choices()).any(-1).tolist()
         first = rerouted_N.index(True) if True in rerouted_N else len(rerouted_N)
         seq = first * len(a.logits_SV) // len(rerouted_N)
         parts.append((a.logits_SV[:seq], b.logits_SV[:seq], a.scores_NE[: first + 1], b.scores_NE[: first + 1]))

@@ -19,7 +19,7 @@ from lola_ft.model.config import LolaConfig
 from lola_ft.model.conversion import IGNORED_KEYS, register_conversion
 from lola_ft.model.layers import LolaBlock, init_weights
 from lola_ft.model.packed import stretches_of
-from lola_ft.model.router import load_balancing_loss
+from lola_ft.model.router import load_balancing_loss, real_tokens
 
 
 class LolaPreTrainedModel(PreTrainedModel):
@@ -265,13 +265,6 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-
-def real_tokens(attention_mask: Tensor | None, seq: int) -> Tensor | None:
-    """The flat mask (T,) of the real tokens among the last `seq` positions; None if every token is real."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -seq:].reshape(-1).bool()
 
 
 register_conversion()  # whoever has these classes can load the Hub's layout

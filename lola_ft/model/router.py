@@ -87,6 +87,13 @@ def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None =
     return total
 
 
+def real_tokens(attention_mask: Tensor | None, seq: int) -> Tensor | None:
+    """The flat mask (T,) of the real tokens among the last `seq` positions; None if every token is real."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -seq:].reshape(-1).bool()
+
+
 def _mean(values: Tensor, token_mask_T: Tensor | None) -> Tensor:
     """Mean over the real tokens, the first dimension; 0 if there are none."""
     if token_mask_T is None:

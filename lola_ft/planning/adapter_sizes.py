@@ -13,7 +13,7 @@ from lola_ft.checkpoints.safetensors_writer import file_header
 from lola_ft.families import Architecture, Place
 
 _FLOAT = 4
-_DORA_GROUPS = ("attention", "mlp")
+_DORA_GROUPS = ("attention", "mlp", "shared_experts")
 
 
 @dataclass(frozen=True)

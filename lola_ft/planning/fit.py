@@ -15,6 +15,7 @@ _SHORTEST = 128
 _RANK_KEYS = {
     "attention_rank": "adapter.attention.rank",
     "mlp_rank": "adapter.mlp.rank",
+    "shared_rank": "adapter.shared_experts.rank",
     "expert_rank": "adapter.experts.rank",
     "router_rank": "router.rank",
 }

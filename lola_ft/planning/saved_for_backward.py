@@ -83,9 +83,13 @@ class Walk:
         saved = self.norm() + self._attention(layer) + self.norm()
         return saved + (self._moe(layer) if layer in self.sizes.moe_layers else self._mlp(layer, "mlp"))
 
-    def norm(self) -> int:
-        """The input (a float32 copy where norms are computed in that), statistics, cast or trained weights."""
-        row, tuned, before = self.tokens * self.sizes.hidden, self.settings.tune_norms, self.x_grad
+    def norm(self, size: int | None = None) -> int:
+        """The input (a float32 copy where norms are computed in that), statistics, cast or trained weights.
+
+        Args:
+            size: Numbers per token; the hidden size if left out.
+        """
+        row, tuned, before = self.tokens * (size or self.sizes.hidden), self.settings.tune_norms, self.x_grad
         if self.family.norm == "rms":
             self.x_grad = before or tuned
             return ((row + self.tokens) * _FLOAT if before else 0) + (row * self.width if tuned else 0)
@@ -104,6 +108,8 @@ class Walk:
     def _attention(self, layer: int) -> int:
         *inputs, output = self.architecture.matrices[layer, "attention"]
         saved = self._side_by_side("attention", inputs)
+        if self.family.normed_queries:
+            saved += self.norm(inputs[0][0]) + self.norm(inputs[1][0])
         kept_output = False
         if self.x_grad:
             inside, kept_output = kept_inside(self.job, output[1])

@@ -13,13 +13,21 @@ from lola_ft.quantization.linear import NF4Linear
 
 
 def audit(model: nn.Module) -> Audit:
-    """Count every parameter and every scale of a model, tied weights once."""
+    """Count every parameter and every scale of a model, tied weights once; tables that are in no checkpoint are not.
+
+    (Such are the angles of rotary positions.)
+    """
     result = Audit()
     config = getattr(model, "config", None)  # a part of a model has none: what has no place counts as embeddings
     architecture = architecture_of(config) if config else None
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        buffers = [
+            (name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if "lora_" in module_name or architecture is None or architecture.group_of(f"{module_name}.{name}")
+        ]
+        for name, tensor in [*module.named_parameters(recurse=False), *buffers]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 _count(result, _part_of(f"{module_name}.{name}", architecture), module, name, tensor)

@@ -127,7 +127,8 @@ def _stored_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if isinstance(module, NF4Linear):
-            yield f"{module_name}.bias", module.bias.data
+            if module.bias is not None:
+                yield f"{module_name}.bias", module.bias.data
             for name in NF4_PARTS:
                 yield f"{module_name}.{name}", getattr(module.stored(), name)
             continue

@@ -20,8 +20,8 @@ class NF4Linear(bnb.nn.Linear4bit):
     are wrong.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=True, quant_type="nf4", device="meta")
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias, quant_type="nf4", device="meta")
         self.support_avx512bf16_for_cpu = False
 
     def load_dense(self, weight: Tensor) -> None:
@@ -87,7 +87,7 @@ class _NF4Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         side: Tensor | None,
         a_RI: Tensor | None,
         b_OR: Tensor | None,
@@ -96,7 +96,7 @@ class _NF4Linear(torch.autograd.Function):
         ctx.layer = layer
         rows = _rows(x)
         out = rows.new_empty(rows.shape[0], layer.out_features)
-        times_transposed(rows, layer.tiles(x.dtype), out, bias.to(x.dtype))
+        times_transposed(rows, layer.tiles(x.dtype), out, None if bias is None else bias.to(x.dtype))
         if a_RI is not None and b_OR is not None:
             inputs = rows if side is None else _rows(side)
             hidden = inputs @ a_RI.t()

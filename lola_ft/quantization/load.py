@@ -21,6 +21,7 @@ from lola_ft.checkpoints.folder import commit_of
 from lola_ft.checkpoints.safetensors_file import read_ahead
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
+from lola_ft.families.routers import score_in_weight_dtype
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
 from lola_ft.model.experts import FusedExperts
@@ -197,10 +198,13 @@ def _build(
         model = architecture.family.model_class(head)(architecture.config)
     for name, module in [item for item in model.named_modules() if isinstance(item[1], Conv1D)]:
         _replace(model, name, _linear_like(module))
-    if quantization:
-        for place in architecture.places.values():
-            if place.quantized:
-                _quantize_module(model, place, device)
+    for place in architecture.places.values():
+        if place.expert is not None:
+            _fuse_experts(model, place.module, architecture, quantization, device)
+        elif quantization and place.quantized:
+            _quantize_linear(model, place)
+        elif place.group == "router" and architecture.family.router_is_parameter:
+            score_in_weight_dtype(model.get_submodule(place.module))
     model.quantization = quantization
     model.config.dtype = dtype
     return model
@@ -213,19 +217,47 @@ def _linear_like(module: Conv1D) -> nn.Linear:
         return nn.Linear(size_in, size_out, bias=module.bias is not None)
 
 
-def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> None:
-    """Put the 4-bit form in the place of the module that owns a weight, unless it is there."""
-    module = model.get_submodule(place.module)
-    if isinstance(module, NF4Linear | NF4Experts):
+def _fuse_experts(
+    model: nn.Module, name: str, architecture: Architecture, quantization: str | None, device: torch.device
+) -> None:
+    """Put our experts, dense or in 4 bit, in the place of a layer's own, unless they are there."""
+    module = model.get_submodule(name)
+    wanted = NF4Experts if quantization else FusedExperts
+    if isinstance(module, wanted):
         return
     if isinstance(module, FusedExperts):
-        with torch.device("meta"):
-            experts = NF4Experts(**module.settings)
-        experts.allocate(device)
-        _replace(model, place.module, experts)
+        settings = module.settings
     else:
-        assert isinstance(module, nn.Linear), f"{place.module} is a {type(module).__name__}, which has no 4-bit form"
-        _replace(model, place.module, NF4Linear(module.in_features, module.out_features))
+        settings = _settings_of(module, architecture.sizes.activation)
+    with torch.device("meta"):
+        experts = wanted(**settings)
+    if isinstance(experts, NF4Experts):
+        experts.allocate(device)
+    _replace(model, name, experts)
+
+
+def _settings_of(module: Any, activation: str) -> dict[str, Any]:
+    """What transformers' experts module says of itself, in the words of `FusedExperts`."""
+    plain = module.is_concatenated and not module.has_post_expert_norm
+    assert plain, f"{type(module).__name__}: gate and up are interleaved, or a norm follows; the kernels have neither"
+    num_experts, *rest = module.down_proj.shape
+    inner, hidden = rest if module.is_transposed else rest[::-1]
+    return {
+        "hidden_size": hidden,
+        "inner_size": inner,
+        "num_experts": num_experts,
+        "has_gate": module.has_gate,
+        "has_bias": module.has_bias,
+        "is_transposed": module.is_transposed,
+        "activation": activation,
+    }
+
+
+def _quantize_linear(model: nn.Module, place: Place) -> None:
+    """Put the 4-bit form in the place of the linear layer that owns a weight."""
+    module = model.get_submodule(place.module)
+    assert isinstance(module, nn.Linear), f"{place.module} is a {type(module).__name__}, which has no 4-bit form"
+    _replace(model, place.module, NF4Linear(module.in_features, module.out_features, module.bias is not None))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -255,21 +287,25 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         elif quantised is not None:
             quantised.load_dense(tensor.t() if place.transposed else tensor)
         elif place.expert is not None:
-            _stack(model, place, dtype, device).data[place.expert] = tensor
+            _fill_slice(model, place, tensor, dtype, device)
         else:
             weight = tensor.t().contiguous() if place.transposed else tensor
             parameter = nn.Parameter(weight, requires_grad=not model.quantization)
             setattr(model.get_submodule(place.module), place.leaf, parameter)
 
 
-def _stack(model: Any, place: Place, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """The parameter (E, …) that one slice per expert fills, allocated at the first of them."""
+def _fill_slice(model: Any, place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Copy one expert's tensor into its stack (E, …), which is allocated at the first of them."""
     module = model.get_submodule(place.module)
     stack = getattr(module, place.leaf)
     if stack.is_meta:
         stack = nn.Parameter(torch.empty_like(stack, dtype=dtype, device=device), requires_grad=not model.quantization)
         setattr(module, place.leaf, stack)
-    return stack
+    assert place.expert is not None, "only experts are stacked"
+    if place.quantized:
+        module.load_expert(place.part or place.leaf, place.expert, tensor)
+    else:
+        stack.data[place.expert] = tensor
 
 
 def _finish(model: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:

@@ -67,7 +67,7 @@ def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[K
     adapter = recipe["adapter"]
     if recipe["data"]["packing"]:
         yield ("data", "packing"), f"{objective} compares whole answers, each in a row of its own. Set it to false"
-    for place in ((), ("attention",), ("mlp",), ("experts",)):
+    for place in ((), ("attention",), ("mlp",), ("shared_experts",), ("experts",)):
         section = adapter[place[0]] if place else adapter
         if section and section["dropout"]:
             yield (

@@ -105,6 +105,9 @@ class Adapter(Section):
 
     attention: GroupLora | None = Field(default=None, description="LoRA on the attention projections")
     mlp: GroupLora | None = Field(default=None, description="LoRA on the dense blocks' projections")
+    shared_experts: GroupLora | None = Field(
+        default=None, description="LoRA on the experts that every token uses, where the base has them"
+    )
     experts: ExpertLora | None = Field(default=None, description="LoRA on the experts' projections")
     alpha: float = Field(default=32.0, gt=0, description="LoRA's numerator: updates are scaled by alpha / rank")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="share of LoRA's inputs dropped in training")
@@ -126,7 +129,7 @@ class Adapter(Section):
                 "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
                 "nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default",
             )
-        if self.variant == "dora" and not (self.attention or self.mlp):
+        if self.variant == "dora" and not (self.attention or self.mlp or self.shared_experts):
             yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
         if self.variant == "dora" and self.init == "loftq":
             yield (

@@ -65,4 +65,6 @@ def _flips(first: Profile, second: Profile, language: str) -> Tensor | None:
     chosen = [profile.choices(language) for profile in (first, second)]
     if len(digests) > 1 or not len(chosen[0]):
         return None
-    return flip_rate(*(choices.to(torch.int16) for choices in chosen))
+    # a profile of one choice per token has no dimension for it
+    one = chosen[0].ndim == 2
+    return flip_rate(*(choices.to(torch.int16)[..., None] if one else choices.to(torch.int16) for choices in chosen))

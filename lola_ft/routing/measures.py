@@ -64,14 +64,15 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
 
 
 def flip_rate(before: Tensor, after: Tensor) -> Tensor:
-    """The share of tokens that go to another expert than before.
+    """The share of choices that are not made any more: with one choice per token, of tokens that go elsewhere.
 
     Args:
-        before, after: Expert ids of the same tokens (T, ...), any integer dtype.
+        before, after: Expert ids of the same tokens (T, ..., K), any integer dtype, K choices in any order.
 
     Returns:
-        float64 (...), a mean over the tokens.
+        float64 (...), a mean over tokens and choices.
     """
     if before.shape != after.shape:
         raise ValueError(f"choices of {tuple(before.shape)} and {tuple(after.shape)} are not of the same tokens")
-    return (before != after).double().mean(dim=0)
+    kept = (before[..., :, None] == after[..., None, :]).any(dim=-1)
+    return (~kept).double().mean(dim=(0, -1))

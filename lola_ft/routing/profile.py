@@ -51,16 +51,17 @@ class About:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the real tokens of each language went, top-1.
+    """Where the real tokens of each language went.
 
     Attributes:
-        counts_LME: Tokens by expert, int64.
+        counts_LME: Tokens by expert, int64; a token with K choices counts for each of K experts.
         mean_probs_LME: Mean of the router's probability of each expert over the language's tokens, float32.
         mean_gates_LME: The same, but counting an expert's probability only for the tokens that went to it.
         tokens_L, bytes_L, documents_L: What was read of each language, int64.
         token_kinds_L: How many different token ids a language has; the ids and how often each occurs stand in
             `token_ids` and `token_counts`, one language after the other.
-        choices_SM: Expert of each of a language's first tokens; `sampled_L` says how many these are.
+        choices_SM: Expert of each of a language's first tokens, or (S, M, K) its experts, the first choice first;
+            `sampled_L` says how many tokens these are.
         sample_digests: Hash of these tokens' ids, by language: equal digests, same tokens.
     """
 
@@ -89,7 +90,7 @@ class Profile:
         return self.counts_LME.shape[-1]
 
     def choices(self, language: str) -> Tensor:
-        """The sampled tokens' experts (tokens, M) of one language."""
+        """The sampled tokens' experts (tokens, M) or (tokens, M, K) of one language."""
         return self.choices_SM.split(self.sampled_L.tolist())[self.languages.index(language)]
 
     def token_shares(self) -> Tensor:

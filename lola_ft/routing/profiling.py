@@ -1,6 +1,7 @@
 """Profiling: each text goes once through the backbone, and the routers' choices are counted where they are made.
 
-Shapes: T real tokens of a batch, L languages, M MoE layers, E experts.
+Shapes: T real tokens of a batch, P of them sampled, K choices of a token, C = T*K, L languages, M MoE layers,
+E experts.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from torch import Tensor
 from lola_ft.data import Template
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
-from lola_ft.model.router import route
+from lola_ft.model.choices import Choices, seen_choices
 from lola_ft.open_model import OpenModel, open_model
 from lola_ft.routing.profile import About, Profile
 from lola_ft.routing.texts import Piece, Texts, sources_of
@@ -86,14 +87,17 @@ def about_model(opened: OpenModel, max_length: int) -> About:
 def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED) -> Profile:
     """Profile a model in memory, with the adapter that is active on it."""
     backbone = _backbone(model).eval()
-    tally = _Tally(len(about.layers), architecture_of(model.config).num_experts, sample, backbone.device)
+    architecture = architecture_of(model.config)
+    shape = len(about.layers), architecture.num_experts, architecture.sizes.top_k
+    tally = _Tally(*shape, sample, backbone.device)
     for window in _windows(texts):
         tally.expect(window)
         for batch in _batches(window):
             ids_BS = _padded([piece.ids for piece, _ in batch])
             # Padding stands on the right, where causal attention keeps it from every real token: no mask is needed.
-            outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
-            tally.count(outputs.router_logits, batch, ids_BS.shape[1])
+            with seen_choices(backbone) as choices:
+                outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
+            tally.count(outputs.router_logits, choices, batch, ids_BS.shape[1])
     if not tally.languages:
         raise UserError("the texts hold no token.")
     return tally.profile(about, texts)
@@ -102,7 +106,7 @@ def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED)
 class _Tally:
     """Counts on the device; read once, at the end."""
 
-    def __init__(self, num_layers: int, num_experts: int, sample: int, device: torch.device) -> None:
+    def __init__(self, num_layers: int, num_experts: int, top_k: int, sample: int, device: torch.device) -> None:
         self.device, self.sample = device, sample
         self.languages: dict[str, int] = {}
         self.token_ids: list[Counter[int]] = []
@@ -113,7 +117,7 @@ class _Tally:
         self.probs_LME = torch.zeros(shape, dtype=torch.float64, device=device)
         self.gates_LME = torch.zeros(shape, dtype=torch.float64, device=device)
         kind = torch.uint8 if num_experts <= 256 else torch.int16
-        self.choices_LSM = torch.zeros((0, sample, num_layers), dtype=kind, device=device)
+        self.choices_LSMK = torch.zeros((0, sample, num_layers, top_k), dtype=kind, device=device)
 
     def expect(self, window: list[tuple[Piece, int]]) -> None:
         """Make room for a window's new languages."""
@@ -123,7 +127,7 @@ class _Tally:
             self.token_ids.append(Counter())
             self.sampled.append(0)
             self.digests.append(hashlib.sha256())
-        for name in ("counts_LME", "probs_LME", "gates_LME", "choices_LSM"):
+        for name in ("counts_LME", "probs_LME", "gates_LME", "choices_LSMK"):
             old = getattr(self, name)
             setattr(self, name, torch.cat([old, old.new_zeros(len(new), *old.shape[1:])]))
         for index, (piece, _) in enumerate(window):
@@ -135,23 +139,25 @@ class _Tally:
                 self.digests[place].update(np.append(kept, -1).tobytes())
                 self.sampled[place] += len(kept)
 
-    def count(self, router_logits: Sequence[Tensor], batch: list[tuple[Piece, int]], width: int) -> None:
+    def count(
+        self, router_logits: Sequence[Tensor], choices: Sequence[Choices], batch: list[tuple[Piece, int]], width: int
+    ) -> None:
         """Count one batch; nothing here waits for the device."""
         real, language, slot = self._places(batch, width)
         places = [torch.from_numpy(array).to(self.device, non_blocking=True) for array in (real, language)]
         real_T, language_T = places
         sampled = np.flatnonzero(slot < self.sample)
-        sampled_K = torch.from_numpy(sampled).to(self.device)
-        slot_K = torch.from_numpy(slot[sampled]).to(self.device)
+        sampled_P = torch.from_numpy(sampled).to(self.device)
+        slot_P = torch.from_numpy(slot[sampled]).to(self.device)
         num_layers, num_experts = self.counts_LME.shape[1:]
-        for layer, logits_TE in enumerate(router_logits):
-            routing = route(logits_TE[real_T])
-            cell_T = (language_T * num_layers + layer) * num_experts + routing.expert_ids_T
-            self.counts_LME.view(-1).index_add_(0, cell_T, torch.ones_like(cell_T))
-            self.gates_LME.view(-1).index_add_(0, cell_T, routing.probs_T.double())
-            self.probs_LME[:, layer].index_add_(0, language_T, routing.logits_TE.softmax(dim=-1).double())
-            chosen_K = routing.expert_ids_T[sampled_K].to(self.choices_LSM.dtype)
-            self.choices_LSM[language_T[sampled_K], slot_K, layer] = chosen_K
+        for layer, (logits_TE, chosen) in enumerate(zip(router_logits, choices, strict=True)):
+            expert_ids_TK, weights_TK = (tensor[real_T] for tensor in chosen)
+            cell_C = ((language_T * num_layers + layer)[:, None] * num_experts + expert_ids_TK).flatten()
+            self.counts_LME.view(-1).index_add_(0, cell_C, torch.ones_like(cell_C))
+            self.gates_LME.view(-1).index_add_(0, cell_C, weights_TK.flatten().double())
+            self.probs_LME[:, layer].index_add_(0, language_T, logits_TE[real_T].float().softmax(dim=-1).double())
+            ids_PK = expert_ids_TK[sampled_P].to(self.choices_LSMK.dtype)
+            self.choices_LSMK[language_T[sampled_P], slot_P, layer] = ids_PK
 
     def _places(self, batch: list[tuple[Piece, int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of each real token: its place in the padded batch, its language, and its place in the sample."""
@@ -169,7 +175,9 @@ class _Tally:
         tokens_L = torch.tensor([texts.tokens[name] for name in names])
         per_token = tokens_L[:, None, None]
         sampled = [self.sampled[place] for place in order]
-        choices = self.choices_LSM.cpu()
+        choices = self.choices_LSMK.cpu()
+        if choices.shape[-1] == 1:
+            choices = choices.squeeze(-1)
         histograms = [sorted(self.token_ids[place].items()) for place in order]
         pairs = torch.tensor([pair for histogram in histograms for pair in histogram], dtype=torch.int32)
         return Profile(

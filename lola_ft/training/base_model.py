@@ -114,12 +114,18 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
         UserError: If the file that selects experts cannot be read.
     """
     adapter, router = recipe.adapter, recipe.router
-    groups = {"attention": adapter.attention, "mlp": adapter.mlp, "experts": adapter.experts}
+    groups = {
+        "attention": adapter.attention,
+        "mlp": adapter.mlp,
+        "shared_experts": adapter.shared_experts,
+        "experts": adapter.experts,
+    }
     given = {name: group for name, group in groups.items() if group is not None}
     ranks = {name: group.rank for name, group in given.items()}
     return AdapterSettings(
         attention_rank=ranks.get("attention"),
         mlp_rank=ranks.get("mlp"),
+        shared_rank=ranks.get("shared_experts"),
         expert_rank=ranks.get("experts"),
         router_rank=router.rank,
         alpha=adapter.alpha,

@@ -1,4 +1,4 @@
-"""Tiny random GPT-2 and BLOOM bases with a tokenizer, and recipes for them."""
+"""Tiny random bases of other families than LOLA with a tokenizer, adapters and recipes for them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,10 @@ import torch
 from ruamel.yaml import YAML
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.quantization import load_base
+from tests.families.moe import KINDS, make_moe
 
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 
@@ -72,3 +75,33 @@ def dense_recipe(tmp_path: Path, dense_bases: dict[str, Path], rows_file: Path) 
         return write_recipe(tmp_path / "recipe.yaml", dense_bases[kind], rows_file, **changes)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def moe_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny mixtures of experts by model type; read only."""
+    root = tmp_path_factory.mktemp("moe")
+    return {kind: make_moe(root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def moe_adapters(moe_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each of these an adapter with random numbers in every group that it has, in the layout peft; read only."""
+    root = tmp_path_factory.mktemp("moe-adapters")
+    return {kind: random_adapter(moe_bases[kind], kind, root / kind) for kind in KINDS}
+
+
+def random_adapter(base: Path, kind: str, folder: Path, layout: str = "peft", **settings: Any) -> Path:
+    """Write an adapter of different ranks in all groups of a kind; B is random too, so that it changes something."""
+    model = load_base(base, None, "float32", "cpu", quiet=True)
+    names = {"attention": "attention_rank", "mlp": "mlp_rank", "shared_experts": "shared_rank"}
+    names |= {"experts": "expert_rank", "router": "router_rank"}
+    ranks = {names[group]: rank for rank, group in enumerate(KINDS[kind].groups, start=2)}
+    if settings.get("tune_router"):
+        ranks.pop("router_rank")
+    adapted = add_adapter(model, AdapterSettings(**ranks | {"alpha": 8.0} | settings))
+    torch.manual_seed(4)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return save_adapter(adapted, folder, layout)

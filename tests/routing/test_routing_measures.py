@@ -47,9 +47,9 @@ def test_jensen_shannon_of_all_pairs() -> None:
 def test_flip_rate() -> None:
     before = torch.tensor([[0, 1], [2, 1], [3, 1], [0, 0]], dtype=torch.uint8)
     after = torch.tensor([[0, 1], [1, 1], [3, 0], [1, 0]])
-    assert flip_rate(before, after).tolist() == [0.5, 0.25]
+    assert flip_rate(before[..., None], after[..., None]).tolist() == [0.5, 0.25]
     with pytest.raises(ValueError, match="same tokens"):
-        flip_rate(before, after[:2])
+        flip_rate(before[..., None], after[:2, ..., None])
 
 
 def test_no_tokens_is_not_a_load() -> None:

@@ -1,7 +1,7 @@
 """Guards of the routers: how training's tokens are spread over the experts, a warning when a router collapses, and how
 many tokens of a fixed text go to other experts than in the base.
 
-Shapes: T tokens, M MoE layers, E experts.
+Shapes: T tokens, M MoE layers, E experts, K choices of a token.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallba
 from lola_ft.data import encode_texts
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
+from lola_ft.model.choices import seen_choices
 from lola_ft.model.experts import FusedExperts
 from lola_ft.routing.measures import dead_experts, flip_rate, largest_share, load_entropy
 from lola_ft.training import processes
@@ -151,25 +152,25 @@ class RouterProbe:
         self._texts = [ids[:longest] for ids in encode_texts(list(PROBE), tokenizer)]
         # PEFT switches gradients off with an adapter, and on with it: those of weights trained otherwise stay as set.
         learns = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        self._base_TM = self._choices(model.disable_adapter())
+        self._base_TMK = self._choices(model.disable_adapter())
         for parameter, requires_grad in learns.items():
             parameter.requires_grad_(requires_grad)
 
     def flip_rate(self) -> float:
-        """Return the share of tokens, over all MoE layers, that go to another expert now."""
-        return flip_rate(self._base_TM, self._choices(nullcontext())).mean().item()
+        """Return the share of choices, over all MoE layers, that are not made any more."""
+        return flip_rate(self._base_TMK, self._choices(nullcontext())).mean().item()
 
     def _choices(self, within: AbstractContextManager[Any]) -> Tensor:
-        """Return the expert ids (T, M) of the whole probe, one text after the other."""
+        """Return the expert ids (T, M, K) of the whole probe, one text after the other."""
         backbone = self._model.get_base_model().base_model
         modules = [module for module in self._model.modules() if module.training]
         self._model.eval()
+        chosen = []
         with within, torch.no_grad():
-            chosen = []
             for ids in self._texts:
-                ids_BS = torch.tensor([ids], device=backbone.device)
-                logits = backbone(ids_BS, use_cache=False, output_router_logits=True).router_logits
-                chosen.append(torch.stack([logits_TE.argmax(dim=-1) for logits_TE in logits], dim=1))
+                with seen_choices(backbone) as layers:
+                    backbone(torch.tensor([ids], device=backbone.device), use_cache=False)
+                chosen.append(torch.stack([layer.expert_ids_TK for layer in layers], dim=1))
         for module in modules:
             module.training = True
         return torch.cat(chosen).cpu()

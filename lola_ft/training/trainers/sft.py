@@ -1,5 +1,6 @@
-"""TRL's SFTTrainer with LOLA's loss: labelled tokens only, LOLA's own load-balancing term, evaluation by language."""
+"""TRL's SFTTrainer with our loss: labelled tokens only, the family's load-balancing term, evaluation by language."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,9 @@ from transformers import Trainer
 from transformers.modeling_outputs import ModelOutput
 from trl import SFTTrainer
 
-from lola_ft.model.modeling import real_tokens
-from lola_ft.model.router import load_balancing_loss, router_z_loss
+from lola_ft.families import architecture_of
+from lola_ft.families.balancing import balancing_loss
+from lola_ft.model.router import real_tokens, router_z_loss
 from lola_ft.training import processes
 from lola_ft.training.callbacks.router_guards import RouterLoad, RouterProbe
 from lola_ft.training.checkpointing.rng import untouched_rng
@@ -37,6 +39,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
             config.router_aux_loss_coef = own_coef
         self.aux_loss_enabled = False
         self.aux_loss_coef, self.z_loss_coef = aux_loss_coef, z_loss_coef
+        self._architecture = architecture_of(config)
         self.router_load: RouterLoad | None = None
         self.router_probe: RouterProbe | None = None
         self.loss_sums = torch.zeros(2)
@@ -80,7 +83,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
         total = torch.zeros((), device=outputs.loss.device)
         mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
         for name, coef, function in (
-            ("aux_loss", self.aux_loss_coef, load_balancing_loss),
+            ("aux_loss", self.aux_loss_coef, partial(balancing_loss, self._architecture)),
             ("z_loss", self.z_loss_coef, router_z_loss),
         ):
             if coef > 0:

@@ -1,0 +1,109 @@
+"""The parts that transformers' decoders of Llama's kind share, as tensors of a checkpoint. Families put them together.
+
+No biases but those of attention, matrices out×in, RMS norms, rotary positions, gated MLPs and experts.
+"""
+
+from typing import Any
+
+from lola_ft.families.family import ExpertLayout, Place, Sizes
+
+ATTENTION_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+MLP_TARGETS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+EXPERTS = ExpertLayout("mlp.experts", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
+"""Most families' experts; fused in memory since transformers 5."""
+
+
+def sizes(config: Any, **experts: Any) -> Sizes:
+    """Read what the configs of these families have in common.
+
+    Args:
+        experts: The fields of `Sizes` that are about experts.
+    """
+    return Sizes(
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        positions=config.max_position_embeddings,
+        activation=config.hidden_act,
+        attention_dropout=config.attention_dropout,
+        **experts,
+    )
+
+
+def ends(config: Any) -> dict[str, Place]:
+    """Embeddings, the final norm, and the output head where it is a tensor of its own."""
+    tokens, head = EMBEDDINGS
+    found = {tokens: Place(tokens, (config.vocab_size, config.hidden_size), "embeddings")}
+    found |= norm("model.norm", config.hidden_size, None)
+    if not config.tie_word_embeddings:
+        found[head] = Place(head, (config.vocab_size, config.hidden_size), "head")
+    return found
+
+
+def norm(name: str, size: int, layer: int | None) -> dict[str, Place]:
+    """One RMS norm."""
+    return {f"{name}.weight": Place(f"{name}.weight", (size,), "norms", layer)}
+
+
+def linear(name: str, size_in: int, size_out: int, group: str, layer: int, bias: bool = False) -> dict[str, Place]:
+    """One linear layer."""
+    found = {f"{name}.weight": Place(f"{name}.weight", (size_out, size_in), group, layer)}
+    if bias:
+        found[f"{name}.bias"] = Place(f"{name}.bias", (size_out,), group, layer)
+    return found
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention(
+    prefix: str, config: Any, layer: int, biases: bool = False, output_bias: bool = False
+) -> dict[str, Place]:
+    """The norms around attention, and its four projections; keys and values may have fewer heads."""
+    hidden, size = config.hidden_size, head_size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    found = norm(f"{prefix}.input_layernorm", hidden, layer)
+    for name, size_out in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        found |= linear(f"{prefix}.self_attn.{name}", hidden, size_out, "attention", layer, biases)
+    found |= linear(f"{prefix}.self_attn.o_proj", queries, hidden, "attention", layer, output_bias)
+    return found | norm(f"{prefix}.post_attention_layernorm", hidden, layer)
+
+
+def query_key_norms(prefix: str, queries: int, keys: int, layer: int) -> dict[str, Place]:
+    """Norms of queries and keys."""
+    return norm(f"{prefix}.self_attn.q_norm", queries, layer) | norm(f"{prefix}.self_attn.k_norm", keys, layer)
+
+
+def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int, bias: bool = False) -> dict[str, Place]:
+    """Gate, up and down; of a dense layer or of a shared expert."""
+    found = linear(f"{name}.gate_proj", hidden, inner, group, layer, bias)
+    found |= linear(f"{name}.up_proj", hidden, inner, group, layer, bias)
+    return found | linear(f"{name}.down_proj", inner, hidden, group, layer, bias)
+
+
+def router(on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int) -> dict[str, Place]:
+    """The router's weight."""
+    return {f"{on_disk}.weight": Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer)}
+
+
+def experts(
+    prefix: str, layout: ExpertLayout, hidden: int, inner: int, num_experts: int, layer: int
+) -> dict[str, Place]:
+    """Gate, up and down of every expert of a layer; gate and up lie in one stack in memory."""
+    module = f"{prefix}.{layout.module}"
+    found: dict[str, Place] = {}
+    for expert in range(num_experts):
+        for stack, names in layout.stacks.items():
+            for number, projection in enumerate(names):
+                part = ("gate_proj", "up_proj")[number] if len(names) > 1 else None
+                shape = (hidden, inner) if stack == "down_proj" else (inner, hidden)
+                name = f"{layout.name(module, expert, projection)}.weight"
+                found[name] = Place(f"{module}.{stack}", shape, "experts", layer, expert, part=part)
+    return found

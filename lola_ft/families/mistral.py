@@ -1,0 +1,5 @@
+"""Mistral (`mistral`): a Llama whose attention may see a window only."""
+
+from lola_ft.families.llama import dense_family, dense_places
+
+MISTRAL = dense_family("mistral", "Mistral", "MistralForCausalLM", dense_places)

@@ -1,0 +1,99 @@
+"""The routers of transformers' own models: computed in their weight's dtype, and kept to their choices.
+
+Shapes: T tokens, K choices of a token, D hidden.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class RouterInWeightDtype(nn.Module):
+    """Mixed into a router: it scores in its weight's dtype, also under autocast.
+
+    A trained weight is float32, where 16 bits could swap two close experts.
+    """
+
+    weight: Tensor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the router's own; x is (…, D) of any dtype."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype), *args, **kwargs)
+
+
+def score_in_weight_dtype(router: nn.Module) -> None:
+    """Make a router of transformers a `RouterInWeightDtype`, under the same class name."""
+    router.__class__ = _in_weight_dtype(type(router))
+
+
+@cache
+def _in_weight_dtype(router_class: type[nn.Module]) -> type[nn.Module]:
+    return type(router_class.__name__, (RouterInWeightDtype, router_class), {"__module__": router_class.__module__})
+
+
+def keeping_choices(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap torch's checkpoint: what a layer chose by top-k it chooses again when it is computed again.
+
+    A rounding difference in the recomputation could else send a token to another expert than the one whose output
+    the loss has seen.
+    """
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        choices = _Choices()
+
+        def within(*inputs: Any, **named: Any) -> Any:
+            with choices.again():
+                return function(*inputs, **named)
+
+        return checkpoint(within, *args, **kwargs)
+
+    return run
+
+
+class _Choices(TorchFunctionMode):
+    """Records the indices of every `topk` of a layer in its first pass, and takes them again in the next ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[Tensor] = []
+        self._complete = False
+        self._next = 0
+
+    def again(self) -> "_Choices":
+        """Begin a pass: the first one records."""
+        self._complete, self._next = bool(self._made), 0
+        return self
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function not in (torch.topk, torch.Tensor.topk):
+            return function(*args, **kwargs)
+        if not self._complete:
+            with torch.no_grad():
+                self._made.append(function(*args, **kwargs).indices)
+        indices = self._made[self._next]
+        self._next += 1
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+        return torch.return_types.topk((_Taken.apply(args[0], dim, indices), indices))
+
+
+class _Taken(torch.autograd.Function):
+    """`scores.gather(dim, indices)`, which keeps the indices for backward and not the scores, in every pass."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, dim: int, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.dim, ctx.shape = dim, scores.shape
+        return scores.gather(dim, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (indices,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).scatter_(ctx.dim, indices, grads[0]), None, None

@@ -1,0 +1,95 @@
+"""Tiny random mixtures of experts, made and saved by stock transformers, by model type."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lola_ft.nano.tokenizer import train_tokenizer
+
+TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 5,
+    "pad_token_id": 1,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family to test.
+
+    Attributes:
+        model, config: transformers' classes.
+        sizes: Of the tiny model, beside `COMMON`.
+        groups: The groups that can have LoRA.
+    """
+
+    model: str
+    config: str
+    sizes: dict[str, Any]
+    groups: tuple[str, ...] = ("attention", "experts", "router")
+
+
+KINDS = {
+    "olmoe": Kind(
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        {"intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3},
+    ),
+    "qwen3_moe": Kind(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 32,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": True,
+        },
+        ("attention", "mlp", "experts", "router"),
+    ),
+    "qwen2_moe": Kind(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "shared_expert_intermediate_size": 48,
+            "decoder_sparse_step": 2,
+        },
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "mixtral": Kind(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+
+
+def make_moe(folder: Path, kind: str, **changes: Any) -> Path:
+    """Write a model with a tokenizer; biases and norms are random too, since a fresh model's are all alike."""
+    torch.manual_seed(3)
+    own = KINDS[kind]
+    config = getattr(transformers, own.config)(**COMMON | own.sizes | changes)
+    model = getattr(transformers, own.model)(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    train_tokenizer(TEXT, vocab_size=320, max_length=128).save_pretrained(folder)
+    return folder
