@@ -56,7 +56,6 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_dpo_starts_at_ln_2_and_raises_the_margin(
     recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
