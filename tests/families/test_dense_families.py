@@ -292,7 +292,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST_OPTIONS = [("norms and biases", "gpt2"), ("dora", "bloom"), ("loftq", "gpt2")]
+FAST_OPTIONS = [("norms and biases", "bloom"), ("loftq", "gpt2")]
 
 
 @pytest.mark.parametrize(("option", "kind"), slow_but(FAST_OPTIONS, itertools.product(OPTIONS, KINDS)))

@@ -93,25 +93,30 @@ def same(left: list[Tensor], right: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of up to 192 products in another order
 
 
-@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+@pytest.mark.parametrize("load", slow_but(["empty experts", "several tiles"], LOADS))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_equals_the_loop_in_4_bit(way: Products, load: list[int]) -> None:
-    experts = make_experts("nf4")
-    expected = outcome(run_experts, experts, load, 5, None)
-    same(outcome(partial(run_experts, products=way), experts, load, 5, None), expected)
+def test_equals_the_loop_in_4_bit(way: Products, load: str) -> None:
+    experts, ids = make_experts("nf4"), LOADS[load]
+    expected = outcome(run_experts, experts, ids, 5, None)
+    same(outcome(partial(run_experts, products=way), experts, ids, 5, None), expected)
 
 
 @pytest.mark.parametrize(
     ("load", "rank"),
     slow_but([("spread", 5)], [("spread", 5), ("one token", 0), *((load, 8) for load in LOADS if load not in _FEW)]),
 )
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "lola"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_every_form_equals_the_loop_in_4_bit(way: Products, form: str, load: str, rank: int) -> None:
-    given = FORMS[form]
+@pytest.mark.parametrize(
+    ("way", "form"),
+    slow_but(
+        [("triton", "gated, top 3"), ("triton", _WITH_BIASES), ("grouped", "plain, out x in, no biases, top 2")],
+        itertools.product(WAYS, [name for name in FORMS if name != "lola"]),
+    ),
+)
+def test_every_form_equals_the_loop_in_4_bit(way: str, form: str, load: str, rank: int) -> None:
+    given, products = FORMS[form], WAYS[way]
     experts = make_experts("nf4", form=given)
     expected = outcome(run_experts, experts, LOADS[load], rank, None, given.top_k)
-    same(outcome(partial(run_experts, products=way), experts, LOADS[load], rank, None, given.top_k), expected)
+    same(outcome(partial(run_experts, products=products), experts, LOADS[load], rank, None, given.top_k), expected)
 
 
 @pytest.mark.parametrize("rank", slow_but([0, 17], [0, 1, 8, 17]))
@@ -123,7 +128,7 @@ def test_every_rank(way: Products, rank: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("form", ["lola", "gated, top 3"])
+@pytest.mark.parametrize("form", slow_but(["gated, top 3"], ["lola", "gated, top 3"]))
 def test_some_experts_have_lora(way: Products, form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
@@ -140,7 +145,7 @@ def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) ->
     same(outcome(partial(run_experts, products=GroupedMatmuls()), experts, load, 3, None, given.top_k), expected)
 
 
-@pytest.mark.parametrize("form", ["lola", "gated with biases, in x out, top 2"])
+@pytest.mark.parametrize("form", slow_but([_WITH_BIASES], ["lola", _WITH_BIASES]))
 def test_trained_biases_on_4_bit_weights(form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]

@@ -96,7 +96,11 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "l
 
 
 @pytest.mark.parametrize(
-    ("family", "optimizer"), [*(("lola", name) for name in OPTIMIZERS), ("bloom", "adamw"), ("bloom", "adamw_8bit")]
+    ("family", "optimizer"),
+    slow_but(
+        [("lola", "adamw"), ("lola", "paged_adamw_8bit"), ("lola", "rmsprop"), ("bloom", "adamw_8bit")],
+        [*(("lola", name) for name in OPTIMIZERS), ("bloom", "adamw"), ("bloom", "adamw_8bit")],
+    ),
 )
 def test_optimiser_state_is_planned_to_the_byte(family: str, optimizer: str, tmp_path: Path) -> None:
     """Each tensor's own size counts: small ones stay in float32, the others have scales."""
