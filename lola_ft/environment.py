@@ -1,5 +1,6 @@
 """Versions and hardware that lola_ft runs with."""
 
+import functools
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+@functools.cache  # a package's metadata is a long text; each run looks versions up several times
 def version_of(package: str) -> str | None:
     """Return an installed package's version; None if it is not installed."""
     try:

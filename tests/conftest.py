@@ -1,31 +1,32 @@
-"""Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here."""
+"""Small real things that many tests use: golden files, a tiny base and an adapter, a data file, verbs run here.
+
+What takes seconds to import is imported where it is used: pytest's first process only hands the tests out to others.
+"""
+
+from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.isolation import isolate
 
 isolate()
+gc.disable()  # until all tests are collected: what is imported stays, and each full collection walks through it all
 
-import torch
-from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
-
-import lola_ft  # noqa: F401 (registers the model)
-from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.cli import main
-from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.nano.tokenizer import train_tokenizer
-from lola_ft.quantization import load_base
-from tests.pictures import drawing, save_one_pixel
-from tests.tiny import tiny_config
+
+if TYPE_CHECKING:
+    import torch
+
+    from lola_ft.model import LolaConfig, LolaForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_TEXT = [
@@ -40,6 +41,8 @@ def float32_where_a_recipe_says_bfloat16() -> Iterator[None]:
 
     What computes in bfloat16 is tested by name; processes of their own compute as the machine does.
     """
+    import torch
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
         yield
@@ -48,11 +51,19 @@ def float32_where_a_recipe_says_bfloat16() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., LolaConfig]:
     """Makes the tiny config; keywords change it."""
+    from tests.tiny import tiny_config
+
     return tiny_config
 
 
 def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a random tiny base with its tokenizer, in the Hub's layout."""
+    import torch
+
+    from lola_ft.model import LolaForCausalLM
+    from lola_ft.nano.tokenizer import train_tokenizer
+    from tests.tiny import tiny_config
+
     torch.manual_seed(seed)
     LolaForCausalLM(tiny_config(**changes)).save_pretrained(folder)
     train_tokenizer(TINY_TEXT, vocab_size=320, max_length=128).save_pretrained(folder)
@@ -60,22 +71,35 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def unflushed_files() -> Iterator[None]:
+    """Files are safe from a killed process without it; waiting for the disk takes longer than writing tiny files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Two test processes share two cores; tiny tensors gain nothing from threads."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn_pictures() -> Iterator[None]:
     """Runs store pictures of one pixel; tests of pictures use `pictures` or `drawing`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save_one_pixel)
+    from tests.pictures import undrawn
+
+    with undrawn():
         yield
 
 
 @pytest.fixture
 def pictures() -> Iterator[None]:
     """Pictures are drawn as a user gets them."""
+    from tests.pictures import drawing
+
     with drawing():
         yield
 
@@ -91,6 +115,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def golden() -> dict[str, torch.Tensor]:
     """Inputs and outputs of the authors' own code."""
+    from safetensors.torch import load_file
+
     return load_file(GOLDEN / "io.safetensors")
 
 
@@ -103,6 +129,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def biased_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base with random biases (a fresh model's are zero); read only."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     folder = tmp_path_factory.mktemp("biased") / "base"
     shutil.copytree(tiny_base, folder)
     state = load_file(folder / "model.safetensors")
@@ -133,10 +162,13 @@ def pytest_collection_finish() -> None:
     """Keep the libraries' objects out of the garbage collector's way: each full collection walks through them all."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and say so."""
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:
@@ -153,6 +185,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter on every group with random numbers, with tokenizer and template; its base is a local folder."""
+    import torch
+
+    from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
+    from lola_ft.quantization import load_base
+
     torch.manual_seed(1)
     base = load_base(tiny_base, quantization=None, dtype="float32", device="cpu", quiet=True)
     settings = AdapterSettings(attention_rank=4, mlp_rank=8, expert_rank=4, alpha=8.0, dropout=0.0)
@@ -210,6 +247,9 @@ def verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def make_model(make_config: Callable[..., LolaConfig]) -> Callable[..., LolaForCausalLM]:
     """Makes a random model in evaluation mode: four layers, hidden 64, no dropout; keywords change its config."""
+    import torch
+
+    from lola_ft.model import LolaForCausalLM
 
     def make(seed: int = 0, **changes: Any) -> LolaForCausalLM:
         torch.manual_seed(seed)
@@ -235,6 +275,8 @@ class Folder:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
         return load_file(self.weights_file)
 
     def set_config(self, **changes: Any) -> None:
@@ -242,6 +284,8 @@ class Folder:
         self.config_file.write_text(json.dumps(config | changes))
 
     def set_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        from safetensors.torch import save_file
+
         save_file(tensors, self.weights_file, metadata={"format": "pt"})
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -249,6 +293,8 @@ class Folder:
 
     def shard(self, count: int = 3) -> list[Path]:
         """Deal the tensors out to shards with an index; returns the shards."""
+        from safetensors.torch import save_file
+
         tensors, weight_map, files = self.tensors, {}, []
         for i in range(count):
             files.append(self.path / f"model-{i + 1:05}-of-{count:05}.safetensors")

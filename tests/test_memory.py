@@ -49,6 +49,7 @@ print(threads() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads")
 def test_quantising_leaves_no_pools_of_openmps_behind() -> None:
     """With more of its threads than cores OpenMP's sleep at once, and waking them takes longer than most operations."""

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.grids import slow_but
+
 ROOT = Path(__file__).parents[1]
 HEAVY = {
     *("accelerate", "bitsandbytes", "datasets", "huggingface_hub", "lm_eval", "matplotlib", "numpy", "pandas", "peft"),
@@ -49,7 +51,10 @@ def packages_imported(stderr: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+FAST = ("help", "recipes list", "mistake, train", "mistake, finetune.py", "import")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, COMMANDS))
 def test_imports_nothing_heavy(name: str, mistake: Path) -> None:
     code, arguments = COMMANDS[name]
     done = python(["-X", "importtime", *[str(mistake) if word == "MISTAKE" else word for word in arguments]])

@@ -1,5 +1,6 @@
 """Loading puts every tensor of a file in its place, on the base that it belongs to; saving gives them back."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lola_ft.errors import AdapterError
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.model.conversion import EXPERT_PROJECTIONS
 from tests.conftest import make_base
+from tests.grids import slow_but
 from tests.tiny import TINY
 
 E = 4
@@ -59,8 +61,16 @@ def merged_by_hand(fresh: Callable[..., LolaForCausalLM]) -> Callable[[AdapterWe
     return merge
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("part", PARTS)
+FAST_PARTS = [
+    ("everything", "per_expert"),
+    ("one attention projection", "peft"),
+    ("one router", "peft"),
+    ("two experts", "per_expert"),
+    ("other experts in each layer", "peft"),
+]
+
+
+@pytest.mark.parametrize(("part", "layout"), slow_but(FAST_PARTS, itertools.product(PARTS, LAYOUTS)))
 def test_the_parts_that_an_adapter_covers(
     part: str,
     layout: str,

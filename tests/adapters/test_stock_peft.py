@@ -18,6 +18,7 @@ from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_ad
 from lola_ft.adapters.on_disk import write_adapter
 from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.weights import AdapterWeights
+from tests.grids import slow_but
 
 # Stock PEFT adds B·A to the weight before it multiplies, we multiply by A and B in turn: float32 rounding.
 PARITY = 1e-5
@@ -70,7 +71,10 @@ def gradients(model: peft.PeftModel, ids: Tensor) -> dict[str, Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("mix", MIXES)
+FAST_MIXES = ("router with LoRA", "norms", "dora", "rslora", "every rank and alpha another", "two experts")
+
+
+@pytest.mark.parametrize("mix", slow_but(FAST_MIXES, MIXES))
 def test_logits_and_gradients(
     mix: str,
     tiny_base: Path,

@@ -1,5 +1,6 @@
 """A dense family through the same path as LOLA: trained, stored, opened, merged; what it lacks is refused."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from lola_ft.training.reports.metrics import read_metrics
 from tests.families.conftest import make_dense, write_recipe
+from tests.grids import slow_but
 
 KINDS = ("gpt2", "bloom")
 FILE = "model.safetensors"
@@ -290,8 +292,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("option", OPTIONS)
+FAST_OPTIONS = [("norms and biases", "bloom"), ("loftq", "gpt2")]
+
+
+@pytest.mark.parametrize(("option", "kind"), slow_but(FAST_OPTIONS, itertools.product(OPTIONS, KINDS)))
 def test_every_option_trains_is_stored_and_merged(
     option: str, kind: str, dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -1,8 +1,13 @@
 """The check before sending: it passes what is equal and refuses what is not, each seen to fail."""
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -12,6 +17,9 @@ from lola_ft.adapters.checksums import CHECKSUMS_KEY
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
+from lola_ft.hub import reload_check
+from lola_ft.hub.fresh_process import check_in_fresh_process
+from lola_ft.hub.publication import find_source
 from lola_ft.hub.reload_check import compare_adapter, compare_merged
 from tests.tiny import TINY
 
@@ -92,3 +100,45 @@ def test_merged_weights_that_do_not_load_are_refused(merged: Path, tmp_path: Pat
     save_file(weights, staged / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"ln_f\.bias"):
         compare_merged(merged, staged)
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The checks' commands, carried out in this process: a process of its own imports torch (`test_hub_cli.py` has it).
+
+    Returns:
+        The environments that they were given.
+    """
+    environments: list[dict[str, Any]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        assert command[:3] == [sys.executable, "-m", reload_check.__name__]
+        environments.append(env)
+        monkeypatch.setattr(sys, "argv", command[2:])
+        code, out, err = 0, io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                reload_check.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return environments
+
+
+def test_the_process_of_the_check_is_given_what_to_compare_and_its_answer_is_read(
+    commands: list[dict[str, Any]], tiny_base: Path, tiny_adapter: Path, adapter: Path, merged: Path
+) -> None:
+    source = find_source(tiny_adapter)
+    said = check_in_fresh_process(source, adapter, tiny_base)
+    assert "compared with" in said
+    assert "on 192 tokens: largest logit difference 0 (largest logit" in said
+    assert "on 192 tokens: largest" in check_in_fresh_process(find_source(merged), merged, None)
+    assert [environment["HF_HUB_OFFLINE"] for environment in commands] == ["1", "1"]
+    change(adapter / "adapter_model.safetensors", "lora_B.weight", 1.01)
+    with pytest.raises(PublishError, match="computes something else than what was trained"):
+        check_in_fresh_process(source, adapter, tiny_base)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(PublishError, match=r"adapter_model\.safetensors"):
+        check_in_fresh_process(source, adapter, tiny_base)

@@ -3,6 +3,7 @@
 Shapes: T tokens, K choices, D hidden, F inner, E experts, R rank.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ from lola_ft.kernels.stacks import LowRank
 from lola_ft.kernels.triton_products import TritonProducts
 from lola_ft.model.experts import FusedExperts
 from lola_ft.quantization import NF4Experts
+from tests.grids import slow_but
 from tests.kernels.conftest import FORMS, LOLA, Form, choices
 
 WAYS: dict[str, Products] = {"grouped": GroupedMatmuls(), "triton": TritonProducts(block_n=64, block_k=64)}
@@ -39,6 +41,8 @@ LOADS = {
     "several tiles": [0] * 33 + [2] * 20 + [3] * 9,
 }
 SIZES = (64, 128, 4)
+_FEW = ("spread", "one token")
+_WITH_BIASES = "gated with biases, in x out, top 2"
 
 
 def make_experts(kind: str, sizes: tuple[int, int, int] = SIZES, form: Form = LOLA) -> FusedExperts:
@@ -89,35 +93,33 @@ def same(left: list[Tensor], right: list[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of up to 192 products in another order
 
 
-@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+@pytest.mark.parametrize("load", slow_but(["empty experts", "several tiles"], LOADS))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_equals_the_loop_in_4_bit(way: Products, load: list[int]) -> None:
-    experts = make_experts("nf4")
-    expected = outcome(run_experts, experts, load, 5, None)
-    same(outcome(partial(run_experts, products=way), experts, load, 5, None), expected)
+def test_equals_the_loop_in_4_bit(way: Products, load: str) -> None:
+    experts, ids = make_experts("nf4"), LOADS[load]
+    expected = outcome(run_experts, experts, ids, 5, None)
+    same(outcome(partial(run_experts, products=way), experts, ids, 5, None), expected)
 
 
 @pytest.mark.parametrize(
     ("load", "rank"),
-    [
-        ("spread", 5),
-        ("one token", 0),
-        *(
-            pytest.param(load, 8, marks=pytest.mark.slow)
-            for load in ("empty experts", "all tokens to one expert", "several tiles")
-        ),
-    ],
+    slow_but([("spread", 5)], [("spread", 5), ("one token", 0), *((load, 8) for load in LOADS if load not in _FEW)]),
 )
-@pytest.mark.parametrize("form", [name for name in FORMS if name != "lola"])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_every_form_equals_the_loop_in_4_bit(way: Products, form: str, load: str, rank: int) -> None:
-    given = FORMS[form]
+@pytest.mark.parametrize(
+    ("way", "form"),
+    slow_but(
+        [("triton", "gated, top 3"), ("triton", _WITH_BIASES), ("grouped", "plain, out x in, no biases, top 2")],
+        itertools.product(WAYS, [name for name in FORMS if name != "lola"]),
+    ),
+)
+def test_every_form_equals_the_loop_in_4_bit(way: str, form: str, load: str, rank: int) -> None:
+    given, products = FORMS[form], WAYS[way]
     experts = make_experts("nf4", form=given)
     expected = outcome(run_experts, experts, LOADS[load], rank, None, given.top_k)
-    same(outcome(partial(run_experts, products=way), experts, LOADS[load], rank, None, given.top_k), expected)
+    same(outcome(partial(run_experts, products=products), experts, LOADS[load], rank, None, given.top_k), expected)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 8, 17])
+@pytest.mark.parametrize("rank", slow_but([0, 17], [0, 1, 8, 17]))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_rank(way: Products, rank: int) -> None:
     experts = make_experts("nf4")
@@ -126,7 +128,7 @@ def test_every_rank(way: Products, rank: int) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-@pytest.mark.parametrize("form", ["lola", "gated, top 3"])
+@pytest.mark.parametrize("form", slow_but(["gated, top 3"], ["lola", "gated, top 3"]))
 def test_some_experts_have_lora(way: Products, form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
@@ -143,7 +145,7 @@ def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) ->
     same(outcome(partial(run_experts, products=GroupedMatmuls()), experts, load, 3, None, given.top_k), expected)
 
 
-@pytest.mark.parametrize("form", ["lola", "gated with biases, in x out, top 2"])
+@pytest.mark.parametrize("form", slow_but([_WITH_BIASES], ["lola", _WITH_BIASES]))
 def test_trained_biases_on_4_bit_weights(form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
@@ -155,13 +157,16 @@ def test_trained_biases_on_4_bit_weights(form: str) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "form"),
-    [
-        *(((128, 64, 3), form) for form in FORMS),
-        ((192, 320, 5), "lola"),
-        ((64, 1088, 2), "lola"),
-        ((64, 320, 2), "gated"),
-        ((64, 320, 2), "gated with biases, in x out, top 2"),
-    ],
+    slow_but(
+        [((192, 320, 5), "lola"), ((128, 64, 3), "gated, top 3"), ((64, 320, 2), _WITH_BIASES)],
+        [
+            *(((128, 64, 3), form) for form in FORMS),
+            ((192, 320, 5), "lola"),
+            ((64, 1088, 2), "lola"),
+            ((64, 320, 2), "gated"),
+            ((64, 320, 2), _WITH_BIASES),
+        ],
+    ),
     ids=str,
 )
 def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
@@ -173,8 +178,13 @@ def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
         same(outcome(partial(run_experts, products=way), experts, load, 4, None, given.top_k), expected)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped"])
-@pytest.mark.parametrize("form", ["lola", "gated, top 3", "plain, out x in, no biases, top 2"])
+@pytest.mark.parametrize(
+    ("way", "form"),
+    slow_but(
+        [("triton", "gated, top 3"), ("triton", "lola"), ("grouped", "plain, out x in, no biases, top 2")],
+        itertools.product(("triton", "grouped"), ("lola", "gated, top 3", "plain, out x in, no biases, top 2")),
+    ),
+)
 def test_dropout_is_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the masks that were drawn, output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T`."""
     given, ids, rank, p = FORMS[form], LOADS["spread"], 4, 0.4
@@ -217,7 +227,7 @@ def plain_with_masks(
 
 
 @pytest.mark.parametrize("projection", [0, 1], ids=["in", "out"])
-@pytest.mark.parametrize("form", ["lola", "gated", "gated with biases, in x out, top 2"])
+@pytest.mark.parametrize("form", slow_but(["lola", _WITH_BIASES], ["lola", "gated", _WITH_BIASES]))
 def test_weights_decoded_inside_are_those_dequantised_whole(form: str, projection: int) -> None:
     """Rows of the identity times the weight give the weight itself, bit for bit, each way round."""
     experts = make_experts("nf4", (64, 192, 2), FORMS[form])

@@ -1,5 +1,6 @@
 """Merging what is more than LoRA on linear layers and experts: router, norms, DoRA, some experts, LoftQ."""
 
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from lola_ft.adapters.loftq import start_at_rounding_error
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging.proof import prove
+from tests.grids import slow_but
 
 PARITY = 1e-4  # float32 sums in another order, through four layers
 KINDS = {
@@ -45,7 +47,10 @@ def trained(base: Path, settings: AdapterSettings, quantization: str | None = No
     return model.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FAST_KINDS = ("router", "norms and biases with dora", "biases of some experts", "a group's own alpha")
+
+
+@pytest.mark.parametrize("kind", slow_but(FAST_KINDS, KINDS))
 def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tensor, tmp_path: Path) -> None:
     model = trained(tiny_base, KINDS[kind])
     layout = "per_expert" if "some" in kind else "peft"
@@ -62,8 +67,10 @@ def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tenso
     assert report.weights.largest_error <= 1
 
 
-@pytest.mark.parametrize("rounding", ["base", "nf4"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("rounding", "dtype"),
+    slow_but([("base", "bfloat16"), ("nf4", "float32")], itertools.product(("base", "nf4"), ("float32", "bfloat16"))),
+)
 def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
     """Lengths are those of the weights that the update is added to; bfloat16 rounds once."""
     save_adapter(trained(tiny_base, KINDS["dora"]), tmp_path / "adapter")

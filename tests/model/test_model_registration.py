@@ -58,6 +58,7 @@ def test_auto_classes_give_the_native_model(order: str, golden_base: Path) -> No
     assert python(ORDERS[order] + CHECK, str(golden_base)) == "lola_ft.model.config lola_ft.model.modeling"
 
 
+@pytest.mark.slow
 def test_a_pickled_config_registers_the_model_where_it_is_read(tmp_path: Path) -> None:
     """As in a spawned worker: it imports lola_ft only because the config's class lives there."""
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(LolaConfig()))

@@ -109,6 +109,7 @@ def test_documents_are_the_same_every_time(split: Split) -> None:
     assert sum(bool(re.search(r"\bSpain\b", document)) for document in documents) == 2
 
 
+@pytest.mark.slow
 def test_no_document_and_no_training_row_holds_a_held_out_term(split: Split) -> None:
     documents = [normalise(document) for document in build_documents(split.train, held_out=split.held_out, **PASSES)]
     train, test = build_rows(split, train_per_language=20, test_per_language=12)

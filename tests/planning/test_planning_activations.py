@@ -14,6 +14,7 @@ from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.products import GroupedMatmuls
 from lola_ft.model import experts
 from lola_ft.planning.saved_for_backward import activations, kept_by_activation
+from tests.grids import slow_but
 from tests.planning.conftest import FAMILIES, Batch, adapted, job_of, make
 
 # The loss keeps its divisor, and a mask that is a token shorter per row. On a CPU the experts' rows are padded to
@@ -43,12 +44,24 @@ GRID = [
     *((batch, "both", *form) for batch in BATCHES if batch != "padded" for form in (FORMATS[0], FORMATS[-1])),
 ]
 CASES = [
-    (family, *case) for family in FAMILIES for case in GRID if BY_TYPE[family].packs or not BATCHES[case[0]].packing
+    (family, *case, dropout)
+    for family in FAMILIES
+    for case in GRID
+    if BY_TYPE[family].packs or not BATCHES[case[0]].packing
+    for dropout in (False, True)
+]
+# Fast: each kind of training, each batch, each format and the base's own dropout, once per family.
+FAST_CASES = [
+    (*case, dropout)
+    for *case, dropout in CASES
+    if (tuple(case[3:]) == FORMATS[0] and not dropout)
+    or (case[1:3] == ["padded", "both"] and tuple(case[3:]) != FORMATS[0] and dropout)
 ]
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize(("family", "batch_name", "name", "quantization", "dtype"), CASES)
+@pytest.mark.parametrize(
+    ("family", "batch_name", "name", "quantization", "dtype", "dropout"), slow_but(FAST_CASES, CASES)
+)
 def test_saved_tensors_are_as_planned(
     family: str,
     batch_name: str,
@@ -92,7 +105,10 @@ EXPERTS: dict[str, tuple[str | None, str, dict[str, Any], Batch, bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+FAST_EXPERTS = ("packed", "dense", "some experts", "every dropout", "router and norms", "bfloat16", "checkpointing")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST_EXPERTS, EXPERTS))
 def test_saved_tensors_of_experts_and_routers_are_as_planned(
     name: str, odd_bases: Callable[..., Path], saved_bytes: Callable[[Any, Batch, bool], int]
 ) -> None:
@@ -143,7 +159,10 @@ def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(
         assert planned == whole[3] - whole[2]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu"])
+@pytest.mark.parametrize(
+    "activation",
+    slow_but(["gelu", "relu"], ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu"]),
+)
 def test_gpt2s_of_any_activation_are_planned(
     activation: str, tmp_path: Path, saved_bytes: Callable[[Any, Batch, bool], int]
 ) -> None:

@@ -18,6 +18,7 @@ from lola_ft.planning.adapter_sizes import adapter_sizes
 from lola_ft.planning.base_weights import base_audit
 from lola_ft.quantization import audit
 from lola_ft.training.trainers.arguments import _OPTIMIZERS
+from tests.grids import slow_but
 from tests.planning.conftest import FAMILIES, ODD, Batch, adapted, make, make_batch
 
 SETTINGS: dict[str, AdapterSettings] = {
@@ -46,10 +47,18 @@ BASES: list[tuple[str, dict[str, Any]]] = [
     ("lola", {"n_layer": 1}),
     ("gpt2", {"tie_word_embeddings": False}),
 ]
+FORMATS: list[tuple[str | None, str]] = [("nf4", "float32"), ("nf4", "bfloat16"), (None, "float16")]
+IN_FORMATS = [(*base, *form) for base in BASES for form in FORMATS]
+FAST_IN_FORMATS = [case for case in IN_FORMATS if case[2:] == FORMATS[0] or case[:2] == ("lola", ODD["lola"])]
+IN_4_BIT_OR_NOT = [(*adapter, quantization) for adapter in ADAPTERS for quantization in ("nf4", None)]
+FAST_IN_4_BIT_OR_NOT = [
+    *(("lola", name, "nf4") for name in ("both", *OF_EXPERTS)),
+    *((family, name, "nf4") for family in FAMILIES if family != "lola" for name in ("norms and biases", "dora")),
+    ("lola", "everything", None),
+]
 
 
-@pytest.mark.parametrize(("family", "changes"), BASES)
-@pytest.mark.parametrize(("quantization", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), (None, "float16")])
+@pytest.mark.parametrize(("family", "changes", "quantization", "dtype"), slow_but(FAST_IN_FORMATS, IN_FORMATS))
 def test_a_base_is_planned_as_its_audit_counts_it(
     family: str, changes: dict[str, Any], quantization: str | None, dtype: str, tmp_path: Path
 ) -> None:
@@ -60,8 +69,7 @@ def test_a_base_is_planned_as_its_audit_counts_it(
     assert planned.total_bytes == counted.total_bytes
 
 
-@pytest.mark.parametrize(("family", "name"), ADAPTERS)
-@pytest.mark.parametrize("quantization", ["nf4", None])
+@pytest.mark.parametrize(("family", "name", "quantization"), slow_but(FAST_IN_4_BIT_OR_NOT, IN_4_BIT_OR_NOT))
 def test_adapter_and_gradients_are_planned_to_the_byte(
     family: str, name: str, quantization: str | None, odd_bases: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -88,7 +96,11 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "l
 
 
 @pytest.mark.parametrize(
-    ("family", "optimizer"), [*(("lola", name) for name in OPTIMIZERS), ("bloom", "adamw"), ("bloom", "adamw_8bit")]
+    ("family", "optimizer"),
+    slow_but(
+        [("lola", "adamw"), ("lola", "paged_adamw_8bit"), ("lola", "rmsprop"), ("bloom", "adamw_8bit")],
+        [*(("lola", name) for name in OPTIMIZERS), ("bloom", "adamw"), ("bloom", "adamw_8bit")],
+    ),
 )
 def test_optimiser_state_is_planned_to_the_byte(family: str, optimizer: str, tmp_path: Path) -> None:
     """Each tensor's own size counts: small ones stay in float32, the others have scales."""

@@ -13,12 +13,20 @@ from lola_ft import merge
 from lola_ft.adapters import AdapterSettings, save_adapter
 from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.planning.merged_sizes import merged_files
+from tests.grids import slow_but
 from tests.planning.conftest import FAMILIES, adapted
 
+FORMS = ("one file", "shards", "half", "without prefix", "shards without prefix")
+GRID = [(family, dtype, form) for family in FAMILIES for dtype in ("auto", "bfloat16") for form in FORMS]
+FAST = [
+    *(("lola", "auto", form) for form in FORMS),
+    ("lola", "bfloat16", "one file"),
+    ("gpt2", "bfloat16", "shards"),
+    ("bloom", "auto", "shards without prefix"),
+]
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-@pytest.mark.parametrize("form", ["one file", "shards", "half", "without prefix", "shards without prefix"])
+
+@pytest.mark.parametrize(("family", "dtype", "form"), slow_but(FAST, GRID))
 def test_merged_files_are_planned_to_the_byte(
     family: str, dtype: str, form: str, odd_bases: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lola_ft.adapters import AdapterSettings
 from lola_ft.planning.saved_for_backward import activations
 from lola_ft.planning.workspace import backward_work
+from tests.grids import slow_but
 from tests.planning.conftest import Batch, adapted, checkpointed, job_of, make, make_batch
 
 # Work space is an estimate, and gradients of factors come and go.
@@ -36,7 +37,7 @@ def peak_of_backward(model: Any, inputs: dict[str, Any]) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([True], [False, True]))
 @pytest.mark.parametrize(("family", "sizes"), BASES)
 def test_the_peak_of_the_backward_pass_is_as_planned(
     family: str, sizes: dict[str, Any], checkpointing: bool, tmp_path: Path

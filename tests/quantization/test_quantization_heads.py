@@ -10,12 +10,13 @@ import lola_ft
 from lola_ft.adapters import attach
 from lola_ft.errors import UserError
 from lola_ft.quantization import NF4Experts
+from tests.grids import slow_but
+
+HEADS = (("sequence_classification", "SEQ_CLS"), ("token_classification", "TOKEN_CLS"))
+GRID = [(*head, quantization) for head in HEADS for quantization in ("nf4", None)]
 
 
-@pytest.mark.parametrize("quantization", ["nf4", None])
-@pytest.mark.parametrize(
-    ("head", "task"), [("sequence_classification", "SEQ_CLS"), ("token_classification", "TOKEN_CLS")]
-)
+@pytest.mark.parametrize(("head", "task", "quantization"), slow_but([(*HEADS[0], "nf4"), (*HEADS[1], None)], GRID))
 def test_a_head_trains_with_lora_on_the_experts(
     head: str, task: str, quantization: str | None, tiny_base: Path
 ) -> None:

@@ -531,10 +531,10 @@ def test_what_an_unknown_key_leaves_missing_in_its_own_section_is_not_reported_t
 
 
 def test_a_file_far_too_large_is_refused_at_once(tmp_path: Path) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     [message] = mistakes(tmp_path, "x:\n" + "  - {a: b}\n" * 100_000)
     assert message == "r.yaml: more than 256 kB, too large for a recipe. Is it a data file?"
-    assert time.perf_counter() - began < 5, "a YAML of this size takes a minute to read"
+    assert time.process_time() - began < 5, "a YAML of this size takes a minute to read"
 
 
 OVERRIDES = [

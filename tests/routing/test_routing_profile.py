@@ -187,6 +187,7 @@ def test_the_verb(tiny_base: Path, texts: Path, tmp_path: Path, verb: Callable[.
     assert f"{found.tokens_L.sum():,} tokens in 2 languages" in done.out
 
 
+@pytest.mark.slow
 def test_all_of_cldr(tmp_path: Path, verb: Callable[..., Any]) -> None:
     """Every language of the nano base's text, and each has a family or is constructed."""
     from lola_ft.routing.language_families import read_languages

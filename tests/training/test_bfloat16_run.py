@@ -14,6 +14,7 @@ from lola_ft.training.reports.metrics import read_metrics
 from lola_ft.training.run import train
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_float32_but_for_rounding(
     recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

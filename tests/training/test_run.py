@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +16,8 @@ import lola_ft
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from lola_ft.training.reports.metrics import read_metrics
+from tests.pictures import drawing
+from tests.training.conftest import recipe_dict
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +28,6 @@ def run(
     monkeypatch_module: pytest.MonkeyPatch,
 ) -> Path:
     """A finished run with every kind of adapter and its pictures, started with relative paths as a user would."""
-    from ruamel.yaml import YAML
-
-    from tests.pictures import drawing
-
     folder = tmp_path_factory.mktemp("work")
     (folder / "base").symlink_to(tiny_base)
     (folder / "rows.jsonl").symlink_to(rows_file)
@@ -182,21 +181,26 @@ def test_micro_batches_add_up(recipe_file: Callable[..., Path], tmp_path: Path) 
         )
 
 
-def test_same_recipe_same_adapter(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    results = []
-    for name in ("first", "second"):
-        train(load_recipe(recipe_file(output=str(tmp_path / name), adapter={"dropout": 0.1})))
-        results.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+@pytest.fixture(scope="module")
+def run_with_dropout(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the small recipe of `recipe_file` with dropout; read only."""
+    folder = tmp_path_factory.mktemp("dropout")
+    YAML().dump(recipe_dict(tiny_base, rows_file, folder / "run", adapter={"dropout": 0.1}), folder / "recipe.yaml")
+    return train(load_recipe(folder / "recipe.yaml"))
 
 
-def test_checkpointing_changes_memory_only(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    results = []
-    for name, checkpointing in (("with", True), ("without", False)):
-        changes = {"train": {"gradient_checkpointing": checkpointing}, "output": str(tmp_path / name)}
-        train(load_recipe(recipe_file(**changes)))
-        results.append(load_file(tmp_path / name / "adapter" / "adapter_model.safetensors"))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_recipe_same_adapter(
+    checkpointing: bool, run_with_dropout: Path, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Bit by bit; recomputing activations in the backward pass changes memory only."""
+    changes = {"adapter": {"dropout": 0.1}, "train": {"gradient_checkpointing": checkpointing}}
+    train(load_recipe(recipe_file(**changes)))
+    first, second = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (run_with_dropout, tmp_path / "run")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_unquantised_base_and_router_alone(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

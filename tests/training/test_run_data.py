@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from lola_ft.data import Template
 from lola_ft.recipe import load_recipe
 from lola_ft.training.dataset import RunData, pin, prepare
+from tests.grids import slow_but
 
 
 def rows_file(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -124,7 +125,7 @@ def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
     assert load_recipe(recipe_file(data={"sources": sources})).data == recipe.data  # the recipe itself is left alone
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", slow_but([True], [False, True]))
 def test_the_mix_is_what_is_trained(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path, packing: bool
 ) -> None:

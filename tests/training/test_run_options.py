@@ -19,6 +19,7 @@ from lola_ft.training.precision import choose_precision
 from lola_ft.training.reports.metrics import read_metrics
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.run_trainer import raise_rate_of_b
+from tests.grids import slow_but
 from tests.tiny import TINY
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", slow_but(["some experts"], OPTIONS))
 def test_it_learns_and_travels(option: str, recipe_file: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
     recipe = recipe_file(train={"max_steps": 8, "lora_plus_ratio": 2.0}, **{"adapter": {}} | OPTIONS[option])
     text = YAML().load(recipe)

@@ -32,6 +32,7 @@ from lola_ft.training.trainers import nonfinite_steps
 from lola_ft.training.trainers.batch_rows import documents_of, find_rows
 from lola_ft.training.trainers.sft import SftTrainer
 from tests.conftest import alpaca_rows, write_rows
+from tests.grids import slow_but
 
 WEIGHTS = Path("adapter/adapter_model.safetensors")
 
@@ -87,7 +88,7 @@ def test_a_mean_of_several_steps_leaves_the_skipped_ones_out(
     assert at_once[4] == pytest.approx(statistics.mean(each[step] for step in (2, 4)), abs=1e-5)
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", slow_but([True], [True, False]))
 def test_too_many_in_a_row_end_the_run_and_name_the_rows(
     recipe_file: Callable[..., Path],
     verb: Callable[..., Any],

@@ -24,6 +24,7 @@ from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer
 from tests.conftest import Outcome, write_rows
+from tests.grids import slow_but
 from tests.training.conftest import recipe_dict
 
 EOS = 5
@@ -56,7 +57,6 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("pictures")
 def test_dpo_starts_at_ln_2_and_raises_the_margin(
     recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -250,7 +250,7 @@ def test_no_language_can_be_watched(
     assert not (tmp_path / "dpo").exists()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", slow_but(["dpo"], ["dpo", "kto"]))
 def test_rows_of_a_batch_that_is_not_finite_are_named(
     objective: str,
     recipe_of: Callable[..., Path],
