@@ -22,7 +22,7 @@ import lola_ft  # noqa: F401 (registers the model)
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 from lola_ft.quantization import load_base
 from tests.pictures import drawing, save_one_pixel
 from tests.tiny import tiny_config

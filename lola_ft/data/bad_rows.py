@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Source
 
 LISTED = 100
 _PLACE = re.compile(r"(.+?)(?=:\d+: |:\[\d+\]: )")

@@ -6,8 +6,7 @@ from typing import Any
 
 from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 Message = dict[str, str]

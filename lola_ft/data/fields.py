@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 from lola_ft.row_formats import FORMAT_FIELDS
 

@@ -9,8 +9,7 @@ from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import language_of, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
-from lola_ft.data.rows import BadRow, Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import BadRow, Row, Source
 from lola_ft.data.source_rows import scan_rows
 from lola_ft.data.task_formats import (
     alphabetical,

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data.rows import Row, Rows
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Rows, Source
 from lola_ft.errors import DataError, first_line
 from lola_ft.repo_id import is_commit
 

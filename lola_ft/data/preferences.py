@@ -9,8 +9,7 @@ from typing import Any
 from lola_ft.data.conversations import Message, conversation, messages_of
 from lola_ft.data.example import Exchange, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}

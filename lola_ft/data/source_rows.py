@@ -7,8 +7,7 @@ from pathlib import Path
 
 from lola_ft.data.hub_rows import hub_rows
 from lola_ft.data.json_files import json_rows, jsonl_rows
-from lola_ft.data.rows import BadRow, Row, Rows
-from lola_ft.data.source import Source
+from lola_ft.data.rows import BadRow, Row, Rows, Source
 from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
 from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError

@@ -10,8 +10,7 @@ from typing import Any
 
 from lola_ft.data.example import Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field, text_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 CLASSIFY = "Name the label of the text."

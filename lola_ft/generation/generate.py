@@ -14,9 +14,9 @@ from lola_ft.data.example import prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.files import check_file_target, write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
+from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
 from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
-from lola_ft.generation.streaming import TerminalStreamer
 from lola_ft.open_model import OpenModel, open_model
 
 

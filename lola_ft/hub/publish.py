@@ -11,9 +11,8 @@ from rich.table import Table
 from lola_ft.adapters.layouts import LAYOUTS
 from lola_ft.errors import PublishError, UserError
 from lola_ft.file_names import CARD_FILE
-from lola_ft.hub.fresh_process import check_in_fresh_process
-from lola_ft.hub.publication import Source, find_source
-from lola_ft.hub.published_base import Base, find_base
+from lola_ft.hub.publication import Base, Source, find_base, find_source
+from lola_ft.hub.reload_check import check_in_fresh_process
 from lola_ft.hub.retry import Wait
 from lola_ft.hub.scan import refuse_private
 from lola_ft.hub.stage import Staged, stage

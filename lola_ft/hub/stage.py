@@ -1,17 +1,21 @@
 """The folder that is sent: chosen files of the source, with what names this machine rewritten."""
 
+import io
 import json
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
 from lola_ft.card import CardFacts, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
-from lola_ft.checkpoints.folder import weight_files
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, weight_files
 from lola_ft.errors import PublishError
 from lola_ft.families import FAMILIES, Family, find_family, recorded_family
 from lola_ft.file_names import (
@@ -24,9 +28,7 @@ from lola_ft.file_names import (
     RECIPE_FILE,
     ROUTING_PLOT,
 )
-from lola_ft.hub.publication import Source, read_json
-from lola_ft.hub.published_base import Base
-from lola_ft.hub.recipe_copy import portable_recipe
+from lola_ft.hub.publication import Base, Source, read_json
 
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
@@ -193,3 +195,40 @@ def _link(file: Path, folder: Path) -> None:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_HEADER = "# The recipe of this model. Local files go by their names alone.\n"
+
+
+def portable_recipe(text: str, base_id: str, base_revision: str | None) -> str:
+    """The recipe with the base's Hub id, and without folders and the `hub` section.
+
+    Args:
+        text: A run's `recipe.yaml`, every setting filled in.
+    """
+    yaml = YAML()
+    yaml.width = 120
+    yaml.preserve_quotes = True
+    recipe = yaml.load(text)
+    recipe["base"]["model"] = base_id
+    if base_revision:
+        recipe["base"]["revision"] = base_revision
+    data = recipe["data"]
+    validation = data.get("validation")
+    for source in [*data["sources"], *(validation if isinstance(validation, list) else [])]:
+        if "path" in source:
+            source["path"] = _name(source["path"])
+    if data.get("template", "").endswith(".jinja"):
+        data["template"] = TEMPLATE_FILE
+    experts: dict[str, Any] = recipe.get("adapter", {}).get("experts") or {}
+    if isinstance(experts.get("select"), str):
+        experts["select"] = _name(experts["select"])
+    recipe["output"] = _name(recipe["output"])
+    recipe.pop("hub", None)
+    stream = io.StringIO()
+    yaml.dump(recipe, stream)
+    return _HEADER + re.sub(r"\A(#.*\n)+", "", stream.getvalue())
+
+
+def _name(path: str) -> str:
+    return Path(path).name or "run"

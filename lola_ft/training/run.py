@@ -26,8 +26,7 @@ from lola_ft.training.checkpointing.resume import earlier_run, find_restart, loc
 from lola_ft.training.packing import filling_line
 from lola_ft.training.plan import advice
 from lola_ft.training.reports.manifest import manifest_of, routing_results, timings_of, write_card, write_manifest
-from lola_ft.training.reports.metric_names import BY_LANGUAGE, losses_by_language
-from lola_ft.training.reports.metrics import read_metrics
+from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
 from lola_ft.training.setup import Prepared, facts_of, prepare_run
 from lola_ft.training.trainers.build import build_trainer

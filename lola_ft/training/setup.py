@@ -25,7 +25,7 @@ from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_s
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.optional_packages import refuse_missing_packages
 from lola_ft.training.precision import Precision, choose_precision
-from lola_ft.training.reports.metric_names import BY_LANGUAGE
+from lola_ft.training.reports.metrics import BY_LANGUAGE
 from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 

@@ -15,7 +15,7 @@ from lola_ft.file_names import ADAPTER_FOLDER, CARD_FILE, MANIFEST_FILE
 from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training import processes
-from lola_ft.training.reports.metric_names import FLIP_RATE
+from lola_ft.training.reports.metrics import FLIP_RATE
 from lola_ft.training.setup import Prepared
 
 _LAST_LOADS = {

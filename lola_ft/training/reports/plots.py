@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 from lola_ft.files import write_bytes
-from lola_ft.training.reports.metric_names import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
+from lola_ft.training.reports.metrics import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
 
 mpl.use("Agg")  # before pyplot, which would look for a screen
 

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 
 from lola_ft.training import processes
-from lola_ft.training.reports.metric_names import BY_LANGUAGE
+from lola_ft.training.reports.metrics import BY_LANGUAGE
 
 if TYPE_CHECKING:
     from lola_ft.training.trainers.sft import SftTrainer
