@@ -59,12 +59,10 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
     Raises:
         CheckpointError: No such base, or one that cannot be used.
     """
-    if weights:
-        folder = resolve_folder(name, revision)
-        checkpoint = BaseCheckpoint.open(folder)
-        return OpenBase(name, commit_of(name, folder) or revision, folder, checkpoint.architecture, checkpoint)
-    folder = text_folder(name, revision)
-    return OpenBase(name, commit_of(name, folder) or revision, folder, open_config(folder)[1])
+    folder = resolve_folder(name, revision) if weights else text_folder(name, revision)
+    checkpoint = BaseCheckpoint.open(folder) if weights else None
+    architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
+    return OpenBase(name, commit_of(name, folder) or revision, folder, architecture, checkpoint)
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
@@ -108,11 +106,7 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
 
 
 def adapter_settings(recipe: Recipe) -> AdapterSettings:
-    """Return the recipe's adapter and router sections as plain settings.
-
-    Raises:
-        UserError: If the file that selects experts cannot be read.
-    """
+    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings."""
     adapter, router = recipe.adapter, recipe.router
     groups = {"attention": adapter.attention, "mlp": adapter.mlp, "experts": adapter.experts}
     given = {name: group for name, group in groups.items() if group is not None}
@@ -139,11 +133,7 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
 def load_with_adapter(
     base: OpenBase, recipe: Recipe, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple["PeftModel", SizesByPart]:
-    """Load a base with a fresh adapter on it, everything else frozen.
-
-    Returns:
-        The model, and the sizes of the base's parts as they are held in memory.
-    """
+    """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
     from lola_ft.adapters import add_adapter
     from lola_ft.adapters.loftq import start_at_rounding_error
     from lola_ft.quantization import audit
@@ -162,11 +152,7 @@ def load_with_adapter(
 def save_adapter(
     model: "PeftModel", folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, template: str = ""
 ) -> str:
-    """Write the adapter's folder whole or not at all; returns the layout in which it is.
-
-    Args:
-        tokenizer, template: Written beside the adapter for who uses it, the prompt template as text.
-    """
+    """Write the adapter, with tokenizer and prompt template for its users, whole or not at all; returns its layout."""
     from lola_ft import adapters
 
     def write_companions(partial: Path) -> None:
@@ -177,9 +163,3 @@ def save_adapter(
     layout = adapters.fitting_layout(model)
     adapters.save_adapter(model, folder, layout, write_companions)
     return layout
-
-
-def fingerprint_of(model: "PeftModel") -> str:
-    """Return the fingerprint of the weights that the adapter is trained on."""
-    fingerprint: str = model.get_base_model().base_fingerprint
-    return fingerprint

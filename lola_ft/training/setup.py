@@ -89,14 +89,7 @@ def prepare_run(
 
 
 def fit_to_base(recipe: Recipe, console: Console, weights: bool = False) -> tuple[Recipe, OpenBase]:
-    """Find the recipe's base, once, and hold the recipe to it.
-
-    Args:
-        weights: Check the base's weights, too.
-
-    Raises:
-        UserError: No such base, or the recipe asks for what it does not have.
-    """
+    """Find the recipe's base, once, checking its weights too if asked, and hold the recipe to it."""
     base = base_model.open_base(recipe.base.model, recipe.base.revision, weights)
     return base_model.fit_recipe(recipe, base, console), base
 
@@ -123,11 +116,7 @@ def read_data(
 
 
 def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
-    """Refuse early stopping by a metric that no evaluation will have.
-
-    Raises:
-        UserError: Listing the metrics of an evaluation.
-    """
+    """Refuse early stopping by a metric that no evaluation will have."""
     languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
     known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
     if train.early_stopping and train.early_stopping.metric not in known:
@@ -157,7 +146,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
     data = prepared.data.as_dict()
     contents = {**data, "sha256": sorted(data["sha256"].values()), "template": prepared.data.template.source}
     return {
-        "base": base_model.fingerprint_of(prepared.model),
+        "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),

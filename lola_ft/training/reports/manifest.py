@@ -26,17 +26,11 @@ _LAST_LOADS = {
 
 
 def manifest_of(
-    prepared: Prepared,
-    base: PreTrainedModel,
-    results: dict[str, Any],
-    measured: dict[str, Any],
+    prepared: Prepared, base: PreTrainedModel, results: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the manifest of a finished run. The same recipe on the same machine gives the same, but for `measured`.
+    """Make the manifest of a finished run from its results.
 
-    Args:
-        base: The base model, which knows its id and fingerprint.
-        results: What training came to.
-        measured: Sections that differ from run to run: timings, memory, energy.
+    The same recipe on the same machine gives the same, but for the sections in `measured`: timings, memory, energy.
     """
     recipe = prepared.recipe
     return {

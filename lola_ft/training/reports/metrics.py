@@ -49,11 +49,7 @@ class MetricsFile(TrainerCallback):
         self.write(state.global_step, line)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Append a line; only the main process does.
-
-        Raises:
-            UserError: The disk did not take it.
-        """
+        """Append a line, in the main process only; raises UserError if the disk does not take it."""
         if not processes.is_main():
             return
         try:
