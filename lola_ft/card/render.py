@@ -38,8 +38,6 @@ def render_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> ModelCardData:
     adapter = facts.kind == "adapter"
     codes = sorted({code.lower().replace("_", "-").partition("-")[0] for code in facts.languages} - {"und"})
-    sources = facts.recipe.get("data", {}).get("sources", [])
-    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
     has_base = facts.published or is_repo_id(facts.base)
     return ModelCardData(
         base_model=facts.base if has_base else None,
@@ -47,22 +45,18 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="peft" if adapter else "transformers",
         license=facts.family.licence if facts.family else None,
         language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
-        datasets=datasets or None,
+        datasets=facts.datasets or None,
         pipeline_tag="text-generation",
         tags=[*sorted(["lola_ft", *(facts.family.tags if facts.family else ())]), *(["lora"] if adapter else [])],
     )
 
 
 def _introduction(facts: CardFacts) -> str:
-    what = f"A LoRA adapter for {_link(facts)}" if facts.kind == "adapter" else f"{_link(facts)}, fine-tuned with LoRA"
-    merged = " and merged into the weights" if facts.kind == "merged" else ""
-    trained = ", trained with lola_ft" if facts.kind == "adapter" else ", made with lola_ft"
-    recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe and facts.kind == "adapter" else ""
-    return f"{what}{merged}{trained}{recipe}."
-
-
-def _link(facts: CardFacts) -> str:
-    return f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+    if facts.kind == "merged":
+        return f"{base}, fine-tuned with LoRA and merged into the weights, made with lola_ft."
+    recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe else ""
+    return f"A LoRA adapter for {base}, trained with lola_ft{recipe}."
 
 
 def _summary(facts: CardFacts) -> list[list[str]]:
@@ -99,10 +93,8 @@ def _data(facts: CardFacts) -> str:
     if not facts.languages:
         return ""
     rows = [[code, f"{c['kept']:,}", f"{c['trained_tokens']:,}"] for code, c in facts.languages.items()]
-    sources = facts.recipe.get("data", {}).get("sources", [])
-    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
-    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
-    local = sum(1 for source in sources if source.get("path"))
+    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
+    local = sum(1 for source in facts.sources if source.get("path"))
     own = [f"{local} local file{'s' if local > 1 else ''}"] if local else []
     said = f"From {' and '.join([*([links] if links else []), *own])}.\n\n" if links or own else ""
     return f"## Data\n\n{said}{_table(['language', 'rows', 'trained tokens'], rows, numbers=True)}"

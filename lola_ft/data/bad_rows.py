@@ -37,12 +37,8 @@ class BadRows:
 
     def stored(self) -> dict[str, Any]:
         """Everything, in plain values, for `restored`."""
-        return {
-            "counts": dict(self.counts),
-            "messages": self.messages,
-            "first": self._first,
-            "portable": self._portable,
-        }
+        counts = {"counts": dict(self.counts), "messages": self.messages}
+        return counts | {"first": self._first, "portable": self._portable}
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> "BadRows":

@@ -1,4 +1,4 @@
-"""Rows that say the same: within the training rows, and between training and validation."""
+"""Rows held out by a hash of their content, and rows that say the same, in training or in training and validation."""
 
 import hashlib
 from collections import Counter
@@ -51,11 +51,7 @@ class LeakCheck:
         self._prompts = {_digest(row.request) for row in self.validation if row.prompt is not None}
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The training rows that stay.
-
-        Raises:
-            DataError: At the end, naming the first leaked row, if `action` is `error` and there was one.
-        """
+        """Yield the training rows that stay; if `action` is `error`, a DataError names the first leak at the end."""
         first = ""
         for example in examples:
             same = self._places.get(_digest(example.identity))
@@ -98,11 +94,7 @@ def is_validation(example: Example, share: float, seed: int) -> bool:
 
 
 def hold_out(examples: Iterable[Example], share: float, seed: int, validation: list[Example]) -> Iterator[Example]:
-    """The training rows, one after the other; the others are put into `validation`, each side in its old order.
-
-    Raises:
-        DataError: At the end, if one of the sides is empty.
-    """
+    """Yield the training rows, and put the others into `validation`, in their order; no side may end up empty."""
     training = 0
     for example in examples:
         if is_validation(example, share, seed):

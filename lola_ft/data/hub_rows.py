@@ -24,11 +24,7 @@ def commit_of(hub: str, revision: str | None) -> str | None:
 
 
 def hub_rows(source: Source) -> Rows:
-    """The rows of a split. Without streaming it is downloaded first; with it, rows come as they are needed.
-
-    Raises:
-        DataError: The dataset cannot be loaded.
-    """
+    """Load the rows of a split: after a download or, with streaming, as they are needed."""
     import datasets
 
     assert source.hub is not None, "a source of the Hub has an id"

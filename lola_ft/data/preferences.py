@@ -16,11 +16,7 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 def read_chosen(row: Row, source: Source) -> list[Exchange]:
-    """The request, and the answer that was preferred.
-
-    Raises:
-        DataError: A field is missing or no such answer; both answers are the same; their requests differ.
-    """
+    """Return the request and the answer that was preferred to another answer to the same request."""
     chosen, rejected = (_judged(row, source, field) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or chosen[-1][0] != rejected[-1][0]:
         raise DataError(
@@ -43,11 +39,7 @@ def read_answer(row: Row, source: Source) -> list[Exchange]:
 
 
 def read_label(row: Row, source: Source) -> bool:
-    """Tell whether the answer was judged good.
-
-    Raises:
-        DataError: It is neither true nor false.
-    """
+    """Tell whether the answer was judged good; raises DataError if it is neither true nor false."""
     value = raw_field(row, source, "label")
     word = str(value).strip().lower()
     if word not in _WORDS:

@@ -1,4 +1,4 @@
-"""Rows as readers yield them, each with its place in a file, and rows that cannot be used."""
+"""Rows as readers yield them, each with its place in a file; rows that cannot be used; the source of rows."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,11 +29,7 @@ Rows = Iterator[Row | BadRow]
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text.
-
-    Raises:
-        DataError: Saying which byte is not UTF-8.
-    """
+    """Decode UTF-8 text, or raise a DataError that says which byte is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -80,9 +80,8 @@ def _label(row: Row, source: Source) -> str:
     value = raw_field(row, source, "label")
     if source.labels is None:
         if isinstance(value, int | float):
-            raise DataError(
-                f"{row.where}: {what} is {_key(value)}. Say what it means with `labels: {{{_key(value)}: …}}`."
-            )
+            key = _key(value)
+            raise DataError(f"{row.where}: {what} is {key}. Say what it means with `labels: {{{key}: …}}`.")
         return checked_text(value, what, row.where)
     if _key(value) not in source.labels:
         known = ", ".join(source.labels)

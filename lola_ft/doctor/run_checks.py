@@ -55,25 +55,13 @@ def _packages() -> list[Check]:
 
 
 def _core() -> list[Check]:
+    weights = "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none."
+    step = "Install the versions of constraints.txt; if that does not help, report the line above."
+    cache = "Set LOLA_FT_CACHE to a folder that you may write to."
     return [
-        examine(
-            "4-bit weights",
-            probes.nf4_round_trip,
-            "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none.",
-            core=True,
-        ),
-        examine(
-            "training step",
-            probes.tiny_training_step,
-            "Install the versions of constraints.txt; if that does not help, report the line above.",
-            core=True,
-        ),
-        examine(
-            "cache folder",
-            probes.cache_is_writable,
-            "Set LOLA_FT_CACHE to a folder that you may write to.",
-            core=True,
-        ),
+        examine("4-bit weights", probes.nf4_round_trip, weights, core=True),
+        examine("training step", probes.tiny_training_step, step, core=True),
+        examine("cache folder", probes.cache_is_writable, cache, core=True),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A conversation at the terminal."""
+"""At the terminal: answers as they come, and a conversation."""
 
 import sys
 import unicodedata
@@ -25,11 +25,7 @@ def chat(
     read: Callable[[str], str] = input,
     answer: Callable[..., Answer] = answer_one,
 ) -> None:
-    """Ask and answer until the user ends it. What was said is rendered by the template, as in training.
-
-    Raises:
-        UserError: The template cannot render more than one request.
-    """
+    """Ask and answer until the user ends it. The template, one for several turns, renders what was said."""
     if not template.renders_turns:
         raise UserError(
             f"Template {template.name} renders a single request, so it cannot hold a conversation: the model would "
@@ -49,9 +45,8 @@ def chat(
             said = []
         elif line:
             fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
-            said, ids = _fitting(
-                said, fields, template, tokenizer, architecture_of(model.config).sizes.positions, sampling
-            )
+            positions = architecture_of(model.config).sizes.positions
+            said, ids = _fitting(said, fields, template, tokenizer, positions, sampling)
             given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer))
             if not given.ended:
                 print(f"(cut after {given.tokens} tokens)", file=sys.stderr)
@@ -62,15 +57,14 @@ def _fitting(
     said: list[Exchange], fields: Fields, template: Template, tokenizer: Any, positions: int, sampling: Sampling
 ) -> tuple[list[Exchange], list[int]]:
     """Return the latest exchanges that leave room for an answer, and the token ids of the whole prompt."""
-    kept = said
-    while True:
+    for forgotten in range(len(said) + 1):
+        kept = said[forgotten:]
         ids = conversation_ids(request(fields, earlier=kept), template, tokenizer)
-        if not kept or len(ids) + sampling.max_new_tokens <= positions:
+        if len(ids) + sampling.max_new_tokens <= positions:
             break
-        kept = kept[1:]
     check_room(ids, positions, "What was written")
-    if len(kept) < len(said):
-        print(f"({len(said) - len(kept)} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
+    if forgotten:
+        print(f"({forgotten} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
     return kept, ids
 
 

@@ -1,4 +1,4 @@
-"""What a folder to publish is: a run, an adapter or a merged model, and what it tells of its base."""
+"""What is published, a run, an adapter or a merged model, and its base: named on the Hub, and on this machine."""
 
 import json
 from dataclasses import dataclass
@@ -70,11 +70,7 @@ def find_source(path: str | Path) -> Source:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        PublishError: If the file holds anything else.
-    """
+    """Read a JSON object from a file; raises PublishError if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -82,9 +78,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PublishError(f"{file}: holds {type(content).__name__}, not an object.")
     return content
-
-
-_FILES = ("*.safetensors", "*.json")
 
 
 @dataclass(frozen=True)
@@ -103,20 +96,18 @@ class Base:
 
 
 def find_base(source: Source, base: str | None = None, base_id: str | None = None) -> Base:
-    """The base's Hub id and local folder.
+    """Find the base's Hub id and local folder; raises PublishError if no Hub id is known, or a given one is none.
 
     Args:
         base: Folder or Hub id that the user gave for the check.
         base_id: Hub id that the user gave for the card.
-
-    Raises:
-        PublishError: If no Hub id is known, or a given one is none.
     """
     if base_id is not None and not is_repo_id(base_id):
         raise PublishError(f"--base-id {base_id}: not the id of a repository. Write it as owner/name.")
     if base and not Path(base).is_dir() and not is_repo_id(base):
         raise PublishError(f"--base {base}: no such folder. Give the base's folder, or its Hub id as owner/name.")
-    public = base_id or next((name for name in (source.base, base) if name and _on_hub(name)), None)
+    on_hub = [name for name in (source.base, base) if name and is_repo_id(name) and not Path(name).is_dir()]
+    public = base_id or (on_hub[0] if on_hub else None)
     if public is None:
         known = f"its base is a local folder ({source.base})" if source.base else "does not say which base it has"
         raise PublishError(
@@ -133,13 +124,10 @@ def find_base(source: Source, base: str | None = None, base_id: str | None = Non
     return Base(public, revision, folder)
 
 
-def _on_hub(name: str) -> bool:
-    return is_repo_id(name) and not Path(name).is_dir()
-
-
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """The snapshot in the Hub's cache; nothing is downloaded for a check."""
+    """Return the snapshot in the Hub's cache; nothing is downloaded for a check."""
+    files = ["*.safetensors", "*.json"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(_FILES), local_files_only=True))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None

@@ -71,11 +71,7 @@ def publish(
 
 
 def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
-    """Publish a run that just ended; a failure leaves the run as it is and says how to publish it later.
-
-    Raises:
-        PublishError: With that advice.
-    """
+    """Publish a run that just ended; a failure leaves the run as it is and says how to publish it later."""
     try:
         publish(run, repo, private, layout, base_id=base_id, wait=wait)
     except UserError as error:
@@ -88,11 +84,7 @@ def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str |
 
 
 def require_token(repo: str) -> None:
-    """Refuse early, before training or a long check, if nobody is logged in.
-
-    Raises:
-        PublishError: Saying how to log in.
-    """
+    """Refuse early, before training or a long check, if nobody is logged in, and say how to."""
     if not get_token():
         raise PublishError(
             f"{repo}: publishing needs a token of the Hub that may write. Log in with `hf auth login`, or set HF_TOKEN."
@@ -119,9 +111,8 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
         table.add_row(name, f"{(staged.folder / name).stat().st_size:,}")
     console.print(table)
     _say_left_out(staged, console)
-    console.print(
-        (staged.folder / CARD_FILE).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
-    )
+    card = (staged.folder / CARD_FILE).read_text(encoding="utf-8")
+    console.print(card, markup=False, highlight=False, soft_wrap=True)
     console.print("Dry run: nothing was sent.")
 
 

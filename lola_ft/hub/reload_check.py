@@ -69,11 +69,7 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
 
 
 def compare_merged(source: Path, staged: Path) -> Comparison:
-    """Logits of the merged model as it lies here, and as it is sent, in the native class.
-
-    Raises:
-        PublishError: If they differ.
-    """
+    """Compare logits of the merged model as it lies here, and as it is sent; raises PublishError if they differ."""
     quantization, dtype = _how_to_load(source)
     expected = _logits(load_base(source, quantization=quantization, dtype=dtype, quiet=True))
     actual = _logits(load_base(staged, quantization=quantization, dtype=dtype, quiet=True))
@@ -116,10 +112,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     given = parser.parse_args()
     try:
-        if given.kind == "adapter":
-            found = compare_adapter(given.base, given.source, given.staged)
-        else:
-            found = compare_merged(given.source, given.staged)
+        folders = given.source, given.staged
+        found = compare_adapter(given.base, *folders) if given.kind == "adapter" else compare_merged(*folders)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -131,12 +125,13 @@ if __name__ == "__main__":
 
 
 def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> str:
-    """Compare the staged folder with its source; says in a sentence what was found.
+    """Compare the staged folder with its source, which it must equal; says in a sentence what was found.
 
-    Raises:
-        PublishError: If they differ, or the staged folder does not load.
+    The process is a new one, so that nothing of this one's memory can stand in for what is on disk.
     """
-    _free_memory()
+    gc.collect()  # a run that just ended may hold its model; the check needs the place
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     command = [sys.executable, "-m", "lola_ft.hub.reload_check", source.kind, str(source.folder), str(staged)]
     if base is not None:
         command += ["--base", str(base)]
@@ -153,10 +148,3 @@ def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> s
         f"Reloaded in a fresh process and compared with {source.folder} on {found['tokens']} tokens: largest logit "
         f"difference {found['max_logit_difference']:.3g} (largest logit {found['largest_logit']:.3g})."
     )
-
-
-def _free_memory() -> None:
-    """A run that just ended may hold its model; the check needs the place."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

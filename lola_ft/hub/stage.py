@@ -42,16 +42,7 @@ _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
-    "versions",
-    "hardware",
-    "base",
-    "trained",
-    "data",
-    "results",
-    "timings",
-    "memory",
-    "routing",
-    "energy",
+    *("versions", "hardware", "base", "trained", "data", "results", "timings", "memory", "routing", "energy"),
 )
 
 

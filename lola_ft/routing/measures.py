@@ -10,26 +10,15 @@ from torch import Tensor
 
 
 def shares(counts: Tensor) -> Tensor:
-    """Each expert's share of the tokens.
-
-    Args:
-        counts: Tokens (or weights) by expert (..., E), none negative.
-
-    Returns:
-        float64 (..., E), each row with the sum 1.
-    """
+    """Return each expert's share of the tokens (..., E), float64, of counts or weights by expert, none negative."""
     weights = counts.double()
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def load_entropy(counts: Tensor) -> Tensor:
-    """How even the load is: its entropy over that of an even load.
+    """Return how even the load is: its entropy over that of an even load, from counts or shares by expert (..., E).
 
-    Args:
-        counts: Tokens (or shares) by expert (..., E).
-
-    Returns:
-        float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
+    float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
     """
     load = shares(counts)
     entropy = torch.special.entr(load).sum(dim=-1)
@@ -64,14 +53,7 @@ def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
 
 
 def flip_rate(before: Tensor, after: Tensor) -> Tensor:
-    """The share of tokens that go to another expert than before.
-
-    Args:
-        before, after: Expert ids of the same tokens (T, ...), any integer dtype.
-
-    Returns:
-        float64 (...), a mean over the tokens.
-    """
+    """Return the share of tokens that go to another expert than before, float64 (...), from expert ids (T, ...)."""
     if before.shape != after.shape:
         raise ValueError(f"choices of {tuple(before.shape)} and {tuple(after.shape)} are not of the same tokens")
     return (before != after).double().mean(dim=0)
