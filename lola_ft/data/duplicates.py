@@ -10,11 +10,7 @@ from lola_ft.errors import DataError
 
 
 def without_duplicates(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
-    """The examples but those whose prompt and answer came before, character by character.
-
-    Args:
-        dropped: Counts, by language, what is left out.
-    """
+    """Yield the examples whose prompt and answer did not come before, character by character; count the others."""
     seen: set[bytes] = set()
     for example in examples:
         digest = _digest(example.identity)

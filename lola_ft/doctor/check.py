@@ -28,11 +28,7 @@ class Check:
 
 
 def examine(name: str, look: Callable[[], str], mend: str, core: bool) -> Check:
-    """Run a probe. What it returns is the detail; whatever it raises means that it failed.
-
-    Args:
-        look: Raises `MissingError` where something is not there, rather than broken.
-    """
+    """Run a probe, whose result is the detail. It fails by raising, by `MissingError` where something is not there."""
     try:
         return Check(name, "ok", look(), core=core)
     except MissingError as missing:

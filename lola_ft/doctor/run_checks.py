@@ -25,11 +25,7 @@ _SHOWN = {"ok": "green", "missing": "yellow", "failed": "red"}
 
 
 def doctor(online: bool = False, as_json: bool = False, console: Console | None = None) -> bool:
-    """Look at everything and print it; returns whether all that fine-tuning needs works.
-
-    Args:
-        online: Ask the Hub too.
-    """
+    """Look at everything (`online`: at the Hub too) and print it; returns whether all that fine-tuning needs works."""
     facts, checks = machine(), [*_packages(), *_core(), *_room(), *_extras()]
     if online:
         mend = "Look at the network and at HF_ENDPOINT; without the Hub, give folders in place of ids."

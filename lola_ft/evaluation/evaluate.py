@@ -55,11 +55,7 @@ def evaluate_rows(
     out: str | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder.
-
-    Raises:
-        UserError: As reading the rows and opening the models.
-    """
+    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder."""
     console = console or Console()
     if out:
         check_folder_target(out)

@@ -104,12 +104,7 @@ def read_for_scoring(options: RowOptions) -> list[Example]:
 
 
 def read_questions(options: RowOptions) -> list[Question]:
-    """The rows with their choices: of format classification the labels, of format choices each row's own.
-
-    Raises:
-        DataError: Naming file and line.
-        UserError: A format without choices.
-    """
+    """Read the rows with their choices: of format classification the labels, of format choices each row's own."""
     questions = list[Question]()
     for source in options.sources():
         if source.format == CHOICES:

@@ -39,12 +39,7 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what is to be published.
-
-    Raises:
-        PublishError: If it is none of the three, or a run that did not end.
-        AdapterError: If the adapter is damaged.
-    """
+    """Tell what is to be published; anything but a finished run, an adapter or a merged model is refused."""
     given = Path(path)
     if not given.is_dir():
         raise PublishError(f"{given}: no such folder. Give a run, an adapter's folder or a merged model's.")

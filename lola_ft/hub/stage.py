@@ -30,6 +30,7 @@ from lola_ft.file_names import (
 )
 from lola_ft.hub.publication import Base, Source, read_json
 
+_HEADER = "# The recipe of this model. Local files go by their names alone.\n"
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
 
@@ -42,8 +43,8 @@ _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
-    *("versions", "hardware", "base", "trained", "data", "results", "timings", "memory", "routing", "energy"),
-)
+    "versions", "hardware", "base", "trained", "data", "results", "timings", "memory", "routing", "energy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,7 @@ class Staged:
 
 
 def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Path) -> Staged:
-    """Fill `folder`, which does not exist yet.
-
-    Args:
-        layout: Layout to convert the adapter to; None keeps its own.
-
-    Raises:
-        PublishError: If it cannot be converted as asked.
-    """
+    """Fill `folder`, which does not exist yet; an adapter is converted to `layout`, or keeps its own if it is None."""
     if source.kind == "adapter":
         _stage_adapter(source, base, layout or source.layout, folder)
     else:
@@ -188,15 +182,8 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-_HEADER = "# The recipe of this model. Local files go by their names alone.\n"
-
-
 def portable_recipe(text: str, base_id: str, base_revision: str | None) -> str:
-    """The recipe with the base's Hub id, and without folders and the `hub` section.
-
-    Args:
-        text: A run's `recipe.yaml`, every setting filled in.
-    """
+    """Rewrite a run's `recipe.yaml` with the base's Hub id, and without folders and the `hub` section."""
     yaml = YAML()
     yaml.width = 120
     yaml.preserve_quotes = True

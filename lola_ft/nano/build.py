@@ -24,6 +24,8 @@ from lola_ft.nano.corpus import build_documents, load_split
 from lola_ft.nano.pretrain import PretrainSettings, pack, pretrain
 
 RECORD_FILE = "nano.json"
+# Id = place in the list, as in LOLA's tokenizer: bos 0, pad 1, end of text 5.
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"]
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,6 @@ def _new_model(settings: NanoSettings) -> LolaForCausalLM:
     model = LolaForCausalLM(LolaConfig(**config))
     torch.nn.init.normal_(model.transformer.wte.weight, std=settings.embedding_std)
     return model
-
-
-# Id = place in the list, as in LOLA's tokenizer: bos 0, pad 1, end of text 5.
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"]
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:

@@ -68,11 +68,7 @@ def find_recipe(name: str) -> BundledRecipe:
 
 
 def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
-    """Copy a recipe, the samples it reads and the schema to `OUT/recipes/`, where its own command finds them.
-
-    Raises:
-        RecipeError: No such recipe, or a file of another content is in the way; then nothing is written.
-    """
+    """Copy a recipe, its samples and the schema to `OUT/recipes/`, where its command finds them, or nothing at all."""
     recipe = find_recipe(name)
     root = recipe.path.parents[1]
     names = [f"recipes/{recipe.path.name}", *recipe.data_files]

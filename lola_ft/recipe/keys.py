@@ -97,11 +97,7 @@ def suggest_word(given: object, words: Sequence[str]) -> str:
 
 
 def suggest_key(path: Sequence[str | int]) -> str:
-    """A hint for an unknown key: one of its section, or the place where such a key belongs.
-
-    Args:
-        path: Where the key was found, the key last.
-    """
+    """Return a hint for an unknown key at a path: one of its section, or the place where such a key belongs."""
     *parents, key = [part for part in path if isinstance(part, str)]
     section = section_at(parents)
     siblings = list(section.model_fields) if section else []

@@ -20,6 +20,7 @@ from lola_ft.recipe.messages import broken_rules, explain, shown, unknown_keys, 
 from lola_ft.recipe.overrides import Overridden, apply_overrides
 from lola_ft.recipe.schema import Recipe
 
+_HEADER = "# Every setting of the run, defaults included; python finetune.py runs it again.\n"
 _LAST = Place(sys.maxsize, 0)
 
 
@@ -139,9 +140,6 @@ def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
 
 def _dotted(path: KeyPath) -> str:
     return printable(".".join(map(str, path))) + ": " if path else ""
-
-
-_HEADER = "# Every setting of the run, defaults included; python finetune.py runs it again.\n"
 
 
 def render_recipe(recipe: Recipe) -> str:

@@ -37,13 +37,9 @@ def dead_experts(counts: Tensor) -> Tensor:
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
+    """Return the Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
 
-    Args:
-        first, second: Counts or shares (..., E); they broadcast against each other.
-
-    Returns:
-        float64 (...): 0 where they are equal, 1 where no expert is in both.
+    Of counts or shares (..., E) that broadcast, float64 (...): 0 where they are equal, 1 where no expert is in both.
     """
     p, q = shares(first), shares(second)
     middle = (p + q) / 2

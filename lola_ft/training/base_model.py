@@ -51,14 +51,7 @@ class OpenBase:
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
-    """Find a base in a folder or on the Hub.
-
-    Args:
-        weights: Check them; without, those of a base on the Hub are not downloaded.
-
-    Raises:
-        CheckpointError: No such base, or one that cannot be used.
-    """
+    """Find a base in a folder or on the Hub; only with `weights` are these checked, and downloaded if need be."""
     folder = resolve_folder(name, revision) if weights else text_folder(name, revision)
     checkpoint = BaseCheckpoint.open(folder) if weights else None
     architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
@@ -68,8 +61,7 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     """Hold a recipe to what its base has: groups, routers, packing, positions; pin the base to its commit.
 
-    Raises:
-        UserError: The recipe asks for what the base lacks. What only a default asks for is changed, and said.
+    What is asked for and not there is refused. What only a default asks for is changed, and said.
     """
     losses = {f"router.{name}": "router" for name in ("aux_loss", "z_loss") if getattr(recipe.router, name)}
     base.architecture.require(adapter_settings(recipe).wanted() | losses)

@@ -71,12 +71,7 @@ def filling_line(rows: Dataset, data: RunData, recipe: Recipe) -> str:
 
 
 def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> float:
-    """Return the share of tokens in padded micro batches, as long as their longest sequence each.
-
-    Args:
-        lengths: Tokens of each sequence (N,), N at least 1; they are put into a random order.
-        seed: Of that order, which is one like training's and not the same.
-    """
+    """Return the share of tokens in padded micro batches of sequences of these lengths (N,), N > 0, in random order."""
     lengths = np.random.default_rng(seed).permutation(lengths)
     starts = np.arange(0, len(lengths), micro_batch_size)
     rows = np.diff(np.append(starts, len(lengths)))

@@ -63,11 +63,7 @@ def prepare_run(
 ) -> Prepared:
     """Check everything that the user gave, read the data and load the base with a fresh adapter.
 
-    Args:
-        earlier: The run that goes on; the recipe may differ from its own in `allow_changed` alone.
-
-    Raises:
-        UserError: For anything that cannot work.
+    The recipe may differ from that of an `earlier` run, which goes on, in `allow_changed` alone.
     """
     from transformers import set_seed  # here, for it imports PEFT, and plans and previews do without
 
@@ -99,9 +95,6 @@ def read_data(
 ) -> tuple[Recipe, PreTrainedTokenizerFast, RunData]:
     """Pin the recipe's data to commits, read it and turn it into tokens.
 
-    Args:
-        earlier: The run that goes on, as for `prepare_run`.
-
     Returns:
         The recipe with the commits, the base's tokenizer, and the data.
 
@@ -127,12 +120,7 @@ def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
 
 
 def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int = 1) -> int:
-    """Estimate the optimiser steps of a run; packing is taken to be perfect.
-
-    Args:
-        tokens, sequences: Of one epoch of the training data.
-        processes: Each does its own micro batches.
-    """
+    """Estimate a run's optimiser steps from an epoch's tokens and sequences; packing is taken to be perfect."""
     train = recipe.train
     if train.max_steps:
         return train.max_steps

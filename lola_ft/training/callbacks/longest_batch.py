@@ -42,9 +42,6 @@ def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
 
     Room is left for the optimiser's state, which does not exist before the first step. Gradients are dropped; random
     numbers, counts and metrics are as before.
-
-    Raises:
-        torch.OutOfMemoryError: It does not fit.
     """
     dataset, args = trainer.train_dataset, trainer.args
     places = longest_rows(dataset, args.per_device_train_batch_size, args.train_sampling_strategy == "sequential")
@@ -86,8 +83,7 @@ def _untouched_counts(trainer: "RunTrainer") -> Iterator[None]:
 def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list[int]:
     """Return the places of the longest micro batch's rows: the longest rows, longest first; all if there are fewer.
 
-    Args:
-        in_order: Micro batches are rows that follow one another, as KTO's are, so the longest of these is meant.
+    With `in_order`, micro batches are rows that follow one another, as KTO's are: the longest of these is meant.
     """
     lengths = _lengths(dataset)
     if not in_order:

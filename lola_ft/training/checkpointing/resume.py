@@ -69,11 +69,7 @@ def lock_run(output: Path, held: ExitStack) -> EarlierRun | None:
 def find_restart(
     earlier: EarlierRun, facts: dict[str, Any], allow_changed: Sequence[str], console: Console
 ) -> Checkpoint | None:
-    """Find the checkpoint to go on from, and rewind the metrics to it; None starts from the beginning.
-
-    Args:
-        facts: What must be as it was, beside the recipe.
-    """
+    """Find the checkpoint to go on from, whose facts must be these, and rewind the metrics; None: the beginning."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -45,11 +45,7 @@ def find_rows(
     max_length: int,
     overlong: str,
 ) -> list[str]:
-    """Find the places (`file:line`) of the first row that became each sequence, in the sequences' order, each once.
-
-    Args:
-        examples: The rows that training read; the other arguments are those of `encode`.
-    """
+    """Find the places (`file:line`) of the rows among the examples that became the sequences, in order, each once."""
     places: dict[Document, str] = {}
     wanted = set(documents)
 
