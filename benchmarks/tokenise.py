@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from lola_ft.environment import usable_cores
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 from lola_ft.recipe.schema import Data
 from lola_ft.training import dataset
 from lola_ft.training.packing import ready

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from lola_ft.errors import UserError
@@ -36,12 +37,12 @@ routing_app = typer.Typer(no_args_is_help=True, help="Show which experts each la
 app.add_typer(routing_app, name="routing")
 
 
-_RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-_Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to change.")]
+_RecipeFile = Annotated[str, Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+_Overrides = Annotated[list[str] | None, Argument(metavar="KEY=VALUE", help="Recipe keys to change.")]
 _Base = Annotated[
-    str | None, typer.Option(help="Base of the run or adapter, a folder or Hub id. Default: what it was trained on.")
+    str | None, Option(help="Base of the run or adapter, a folder or Hub id. Default: what it was trained on.")
 ]
-_Quantization = Annotated[str, typer.Option(help="nf4, none, or auto: as the run was trained, else none.")]
+_Quantization = Annotated[str, Option(help="nf4, none, or auto: as the run was trained, else none.")]
 
 
 @app.callback()
@@ -53,14 +54,11 @@ def about() -> None:
 def train(
     recipe: _RecipeFile,
     overrides: _Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and prepare everything, but do not train.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the output folder.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Check and prepare everything, but do not train.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume the run in the output folder.")] = False,
     allow_changed: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="Recipe key that may differ from the resumed run. Repeat for more.",
-        ),
+        Option(metavar="KEY", help="Recipe key that may differ from the resumed run. Repeat for more."),
     ] = None,
 ) -> None:
     """Fine-tune a base model as a recipe says."""
@@ -83,8 +81,8 @@ def train(
 def preview(
     recipe: _RecipeFile,
     overrides: _Overrides = None,
-    examples: Annotated[int, typer.Option(min=1, help="Examples shown per language.")] = 2,
-    languages: Annotated[int, typer.Option(min=1, help="Languages shown, those with most rows first.")] = 8,
+    examples: Annotated[int, Option(min=1, help="Examples shown per language.")] = 2,
+    languages: Annotated[int, Option(min=1, help="Languages shown, those with most rows first.")] = 8,
 ) -> None:
     """Show what a recipe's data becomes: examples with what is learned, lengths, and dropped rows."""
     from lola_ft.recipe import load_recipe
@@ -100,10 +98,10 @@ def plan(
     recipe: _RecipeFile,
     overrides: _Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 8GB. Default: this machine's GPU.")
+        str | None, Option(metavar="SIZE", help="Memory of the GPU, such as 8GB. Default: this machine's GPU.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the data; steps stay unknown.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    no_data: Annotated[bool, Option("--no-data", help="Do not read the data; steps stay unknown.")] = False,
 ) -> None:
     """Predict a run's memory, steps and files, and say what would make it fit; no weights are read."""
     from lola_ft.recipe import load_recipe
@@ -117,7 +115,7 @@ def plan(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, with which editors complete keys."""
-    from lola_ft.recipe.json_schema import schema_text
+    from lola_ft.recipe.bundled import schema_text
 
     print(schema_text(), end="")
 
@@ -132,7 +130,7 @@ def list_recipes() -> None:
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+def show_recipe(name: Annotated[str, Argument(help="The recipe's name.")]) -> None:
     """Print a recipe."""
     from lola_ft.recipe.bundled import find_recipe
 
@@ -141,8 +139,8 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(help="The recipe's name.")],
-    out: Annotated[str, typer.Option(help="Folder in which the folder recipes/ is created.")] = ".",
+    name: Annotated[str, Argument(help="The recipe's name.")],
+    out: Annotated[str, Option(help="Folder in which the folder recipes/ is created.")] = ".",
 ) -> None:
     """Copy a recipe and its sample data, as a starting point."""
     from lola_ft.recipe.bundled import copy_recipe as copy
@@ -153,22 +151,18 @@ def copy_recipe(
 
 @app.command()
 def merge(
-    run_or_adapter: Annotated[str, typer.Argument(help="A run folder or an adapter's folder.")],
+    run_or_adapter: Annotated[str, Argument(help="A run folder or an adapter's folder.")],
     base: _Base = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write. Default: RUN/merged for a run.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype to write: auto (the base's), float32, bfloat16 or float16.")
-    ] = "auto",
+    out: Annotated[str | None, Option(help="Folder to write. Default: RUN/merged for a run.")] = None,
+    dtype: Annotated[str, Option(help="Dtype to write: auto (the base's), float32, bfloat16 or float16.")] = "auto",
     rounding: Annotated[
-        str | None,
-        typer.Option(help="Merge into the original weights (base, the default) or NF4-rounded ones (nf4)."),
+        str | None, Option(help="Merge into the original weights (base, the default) or NF4-rounded ones (nf4).")
     ] = None,
     check: Annotated[
-        str,
-        typer.Option(help="Checks: full (weights, and logits if the models fit in memory), weights or none."),
+        str, Option(help="Checks: full (weights, and logits if the models fit in memory), weights or none.")
     ] = "full",
     allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Accept a base of another fingerprint.")
+        bool, Option("--allow-other-base", help="Accept a base of another fingerprint.")
     ] = False,
 ) -> None:
     """Merge an adapter into its base, write the Hub's layout, and check the result."""
@@ -179,22 +173,20 @@ def merge(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
-    prompt: Annotated[str | None, typer.Option(help="Prompt to answer, printed token by token.")] = None,
-    file: Annotated[str | None, typer.Option(help="File of prompts, one per line: .txt or .jsonl.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Hold a conversation at the terminal.")] = False,
+    model: Annotated[str, Argument(help="A base, a run, an adapter or a merged model.")],
+    prompt: Annotated[str | None, Option(help="Prompt to answer, printed token by token.")] = None,
+    file: Annotated[str | None, Option(help="File of prompts, one per line: .txt or .jsonl.")] = None,
+    chat: Annotated[bool, Option("--chat", help="Hold a conversation at the terminal.")] = False,
     base: _Base = None,
-    adapter: Annotated[str | None, typer.Option(help="Run or adapter to load onto the base.")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt template to use instead of the model's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample among the likeliest tokens of this total probability.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    adapter: Annotated[str | None, Option(help="Run or adapter to load onto the base.")] = None,
+    template: Annotated[str | None, Option(help="Prompt template to use instead of the model's own.")] = None,
+    max_new_tokens: Annotated[int, Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float | None, Option(help="Sample among the likeliest tokens of this total probability.")] = None,
+    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
     quantization: _Quantization = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are answered together.")] = 32,
-    out: Annotated[str | None, typer.Option(help="A .jsonl file to write, one object per prompt.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Prompts of a file that are answered together.")] = 32,
+    out: Annotated[str | None, Option(help="A .jsonl file to write, one object per prompt.")] = None,
 ) -> None:
     """Generate answers to a prompt, to a file of prompts, or in a conversation."""
     from lola_ft.generation import Sampling
@@ -207,66 +199,51 @@ def generate(
 @app.command()
 def evaluate(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Bases, runs, adapters or merged models.")],
-    data: Annotated[
-        list[str] | None, typer.Option(help="Held-out rows: a file, folder or glob. Repeat for more.")
-    ] = None,
-    task: Annotated[str, typer.Option(help="loss (nats per token, bits per byte), generate or choice.")] = "loss",
+    models: Annotated[list[str], Argument(metavar="MODEL", help="Bases, runs, adapters or merged models.")],
+    data: Annotated[list[str] | None, Option(help="Held-out rows: a file, folder or glob. Repeat for more.")] = None,
+    task: Annotated[str, Option(help="loss (nats per token, bits per byte), generate or choice.")] = "loss",
     format: Annotated[
-        str | None, typer.Option(help="Format of the rows, as in a recipe, or choices. For .txt: text.")
+        str | None, Option(help="Format of the rows, as in a recipe, or choices. For .txt: text.")
     ] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(help="Language of all files, or repeated, one per file.")
-    ] = None,
-    language_column: Annotated[str | None, typer.Option(help="Field that holds each row's language.")] = None,
+    language: Annotated[list[str] | None, Option(help="Language of all files, or repeated, one per file.")] = None,
+    language_column: Annotated[str | None, Option(help="Field that holds each row's language.")] = None,
     field: Annotated[
-        list[str] | None, typer.Option(metavar="STANDARD=NAME", help="Name of a format's field in the files.")
+        list[str] | None, Option(metavar="STANDARD=NAME", help="Name of a format's field in the files.")
     ] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="LABEL=WORD", help="Word for a label.")] = None,
-    instruction: Annotated[str | None, typer.Option(help="Request put to the model, as in a recipe.")] = None,
-    source_language: Annotated[str | None, typer.Option(help="Source language of format translation.")] = None,
-    target_language: Annotated[str | None, typer.Option(help="Target language of format translation.")] = None,
-    unit: Annotated[str | None, typer.Option(help="What one row of a .txt file is: paragraph, line or file.")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows per language, the first ones.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer of task generate. Default: 128.")
-    ] = None,
+    label: Annotated[list[str] | None, Option(metavar="LABEL=WORD", help="Word for a label.")] = None,
+    instruction: Annotated[str | None, Option(help="Request put to the model, as in a recipe.")] = None,
+    source_language: Annotated[str | None, Option(help="Source language of format translation.")] = None,
+    target_language: Annotated[str | None, Option(help="Target language of format translation.")] = None,
+    unit: Annotated[str | None, Option(help="What one row of a .txt file is: paragraph, line or file.")] = None,
+    max_rows: Annotated[int | None, Option(min=1, help="Rows per language, the first ones.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Rows per batch.")] = 8,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Longest answer of task generate. Default: 128.")] = None,
     stride: Annotated[
-        int | None,
-        typer.Option(help="Stride of windows over long texts. Default: half the positions."),
+        int | None, Option(help="Stride of windows over long texts. Default: half the positions.")
     ] = None,
-    resamples: Annotated[int, typer.Option(min=1, help="Resamples of the bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    resamples: Annotated[int, Option(min=1, help="Resamples of the bootstrap.")] = 1000,
+    seed: Annotated[int, Option(min=0, help="Seed of the bootstrap.")] = 0,
     base: _Base = None,
     quantization: _Quantization = "auto",
-    template: Annotated[str | None, typer.Option(help="Prompt template to use instead of the models' own.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write: results as JSON, a plot, and every row.")] = None,
+    template: Annotated[str | None, Option(help="Prompt template to use instead of the models' own.")] = None,
+    out: Annotated[str | None, Option(help="Folder to write: results as JSON, a plot, and every row.")] = None,
     transfer: Annotated[
-        bool,
-        typer.Option(
-            "--transfer",
-            help="Compare runs with the base given first, per language trained on.",
-        ),
+        bool, Option("--transfer", help="Compare runs with the base given first, per language trained on.")
     ] = False,
-    suite: Annotated[str | None, typer.Option(help="Run a suite of benchmarks instead of --data: lola-paper.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Benchmarks or tasks of the suite, separated by commas.")] = None,
-    languages: Annotated[str | None, typer.Option(help="Languages of the suite, separated by commas.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task of the suite.")] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Examples before each question of the suite (few-shot).")] = 0,
-    include_path: Annotated[
-        str | None, typer.Option(help="Folder with your own tasks as YAML files of the harness.")
-    ] = None,
+    suite: Annotated[str | None, Option(help="Run a suite of benchmarks instead of --data: lola-paper.")] = None,
+    tasks: Annotated[str | None, Option(help="Benchmarks or tasks of the suite, separated by commas.")] = None,
+    languages: Annotated[str | None, Option(help="Languages of the suite, separated by commas.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Documents per task of the suite.")] = None,
+    shots: Annotated[int, Option(min=0, help="Examples before each question of the suite (few-shot).")] = 0,
+    include_path: Annotated[str | None, Option(help="Folder with your own tasks as YAML files of the harness.")] = None,
 ) -> None:
     """Compare models per language, with bootstrap intervals."""
     _refuse_other_kind(context, of_suite=suite is not None)
     if suite is not None:
         from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
 
-        options_of_suite = SuiteOptions(
-            suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size
-        )
-        evaluate_suite(models, options_of_suite, out, base, quantization)
+        of_suite = SuiteOptions(suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size)
+        evaluate_suite(models, of_suite, out, base, quantization)
         return
     from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
     from lola_ft.evaluation.held_out_rows import RowOptions
@@ -290,10 +267,10 @@ def evaluate(
 
 @app.command()
 def convert(
-    adapter: Annotated[str, typer.Argument(help="The adapter's folder, in either layout.")],
-    base: Annotated[str, typer.Option(help="The base's folder or Hub id.")],
-    layout: Annotated[str, typer.Option(help="Layout to write: peft or per_expert (the LOLA authors' own).")],
-    out: Annotated[str, typer.Option(help="Folder to write.")],
+    adapter: Annotated[str, Argument(help="The adapter's folder, in either layout.")],
+    base: Annotated[str, Option(help="The base's folder or Hub id.")],
+    layout: Annotated[str, Option(help="Layout to write: peft or per_expert (the LOLA authors' own).")],
+    out: Annotated[str, Option(help="Folder to write.")],
 ) -> None:
     """Rewrite an adapter in the other layout without changing its numbers."""
     from lola_ft.adapters.convert import convert_adapter
@@ -304,16 +281,16 @@ def convert(
 
 @app.command()
 def publish(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER|MERGED", help="Folder to publish.")],
-    repo: Annotated[str, typer.Option(help="Repository on the Hub, owner/name; created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
-    layout: Annotated[str | None, typer.Option(help="Layout to publish an adapter in: peft or per_expert.")] = None,
+    source: Annotated[str, Argument(metavar="RUN|ADAPTER|MERGED", help="Folder to publish.")],
+    repo: Annotated[str, Option(help="Repository on the Hub, owner/name; created if it does not exist.")],
+    private: Annotated[bool, Option("--private", help="Create the repository as private.")] = False,
+    layout: Annotated[str | None, Option(help="Layout to publish an adapter in: peft or per_expert.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Base for the check, a folder or Hub id. Default: what it was trained on.")
+        str | None, Option(help="Base for the check, a folder or Hub id. Default: what it was trained on.")
     ] = None,
-    base_id: Annotated[str | None, typer.Option(help="Id of the base on the Hub, if it is a local folder.")] = None,
-    skip_check: Annotated[bool, typer.Option("--skip-check", help="Upload without reloading and comparing.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, and stop.")] = False,
+    base_id: Annotated[str | None, Option(help="Id of the base on the Hub, if it is a local folder.")] = None,
+    skip_check: Annotated[bool, Option("--skip-check", help="Upload without reloading and comparing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be uploaded, and stop.")] = False,
 ) -> None:
     """Publish an adapter or merged model on the Hugging Face Hub, with a model card, or update it there."""
     from lola_ft.hub.publish import publish as send
@@ -323,11 +300,9 @@ def publish(
 
 @app.command()
 def quantize(
-    base: Annotated[str, typer.Argument(help="The base's folder or Hub id.")],
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of unquantised weights: bfloat16, float16 or float32.")
-    ] = "bfloat16",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    base: Annotated[str, Argument(help="The base's folder or Hub id.")],
+    dtype: Annotated[str, Option(help="Dtype of unquantised weights: bfloat16, float16 or float32.")] = "bfloat16",
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
     """Quantise a base once, so that later runs load it many times faster."""
     from lola_ft.quantization import quantize_base
@@ -336,7 +311,7 @@ def quantize(
 
 
 @routing_app.command("texts")
-def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) -> None:
+def routing_texts(out: Annotated[str, Option(help="Folder to write.")]) -> None:
     """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
     from lola_ft.files import check_folder_target
     from lola_ft.nano.corpus import write_texts
@@ -348,26 +323,21 @@ def routing_texts(out: Annotated[str, typer.Option(help="Folder to write.")]) ->
 
 @routing_app.command("profile")
 def routing_profile(
-    model: Annotated[str, typer.Argument(help="A base, a run, an adapter or a merged model.")],
-    data: Annotated[list[str], typer.Option(help="Texts: a file, folder or glob. Repeat for more.")],
-    out: Annotated[str, typer.Option(help="Profile to write, a safetensors file.")],
+    model: Annotated[str, Argument(help="A base, a run, an adapter or a merged model.")],
+    data: Annotated[list[str], Option(help="Texts: a file, folder or glob. Repeat for more.")],
+    out: Annotated[str, Option(help="Profile to write, a safetensors file.")],
     base: _Base = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the Hub.")] = None,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of the base on the Hub.")] = None,
     quantization: _Quantization = "auto",
-    format: Annotated[str, typer.Option(help="Format of the files, as in a recipe.")] = "text",
+    format: Annotated[str, Option(help="Format of the files, as in a recipe.")] = "text",
     language_column: Annotated[
-        str | None,
-        typer.Option(help="Field that holds the language. Default: the file's name, as sw.txt."),
+        str | None, Option(help="Field that holds the language. Default: the file's name, as sw.txt.")
     ] = None,
-    unit: Annotated[str | None, typer.Option(help="What one text of a .txt file is: paragraph, line or file.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Prompt template. Default: the model's own, else alpaca.")
-    ] = None,
-    max_tokens_per_language: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per language, the first ones.")
-    ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest sequence. Default: the model's positions.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Tokens per language whose own expert choices are kept.")] = 1000,
+    unit: Annotated[str | None, Option(help="What one text of a .txt file is: paragraph, line or file.")] = None,
+    template: Annotated[str | None, Option(help="Prompt template. Default: the model's own, else alpaca.")] = None,
+    max_tokens_per_language: Annotated[int | None, Option(min=1, help="Tokens per language, the first ones.")] = None,
+    max_length: Annotated[int | None, Option(help="Longest sequence. Default: the model's positions.")] = None,
+    sample: Annotated[int, Option(min=0, help="Tokens per language whose own expert choices are kept.")] = 1000,
 ) -> None:
     """Count which experts the tokens of each language are routed to, in every MoE layer."""
     from lola_ft.files import check_file_target
@@ -387,13 +357,11 @@ def routing_profile(
 
 @routing_app.command("report")
 def routing_report(
-    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
-    second: Annotated[str | None, typer.Argument(help="A second profile, to show what changed.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write. Default: PROFILE-report.")] = None,
-    permutations: Annotated[
-        int, typer.Option(min=1, help="Permutations per test of whether routing follows descent.")
-    ] = 999,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the permutations.")] = 0,
+    profile: Annotated[str, Argument(help="A profile that `routing profile` wrote.")],
+    second: Annotated[str | None, Argument(help="A second profile, to show what changed.")] = None,
+    out: Annotated[str | None, Option(help="Folder to write. Default: PROFILE-report.")] = None,
+    permutations: Annotated[int, Option(min=1, help="Permutations per test of whether routing follows descent.")] = 999,
+    seed: Annotated[int, Option(min=0, help="Seed of the permutations.")] = 0,
 ) -> None:
     """Write a page with tables and figures, the figures as files, and all numbers as JSON."""
     from lola_ft.routing.profile import read_profile
@@ -408,16 +376,14 @@ def routing_report(
 
 @routing_app.command("select")
 def routing_select(
-    profile: Annotated[str, typer.Argument(help="A profile that `routing profile` wrote.")],
-    languages: Annotated[str, typer.Option(help="Language codes separated by commas, such as sw,rw.")],
-    out: Annotated[str, typer.Option(help="JSON file to write, for adapter.experts.select in a recipe.")],
-    coverage: Annotated[
-        float, typer.Option(help="Share of the languages' tokens that the experts must receive.")
-    ] = 0.8,
-    by: Annotated[str, typer.Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter whose size is predicted.")] = 8,
-    random: Annotated[bool, typer.Option("--random", help="Choose as many experts at random, as a control.")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random choice. Default: 0.")] = None,
+    profile: Annotated[str, Argument(help="A profile that `routing profile` wrote.")],
+    languages: Annotated[str, Option(help="Language codes separated by commas, such as sw,rw.")],
+    out: Annotated[str, Option(help="JSON file to write, for adapter.experts.select in a recipe.")],
+    coverage: Annotated[float, Option(help="Share of the languages' tokens that the experts must receive.")] = 0.8,
+    by: Annotated[str, Option(help="tokens, or gate: tokens weighted with the router's probability.")] = "tokens",
+    rank: Annotated[int, Option(min=1, help="Rank of the adapter whose size is predicted.")] = 8,
+    random: Annotated[bool, Option("--random", help="Choose as many experts at random, as a control.")] = False,
+    seed: Annotated[int | None, Option(help="Seed of the random choice. Default: 0.")] = None,
 ) -> None:
     """Choose the fewest experts per layer that receive most tokens of some languages."""
     from lola_ft.routing.profile import read_profile
@@ -425,17 +391,14 @@ def routing_select(
 
     if seed is not None and not random:
         raise UserError("--seed is for --random; the choice by coverage has nothing random.")
-    codes = [code.strip() for code in languages.split(",") if code.strip()]
     draw = (seed or 0) if random else None
-    choice = select_experts(read_profile(profile), codes, coverage, by, draw, rank)
+    choice = select_experts(read_profile(profile), _listed(languages), coverage, by, draw, rank)
     save_choice(choice, out)
     print(f"{describe_choice(choice)}\nThe selection is in {out}.")
 
 
 @app.command()
-def nano(
-    out: Annotated[str, typer.Option(help="Folder to write; reused if it is up to date.")] = ".cache/nano",
-) -> None:
+def nano(out: Annotated[str, Option(help="Folder to write; reused if it is up to date.")] = ".cache/nano") -> None:
     """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on CLDR names in 144 languages."""
     from lola_ft.nano import build_nano
 
@@ -443,7 +406,7 @@ def nano(
 
 
 @app.command()
-def families(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def families(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """List the base families that are supported: what can be trained of each, and its limits."""
     from lola_ft.families.listing import families_as_json, families_as_text
 
@@ -452,8 +415,8 @@ def families(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
 
 @app.command()
 def doctor(
-    online: Annotated[bool, typer.Option("--online", help="Check the connection to the Hub too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    online: Annotated[bool, Option("--online", help="Check the connection to the Hub too.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions and hardware and test what fine-tuning needs; exit code 1 if it would not work here."""
     from lola_ft.doctor import doctor as look
@@ -463,9 +426,7 @@ def doctor(
 
 
 @app.command()
-def demo(
-    recipe: Annotated[str, typer.Argument(help="Recipe of the demo.")] = "recipes/demo.yaml",
-) -> None:
+def demo(recipe: Annotated[str, Argument(help="Recipe of the demo.")] = "recipes/demo.yaml") -> None:
     """Build the nano base, fine-tune it in 4 bit, merge, and compare: the whole job without a download."""
     from lola_ft.demo import run_demo
 

@@ -38,11 +38,7 @@ _LANGUAGES_SHOWN = 5
 
 
 def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
-    """Run every stage and print what came out.
-
-    Raises:
-        UserError: If the recipe is not there, or its output folder holds something else than a demo's run.
-    """
+    """Run every stage and print what came out; an output folder that holds anything but a demo's run is refused."""
     if not Path(recipe_path).is_file() or not Path("finetune.py").is_file():
         raise UserError(f"{recipe_path}: not here. Run the demo in a checkout of lola_ft, or give the recipe's path.")
     recipe = load_recipe(recipe_path)
@@ -60,11 +56,9 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
         results, sizes = _evaluate(base, run, rows)
     console.print(_accuracy_table(results, rows))
     answer, share = best_constant_answer(rows)
-    console.print(
-        f"The best constant answer would be '{answer}', right in {share:.1%}. Answers that ended by themselves: "
-        + ", ".join(f"{name} {result.stopped_share:.1%}" for name, result in results.items())
-        + "."
-    )
+    ended = ", ".join(f"{name} {result.stopped_share:.1%}" for name, result in results.items())
+    constant = f"The best constant answer would be '{answer}', right in {share:.1%}."
+    console.print(f"{constant} Answers that ended by themselves: {ended}.")
     console.print(_size_and_time(sizes, seconds))
     adapter, merged = run / ADAPTER_FOLDER, run / MERGED_FOLDER
     console.print(f"Base {base}, adapter {adapter}, merged model {merged}, plot {run / LOSS_PLOT}.")

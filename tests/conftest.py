@@ -61,7 +61,7 @@ def make_base(folder: Path, seed: int = 0, **changes: Any) -> Path:
     import torch
 
     from lola_ft.model import LolaForCausalLM
-    from lola_ft.nano.tokenizer import train_tokenizer
+    from lola_ft.nano.build import train_tokenizer
     from tests.tiny import tiny_config
 
     torch.manual_seed(seed)

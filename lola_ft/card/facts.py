@@ -42,6 +42,16 @@ class CardFacts:
         return self.manifest.get("recipe") or {}
 
     @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The recipe's sources of training rows."""
+        return self.recipe.get("data", {}).get("sources", [])
+
+    @property
+    def datasets(self) -> list[str]:
+        """Ids of the Hub's datasets among the sources."""
+        return sorted({source["hub"] for source in self.sources if source.get("hub")})
+
+    @property
     def languages(self) -> dict[str, dict[str, Any]]:
         """Counts of the training rows by language code."""
         return self.manifest.get("data", {}).get("train", {}).get("languages", {})

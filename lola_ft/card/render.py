@@ -6,7 +6,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lola_ft.card.facts import CardFacts
-from lola_ft.card.merge_rows import merge_rows
 from lola_ft.card.snippet import snippets
 from lola_ft.file_names import RECIPE_FILE
 from lola_ft.repo_id import is_repo_id
@@ -39,8 +38,6 @@ def render_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> ModelCardData:
     adapter = facts.kind == "adapter"
     codes = sorted({code.lower().replace("_", "-").partition("-")[0] for code in facts.languages} - {"und"})
-    sources = facts.recipe.get("data", {}).get("sources", [])
-    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
     has_base = facts.published or is_repo_id(facts.base)
     return ModelCardData(
         base_model=facts.base if has_base else None,
@@ -48,22 +45,18 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="peft" if adapter else "transformers",
         license=facts.family.licence if facts.family else None,
         language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
-        datasets=datasets or None,
+        datasets=facts.datasets or None,
         pipeline_tag="text-generation",
         tags=[*sorted(["lola_ft", *(facts.family.tags if facts.family else ())]), *(["lora"] if adapter else [])],
     )
 
 
 def _introduction(facts: CardFacts) -> str:
-    what = f"A LoRA adapter for {_link(facts)}" if facts.kind == "adapter" else f"{_link(facts)}, fine-tuned with LoRA"
-    merged = " and merged into the weights" if facts.kind == "merged" else ""
-    trained = ", trained with lola_ft" if facts.kind == "adapter" else ", made with lola_ft"
-    recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe and facts.kind == "adapter" else ""
-    return f"{what}{merged}{trained}{recipe}."
-
-
-def _link(facts: CardFacts) -> str:
-    return f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+    if facts.kind == "merged":
+        return f"{base}, fine-tuned with LoRA and merged into the weights, made with lola_ft."
+    recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe else ""
+    return f"A LoRA adapter for {base}, trained with lola_ft{recipe}."
 
 
 def _summary(facts: CardFacts) -> list[list[str]]:
@@ -100,10 +93,8 @@ def _data(facts: CardFacts) -> str:
     if not facts.languages:
         return ""
     rows = [[code, f"{c['kept']:,}", f"{c['trained_tokens']:,}"] for code, c in facts.languages.items()]
-    sources = facts.recipe.get("data", {}).get("sources", [])
-    datasets = sorted({source["hub"] for source in sources if source.get("hub")})
-    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
-    local = sum(1 for source in sources if source.get("path"))
+    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
+    local = sum(1 for source in facts.sources if source.get("path"))
     own = [f"{local} local file{'s' if local > 1 else ''}"] if local else []
     said = f"From {' and '.join([*([links] if links else []), *own])}.\n\n" if links or own else ""
     return f"## Data\n\n{said}{_table(['language', 'rows', 'trained tokens'], rows, numbers=True)}"
@@ -165,3 +156,49 @@ def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def merge_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Rows of the card's table; what the report does not hold is left out."""
+    rows = [
+        ["merged", f"{report.get('applied')} of {report.get('adapter_tensors')} adapter tensors{_replaced(report)}"]
+    ]
+    if layout := report.get("adapter_layout"):
+        rows.append(["adapter's layout", f"`{layout}`"])
+    rows.append(["merged into", _added_to(report)])
+    if "changed" in report:
+        rounded = f", {report['rounded']} more as NF4 rounding leaves them" if report.get("rounded") else ""
+        counts = f"{report['changed']} changed{rounded}, {report['copied']} as in the base"
+        rows.append(["weights", f"{counts}, dtype {report['dtype']}"])
+    return rows + _checks(report)
+
+
+def _replaced(report: dict[str, Any]) -> str:
+    replaced, biases = report.get("replaced", 0), report.get("biases", 0)
+    of_biases = f" ({biases} biases)" if biases else ""
+    return f"; {replaced} of them are weights trained as they are{of_biases}" if replaced else ""
+
+
+def _added_to(report: dict[str, Any]) -> str:
+    if report.get("base_kind") == "nf4":
+        return "the dequantised 4-bit weights; the original ones were not used"
+    return "the weights as NF4 rounding leaves them" if report.get("rounding") == "nf4" else "the original weights"
+
+
+def _checks(report: dict[str, Any]) -> list[list[str]]:
+    """What was checked; where it is proved in full is the report itself."""
+    rows = []
+    if found := report.get("weights"):
+        what = (
+            f"{found['untouched']} tensors equal to the base's, {found['applied_once']} of {report['adapter_tensors']} "
+            f"adapter tensors found exactly once, {len(found['sample'])} weights recomputed in whole "
+            "(`merge_report.json`)"
+        )
+        rows.append(["checked in the files", what])
+    if same := report.get("verification"):
+        what = (
+            f"differ by at most {same['max_logit_difference']:.2g} (largest {same['largest_logit']:.3g}), same next "
+            f"token at {same['top1_agreement']:.1%} of {same['tokens']} positions"
+        )
+        rows.append(["logits against base plus adapter", what])
+    return rows

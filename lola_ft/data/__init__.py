@@ -1,7 +1,7 @@
 """Data: from files in many languages to the token ids a model learns from, with nothing lost in silence."""
 
 from lola_ft.data.bad_rows import BadRows
-from lola_ft.data.duplicates import LeakCheck, without_duplicates
+from lola_ft.data.duplicates import LeakCheck, hold_out, is_validation, without_duplicates
 from lola_ft.data.encoding import Encoded, encode, encode_texts
 from lola_ft.data.encoding_judged import encode_judged
 from lola_ft.data.encoding_report import Counts, EncodingReport
@@ -10,10 +10,8 @@ from lola_ft.data.formats import read_examples, to_example
 from lola_ft.data.hub_rows import commit_of
 from lola_ft.data.mixing import Mixed, MixSettings, mix
 from lola_ft.data.prompt_template import Template
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.data.source_rows import files_of, read_rows
-from lola_ft.data.split import hold_out, is_validation
 
 __all__ = [
     "BadRows",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Source
 
 LISTED = 100
 _PLACE = re.compile(r"(.+?)(?=:\d+: |:\[\d+\]: )")
@@ -37,12 +37,8 @@ class BadRows:
 
     def stored(self) -> dict[str, Any]:
         """Everything, in plain values, for `restored`."""
-        return {
-            "counts": dict(self.counts),
-            "messages": self.messages,
-            "first": self._first,
-            "portable": self._portable,
-        }
+        counts = {"counts": dict(self.counts), "messages": self.messages}
+        return counts | {"first": self._first, "portable": self._portable}
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> "BadRows":

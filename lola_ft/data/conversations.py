@@ -6,8 +6,7 @@ from typing import Any
 
 from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 Message = dict[str, str]
@@ -18,32 +17,20 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def read_conversation(row: Row, source: Source) -> list[Exchange]:
-    """A conversation cut into exchanges: what was said since the last answer, and the answer.
-
-    Raises:
-        DataError: Naming the message to blame.
-    """
+    """Cut a conversation into exchanges: what was said since the last answer, and the answer."""
     name = field_name(source, "messages")
     return conversation(messages_of(raw_field(row, source, "messages"), name, row.where), name, row.where)
 
 
 def messages_of(given: Any, name: str, where: str) -> list[Message]:
-    """A field's messages with one spelling of roles and keys.
-
-    Raises:
-        DataError: It is not a list of messages.
-    """
+    """Return a field's messages with one spelling of roles and keys; raises DataError if it is no list of messages."""
     if not isinstance(given, list) or not given:
         raise DataError(f"{where}: field '{name}' must be a list of messages, each with role and content.")
     return [_message(item, f"{name}[{index}]", where) for index, item in enumerate(given)]
 
 
 def conversation(messages: list[Message], name: str, where: str) -> list[Exchange]:
-    """Messages cut into exchanges.
-
-    Raises:
-        DataError: They are not in turn, or no answer is last.
-    """
+    """Cut messages into exchanges; raises DataError if they are not in turn, or no answer is last."""
     _check_order(messages, name, where)
     exchanges, said = list[Exchange](), list[Message]()
     for message in messages:

@@ -1,4 +1,4 @@
-"""Rows that say the same: within the training rows, and between training and validation."""
+"""Rows held out by a hash of their content, and rows that say the same, in training or in training and validation."""
 
 import hashlib
 from collections import Counter
@@ -10,11 +10,7 @@ from lola_ft.errors import DataError
 
 
 def without_duplicates(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
-    """The examples but those whose prompt and answer came before, character by character.
-
-    Args:
-        dropped: Counts, by language, what is left out.
-    """
+    """Yield the examples whose prompt and answer did not come before, character by character; count the others."""
     seen: set[bytes] = set()
     for example in examples:
         digest = _digest(example.identity)
@@ -51,11 +47,7 @@ class LeakCheck:
         self._prompts = {_digest(row.request) for row in self.validation if row.prompt is not None}
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """The training rows that stay.
-
-        Raises:
-            DataError: At the end, naming the first leaked row, if `action` is `error` and there was one.
-        """
+        """Yield the training rows that stay; if `action` is `error`, a DataError names the first leak at the end."""
         first = ""
         for example in examples:
             same = self._places.get(_digest(example.identity))
@@ -81,3 +73,35 @@ class LeakCheck:
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def is_validation(example: Example, share: float, seed: int) -> bool:
+    """Tell whether a row is held out.
+
+    A hash of the row's own text decides, so that adding a source or another order moves no row, and rows that say
+    the same fall on the same side; so do the two directions of a translation, of which each holds the other's answer.
+
+    Args:
+        share: Part held out, from 0 to 1.
+        seed: Another seed holds out other rows.
+    """
+    digest = hashlib.sha256(f"{seed}\n{example.split_key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def hold_out(examples: Iterable[Example], share: float, seed: int, validation: list[Example]) -> Iterator[Example]:
+    """Yield the training rows, and put the others into `validation`, in their order; no side may end up empty."""
+    training = 0
+    for example in examples:
+        if is_validation(example, share, seed):
+            validation.append(example)
+        else:
+            training += 1
+            yield example
+    rows = training + len(validation)
+    if share > 0 and rows and not (training and validation):
+        side = "validation" if training else "training"
+        raise DataError(
+            f"data.validation {share:g} of {rows} rows leaves no {side} row. "
+            "Change the share, or give validation sources of its own."
+        )

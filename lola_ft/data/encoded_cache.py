@@ -61,11 +61,7 @@ def table_file(folder: Path, side: str) -> Path:
 
 
 def find_entry(key: str) -> StoredRows | None:
-    """The rows of an entry, mapped; None if there is none.
-
-    Raises:
-        Damaged: Naming the file and what is wrong with it; the entry is gone then.
-    """
+    """Map the rows of an entry, None if there is none; raises Damaged, and removes it, if it is not as written."""
     import pyarrow
 
     folder = _root() / key

@@ -91,22 +91,23 @@ def encode(
             sink.write(batch.table)
             if progress:
                 progress(batch.report.total.rows)
+    refuse_nothing_left(report, min(shortest, default=0), max_length)
+    return encoded_of(sink.table, report)
+
+
+def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int) -> None:
+    """Refuse data of which no row is left; `shortest` is the tokens of the shortest one."""
     if not report.languages:
         raise DataError("there are no rows to encode.")
     if not report.total.kept:
         raise DataError(
-            f"none of the {report.total.rows} rows is left: the shortest has {min(shortest)} tokens, data.max_length "
-            f"is {max_length}. Raise data.max_length, or set data.overlong to truncate."
+            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
+            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
         )
-    return encoded_of(sink.table, report)
 
 
 def eos_of(tokenizer: Any) -> int:
-    """Return the id of the token that ends an answer.
-
-    Raises:
-        DataError: The tokenizer has none.
-    """
+    """Return the id of the token that ends an answer; raises DataError if the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
     return tokenizer.eos_token_id
@@ -130,11 +131,7 @@ class Encoder:
     overlong: str
 
     def __call__(self, batch: list[Example]) -> EncodedBatch:
-        """Encode a batch of at least one example.
-
-        Raises:
-            DataError: As `encode`.
-        """
+        """Encode a batch of at least one example; raises DataError as `encode` does."""
         fit, report = _POLICIES[self.overlong], EncodingReport()
         sequences, languages, lengths = list[Sequence](), list[str](), list[int]()
         for row in tokenize(batch, self.tokenizer, self.template, self.tokenizer.eos_token_id):
@@ -156,12 +153,8 @@ def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
     """Token ids of texts as they are: no special token is added, and none is read out of a text (`<s>` in a text
     is four ordinary characters). Prompts at inference are encoded by this too."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )
-    return encoded["input_ids"]
+    as_they_are = {"add_special_tokens": False, "split_special_tokens": True}
+    return tokenizer(texts, **as_they_are, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
 
 
 @dataclass(frozen=True, slots=True)

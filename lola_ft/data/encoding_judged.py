@@ -17,13 +17,13 @@ from lola_ft.data.encoding import (
     dataset_of,
     encode_texts,
     eos_of,
+    refuse_nothing_left,
     tokenize,
     too_long,
 )
 from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
 from lola_ft.data.prompt_template import Template
-from lola_ft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,13 +68,7 @@ def encode_judged(
             languages.append(sys.intern(row.example.language))
             for name, value in _columns(row.example, *fitted).items():
                 columns.setdefault(name, []).append(value)
-    if not report.languages:
-        raise DataError("there are no rows to encode.")
-    if not languages:
-        raise DataError(
-            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
-            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
-        )
+    refuse_nothing_left(report, shortest, max_length)
     return Encoded(dataset_of(_table(columns)), languages, report)
 
 

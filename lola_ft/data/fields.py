@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 from lola_ft.row_formats import FORMAT_FIELDS
 
@@ -12,11 +11,7 @@ _ABSENT = object()
 
 
 def text_field(row: Row, source: Source, standard: str, optional: bool = False) -> str:
-    """The text of a standard field; "" for an optional one that is null or blank, or missing and not mapped.
-
-    Raises:
-        DataError: It is missing, empty, or not text.
-    """
+    """Return the text of a standard field; "" for an optional one that is null or blank, or missing and not mapped."""
     value = raw_field(row, source, standard, optional)
     if optional and (value is None or (isinstance(value, str) and not value.strip())):
         return ""
@@ -39,14 +34,7 @@ def field_name(source: Source, standard: str) -> str:
 
 
 def checked_text(value: Any, what: str, where: str) -> str:
-    """Text that can be learned.
-
-    Args:
-        what: What messages call it, such as `field 'output'`.
-
-    Raises:
-        DataError: It is empty or not text.
-    """
+    """Return text that can be learned; a DataError calls what is empty or no text `what`, such as `field 'output'`."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} must be text; found {type(value).__name__}.")
     if not value.strip():
@@ -57,11 +45,7 @@ def checked_text(value: Any, what: str, where: str) -> str:
 
 
 def language_of(row: Row, column: str) -> str:
-    """A row's language code.
-
-    Raises:
-        DataError: It is missing, empty, or not text.
-    """
+    """Return a row's language code; raises DataError if it is missing, empty, or not text."""
     code = _value_at(row.fields, column)
     if code is _ABSENT:
         raise DataError(f"{row.where}: language_column '{column}' is missing (found: {found_fields(row)}).")

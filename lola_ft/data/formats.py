@@ -9,8 +9,7 @@ from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import language_of, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
-from lola_ft.data.rows import BadRow, Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import BadRow, Row, Source
 from lola_ft.data.source_rows import scan_rows
 from lola_ft.data.task_formats import (
     alphabetical,
@@ -55,11 +54,7 @@ def read_examples(
 
 
 def to_example(row: Row, source: Source) -> Example:
-    """Read a row by its source's format.
-
-    Raises:
-        DataError: A field is missing, empty, or not what the format needs.
-    """
+    """Read a row by its source's format; raises DataError if a field is missing, empty, or not what it needs."""
     *earlier, (prompt, completion) = FORMATS[source.format].read(row, source)
     example = Example(prompt, completion, row_language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
     if source.format == "preference":
@@ -102,10 +97,6 @@ def _prompt_completion(row: Row, source: Source) -> list[Exchange]:
     return [(prompt_fields(text_field(row, source, "prompt")), text_field(row, source, "completion"))]
 
 
-def _whole_text(row: Row, source: Source) -> list[tuple[None, str]]:
-    return [(None, text_field(row, source, "text"))]
-
-
 Reader = Callable[[Row, Source], list[Exchange] | list[tuple[None, str]]]
 
 
@@ -120,7 +111,7 @@ class Format:
 _READERS: dict[str, Reader] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
-    "text": _whole_text,
+    "text": lambda row, source: [(None, text_field(row, source, "text"))],
     "messages": read_conversation,
     "classification": lambda row, source: [read_classification(row, source)],
     "translation": lambda row, source: [read_translation(row, source)],

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data.rows import Row, Rows
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Rows, Source
 from lola_ft.errors import DataError, first_line
 from lola_ft.repo_id import is_commit
 
@@ -25,11 +24,7 @@ def commit_of(hub: str, revision: str | None) -> str | None:
 
 
 def hub_rows(source: Source) -> Rows:
-    """The rows of a split. Without streaming it is downloaded first; with it, rows come as they are needed.
-
-    Raises:
-        DataError: The dataset cannot be loaded.
-    """
+    """Load the rows of a split: after a download or, with streaming, as they are needed."""
     import datasets
 
     assert source.hub is not None, "a source of the Hub has an id"

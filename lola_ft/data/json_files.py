@@ -57,11 +57,7 @@ class _Parser:
         self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=make)
 
     def parse(self, text: str, where: str) -> Any:
-        """Parse one text.
-
-        Raises:
-            DataError: It is no JSON.
-        """
+        """Parse one text; raises DataError if it is no JSON."""
         self._repeats.clear()
         try:
             return self._decoder.decode(text)
@@ -73,11 +69,7 @@ class _Parser:
             raise DataError(f"{where}: broken JSON: {error}.") from None
 
     def row(self, value: Any, where: str) -> dict[str, Any]:
-        """A value out of what was parsed last, as a row.
-
-        Raises:
-            DataError: It is no object, or a key comes twice in it or in an object inside it.
-        """
+        """Return a value out of what was parsed last as a row: an object in which no key comes twice, at any depth."""
         if not isinstance(value, dict):
             raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {_kind(value)}.')
         inside: list[Any] = [value] if self._repeats else []

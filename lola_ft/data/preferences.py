@@ -9,19 +9,14 @@ from typing import Any
 from lola_ft.data.conversations import Message, conversation, messages_of
 from lola_ft.data.example import Exchange, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
 
 
 def read_chosen(row: Row, source: Source) -> list[Exchange]:
-    """The request, and the answer that was preferred.
-
-    Raises:
-        DataError: A field is missing or no such answer; both answers are the same; their requests differ.
-    """
+    """Return the request and the answer that was preferred to another answer to the same request."""
     chosen, rejected = (_judged(row, source, field) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or chosen[-1][0] != rejected[-1][0]:
         raise DataError(
@@ -44,11 +39,7 @@ def read_answer(row: Row, source: Source) -> list[Exchange]:
 
 
 def read_label(row: Row, source: Source) -> bool:
-    """Tell whether the answer was judged good.
-
-    Raises:
-        DataError: It is neither true nor false.
-    """
+    """Tell whether the answer was judged good; raises DataError if it is neither true nor false."""
     value = raw_field(row, source, "label")
     word = str(value).strip().lower()
     if word not in _WORDS:

@@ -38,11 +38,7 @@ class Template:
 
     @classmethod
     def load(cls, name_or_path: str) -> "Template":
-        """Load a bundled template by its name, or a file whose path ends in .jinja.
-
-        Raises:
-            DataError: No such template, or one that cannot give a prompt.
-        """
+        """Load a bundled template by its name, or a file whose path ends in .jinja; check that it can give a prompt."""
         bundled = sorted(file.stem for file in _FOLDER.glob("*.jinja"))
         if not name_or_path.endswith(".jinja") and name_or_path not in bundled:
             raise DataError(

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from lola_ft.data.hub_rows import hub_rows
 from lola_ft.data.json_files import json_rows, jsonl_rows
-from lola_ft.data.rows import BadRow, Row, Rows
-from lola_ft.data.source import Source
+from lola_ft.data.rows import BadRow, Row, Rows, Source
 from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
 from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError
@@ -26,11 +25,7 @@ KINDS = f"{', '.join(list(_READERS)[:-1])} and {list(_READERS)[-1]}"
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """The rows of a source, one after the other.
-
-    Raises:
-        DataError: As `scan_rows`, and from the first row that cannot be read.
-    """
+    """Return the rows of a source, as `scan_rows` does; the first that cannot be read raises DataError."""
     return map(_usable, scan_rows(source))
 
 
@@ -45,11 +40,7 @@ def scan_rows(source: Source) -> Rows:
 
 
 def files_of(path: str) -> list[Path]:
-    """The files that a path stands for, sorted by name.
-
-    Raises:
-        DataError: None, one that cannot be opened, or one of an unknown kind.
-    """
+    """Return the files that a path stands for, sorted by name; all can be opened and are of a known kind."""
     place = Path(path)
     try:
         folder = place.is_dir()
@@ -57,9 +48,8 @@ def files_of(path: str) -> list[Path]:
     except (OSError, ValueError):  # a name too long, or with a zero byte: opening it says so
         folder = pattern = False
     if folder:
-        return _matching(
-            f"{glob.escape(path)}/**", f"{path}: the folder holds no {KINDS.replace(' and ', ' or ')} file."
-        )
+        nothing = f"{path}: the folder holds no {KINDS.replace(' and ', ' or ')} file."
+        return _matching(f"{glob.escape(path)}/**", nothing)
     if pattern:
         return _matching(path, f"{path}: no file of a kind that can be read matches ({KINDS}).")
     _check_opens(place)
@@ -84,17 +74,12 @@ def _check_opens(path: Path) -> None:
     try:
         path.open("rb").close()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file.{_near(path)}") from None
+        similar = similar_file(path)
+        hint = f" Did you mean '{similar}'?" if similar else ""
+        hint = hint if path.parent.is_dir() else f" There is no folder '{path.parent}' either."
+        raise DataError(f"{path}: no such file.{hint}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-
-
-def _near(path: Path) -> str:
-    """Name the file of the same folder that was probably meant, or the folder that is missing too."""
-    if not path.parent.is_dir():
-        return f" There is no folder '{path.parent}' either."
-    similar = similar_file(path)
-    return f" Did you mean '{similar}'?" if similar else ""
 
 
 def _rows_of(files: list[Path], unit: str) -> Rows:

@@ -52,7 +52,8 @@ def _cells(path: Path, delimiter: str) -> Rows:
 def _row(header: list[str], cells: list[str], where: str) -> Row | BadRow:
     if len(cells) == len(header):
         return Row(dict(zip(header, cells, strict=True)), where)
-    return BadRow(f"{where}: {_many(len(cells), 'cell')}; the header has {len(header)}.{_HINT}")
+    count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
+    return BadRow(f"{where}: {count}; the header has {len(header)}.{_HINT}")
 
 
 _HINT = ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside.'
@@ -77,10 +78,6 @@ def _header(cells: list[str], where: str) -> list[str]:
         if name in names[:index]:
             raise DataError(f"{where}: two columns are named '{name}'. Rename one of them.")
     return names
-
-
-def _many(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"
 
 
 def parquet_rows(path: Path) -> Rows:

@@ -51,11 +51,7 @@ class TableSink:
 
 
 def map_table(file: Path) -> "pyarrow.Table":
-    """A table whose columns lie in the file: its pages count as the file's, not as the process's own memory.
-
-    Raises:
-        OSError, pyarrow.ArrowException: It is missing or damaged.
-    """
+    """Read a table whose columns lie in the file: its pages count as the file's, not as the process's own memory."""
     import pyarrow
 
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()

@@ -10,8 +10,7 @@ from typing import Any
 
 from lola_ft.data.example import Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field, text_field
-from lola_ft.data.rows import Row
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
 CLASSIFY = "Name the label of the text."
@@ -81,9 +80,8 @@ def _label(row: Row, source: Source) -> str:
     value = raw_field(row, source, "label")
     if source.labels is None:
         if isinstance(value, int | float):
-            raise DataError(
-                f"{row.where}: {what} is {_key(value)}. Say what it means with `labels: {{{_key(value)}: …}}`."
-            )
+            key = _key(value)
+            raise DataError(f"{row.where}: {what} is {key}. Say what it means with `labels: {{{key}: …}}`.")
         return checked_text(value, what, row.where)
     if _key(value) not in source.labels:
         known = ", ".join(source.labels)

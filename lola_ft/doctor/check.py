@@ -28,17 +28,15 @@ class Check:
 
 
 def examine(name: str, look: Callable[[], str], mend: str, core: bool) -> Check:
-    """Run a probe. What it returns is the detail; whatever it raises means that it failed.
-
-    Args:
-        look: Raises `MissingError` where something is not there, rather than broken.
-    """
+    """Run a probe, whose result is the detail. It fails by raising, by `MissingError` where something is not there."""
     try:
         return Check(name, "ok", look(), core=core)
     except MissingError as missing:
         return Check(name, "missing", without_token(str(missing)), mend, core)
     except Exception as error:  # whatever goes wrong is the check's result
-        return Check(name, "failed", without_token(_one_line(error)), mend, core)
+        text = " ".join(str(error).split())[:_LONGEST]
+        kind = type(error).__name__
+        return Check(name, "failed", without_token(f"{kind}: {text}" if text else kind), mend, core)
 
 
 class MissingError(Exception):
@@ -49,8 +47,3 @@ def without_token(text: str) -> str:
     """Text that may be shown: a Hub token in it is taken out."""
     token = get_token()
     return text.replace(token, "[token]") if token else text
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:_LONGEST]}" if text else type(error).__name__

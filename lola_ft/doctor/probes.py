@@ -59,9 +59,8 @@ def tiny_training_step() -> str:
     dead = [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all() or not grad.any()]
     if dead or not gradients or not torch.isfinite(loss):
         raise ArithmeticError(f"{len(dead)} of {len(gradients)} gradients are empty or not finite: {dead[:2]}")
-    return (
-        f"loss {float(loss.detach()):.3f}, {len(gradients)} gradients, {str(dtype).removeprefix('torch.')} on {device}"
-    )
+    name = str(dtype).removeprefix("torch.")
+    return f"loss {float(loss.detach()):.3f}, {len(gradients)} gradients, {name} on {device}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""The verb `lola-ft doctor`: all checks, in order, and their table."""
+"""The verb `lola-ft doctor`: facts about the machine, all checks, in order, and their table."""
 
 import json
+import platform
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,8 +13,7 @@ from rich.table import Table
 
 from lola_ft.doctor import probes
 from lola_ft.doctor.check import Check, MissingError, examine
-from lola_ft.doctor.machine import machine
-from lola_ft.environment import PACKAGES, library_versions, version_of
+from lola_ft.environment import PACKAGES, cpu_name, library_versions, usable_cores, version_of
 
 EXTRAS = {
     "evaluate": ("sacrebleu", "chrF and BLEU of `lola-ft evaluate --task generate`"),
@@ -25,11 +25,7 @@ _SHOWN = {"ok": "green", "missing": "yellow", "failed": "red"}
 
 
 def doctor(online: bool = False, as_json: bool = False, console: Console | None = None) -> bool:
-    """Look at everything and print it; returns whether all that fine-tuning needs works.
-
-    Args:
-        online: Ask the Hub too.
-    """
+    """Look at everything (`online`: at the Hub too) and print it; returns whether all that fine-tuning needs works."""
     facts, checks = machine(), [*_packages(), *_core(), *_room(), *_extras()]
     if online:
         mend = "Look at the network and at HF_ENDPOINT; without the Hub, give folders in place of ids."
@@ -55,25 +51,13 @@ def _packages() -> list[Check]:
 
 
 def _core() -> list[Check]:
+    weights = "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none."
+    step = "Install the versions of constraints.txt; if that does not help, report the line above."
+    cache = "Set LOLA_FT_CACHE to a folder that you may write to."
     return [
-        examine(
-            "4-bit weights",
-            probes.nf4_round_trip,
-            "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none.",
-            core=True,
-        ),
-        examine(
-            "training step",
-            probes.tiny_training_step,
-            "Install the versions of constraints.txt; if that does not help, report the line above.",
-            core=True,
-        ),
-        examine(
-            "cache folder",
-            probes.cache_is_writable,
-            "Set LOLA_FT_CACHE to a folder that you may write to.",
-            core=True,
-        ),
+        examine("4-bit weights", probes.nf4_round_trip, weights, core=True),
+        examine("training step", probes.tiny_training_step, step, core=True),
+        examine("cache folder", probes.cache_is_writable, cache, core=True),
     ]
 
 
@@ -134,3 +118,31 @@ def _show(facts: dict[str, Any], checks: list[Check], works: bool, console: Cons
     console.print(table)
     failing = [check.name for check in checks if check.core and check.status != "ok"]
     console.print("Fine-tuning works here." if works else f"Fine-tuning does not work here: {', '.join(failing)}.")
+
+
+def machine() -> dict[str, Any]:
+    """CPU, memory and GPU, as plain values; what cannot be told is None."""
+    facts: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cores": usable_cores()}
+    try:
+        import psutil
+
+        facts["memory_gb"] = round(psutil.virtual_memory().total / 1e9, 1)
+    except ImportError:
+        facts["memory_gb"] = None
+    try:
+        import torch
+    except ImportError:
+        return facts | {"cpu_bfloat16": None, "gpu": None}
+    from lola_ft.kernels.precision import has_bfloat16
+
+    facts["cpu_bfloat16"] = bool(has_bfloat16(torch.device("cpu")))
+    facts["gpu"] = None
+    if torch.cuda.is_available():
+        facts["gpu"] = {
+            "name": torch.cuda.get_device_name(0),
+            "count": torch.cuda.device_count(),
+            "memory_gb": round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+            "bfloat16": bool(has_bfloat16(torch.device("cuda"))),
+        }
+    return facts

@@ -54,18 +54,12 @@ def ask_each(
         opened = open_subject(subject, opening.quantization)
         template = template_of(opened, opening.template, common)
         answers.append(ask(opened, template))
-        facts.append(
-            {
-                "model": model,
-                "kind": subject.kind,
-                "base_fingerprint": opened.fingerprint,
-                "quantization": opened.quantization,
-                "dtype": str(opened.causal.dtype).removeprefix("torch."),
-                "template": template.source,
-            }
-        )
+        facts.append({"model": model, "kind": subject.kind, **how_loaded(opened), "template": template.source})
         del opened
-        _free()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        give_back_freed_memory()
     if len({fact["quantization"] for fact in facts}) > 1:
         console.print(
             "Some models were read in 4 bit and others not: differences are also rounding. --quantization nf4 (or "
@@ -87,8 +81,10 @@ def _base_for(model: str, base: str | None) -> str | None:
     return base if is_adapted(Path(model)) else None
 
 
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    give_back_freed_memory()
+def how_loaded(opened: OpenModel) -> dict[str, str]:
+    """Return the fingerprint of a model's base weights, and in which form it computes."""
+    return {
+        "base_fingerprint": opened.fingerprint,
+        "quantization": opened.quantization,
+        "dtype": str(opened.causal.dtype).removeprefix("torch."),
+    }

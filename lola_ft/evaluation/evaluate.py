@@ -13,9 +13,7 @@ from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
 from lola_ft.evaluation.ask_models import Opening, ask_each
 from lola_ft.evaluation.choice_task import ChoiceTask
-from lola_ft.evaluation.comparison import Comparison, compare
-from lola_ft.evaluation.comparison_plot import plot
-from lola_ft.evaluation.comparison_table import NOTE, tables
+from lola_ft.evaluation.comparison import NOTE, Comparison, compare, plot, tables
 from lola_ft.evaluation.generate_task import GenerateTask
 from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_questions
 from lola_ft.evaluation.loss_task import LossTask
@@ -57,11 +55,7 @@ def evaluate_rows(
     out: str | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder.
-
-    Raises:
-        UserError: As reading the rows and opening the models.
-    """
+    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder."""
     console = console or Console()
     if out:
         check_folder_target(out)
@@ -79,23 +73,18 @@ def evaluate_rows(
     console.print(NOTE, highlight=False, markup=False)
     if out:
         settings = {"rows": asdict(rows), "task": asdict(options)}
-        _write(Path(out), task, comparison, measured, facts, settings)
+        _write(Path(out), task, comparison, measured, {"models": facts, "settings": settings})
         if trained:
-            _write_transfer(Path(out), comparison, trained)
-        console.print(
-            f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl.",
-            highlight=False,
-            soft_wrap=True,
-        )
+            matrix = json.dumps(transfer_dict(comparison, trained), indent=2, ensure_ascii=False)
+            write_text(Path(out) / "transfer.json", f"{matrix}\n")
+            plot_transfer(comparison, trained, Path(out) / "transfer.png")
+        written = f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl."
+        console.print(written, highlight=False, soft_wrap=True)
     return comparison
 
 
 def make_task(rows: RowOptions, options: TaskOptions) -> Task:
-    """Read the rows that a task needs.
-
-    Raises:
-        UserError: An unknown task; or as reading the rows.
-    """
+    """Read the rows that a task needs; raises UserError for an unknown task, and as reading the rows does."""
     if options.task not in TASKS:
         raise UserError(f"--task '{options.task}' is unknown; there are {', '.join(TASKS)}.")
     if options.stride is not None and options.task != "loss":
@@ -113,16 +102,11 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
 
 
 def _write(
-    folder: Path,
-    task: Task,
-    comparison: Comparison,
-    measured: Sequence[Measured],
-    facts: list[dict[str, Any]],
-    settings: dict[str, Any],
+    folder: Path, task: Task, comparison: Comparison, measured: Sequence[Measured], about: dict[str, Any]
 ) -> None:
-    """Numbers, picture, and what each model did on each row."""
+    """Write numbers, the picture, and what each model did on each row."""
     folder.mkdir(parents=True, exist_ok=True)
-    report = {"models": facts, "results": comparison.as_dict(), "settings": settings}
+    report = {"models": about["models"], "results": comparison.as_dict(), "settings": about["settings"]}
     report |= {"versions": library_versions(), "hardware": hardware()}
     write_text(folder / f"{task.name}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     lines = []
@@ -131,9 +115,3 @@ def _write(
         lines.append(json.dumps({"where": where, "language": language, "models": by_model}, ensure_ascii=False))
     write_text(folder / f"{task.name}_rows.jsonl", "".join(f"{line}\n" for line in lines))
     plot(comparison, folder / f"{task.name}.png")
-
-
-def _write_transfer(folder: Path, comparison: Comparison, trained: dict[str, list[str]]) -> None:
-    matrix = json.dumps(transfer_dict(comparison, trained), indent=2, ensure_ascii=False)
-    write_text(folder / "transfer.json", f"{matrix}\n")
-    plot_transfer(comparison, trained, folder / "transfer.png")

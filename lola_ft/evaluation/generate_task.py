@@ -45,11 +45,7 @@ class GenerateTask:
         }
 
     def run(self, opened: OpenModel, template: Template) -> Measured:
-        """Answer every row.
-
-        Raises:
-            DataError: A prompt too long for the model.
-        """
+        """Answer every row; raises DataError for a prompt too long for the model."""
         prompts = [conversation_ids(example, template, opened.tokenizer) for example in self.examples]
         for example, ids in zip(self.examples, prompts, strict=True):
             check_room(ids, opened.sizes.positions, f"{example.where}: the prompt")

@@ -45,11 +45,7 @@ class RowOptions:
     target_language: str | None = None
 
     def sources(self) -> list[Source]:
-        """A source for each file.
-
-        Raises:
-            UserError: Options that do not fit together.
-        """
+        """Return a source for each file; raises UserError for options that do not fit together."""
         if not self.files:
             raise UserError("Give held-out rows with --data FILE (again for more files).")
         if self.languages and self.language_column:
@@ -100,11 +96,7 @@ class RowOptions:
 
 
 def read_for_scoring(options: RowOptions) -> list[Example]:
-    """The rows to score or to answer.
-
-    Raises:
-        DataError: Naming file and line.
-    """
+    """Return the rows to score or to answer; raises DataError, naming file and line."""
     sources = options.sources()
     if any(source.format == CHOICES for source in sources):
         raise UserError(f"--format {CHOICES} is for --task choice.")
@@ -112,12 +104,7 @@ def read_for_scoring(options: RowOptions) -> list[Example]:
 
 
 def read_questions(options: RowOptions) -> list[Question]:
-    """The rows with their choices: of format classification the labels, of format choices each row's own.
-
-    Raises:
-        DataError: Naming file and line.
-        UserError: A format without choices.
-    """
+    """Read the rows with their choices: of format classification the labels, of format choices each row's own."""
     questions = list[Question]()
     for source in options.sources():
         if source.format == CHOICES:

@@ -20,7 +20,7 @@ from lola_ft.evaluation.scoring import score
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.open_model import OpenModel
 
-_ROWS = 256
+_ROWS = 256  # tokenised at a time
 
 
 class LossTask:
@@ -38,14 +38,13 @@ class LossTask:
         self.places = [example.where for example in examples]
 
     def run(self, opened: OpenModel, template: Template) -> Measured:
-        """Score every row.
-
-        Raises:
-            UserError: A stride that leaves no context; a tokenizer that does not keep every byte.
-        """
-        _check_stride(self.stride, opened.sizes.positions)
+        """Score every row; raises UserError for a stride that leaves no context, or a tokenizer that loses bytes."""
+        positions = opened.sizes.positions
+        if self.stride is not None and not 0 < self.stride < positions:
+            raise UserError(f"--stride is {self.stride}; it must be between 1 and {positions - 1} for this model.")
         bits, loss = list[tuple[float, int]](), list[tuple[float, int]]()
-        for chunk in _chunks(self.examples):
+        for start in range(0, len(self.examples), _ROWS):
+            chunk = list(self.examples[start : start + _ROWS])
             rows = list(tokenize(chunk, opened.tokenizer, template, opened.tokenizer.eos_token_id))
             nats = score(opened.model, [row.whole for row in rows], self.batch_size, self.stride)
             for row, own in zip(rows, nats, strict=True):
@@ -79,13 +78,3 @@ def _is_text(row: TokenizedRow) -> np.ndarray:
     """Return, for each labelled token, whether it is text rather than an end of text."""
     ends = [flag for prompt, answer in row.exchanges for flag in [*[False] * (len(prompt) + len(answer) - 1), True]]
     return np.array([not end for end, label in zip(ends, row.whole.labels, strict=True) if label != MASKED], dtype=bool)
-
-
-def _check_stride(stride: int | None, positions: int) -> None:
-    if stride is not None and not 0 < stride < positions:
-        raise UserError(f"--stride is {stride}; it must be between 1 and {positions - 1} for this model.")
-
-
-def _chunks(examples: Sequence[Example]) -> list[list[Example]]:
-    """Rows that are tokenised at a time."""
-    return [list(examples[start : start + _ROWS]) for start in range(0, len(examples), _ROWS)]

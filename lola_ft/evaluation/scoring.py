@@ -57,8 +57,7 @@ def _pieces(sequences: Sequence[Tokens], positions: int, stride: int) -> Iterato
     """The windows of all sequences, those that score nothing left out."""
     for place, (ids, labels) in enumerate(sequences):
         for begin, end, scored in windows(len(ids), positions, stride):
-            masked = [MASKED] * (scored - begin) + labels[scored:end]
-            piece = _Piece(place, ids[begin:end], masked)
+            piece = _Piece(place, ids[begin:end], [MASKED] * (scored - begin) + labels[scored:end])
             if piece.scored:
                 yield piece
 

@@ -10,9 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lola_ft.errors import UserError
-from lola_ft.evaluation.comparison import Comparison, Line
-from lola_ft.evaluation.comparison_plot import pyplot
-from lola_ft.evaluation.comparison_table import shown
+from lola_ft.evaluation.comparison import Comparison, pyplot, shown
 from lola_ft.file_names import MANIFEST_FILE
 
 MEASURE = "bits_per_byte"
@@ -20,11 +18,7 @@ _NAMED = 3
 
 
 def trained_languages(run: str) -> list[str]:
-    """The languages that a run was trained on, those with most tokens first.
-
-    Raises:
-        UserError: It is no run, or its manifest does not tell.
-    """
+    """Read from a run's manifest the languages it was trained on, those with most tokens first."""
     file = Path(run) / MANIFEST_FILE
     if not file.is_file():
         raise UserError(f"--transfer needs a base, then runs; {run} has no {MANIFEST_FILE} that names its languages.")
@@ -36,11 +30,7 @@ def trained_languages(run: str) -> list[str]:
 
 
 def transfer_rows(models: Sequence[str]) -> dict[str, list[str]]:
-    """The languages of every run after the base.
-
-    Raises:
-        UserError: No run, or one that does not tell.
-    """
+    """Return the languages of every run after the base."""
     if len(models) < 2:
         raise UserError("--transfer compares runs with their base: give the base first, then at least one run.")
     return {run: trained_languages(run) for run in models[1:]}
@@ -55,7 +45,8 @@ def transfer_table(comparison: Comparison, trained: dict[str, list[str]]) -> Tab
     for language in tested:
         table.add_column(language, justify="right")
     for place, (run, languages) in enumerate(trained.items(), start=1):
-        table.add_row(Text(few(languages)), Text(run), *(_cell(line, place) for line in tested.values()))
+        cells = (shown(line.differences[place], percent=False, signed=True) for line in tested.values())
+        table.add_row(Text(few(languages)), Text(run), *cells)
     return table
 
 
@@ -103,8 +94,3 @@ def few(languages: list[str]) -> str:
     """Name the first languages, and count the rest."""
     rest = len(languages) - _NAMED
     return ", ".join(languages[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _cell(line: Line, place: int) -> str:
-    difference = line.differences[place]
-    return shown(difference, percent=False, signed=True) + ("*" if difference.beyond_zero else "")

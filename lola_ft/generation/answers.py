@@ -64,11 +64,7 @@ class Answer:
 
 
 def check_room(ids: Sequence[int], positions: int, where: str = "The prompt") -> None:
-    """Refuse a prompt that leaves no position for an answer.
-
-    Raises:
-        DataError: Beginning with `where`.
-    """
+    """Refuse a prompt that leaves no position for an answer; the message begins with `where`."""
     if not ids:
         raise DataError(f"{where} is empty. Write something.")
     if len(ids) >= positions:
@@ -87,11 +83,7 @@ def answer_one(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, s
 def answer_all(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int = 32
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer prompts, those of like length together.
-
-    Yields:
-        A prompt's place and its answer, in the order in which they are done.
-    """
+    """Answer prompts, those of like length together; yields each prompt's place and answer as they are done."""
     _seed(sampling)
     positions = architecture_of(model.config).sizes.positions
     for places in _batches(prompts, positions - sampling.max_new_tokens, batch_size):

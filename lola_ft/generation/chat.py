@@ -1,8 +1,11 @@
-"""A conversation at the terminal."""
+"""At the terminal: answers as they come, and a conversation."""
 
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import Any
+
+from transformers import TextStreamer
 
 from lola_ft.data import Template
 from lola_ft.data.example import Exchange, Fields, prompt_fields
@@ -10,7 +13,6 @@ from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
 from lola_ft.generation.prompts import conversation_ids, request
-from lola_ft.generation.streaming import TerminalStreamer
 
 HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
 
@@ -23,11 +25,7 @@ def chat(
     read: Callable[[str], str] = input,
     answer: Callable[..., Answer] = answer_one,
 ) -> None:
-    """Ask and answer until the user ends it. What was said is rendered by the template, as in training.
-
-    Raises:
-        UserError: The template cannot render more than one request.
-    """
+    """Ask and answer until the user ends it. The template, one for several turns, renders what was said."""
     if not template.renders_turns:
         raise UserError(
             f"Template {template.name} renders a single request, so it cannot hold a conversation: the model would "
@@ -47,9 +45,8 @@ def chat(
             said = []
         elif line:
             fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
-            said, ids = _fitting(
-                said, fields, template, tokenizer, architecture_of(model.config).sizes.positions, sampling
-            )
+            positions = architecture_of(model.config).sizes.positions
+            said, ids = _fitting(said, fields, template, tokenizer, positions, sampling)
             given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer))
             if not given.ended:
                 print(f"(cut after {given.tokens} tokens)", file=sys.stderr)
@@ -60,13 +57,46 @@ def _fitting(
     said: list[Exchange], fields: Fields, template: Template, tokenizer: Any, positions: int, sampling: Sampling
 ) -> tuple[list[Exchange], list[int]]:
     """Return the latest exchanges that leave room for an answer, and the token ids of the whole prompt."""
-    kept = said
-    while True:
+    for forgotten in range(len(said) + 1):
+        kept = said[forgotten:]
         ids = conversation_ids(request(fields, earlier=kept), template, tokenizer)
-        if not kept or len(ids) + sampling.max_new_tokens <= positions:
+        if len(ids) + sampling.max_new_tokens <= positions:
             break
-        kept = kept[1:]
     check_room(ids, positions, "What was written")
-    if len(kept) < len(said):
-        print(f"({len(said) - len(kept)} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
+    if forgotten:
+        print(f"({forgotten} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
     return kept, ids
+
+
+class TerminalStreamer(TextStreamer):
+    """Prints each token as soon as its characters are whole, in any script; nothing that could steer the terminal.
+
+    transformers' own waits for a space, which some languages do not write.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.next_tokens_are_prompt: bool = True
+        self.print_len: int = 0
+
+    def put(self, value: Any) -> None:
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.token_cache.extend(value.flatten().tolist())
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
+        if text.endswith("\ufffd"):  # a character of which some bytes are still to come
+            return
+        self.on_finalized_text(text[self.print_len :])
+        self.print_len = len(text)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(without_control_characters(text), stream_end)
+
+
+def without_control_characters(text: str) -> str:
+    """Text without characters that steer a terminal; line breaks and tabs stay."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) != "Cc" else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -14,9 +14,9 @@ from lola_ft.data.example import prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.files import check_file_target, write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
+from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
 from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
-from lola_ft.generation.streaming import TerminalStreamer
 from lola_ft.open_model import OpenModel, open_model
 
 
@@ -33,11 +33,7 @@ def generate_command(
     batch_size: int = 32,
     out: str | None = None,
 ) -> None:
-    """Answer one prompt, a file of prompts, or the turns of a conversation.
-
-    Raises:
-        UserError: What is asked for does not fit together; or as `open_model`.
-    """
+    """Answer one prompt, a file of prompts, or the turns of a conversation; options that do not fit are refused."""
     if sum((prompt is not None, file is not None, chat)) != 1:
         raise UserError("Give one of --prompt TEXT, --file FILE and --chat.")
     if out and chat:
@@ -70,26 +66,17 @@ def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
     check_room(ids, positions)
     answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer))
     if not answer.ended:
-        cause = (
-            f"the model's {positions} positions are used up"
-            if len(ids) + answer.tokens >= positions
-            else "raise --max-new-tokens to read on"
-        )
+        used_up = len(ids) + answer.tokens >= positions
+        cause = f"the model's {positions} positions are used up" if used_up else "raise --max-new-tokens to read on"
         print(f"(cut after {answer.tokens} tokens, before the model ended its answer: {cause})", file=sys.stderr)
     return answer
 
 
 def _answered(opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int) -> list[Answer]:
     """The answers in the order of the prompts."""
-    found = dict(
-        track(
-            answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size),
-            "Answering",
-            total=len(ids_of),
-            console=Console(stderr=True),
-            transient=True,
-        )
-    )
+    answers = answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size)
+    console = Console(stderr=True)
+    found = dict(track(answers, "Answering", total=len(ids_of), console=console, transient=True))
     return [found[place] for place in range(len(ids_of))]
 
 

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
 from lola_ft.errors import AdapterError, PublishError, UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, RECIPE_FILE
+from lola_ft.repo_id import is_commit, is_repo_id
 from lola_ft.subject import find_subject
 
 
@@ -78,3 +82,56 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PublishError(f"{file}: holds {type(content).__name__}, not an object.")
     return content
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base that others can have.
+
+    Attributes:
+        id: On the Hub.
+        revision: Branch, tag or commit, as exactly as it is known.
+        folder: On this machine; None if it is not here.
+    """
+
+    id: str
+    revision: str | None
+    folder: Path | None
+
+
+def find_base(source: Source, base: str | None = None, base_id: str | None = None) -> Base:
+    """Find the base's Hub id and local folder; raises PublishError if no Hub id is known, or a given one is none.
+
+    Args:
+        base: Folder or Hub id that the user gave for the check.
+        base_id: Hub id that the user gave for the card.
+    """
+    if base_id is not None and not is_repo_id(base_id):
+        raise PublishError(f"--base-id {base_id}: not the id of a repository. Write it as owner/name.")
+    if base and not Path(base).is_dir() and not is_repo_id(base):
+        raise PublishError(f"--base {base}: no such folder. Give the base's folder, or its Hub id as owner/name.")
+    on_hub = [name for name in (source.base, base) if name and is_repo_id(name) and not Path(name).is_dir()]
+    public = base_id or (on_hub[0] if on_hub else None)
+    if public is None:
+        known = f"its base is a local folder ({source.base})" if source.base else "does not say which base it has"
+        raise PublishError(
+            f"{source.folder}: {known}; whoever downloads it could not load it. Give the base's id on the Hub with "
+            "--base-id owner/name."
+        )
+    revision = source.revision if public == source.base else None
+    local = base or source.base
+    if local and Path(local).is_dir():
+        return Base(public, revision, Path(local))
+    folder = _cached(local or public, source.revision if local == source.base else None)
+    if folder and public == (local or public) and is_commit(folder.name):
+        revision = folder.name
+    return Base(public, revision, folder)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """Return the snapshot in the Hub's cache; nothing is downloaded for a check."""
+    files = ["*.safetensors", "*.json"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None

@@ -11,9 +11,8 @@ from rich.table import Table
 from lola_ft.adapters.layouts import LAYOUTS
 from lola_ft.errors import PublishError, UserError
 from lola_ft.file_names import CARD_FILE
-from lola_ft.hub.fresh_process import check_in_fresh_process
-from lola_ft.hub.publication import Source, find_source
-from lola_ft.hub.published_base import Base, find_base
+from lola_ft.hub.publication import Base, Source, find_base, find_source
+from lola_ft.hub.reload_check import check_in_fresh_process
 from lola_ft.hub.retry import Wait
 from lola_ft.hub.scan import refuse_private
 from lola_ft.hub.stage import Staged, stage
@@ -89,11 +88,7 @@ def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str |
 
 
 def require_token(repo: str) -> None:
-    """Refuse early, before training or a long check, if nobody is logged in.
-
-    Raises:
-        PublishError: Saying how to log in.
-    """
+    """Refuse early, before training or a long check, if nobody is logged in, and say how to."""
     if not get_token():
         raise PublishError(
             f"{repo}: publishing needs a token of the Hub that may write. Log in with `hf auth login`, or set HF_TOKEN."
@@ -120,9 +115,8 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
         table.add_row(name, f"{(staged.folder / name).stat().st_size:,}")
     console.print(table)
     _say_left_out(staged, console)
-    console.print(
-        (staged.folder / CARD_FILE).read_text(encoding="utf-8"), markup=False, highlight=False, soft_wrap=True
-    )
+    card = (staged.folder / CARD_FILE).read_text(encoding="utf-8")
+    console.print(card, markup=False, highlight=False, soft_wrap=True)
     console.print("Dry run: nothing was sent.")
 
 

@@ -8,7 +8,10 @@ logits and the largest logit.
 """
 
 import argparse
+import gc
 import json
+import os
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import lola_ft
 from lola_ft.adapters import load_adapter
 from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import PublishError, UserError
 from lola_ft.families import architecture_of
+from lola_ft.hub.publication import Source
 from lola_ft.kernels.precision import comparison_dtype, is_small
 from lola_ft.quantization import load_base
 from lola_ft.quantization.load import default_device
@@ -111,10 +116,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path)
     given = parser.parse_args()
     try:
-        if given.kind == "adapter":
-            found = compare_adapter(given.base, given.source, given.staged)
-        else:
-            found = compare_merged(given.source, given.staged)
+        folders = given.source, given.staged
+        found = compare_adapter(given.base, *folders) if given.kind == "adapter" else compare_merged(*folders)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -123,3 +126,29 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> str:
+    """Compare the staged folder with its source, which it must equal; says in a sentence what was found.
+
+    The process is a new one, so that nothing of this one's memory can stand in for what is on disk.
+    """
+    gc.collect()  # a run that just ended may hold its model; the check needs the place
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    command = [sys.executable, "-m", "lola_ft.hub.reload_check", source.kind, str(source.folder), str(staged)]
+    if base is not None:
+        command += ["--base", str(base)]
+    package = str(Path(lola_ft.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode == 2:
+        raise PublishError(result.stderr.strip().splitlines()[-1])
+    if result.returncode != 0:
+        raise PublishError(f"{source.folder}: the check before sending broke off; nothing was sent.\n{result.stderr}")
+    found = json.loads(result.stdout.splitlines()[-1])
+    return (
+        f"Reloaded in a fresh process and compared with {source.folder} on {found['tokens']} tokens: largest logit "
+        f"difference {found['max_logit_difference']:.3g} (largest logit {found['largest_logit']:.3g})."
+    )

@@ -1,17 +1,21 @@
 """The folder that is sent: chosen files of the source, rewritten where they name this machine."""
 
+import io
 import json
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
 from lola_ft.card import CardFacts, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
-from lola_ft.checkpoints.folder import weight_files
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, weight_files
 from lola_ft.errors import PublishError
 from lola_ft.families import FAMILIES, Family, find_family, recorded_family
 from lola_ft.file_names import (
@@ -24,10 +28,9 @@ from lola_ft.file_names import (
     RECIPE_FILE,
     ROUTING_PLOT,
 )
-from lola_ft.hub.publication import Source, read_json
-from lola_ft.hub.published_base import Base
-from lola_ft.hub.recipe_copy import portable_recipe
+from lola_ft.hub.publication import Base, Source, read_json
 
+_HEADER = "# The recipe of this model. Local files go by their names alone.\n"
 LIST_FILE = "published.json"
 """Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
 
@@ -40,17 +43,8 @@ _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
-    "versions",
-    "hardware",
-    "base",
-    "trained",
-    "data",
-    "results",
-    "timings",
-    "memory",
-    "routing",
-    "energy",
-)
+    "versions", "hardware", "base", "trained", "data", "results", "timings", "memory", "routing", "energy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,14 +62,7 @@ class Staged:
 
 
 def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Path) -> Staged:
-    """Fill `folder`, which does not exist yet.
-
-    Args:
-        layout: Layout to convert the adapter to; None keeps its own.
-
-    Raises:
-        PublishError: If it cannot be converted as asked.
-    """
+    """Fill `folder`, which does not exist yet; an adapter is converted to `layout`, or keeps its own if it is None."""
     if source.kind == "adapter":
         _stage_adapter(source, base, layout or source.layout, folder)
     else:
@@ -193,3 +180,33 @@ def _link(file: Path, folder: Path) -> None:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def portable_recipe(text: str, base_id: str, base_revision: str | None) -> str:
+    """Rewrite a run's `recipe.yaml` with the base's Hub id, and without folders and the `hub` section."""
+    yaml = YAML()
+    yaml.width = 120
+    yaml.preserve_quotes = True
+    recipe = yaml.load(text)
+    recipe["base"]["model"] = base_id
+    if base_revision:
+        recipe["base"]["revision"] = base_revision
+    data = recipe["data"]
+    validation = data.get("validation")
+    for source in [*data["sources"], *(validation if isinstance(validation, list) else [])]:
+        if "path" in source:
+            source["path"] = _name(source["path"])
+    if data.get("template", "").endswith(".jinja"):
+        data["template"] = TEMPLATE_FILE
+    experts: dict[str, Any] = recipe.get("adapter", {}).get("experts") or {}
+    if isinstance(experts.get("select"), str):
+        experts["select"] = _name(experts["select"])
+    recipe["output"] = _name(recipe["output"])
+    recipe.pop("hub", None)
+    stream = io.StringIO()
+    yaml.dump(recipe, stream)
+    return _HEADER + re.sub(r"\A(#.*\n)+", "", stream.getvalue())
+
+
+def _name(path: str) -> str:
+    return Path(path).name or "run"

@@ -30,13 +30,6 @@ class Published:
     deleted: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Sent:
-    commit: str
-    private: bool
-    deleted: tuple[str, ...]
-
-
 def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = time.sleep) -> Published:
     """Send the folder in one commit and check what arrived.
 
@@ -50,10 +43,10 @@ def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = 
     api = HfApi(library_name="lola_ft")
     sent = with_retries(partial(_send, api, staged, repo, private, message), repo, wait)
     with_retries(partial(_verify, api, staged, repo, sent), repo, wait)
-    return Published(f"{api.endpoint}/{repo}", sent.commit, sent.private, sent.deleted)
+    return sent
 
 
-def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> _Sent:
+def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> Published:
     """Try once, from the repository's present state; if the answer of an earlier try got lost, its commit is found."""
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     head = api.model_info(repo)
@@ -65,7 +58,7 @@ def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) ->
     ]
     operations += [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(repo, operations, commit_message=message, parent_commit=head.sha)
-    return _Sent(commit.oid, bool(head.private), tuple(stale))
+    return Published(f"{api.endpoint}/{repo}", commit.oid, bool(head.private), tuple(stale))
 
 
 def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
@@ -80,7 +73,7 @@ def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
     return present & {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
-def _verify(api: HfApi, staged: Staged, repo: str, sent: _Sent) -> None:
+def _verify(api: HfApi, staged: Staged, repo: str, sent: Published) -> None:
     """Compare size and hash of every file with what the Hub lists."""
     info = api.model_info(repo, files_metadata=True)
     if info.sha != sent.commit:

@@ -1,23 +1,31 @@
-"""Building the nano base: corpus, tokenizer, pre-training, one folder in the Hub's layout; kept for the next time."""
+"""Building the nano base: corpus, tokenizer, pre-training, one folder in the Hub's layout; kept for the next time.
+
+The tokenizer is byte-level BPE like LOLA's own, with the same special ids: any text survives it, whatever its script.
+"""
 
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lola_ft.errors import UserError
 from lola_ft.files import replace_folder
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano.corpus import build_documents, load_split
 from lola_ft.nano.pretrain import PretrainSettings, pack, pretrain
-from lola_ft.nano.tokenizer import train_tokenizer
 
 RECORD_FILE = "nano.json"
+# Id = place in the list, as in LOLA's tokenizer: bos 0, pad 1, end of text 5.
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,7 @@ class NanoSettings:
 
 
 def build_nano(out: str | Path = ".cache/nano", settings: NanoSettings | None = None) -> Path:
-    """Build the nano base in `out`, or keep the one in `out` if it was built with the same settings.
-
-    Raises:
-        UserError: If `out` holds something that this function did not write.
-    """
+    """Build the nano base in `out`, or keep the one there if the settings are the same; anything else is refused."""
     settings = settings or NanoSettings()
     folder, console = Path(out), Console()
     if folder.exists() and not (folder / RECORD_FILE).is_file() and any(folder.iterdir()):
@@ -95,26 +99,35 @@ def _key_of(folder: Path) -> str | None:
 
 
 def _new_model(settings: NanoSettings) -> LolaForCausalLM:
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_head", "n_inner", "n_layer", "num_experts", "initializer_range")
+    config: dict[str, Any] = {name: getattr(settings, name) for name in sizes}
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config |= {"bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1}
     torch.manual_seed(settings.pretrain.seed)
-    model = LolaForCausalLM(_config(settings))
+    model = LolaForCausalLM(LolaConfig(**config))
     torch.nn.init.normal_(model.transformer.wte.weight, std=settings.embedding_std)
     return model
 
 
-def _config(settings: NanoSettings) -> LolaConfig:
-    return LolaConfig(
-        vocab_size=settings.vocab_size,
-        n_positions=settings.n_positions,
-        n_embd=settings.n_embd,
-        n_head=settings.n_head,
-        n_inner=settings.n_inner,
-        n_layer=settings.n_layer,
-        num_experts=settings.num_experts,
-        initializer_range=settings.initializer_range,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=5,
-        pad_token_id=1,
+def train_tokenizer(documents: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a tokenizer for a model of `max_length` positions; the same documents in their order give the same ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        eos_token="<|endoftext|>",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
     )

@@ -58,9 +58,14 @@ def build_documents(
     A list whose joining word happens to build a term of `held_out` ("Antigua na Barbuda") is left out.
     """
     rng = random.Random(seed)
-    forbidden = _texts_by_language(held_out)
+    forbidden: defaultdict[str, set[str]] = defaultdict(set)
+    for term in held_out:
+        forbidden[term.language].add(normalise(term.text))
+    groups: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for term in terms:
+        groups[term.language, term.kind].append(term.text)
     documents = []
-    for (language, _), group in _by_language_and_kind(terms).items():
+    for (language, _), group in groups.items():
         for _ in range(english_passes if language == "en" else passes):
             rng.shuffle(group)
             for names in _cut(group, rng):
@@ -112,20 +117,6 @@ def _found_inside(candidates: set[str], texts: set[str]) -> set[str]:
                 if text[start:end] in candidates and end - start < len(text):
                     found.add(text[start:end])
     return found
-
-
-def _texts_by_language(terms: Iterable[Term]) -> defaultdict[str, set[str]]:
-    texts: defaultdict[str, set[str]] = defaultdict(set)
-    for term in terms:
-        texts[term.language].add(normalise(term.text))
-    return texts
-
-
-def _by_language_and_kind(terms: Iterable[Term]) -> dict[tuple[str, str], list[str]]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for term in terms:
-        groups.setdefault((term.language, term.kind), []).append(term.text)
-    return groups
 
 
 def _cut(names: list[str], rng: random.Random) -> list[list[str]]:

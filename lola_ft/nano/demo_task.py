@@ -35,7 +35,9 @@ def build_rows(
     In training a name may occur in several rows, in other company; in the test it occurs once, so a language with few
     held-out names gets fewer test rows.
     """
-    languages_of = _languages_by_text([*split.train, *split.held_out])
+    languages_of: defaultdict[str, set[str]] = defaultdict(set)
+    for term in (*split.train, *split.held_out):
+        languages_of[normalise(term.text)].add(term.language)
     train = _own_names(split.train, languages_of)
     test = _own_names(split.held_out, languages_of)
     return (
@@ -48,13 +50,6 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
     """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def _languages_by_text(terms: Iterable[Term]) -> dict[str, set[str]]:
-    languages: defaultdict[str, set[str]] = defaultdict(set)
-    for term in terms:
-        languages[normalise(term.text)].add(term.language)
-    return languages
 
 
 def _own_names(terms: Iterable[Term], languages_of: dict[str, set[str]]) -> dict[str, list[str]]:

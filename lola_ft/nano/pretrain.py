@@ -41,7 +41,8 @@ def pretrain(model: LolaForCausalLM, rows_NS: Tensor, eos_token_id: int, setting
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine_with_warmup(step, settings))
     model.train()
     losses = []
-    with _progress() as progress:
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*shown, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
         task = progress.add_task("pre-training", total=settings.steps, loss=math.nan)
         for rows_BS in _batches(rows_NS, settings):
             outputs = model(
@@ -105,13 +106,3 @@ def _cosine_with_warmup(step: int, settings: PretrainSettings) -> float:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )

@@ -3,32 +3,17 @@
 from typing import Literal
 
 Format = Literal[
-    "alpaca",
-    "prompt_completion",
-    "text",
-    "messages",
-    "classification",
-    "translation",
-    "preference",
+    "alpaca", "prompt_completion", "text", "messages", "classification", "translation", "preference",
     "unpaired_preference",
-]
+]  # fmt: skip
 
 OBJECTIVE_FORMATS: dict[str, str] = {"dpo": "preference", "kto": "unpaired_preference"}
 """The format that an objective learns from; sft learns from all others."""
 
 PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
     "dpo": (
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "nca_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sigmoid_norm",
+        *("sigmoid", "hinge", "ipo", "nca_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"),
+        *("discopop", "sigmoid_norm"),
     ),
     "kto": ("kto", "apo_zero_unpaired"),
 }
@@ -43,63 +28,19 @@ INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
 """What an `instruction` may name in braces."""
 
 SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "reduce_lr_on_plateau",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "warmup_stable_decay",
-    "greedy",
-)
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+)  # fmt: skip
 """transformers' SchedulerType."""
 
 OPTIMIZERS = (
-    "adamw",  # ours: adamw_torch_fused or adamw_torch, whichever the machine has
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_torch_xla",
-    "adamw_torch_npu_fused",
-    "adafactor",
-    "adamw_anyprecision",
-    "adamw_torch_4bit",
-    "adamw_torch_8bit",
-    "ademamix",
-    "sgd",
-    "adagrad",
-    "adamw_bnb_8bit",
-    "ademamix_8bit",
-    "lion_8bit",
-    "lion_32bit",
-    "paged_adamw_32bit",
-    "paged_ademamix_32bit",
-    "paged_ademamix_8bit",
-    "paged_lion_32bit",
-    "paged_lion_8bit",
-    "rmsprop",
-    "rmsprop_bnb",
-    "rmsprop_bnb_8bit",
-    "rmsprop_bnb_32bit",
-    "galore_adamw",
-    "galore_adamw_8bit",
-    "galore_adafactor",
-    "galore_adamw_layerwise",
-    "galore_adamw_8bit_layerwise",
-    "galore_adafactor_layerwise",
-    "lomo",
-    "adalomo",
-    "grokadamw",
-    "schedule_free_radam",
-    "schedule_free_adamw",
-    "schedule_free_sgd",
-    "apollo_adamw",
-    "apollo_adamw_layerwise",
-    "stable_adamw",
-)
-"""`adamw`, then transformers' OptimizerNames."""
+    "adamw", "adamw_8bit", "paged_adamw_8bit", "adamw_torch", "adamw_torch_fused", "adamw_torch_xla",
+    "adamw_torch_npu_fused", "adafactor", "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix",
+    "sgd", "adagrad", "adamw_bnb_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit",
+    "paged_ademamix_32bit", "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb",
+    "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+    "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo",
+    "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw",
+    "apollo_adamw_layerwise", "stable_adamw",
+)  # fmt: skip
+"""`adamw` (adamw_torch_fused or adamw_torch, whichever the machine has), `adamw_8bit`, then transformers' names."""

@@ -1,14 +1,16 @@
-"""The recipes that come with lola_ft: where they are, what each is for, and copies to start from."""
+"""The recipes that come with lola_ft (where they are, what each is for, copies to start from), and their schema."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lola_ft.errors import RecipeError
 from lola_ft.files import write_text
-from lola_ft.recipe.json_schema import SCHEMA_FILE
-from lola_ft.recipe.suggest import suggest_word
+from lola_ft.recipe.keys import suggest_word
+from lola_ft.recipe.schema import Recipe
 
+SCHEMA_FILE = "schema.json"
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -47,11 +49,7 @@ def recipes_folder() -> Path:
 
 
 def bundled_recipes() -> dict[str, BundledRecipe]:
-    """All recipes by name.
-
-    Raises:
-        RecipeError: There are none, because the package was copied by hand.
-    """
+    """Return all recipes by name; raises RecipeError where the package was copied by hand, without them."""
     folder = recipes_folder()
     found = {path.stem: BundledRecipe(path) for path in sorted(folder.glob("*.yaml"))}
     if not found:
@@ -60,11 +58,7 @@ def bundled_recipes() -> dict[str, BundledRecipe]:
 
 
 def find_recipe(name: str) -> BundledRecipe:
-    """A recipe by its name.
-
-    Raises:
-        RecipeError: There is none of that name.
-    """
+    """Find a recipe by its name, or raise a RecipeError that lists them."""
     recipes = bundled_recipes()
     wanted = Path(name).stem if name.endswith(".yaml") else name
     if wanted not in recipes:
@@ -74,11 +68,7 @@ def find_recipe(name: str) -> BundledRecipe:
 
 
 def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
-    """Copy a recipe, the samples it reads and the schema to `OUT/recipes/`, where its own command finds them.
-
-    Raises:
-        RecipeError: No such recipe, or a file of another content is in the way; then nothing is written.
-    """
+    """Copy a recipe, its samples and the schema to `OUT/recipes/`, where its command finds them, or nothing at all."""
     recipe = find_recipe(name)
     root = recipe.path.parents[1]
     names = [f"recipes/{recipe.path.name}", *recipe.data_files]
@@ -95,3 +85,9 @@ def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
         except OSError as error:
             raise RecipeError(f"{target}: cannot be written: {error.strerror}.") from None
     return list(texts)
+
+
+def schema_text() -> str:
+    """Return the JSON schema, with which editors complete keys; `recipes/schema.json` is this text."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -55,11 +55,7 @@ class Document:
 
 
 def parse_document(text: str) -> Document:
-    """Read YAML text.
-
-    Raises:
-        BadYaml: The text is not one YAML document, or is nested beyond any recipe.
-    """
+    """Read YAML text; raises BadYaml if it is not one YAML document, or is nested beyond any recipe."""
     document = Document()
     try:
         root = YAML(typ="safe", pure=True).compose(text)
@@ -98,7 +94,9 @@ def _plain(node: Node, path: KeyPath, document: Document) -> Any:
     if isinstance(node, MappingNode) and kind == "map":
         return _mapping(node, path, document)
     if isinstance(node, SequenceNode) and kind == "seq":
-        return [_item(value, (*path, index), document) for index, value in enumerate(node.value)]
+        for index, item in enumerate(node.value):
+            document.places.setdefault((*path, index), _place(item.start_mark))
+        return [_plain(item, (*path, index), document) for index, item in enumerate(node.value)]
     if isinstance(node, ScalarNode) and kind in _SCALARS:
         return _scalar(node.value, kind)
     tag = str(node.tag).replace(_CORE, "!!")
@@ -106,16 +104,12 @@ def _plain(node: Node, path: KeyPath, document: Document) -> Any:
     return None
 
 
-def _item(node: Node, path: KeyPath, document: Document) -> Any:
-    document.places.setdefault(path, _place(node.start_mark))
-    return _plain(node, path, document)
-
-
 def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         place = _place(key_node.start_mark)
-        if not isinstance(key_node, ScalarNode) or _is_broken(key_node.value):
+        # An escape such as "\\ud800" leaves half a surrogate pair, which no file can hold.
+        if not isinstance(key_node, ScalarNode) or any("\ud800" <= char <= "\udfff" for char in key_node.value):
             document.problems.append((path, place, "a key must be plain text"))
             continue
         key = str(key_node.value)
@@ -130,11 +124,6 @@ def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, 
     return mapping
 
 
-def _is_broken(text: str) -> bool:
-    """Tell whether an escape such as "\\ud800" left half a surrogate pair, which no file can hold."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _scalar(text: str, kind: str) -> Any:
     try:
         return _SCALARS[kind](text)
@@ -147,15 +136,11 @@ def _integer(text: str) -> int:
     return int(digits, 0) if digits.lstrip("+-").lower().startswith(("0x", "0o", "0b")) else int(digits)
 
 
-def _decimal(text: str) -> float:
-    return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
 _SCALARS: dict[str, Callable[[str], Any]] = {
     "null": lambda _: None,
     "bool": lambda text: text.lower() in ("true", "yes", "on", "y"),
     "int": _integer,
-    "float": _decimal,
+    "float": lambda text: float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan")),
     "str": str,
     "timestamp": str,
     "value": str,

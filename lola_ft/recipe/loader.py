@@ -1,12 +1,15 @@
-"""From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place."""
+"""From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place; and back."""
 
 import copy
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from lola_ft.errors import RecipeError, printable
 from lola_ft.files import similar_file
@@ -17,6 +20,7 @@ from lola_ft.recipe.messages import broken_rules, explain, shown, unknown_keys, 
 from lola_ft.recipe.overrides import Overridden, apply_overrides
 from lola_ft.recipe.schema import Recipe
 
+_HEADER = "# Every setting of the run, defaults included; python finetune.py runs it again.\n"
 _LAST = Place(sys.maxsize, 0)
 
 
@@ -136,3 +140,26 @@ def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
 
 def _dotted(path: KeyPath) -> str:
     return printable(".".join(map(str, path))) + ": " if path else ""
+
+
+def render_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text that `load_recipe` reads back as an equal Recipe."""
+    settings = _as_written(recipe.model_dump())
+    if recipe.train.max_steps is not None:
+        del settings["train"]["epochs"]  # the two exclude each other
+    yaml = YAML()
+    yaml.width = 120
+    stream = io.StringIO()
+    yaml.dump(settings, stream)
+    return _HEADER + stream.getvalue()
+
+
+def _as_written(value: Any) -> Any:
+    """Settings as a recipe writes them: one that is off is left out, odd characters are escaped in quotes."""
+    if isinstance(value, dict):
+        return {key: _as_written(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if isinstance(value, str) and not value.isprintable():
+        return DoubleQuotedScalarString(value)
+    return value

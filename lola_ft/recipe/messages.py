@@ -7,9 +7,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lola_ft.recipe.document import KeyPath
-from lola_ft.recipe.keys import describe_key
+from lola_ft.recipe.keys import describe_key, suggest_key, suggest_word
 from lola_ft.recipe.schema import UNION_TAGS
-from lola_ft.recipe.suggest import suggest_key, suggest_word
 
 
 def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
@@ -40,11 +39,8 @@ def unknown_keys(error: ValidationError) -> list[KeyPath]:
 
 def wrong_values(error: ValidationError) -> list[KeyPath]:
     """The paths of values that are not what their keys take."""
-    return [
-        _path(detail)
-        for detail in error.errors(include_url=False)
-        if detail["type"] not in (_UNKNOWN, _RULES, "missing")
-    ]
+    others = (_UNKNOWN, _RULES, "missing")
+    return [_path(detail) for detail in error.errors(include_url=False) if detail["type"] not in others]
 
 
 _UNKNOWN = "extra_forbidden"  # pydantic's word for it

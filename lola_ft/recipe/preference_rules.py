@@ -41,17 +41,14 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         yield ("train", "loss_type"), f"objective {objective} has {', '.join(losses)}; got {train['loss_type']!r}"
     least = LEAST_MICRO_BATCH.get(train["loss_type"], 1)
     if train["micro_batch_size"] < least:
-        yield (
-            ("train", "micro_batch_size"),
-            f"kto pairs each prompt with another row's answer of the same micro batch. Give at least {least}",
-        )
+        why = "kto pairs each prompt with another row's answer of the same micro batch"
+        yield ("train", "micro_batch_size"), f"{why}. Give at least {least}"
     yield from _without_meaning(recipe, objective)
 
 
 def _formats(data: dict[str, Any], objective: str) -> Iterator[tuple[KeyPath, str]]:
-    validation = data["validation"]
-    for key, sources in (("sources", data["sources"]), ("validation", validation)):
-        for place, source in enumerate(sources if isinstance(sources, list) else []):
+    for key in ("sources", "validation"):
+        for place, source in enumerate(data[key] if isinstance(data[key], list) else []):
             wanted, judged = OBJECTIVE_FORMATS.get(objective), source["format"] in OBJECTIVE_FORMATS.values()
             if wanted and source["format"] != wanted:
                 yield ("data", key, place, "format"), f"objective {objective} learns from format {wanted}"
@@ -84,7 +81,4 @@ def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[K
         yield ("guards", "router_collapse"), f"{objective} does not count the routers' load. Choose warn or off"
     for key in ("aux_loss", "z_loss"):
         if recipe["router"][key]:
-            yield (
-                ("router", key),
-                f"{objective} has a loss of its own; the routers' are not added to it. Remove it",
-            )
+            yield ("router", key), f"{objective} has a loss of its own; the routers' are not added to it. Remove it"

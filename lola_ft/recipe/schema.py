@@ -226,7 +226,8 @@ class Source(Section):
         places = INSTRUCTION_FIELDS.get(self.format, ())
         for name in re.findall(r"\{(\w+)\}", self.instruction or "") if places else ():
             if name not in places:
-                yield ("instruction",), f"names {{{name}}}; format {self.format} has {_in_braces(places)}"
+                known = ", ".join(f"{{{place}}}" for place in places)
+                yield ("instruction",), f"names {{{name}}}; format {self.format} has {known}"
             elif name == "labels" and self.labels is None:
                 yield ("instruction",), "names {labels}, and this source has no `labels`. Add them"
 
@@ -237,10 +238,6 @@ _KEYS_OF_FORMATS = {
     "target_language": ("translation",),
     "instruction": ("alpaca", "classification", "translation"),
 }
-
-
-def _in_braces(names: tuple[str, ...]) -> str:
-    return ", ".join(f"{{{name}}}" for name in names)
 
 
 def _kind_of_validation(value: Any) -> str | None:
@@ -376,9 +373,7 @@ class Guards(Section):
         description="steps in a row with a loss or gradient that is not finite, each skipped, that end the run",
     )
     loss_spike: float = Field(
-        default=6.0,
-        ge=0,
-        description="a loss so many deviations above the running median is reported; 0: never",
+        default=6.0, ge=0, description="a loss so many deviations above the running median is reported; 0: never"
     )
     router_collapse: Literal["warn", "stop", "off"] = Field(
         default="warn", description="what happens when a router sends nearly everything to few experts"
@@ -435,10 +430,8 @@ class Recipe(Section):
     def _rules(self) -> Iterable[Problem]:
         groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
         if self.router.mode == "frozen" and not any((*groups, self.adapter.norms, self.adapter.biases)):
-            yield (
-                ("adapter",),
-                "nothing would be trained. Give a rank to attention, mlp or experts, or set router.mode to tuned",
-            )
+            advice = "Give a rank to attention, mlp or experts, or set router.mode to tuned"
+            yield ("adapter",), f"nothing would be trained. {advice}"
         if self.adapter.variant == "dora" and self.router.mode == "lora":
             yield ("router", "mode"), "dora acts only on attention and mlp. Choose tuned or frozen, or another variant"
         if self.adapter.init == "loftq" and self.base.quantization == "none":

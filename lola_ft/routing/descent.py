@@ -73,8 +73,8 @@ def follow_descent(profile: Profile, permutations: int = 999, seed: int = 0) -> 
             name: {
                 "mantel": {test: plain(asdict(results[k])) for test, results in correlations.items()},
                 "neighbours": {
-                    "family": plain(asdict(neighbour_agreement(routing_KLL[k], families, permutations, seed))),
-                    "script": plain(asdict(neighbour_agreement(routing_KLL[k], scripts, permutations, seed))),
+                    label: plain(asdict(neighbour_agreement(routing_KLL[k], labels, permutations, seed)))
+                    for label, labels in (("family", families), ("script", scripts))
                 },
             }
             for k, name in enumerate(names)
@@ -89,12 +89,11 @@ def describe_descent(found: dict[str, Any]) -> list[str]:
         f"  distance of routing against that of {name}: r {_number(test['r'])}, p {_number(test['p'])}"
         for name, test in tests["mantel"].items()
     ]
-    lines += [
+    return lines + [
         f"  the nearest language has the same {name}: {_number(near['share'])} (by chance {_number(near['chance'])}, "
         f"p {_number(near['p'])})"
         for name, near in tests["neighbours"].items()
     ]
-    return lines
 
 
 def _number(value: float | None) -> str:

@@ -33,11 +33,7 @@ class Drift:
 
 
 def compare(first: Profile, second: Profile) -> Drift:
-    """Compare two profiles of models with the same layers and experts.
-
-    Raises:
-        UserError: Other layers or experts, or no language in common.
-    """
+    """Compare two profiles of models with the same layers and experts and a language in common; refuse others."""
     if (first.about.layers, first.num_experts) != (second.about.layers, second.num_experts):
         raise UserError(
             f"{first.about.model} has {len(first.about.layers)} MoE layers of {first.num_experts} experts, "
@@ -45,10 +41,8 @@ def compare(first: Profile, second: Profile) -> Drift:
         )
     common = tuple(language for language in first.languages if language in second.languages)
     if not common:
-        raise UserError(
-            f"no language is in both profiles: {', '.join(first.languages[:5])} against "
-            f"{', '.join(second.languages[:5])}."
-        )
+        languages = (", ".join(profile.languages[:5]) for profile in (first, second))
+        raise UserError(f"no language is in both profiles: {' against '.join(languages)}.")
     shares = [profile.shares[profile.of(common)] for profile in (first, second)]
     return Drift(
         first.about.layers,

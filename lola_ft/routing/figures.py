@@ -79,11 +79,7 @@ def specificity(values_ME: np.ndarray, layers: Sequence[int]) -> bytes:
 
 
 def principal_components(shares_LF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The languages on the two directions in which they differ most (L, 2), and these directions' part of the variance.
-
-    Args:
-        shares_LF: Shares of all layers side by side.
-    """
+    """Return the languages (L, 2) on the two directions in which they differ most, and the variance these explain."""
     centred = shares_LF - shares_LF.mean(axis=0)
     left, sizes, right = np.linalg.svd(centred, full_matrices=False)
     signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # else the machine decides them

@@ -63,14 +63,14 @@ def describe(code: str) -> str:
 
 def family_distances(languages: Sequence[Language]) -> Tensor:
     """Distance by descent (L, L), float64: 0 in one branch, 1 in one family, 2 else."""
-    return torch.tensor([[_descent(first, second) for second in languages] for first in languages], dtype=torch.float64)
+    rows = [[_descent(first, second) for second in languages] for first in languages]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def script_distances(languages: Sequence[Language]) -> Tensor:
     """0 where two languages are written in the same script, else 1 (L, L), float64."""
-    return torch.tensor(
-        [[float(first.script != second.script) for second in languages] for first in languages], dtype=torch.float64
-    )
+    rows = [[first.script != second.script for second in languages] for first in languages]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _descent(first: Language, second: Language) -> int:

@@ -10,26 +10,15 @@ from torch import Tensor
 
 
 def shares(counts: Tensor) -> Tensor:
-    """Each expert's share of the tokens.
-
-    Args:
-        counts: Tokens (or weights) by expert (..., E), none negative.
-
-    Returns:
-        float64 (..., E), each row with the sum 1.
-    """
+    """Return each expert's share of the tokens (..., E), float64, of counts or weights by expert, none negative."""
     weights = counts.double()
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def load_entropy(counts: Tensor) -> Tensor:
-    """How even the load is: its entropy over that of an even load.
+    """Return how even the load is: its entropy over that of an even load, from counts or shares by expert (..., E).
 
-    Args:
-        counts: Tokens (or shares) by expert (..., E).
-
-    Returns:
-        float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
+    float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
     """
     load = shares(counts)
     entropy = torch.special.entr(load).sum(dim=-1)
@@ -48,13 +37,9 @@ def dead_experts(counts: Tensor) -> Tensor:
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
+    """Return the Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
 
-    Args:
-        first, second: Counts or shares (..., E); they broadcast against each other.
-
-    Returns:
-        float64 (...): 0 where they are equal, 1 where no expert is in both.
+    Of counts or shares (..., E) that broadcast, float64 (...): 0 where they are equal, 1 where no expert is in both.
     """
     p, q = shares(first), shares(second)
     middle = (p + q) / 2

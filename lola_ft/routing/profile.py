@@ -102,11 +102,7 @@ class Profile:
         return shares(histogram)
 
     def of(self, languages: Sequence[str]) -> Tensor:
-        """The places of languages.
-
-        Raises:
-            UserError: One that this profile does not have.
-        """
+        """Return the places of languages, all of which the profile must have."""
         if missing := [language for language in languages if language not in self.languages]:
             known = ", ".join(self.languages[:20]) + ", …" * (len(self.languages) > 20)
             raise UserError(f"the profile has no language '{missing[0]}'. It has {known}.")
@@ -126,11 +122,7 @@ def save_profile(profile: Profile, path: str | Path) -> Path:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """Read a profile.
-
-    Raises:
-        UserError: No such file, or not a profile of this version.
-    """
+    """Read a profile; a missing file, or one that is no profile of this version, is refused."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such file. `lola-ft routing profile MODEL --data FILES --out {file}` writes one.")

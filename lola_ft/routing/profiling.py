@@ -86,7 +86,7 @@ def about_model(opened: OpenModel, max_length: int) -> About:
 @torch.inference_mode()
 def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED) -> Profile:
     """Profile a model in memory, with the adapter that is active on it."""
-    backbone = _backbone(model).eval()
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model.eval()
     architecture = architecture_of(model.config)
     shape = len(about.layers), architecture.num_experts, architecture.sizes.top_k
     tally = _Tally(*shape, sample, backbone.device)
@@ -144,8 +144,7 @@ class _Tally:
     ) -> None:
         """Count one batch; nothing here waits for the device."""
         real, language, slot = self._places(batch, width)
-        places = [torch.from_numpy(array).to(self.device, non_blocking=True) for array in (real, language)]
-        real_T, language_T = places
+        real_T, language_T = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in (real, language))
         sampled = np.flatnonzero(slot < self.sample)
         sampled_P = torch.from_numpy(sampled).to(self.device)
         slot_P = torch.from_numpy(slot[sampled]).to(self.device)
@@ -196,11 +195,6 @@ class _Tally:
             sampled_L=torch.tensor(sampled),
             sample_digests=tuple(self.digests[place].hexdigest()[:16] for place in order),
         )
-
-
-def _backbone(model: Any) -> Any:
-    """The layers without the head, with an adapter's wrappers where there is one."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
 
 
 def _windows(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int]]]:

@@ -103,11 +103,7 @@ def parameters_of_expert(profile: Profile, rank: int) -> int:
 
 
 def save_choice(choice: Choice, path: str | Path) -> Path:
-    """Write a choice as JSON: the file that a recipe's `adapter.experts.select` names.
-
-    Raises:
-        UserError: A place where no file can be written.
-    """
+    """Write a choice as JSON: the file that a recipe's `adapter.experts.select` names."""
     check_file_target(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +115,9 @@ def save_choice(choice: Choice, path: str | Path) -> Path:
 def describe_choice(choice: Choice, others: int = 5) -> str:
     """What a person wants to know of a choice, a few lines."""
     how = "at random" if choice.random_seed is not None else f"by {choice.by}"
+    counts = [len(ids) for ids in choice.experts]
     lines = [
-        f"{sum(map(len, choice.experts))} experts in {len(choice.experts)} layers ({how}): "
-        + ", ".join(str(len(ids)) for ids in choice.experts),
+        f"{sum(counts)} experts in {len(counts)} layers ({how}): {', '.join(map(str, counts))}",
         f"adapter of rank {choice.rank}: {choice.parameters:,} parameters, {choice.bytes:,} bytes",
         "share of tokens through them (mean of the layers):",
     ]

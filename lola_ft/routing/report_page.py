@@ -13,13 +13,7 @@ import numpy as np
 from lola_ft.errors import UserError
 from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
-from lola_ft.routing.descent import (
-    ALL_LAYERS,
-    MIN_LANGUAGES,
-    describe_descent,
-    follow_descent,
-    routing_distances,
-)
+from lola_ft.routing.descent import ALL_LAYERS, MIN_LANGUAGES, describe_descent, follow_descent, routing_distances
 from lola_ft.routing.drift import Drift, compare
 from lola_ft.routing.language_families import describe
 from lola_ft.routing.profile import Profile

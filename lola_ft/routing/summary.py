@@ -79,9 +79,8 @@ def describe_drift(drift: dict[str, Any]) -> list[str]:
     """The means over languages and layers."""
     changes = drift["languages"].values()
     flips = [fmean(change["flip_rate"]) for change in changes if change["flip_rate"] is not None]
-    line = (
-        f"  between the two: Jensen-Shannon divergence {fmean(fmean(c['jensen_shannon']) for c in changes):.4f} bits; "
-    )
+    divergence = fmean(fmean(change["jensen_shannon"]) for change in changes)
+    line = f"  between the two: Jensen-Shannon divergence {divergence:.4f} bits; "
     if flips:
         line += f"{fmean(flips):.1%} of sampled tokens go elsewhere ({len(flips)} of {len(changes)} languages)"
     else:

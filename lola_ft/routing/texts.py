@@ -88,11 +88,7 @@ class Texts:
 def sources_of(
     paths: Iterable[str | Path], format: str = "text", language_column: str | None = None, unit: str | None = None
 ) -> list[Source]:
-    """A source for each file of the paths; its language is in a column, or in the file's name.
-
-    Raises:
-        DataError: No such file, a name without a language, or an unknown format or unit.
-    """
+    """Make a source of each file of the paths; its language is in a column, or in the file's name."""
     for option, value, known in (("format", format, FORMATS), ("unit", unit or UNITS[0], UNITS)):
         if value not in known:
             raise DataError(f"--{option} {value}: there is {', '.join(known)}.")

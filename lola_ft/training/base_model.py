@@ -51,27 +51,17 @@ class OpenBase:
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
-    """Find a base in a folder or on the Hub.
-
-    Args:
-        weights: Check them; without, those of a base on the Hub are not downloaded.
-
-    Raises:
-        CheckpointError: No such base, or one that cannot be used.
-    """
-    if weights:
-        folder = resolve_folder(name, revision)
-        checkpoint = BaseCheckpoint.open(folder)
-        return OpenBase(name, commit_of(name, folder) or revision, folder, checkpoint.architecture, checkpoint)
-    folder = text_folder(name, revision)
-    return OpenBase(name, commit_of(name, folder) or revision, folder, open_config(folder)[1])
+    """Find a base in a folder or on the Hub; only with `weights` are these checked, and downloaded if need be."""
+    folder = resolve_folder(name, revision) if weights else text_folder(name, revision)
+    checkpoint = BaseCheckpoint.open(folder) if weights else None
+    architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
+    return OpenBase(name, commit_of(name, folder) or revision, folder, architecture, checkpoint)
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     """Hold a recipe to what its base has: groups, routers, packing, positions; pin the base to its commit.
 
-    Raises:
-        UserError: The recipe asks for what the base lacks. What only a default asks for is changed, and said.
+    What is asked for and not there is refused. What only a default asks for is changed, and said.
     """
     losses = {f"router.{name}": "router" for name in ("aux_loss", "z_loss") if getattr(recipe.router, name)}
     base.architecture.require(adapter_settings(recipe).wanted() | losses)
@@ -108,11 +98,7 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
 
 
 def adapter_settings(recipe: Recipe) -> AdapterSettings:
-    """Return the recipe's adapter and router sections as plain settings.
-
-    Raises:
-        UserError: If the file that selects experts cannot be read.
-    """
+    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings."""
     adapter, router = recipe.adapter, recipe.router
     groups = {
         "attention": adapter.attention,
@@ -145,11 +131,7 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
 def load_with_adapter(
     base: OpenBase, recipe: Recipe, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple["PeftModel", SizesByPart]:
-    """Load a base with a fresh adapter on it, everything else frozen.
-
-    Returns:
-        The model, and the sizes of the base's parts as they are held in memory.
-    """
+    """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
     from lola_ft.adapters import add_adapter
     from lola_ft.adapters.loftq import start_at_rounding_error
     from lola_ft.quantization import audit
@@ -168,11 +150,7 @@ def load_with_adapter(
 def save_adapter(
     model: "PeftModel", folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, template: str = ""
 ) -> str:
-    """Write the adapter's folder whole or not at all; returns the layout in which it is.
-
-    Args:
-        tokenizer, template: Written beside the adapter for who uses it, the prompt template as text.
-    """
+    """Write the adapter, with tokenizer and prompt template for its users, whole or not at all; returns its layout."""
     from lola_ft import adapters
 
     def write_companions(partial: Path) -> None:
@@ -183,9 +161,3 @@ def save_adapter(
     layout = adapters.fitting_layout(model)
     adapters.save_adapter(model, folder, layout, write_companions)
     return layout
-
-
-def fingerprint_of(model: "PeftModel") -> str:
-    """Return the fingerprint of the weights that the adapter is trained on."""
-    fingerprint: str = model.get_base_model().base_fingerprint
-    return fingerprint

@@ -82,16 +82,14 @@ class RunData:
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunData:
-    """Read, split, encode and mix.
-
-    Args:
-        data: Hub datasets in it are read at the revision it names; `pin` makes that a commit.
+    """Read, split, encode and mix; Hub datasets are read at the revision that `data` names (`pin` makes it a commit).
 
     Raises:
         DataError: Naming file and line.
     """
     template = Template.load(data.template)
-    hashes = _hashes(data)
+    files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
+    hashes = {str(file): sha256_of(file) for file in files}
     key = None if _judged(data) else rows_key(data, tokenizer, template, hashes, seed)
     stored, note = (None, "") if key is None else _find(key)
     if stored is None:
@@ -101,9 +99,8 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     duplicates = Counter(facts["duplicates"]) if facts["duplicates"] is not None else None
     leaks = LeakCheck([], **facts["leaks"]) if facts["leaks"] else None
     mixed = mix(stored.train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
-    return RunData(
-        stored.train, mixed, stored.validation, template, hashes, _commits(data), bad_rows, duplicates, leaks, note
-    )
+    commits = {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
+    return RunData(stored.train, mixed, stored.validation, template, hashes, commits, bad_rows, duplicates, leaks, note)
 
 
 def _judged(data: Data) -> bool:
@@ -188,10 +185,6 @@ def _all_sources(data: Data) -> list[RecipeSource]:
     return [*data.sources, *(data.validation if isinstance(data.validation, list) else [])]
 
 
-def _commits(data: Data) -> dict[str, str]:
-    return {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
-
-
 def rows_key(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
 ) -> str | None:
@@ -220,8 +213,3 @@ def shown_progress() -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda rows: bar.advance(task, rows)
-
-
-def _hashes(data: Data) -> dict[str, str]:
-    files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
-    return {str(file): sha256_of(file) for file in files}

@@ -23,11 +23,7 @@ _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def refuse_missing_packages(train: Train) -> None:
-    """Refuse what the training section asks for and this machine cannot do.
-
-    Raises:
-        UserError: Naming the key and the package.
-    """
+    """Refuse what the training section asks for and this machine cannot do; names the key and the package."""
     refuse_missing_trackers(train.report_to)
     refuse_missing_optimizer(train.optimizer)
     if train.energy:
@@ -35,11 +31,7 @@ def refuse_missing_packages(train: Train) -> None:
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not installed.
-
-    Raises:
-        UserError: Naming all that are missing.
-    """
+    """Refuse trackers whose packages are not installed."""
     missing = [name for name in names if not any(map(find_spec, _TRACKER_PACKAGES.get(name, (name,))))]
     if missing:
         raise UserError(
@@ -49,11 +41,7 @@ def refuse_missing_trackers(names: Sequence[str]) -> None:
 
 
 def refuse_missing_optimizer(name: str) -> None:
-    """Refuse an optimiser whose package is not installed.
-
-    Raises:
-        UserError: Naming the package.
-    """
+    """Refuse an optimiser whose package is not installed."""
     package = OPTIMIZER_PACKAGES.get(name)
     if package and find_spec(package) is None:
         raise UserError(
@@ -63,11 +51,7 @@ def refuse_missing_optimizer(name: str) -> None:
 
 
 def refuse_missing_codecarbon(country: str) -> None:
-    """Refuse to measure energy without the package that does, or in a country that it does not know.
-
-    Raises:
-        UserError: Saying which.
-    """
+    """Refuse to measure energy without the package that does, or in a country that it does not know."""
     if find_spec("codecarbon") is None:
         raise UserError("train.energy: codecarbon is not installed. Install the extra `energy`, or remove the section.")
     from codecarbon.input import DataSource

@@ -5,8 +5,6 @@ already and that it goes through one by one. Here packed rows are written to dis
 (`dataset_kwargs`) that nothing is left to do.
 """
 
-from pathlib import Path
-
 import numpy as np
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -26,8 +24,14 @@ _BATCH = 1000
 
 
 def ready(dataset: Dataset, packing: bool, max_length: int) -> Dataset:
-    """Return the rows of sequences that are encoded and cut, as TRL would prepare them."""
-    return pack(dataset, max_length) if packing else with_something_to_learn(dataset)
+    """Return the rows of sequences that are encoded and cut, as TRL would prepare them.
+
+    Without packing, sequences of one token, which nothing precedes, are left out; of all others a token is learned.
+    """
+    if packing:
+        return pack(dataset, max_length)
+    lengths = sequence_lengths(dataset)
+    return dataset if (lengths > 1).all() else dataset.select(np.flatnonzero(lengths > 1))
 
 
 def pack(dataset: Dataset, max_length: int) -> Dataset:
@@ -47,29 +51,13 @@ def pack(dataset: Dataset, max_length: int) -> Dataset:
         file = table_file(folder, "packed")
         settings = {"cache_file_name": str(file), "desc": "Packing"}
         packed = pack_dataset(dataset.select_columns(["input_ids", "labels"]), max_length, STRATEGY, settings)
-        return _mapped(file, packed)
-
-
-def _mapped(file: Path, packed: Dataset) -> Dataset:
-    """Return the rows of a file that will be removed: nothing in the dataset may refer to its name.
-
-    A dataset of `datasets`' own mapping would open the file again in another process, and derive files beside it.
-    """
-    return Dataset(InMemoryTable(map_table(file)), info=packed.info, fingerprint=packed._fingerprint)
-
-
-def with_something_to_learn(dataset: Dataset) -> Dataset:
-    """Leave out sequences of a single token, which nothing precedes; of all others a token is learned."""
-    lengths = sequence_lengths(dataset)
-    return dataset if (lengths > 1).all() else dataset.select(np.flatnonzero(lengths > 1))
+        # The file will be gone, so nothing in the dataset may refer to its name: `datasets`' own mapping would open
+        # the file again in another process, and derive files beside it.
+        return Dataset(InMemoryTable(map_table(file)), info=packed.info, fingerprint=packed._fingerprint)
 
 
 def filling_line(rows: Dataset, data: RunData, recipe: Recipe) -> str:
-    """Say how many rows are trained on, and how full of tokens a row or a micro batch is.
-
-    Args:
-        rows: What the trainer reads: `data`, packed if the recipe says so.
-    """
+    """Say how many rows the trainer reads of `data`, packed or not, and how full a row or a micro batch is."""
     sequences, tokens = len(data.mix.dataset), data.mix.tokens
     if recipe.data.packing:
         full = tokens / (len(rows) * recipe.data.max_length)
@@ -83,12 +71,7 @@ def filling_line(rows: Dataset, data: RunData, recipe: Recipe) -> str:
 
 
 def share_of_tokens(lengths: np.ndarray, micro_batch_size: int, seed: int) -> float:
-    """Return the share of tokens in padded micro batches, as long as their longest sequence each.
-
-    Args:
-        lengths: Tokens of each sequence (N,), N at least 1; they are put into a random order.
-        seed: Of that order, which is one like training's and not the same.
-    """
+    """Return the share of tokens in padded micro batches of sequences of these lengths (N,), N > 0, in random order."""
     lengths = np.random.default_rng(seed).permutation(lengths)
     starts = np.arange(0, len(lengths), micro_batch_size)
     rows = np.diff(np.append(starts, len(lengths)))

@@ -58,21 +58,13 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
         return
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
-    for line in [
-        *_length_lines(job, steps, facts, note),
-        f"The adapter takes {sizes}.",
-        *verdict(prediction, limit, change),
-    ]:
+    lengths = _length_lines(job, steps, facts, note)
+    for line in [*lengths, f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def advice(recipe: Recipe, architecture: Architecture, longest: int | None = None) -> str:
-    """Advise a run that ran out of memory here: where its memory goes, and what to write behind the recipe.
-
-    Args:
-        architecture: The base's.
-        longest: Tokens of the longest row, if it is shorter than `data.max_length`.
-    """
+    """Advise a run that ran out of memory here: where its memory goes, and what to write behind the recipe."""
     device, limit = target_machine(None)
     job = job_of(recipe, architecture, device, longest)
     prediction = predict(job)
@@ -98,12 +90,7 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
 
 
 def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int | None = None) -> Job:
-    """Return what the planner needs to know of a recipe.
-
-    Args:
-        architecture: The base's.
-        longest: Tokens of the longest row, if it is known.
-    """
+    """Return what the planner needs to know of a recipe; `longest` is the tokens of the longest row, if known."""
     train, router = recipe.train, recipe.router
     dtype: str = recipe.base.dtype
     if device == "cpu" or torch.cuda.is_available():

@@ -64,11 +64,7 @@ def length_lines(encoded: "Encoded", max_length: int) -> list[str]:
 
 
 def shown(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerFast, plain: bool = False) -> Text:
-    """A sequence as text: what is learned in colour, what is only read dim, the learned EOS by its name.
-
-    Args:
-        plain: Put ⟦ ⟧ around what is learned, for a terminal without colours.
-    """
+    """Show a sequence: learned tokens in colour (`plain`: in ⟦ ⟧), read ones dim, the learned EOS by its name."""
     text = Text()
     for learned, tokens in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != MASKED):
         run = [token for token, _ in tokens]

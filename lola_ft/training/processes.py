@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object, reduce, set_seed
+from accelerate.utils import KwargsHandler, broadcast_object_list, gather_object, reduce
 
 from lola_ft.errors import UserError
 
@@ -34,11 +34,7 @@ _TIMEOUT = timedelta(hours=1)  # how long one process waits for another
 
 
 def join() -> torch.device:
-    """Connect with the processes that a launcher has started, if it did; returns this process's device.
-
-    Raises:
-        UserError: The launcher was told to divide the work in a way that is not for LOLA.
-    """
+    """Connect with the processes that a launcher has started, if it did; returns this process's device."""
     for variable, (name, reason) in _ENGINES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
@@ -121,12 +117,6 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 def of_all(value: T) -> list[T]:
     """Return every process's value, in the processes' order."""
     return list(gather_object([value])) if count() > 1 else [value]
-
-
-def draw_apart(seed: int) -> None:
-    """Give each process random numbers of its own, so that dropout is not the same in all; alone, nothing changes."""
-    if count() > 1:
-        set_seed(seed, device_specific=True)
 
 
 def _connected() -> bool:

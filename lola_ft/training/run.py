@@ -26,8 +26,7 @@ from lola_ft.training.checkpointing.resume import earlier_run, find_restart, loc
 from lola_ft.training.packing import filling_line
 from lola_ft.training.plan import advice
 from lola_ft.training.reports.manifest import manifest_of, routing_results, timings_of, write_card, write_manifest
-from lola_ft.training.reports.metric_names import BY_LANGUAGE, losses_by_language
-from lola_ft.training.reports.metrics import read_metrics
+from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
 from lola_ft.training.setup import Prepared, facts_of, prepare_run
 from lola_ft.training.trainers.build import build_trainer
@@ -57,7 +56,10 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
             console.print(f"The run in {output} is finished; nothing is left to do.")
             return output
         processes.on_main(lambda: run_folder.refuse_unwritable(output))
-        console.print(_processes_line(recipe), end="")
+        if (count := processes.count()) > 1:
+            micro, accumulated = recipe.train.micro_batch_size, recipe.train.grad_accum_steps
+            rows = count * micro * accumulated
+            console.print(f"{count} processes: a step is {count} x {micro} x {accumulated} = {rows} rows.")
 
         began = time.perf_counter()
         prepared = prepare_run(recipe, device, console, earlier, allow_changed)
@@ -84,15 +86,6 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
     console.print(f"Done. The adapter is in {output / ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
-
-
-def _processes_line(recipe: Recipe) -> str:
-    """Say how many rows a step has, with several processes."""
-    micro, accumulated = recipe.train.micro_batch_size, recipe.train.grad_accum_steps
-    if processes.count() == 1:
-        return ""
-    rows = processes.count() * micro * accumulated
-    return f"{processes.count()} processes: a step is {processes.count()} x {micro} x {accumulated} = {rows} rows.\n"
 
 
 def _fit(

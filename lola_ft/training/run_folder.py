@@ -20,11 +20,7 @@ _NOTHING_YET = (LOCK_FILE, f".{RECIPE_FILE}.partial")
 
 
 def refuse_unwritable(output: Path) -> None:
-    """Refuse an output folder in which nothing can be written, before any work is done. Nothing is left behind.
-
-    Raises:
-        UserError: The folder, or the nearest folder above it that exists, takes no file.
-    """
+    """Refuse an output folder in which nothing can be written, before any work is done; nothing is left behind."""
     place = output.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -36,11 +32,7 @@ def refuse_unwritable(output: Path) -> None:
 
 
 def refuse_taken(output: Path) -> None:
-    """Refuse an output folder that holds anything, before any work is done.
-
-    Raises:
-        UserError: Saying how to go on.
-    """
+    """Refuse an output folder that holds anything, before any work is done, and say how to go on."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: output is a file; name a folder.")
     if not output.is_dir() or all(path.name in _NOTHING_YET for path in output.iterdir()):
@@ -67,11 +59,7 @@ def is_finished(output: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(output: Path) -> Iterator[None]:
-    """Hold the folder for this process; it is made if it does not exist.
-
-    Raises:
-        UserError: Another process trains there, or nothing can be written there.
-    """
+    """Hold the folder for this process, and make it if it does not exist; refuse one that another process holds."""
     path = output / LOCK_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_s
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.optional_packages import refuse_missing_packages
 from lola_ft.training.precision import Precision, choose_precision
-from lola_ft.training.reports.metric_names import BY_LANGUAGE
+from lola_ft.training.reports.metrics import BY_LANGUAGE
 from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
 
 if TYPE_CHECKING:
@@ -63,11 +63,7 @@ def prepare_run(
 ) -> Prepared:
     """Check everything that the user gave, read the data and load the base with a fresh adapter.
 
-    Args:
-        earlier: The run that goes on; the recipe may differ from its own in `allow_changed` alone.
-
-    Raises:
-        UserError: For anything that cannot work.
+    The recipe may differ from that of an `earlier` run, which goes on, in `allow_changed` alone.
     """
     from transformers import set_seed  # here, for it imports PEFT, and plans and previews do without
 
@@ -89,14 +85,7 @@ def prepare_run(
 
 
 def fit_to_base(recipe: Recipe, console: Console, weights: bool = False) -> tuple[Recipe, OpenBase]:
-    """Find the recipe's base, once, and hold the recipe to it.
-
-    Args:
-        weights: Check the base's weights, too.
-
-    Raises:
-        UserError: No such base, or the recipe asks for what it does not have.
-    """
+    """Find the recipe's base, once, checking its weights too if asked, and hold the recipe to it."""
     base = base_model.open_base(recipe.base.model, recipe.base.revision, weights)
     return base_model.fit_recipe(recipe, base, console), base
 
@@ -105,9 +94,6 @@ def read_data(
     recipe: Recipe, base: OpenBase, earlier: "EarlierRun | None" = None, allow_changed: Sequence[str] = ()
 ) -> tuple[Recipe, PreTrainedTokenizerFast, RunData]:
     """Pin the recipe's data to commits, read it and turn it into tokens.
-
-    Args:
-        earlier: The run that goes on, as for `prepare_run`.
 
     Returns:
         The recipe with the commits, the base's tokenizer, and the data.
@@ -123,11 +109,7 @@ def read_data(
 
 
 def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
-    """Refuse early stopping by a metric that no evaluation will have.
-
-    Raises:
-        UserError: Listing the metrics of an evaluation.
-    """
+    """Refuse early stopping by a metric that no evaluation will have."""
     languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
     known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
     if train.early_stopping and train.early_stopping.metric not in known:
@@ -138,12 +120,7 @@ def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
 
 
 def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int = 1) -> int:
-    """Estimate the optimiser steps of a run; packing is taken to be perfect.
-
-    Args:
-        tokens, sequences: Of one epoch of the training data.
-        processes: Each does its own micro batches.
-    """
+    """Estimate a run's optimiser steps from an epoch's tokens and sequences; packing is taken to be perfect."""
     train = recipe.train
     if train.max_steps:
         return train.max_steps
@@ -157,7 +134,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
     data = prepared.data.as_dict()
     contents = {**data, "sha256": sorted(data["sha256"].values()), "template": prepared.data.template.source}
     return {
-        "base": base_model.fingerprint_of(prepared.model),
+        "base": prepared.model.get_base_model().base_fingerprint,
         "data": hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),

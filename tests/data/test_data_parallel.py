@@ -12,7 +12,7 @@ from lola_ft.data import Example, Template, encode
 from lola_ft.data.example import prompt_fields
 from lola_ft.data.parallel import map_in_order
 from lola_ft.errors import DataError
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 
 
 def late_first(number: int) -> int:

@@ -21,7 +21,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 import lola_ft
 from lola_ft.cli import main
 from lola_ft.model import LolaConfig, LolaForCausalLM
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 from lola_ft.open_model import open_model
 
 TEXT = [

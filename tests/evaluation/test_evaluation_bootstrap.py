@@ -7,8 +7,7 @@ import pytest
 
 from lola_ft.evaluation import compare
 from lola_ft.evaluation.bootstrap import Estimate, bootstrap, ratio
-from lola_ft.evaluation.comparison import ALL
-from lola_ft.evaluation.comparison_table import shown, tables
+from lola_ft.evaluation.comparison import ALL, shown, tables
 from lola_ft.evaluation.task import Measure, Measured
 
 RNG = np.random.default_rng(7)

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 from lola_ft.quantization import load_base
 from tests.families.moe import KINDS, make_moe
 

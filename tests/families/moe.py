@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 COMMON = {

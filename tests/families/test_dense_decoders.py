@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.families import architecture_of
-from lola_ft.nano.tokenizer import train_tokenizer
+from lola_ft.nano.build import train_tokenizer
 from lola_ft.planning.saved_for_backward import activations
 from lola_ft.quantization import NF4Linear, load_base
 from lola_ft.quantization.nf4 import quantize

@@ -10,8 +10,8 @@ from lola_ft.data import Example, Template, encode, encode_texts
 from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError, UserError
 from lola_ft.generation import Sampling, answer_all, answer_one, conversation_ids
+from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.prompts import read_prompts, request
-from lola_ft.generation.streaming import TerminalStreamer
 from lola_ft.quantization import load_base
 from tests.conftest import make_base, write_rows
 

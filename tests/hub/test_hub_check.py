@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lola_ft.hub.reload_check import check_in_fresh_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -18,7 +19,6 @@ from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
 from lola_ft.hub import reload_check
-from lola_ft.hub.fresh_process import check_in_fresh_process
 from lola_ft.hub.publication import find_source
 from lola_ft.hub.reload_check import compare_adapter, compare_merged
 from tests.tiny import TINY

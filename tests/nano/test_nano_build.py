@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 from lola_ft.nano import NanoSettings, build, build_nano
+from lola_ft.nano.build import SPECIAL_TOKENS, train_tokenizer
 from lola_ft.nano.corpus import Split, split_terms
 from lola_ft.nano.pretrain import PretrainSettings, pack, pretrain, restarting_positions
-from lola_ft.nano.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TINY = NanoSettings(
     n_embd=32,

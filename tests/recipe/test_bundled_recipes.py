@@ -7,8 +7,7 @@ import pytest
 
 from lola_ft.errors import RecipeError
 from lola_ft.recipe import bundled, load_recipe
-from lola_ft.recipe.bundled import bundled_recipes, copy_recipe, find_recipe, recipes_folder
-from lola_ft.recipe.json_schema import SCHEMA_FILE, schema_text
+from lola_ft.recipe.bundled import SCHEMA_FILE, bundled_recipes, copy_recipe, find_recipe, recipes_folder, schema_text
 from lola_ft.recipe.keys import all_keys
 
 NAMES = {

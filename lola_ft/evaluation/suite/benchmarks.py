@@ -1,6 +1,6 @@
 """The benchmarks that LOLA's authors judge it by (arXiv 2409.11272), by the harness's own task names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lola_ft.errors import UserError
@@ -109,9 +109,9 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
         raise UserError(f"--suite '{suite}' is unknown; there are {', '.join(SUITES)}.")
     benchmarks = SUITES[suite]
     every = [
-        Chosen(benchmark.pattern.format(code), benchmark.pattern.format(code), code, benchmark)
+        Chosen(task, task, code, benchmark)
         for benchmark in benchmarks.values()
-        for code in benchmark.languages
+        for task, code in zip(benchmark.tasks, benchmark.languages, strict=True)
     ]
     by_name = {one.task: one for one in every}
     chosen = []
@@ -131,20 +131,13 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
 
 
 def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[str]]:
-    """The tasks under the names that the harness has for them, and those that it does not have.
-
-    Args:
-        known: All names of the harness.
-    """
+    """Return the tasks under the names that the harness, which knows `known`, has for them; and those it lacks."""
     there, missing = list[Chosen](), list[str]()
     for one in chosen:
-        names = [
-            one.wanted,
-            *(new + one.wanted.removeprefix(old) for old, new in _ALSO_CALLED if one.wanted.startswith(old)),
-        ]
-        found = next((name for name in names if name in known), None)
+        others = (new + one.wanted.removeprefix(old) for old, new in _ALSO_CALLED if one.wanted.startswith(old))
+        found = next((name for name in (one.wanted, *others) if name in known), None)
         if found:
-            there.append(Chosen(found, one.wanted, one.language, one.benchmark))
+            there.append(replace(one, task=found))
         else:
             missing.append(one.wanted)
     return there, missing

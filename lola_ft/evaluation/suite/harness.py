@@ -11,11 +11,7 @@ from lola_ft.open_model import OpenModel
 
 
 def require_harness() -> str:
-    """The harness's version.
-
-    Raises:
-        UserError: It is not installed.
-    """
+    """Return the harness's version, or raise a UserError that says how to install it."""
     version = version_of("lm_eval")
     if version is None:
         raise UserError(
@@ -28,11 +24,7 @@ def require_harness() -> str:
 
 @cache
 def task_manager(include_path: str | None = None, defaults: bool = True) -> Any:
-    """The harness's register of tasks; reading all that come with it takes half a minute.
-
-    Raises:
-        UserError: `include_path` is no folder.
-    """
+    """Return the harness's register of tasks; to read all that come with it takes half a minute."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
@@ -85,8 +77,5 @@ def run_task(model: Any, task: str, manager: Any, limit: int | None, shots: int)
         for key, value in found["results"][task].items()
         if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
     }
-    return {
-        "metrics": metrics,
-        "documents": found["n-samples"][task]["effective"],
-        "version": found["versions"].get(task),
-    }
+    documents = found["n-samples"][task]["effective"]
+    return {"metrics": metrics, "documents": documents, "version": found["versions"].get(task)}

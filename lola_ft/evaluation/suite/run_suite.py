@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lola_ft.data import Template
 from lola_ft.errors import UserError, first_line
-from lola_ft.evaluation.ask_models import Opening, ask_each
+from lola_ft.evaluation.ask_models import Opening, ask_each, how_loaded
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
 from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
 from lola_ft.evaluation.suite.suite_tables import plan_table, result_table
@@ -89,10 +89,8 @@ def evaluate_suite(
     report = {"models": facts, "settings": common, "missing": missing, "results": by_model}
     write_text(Path(out) / f"{options.suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     if failures:
-        raise UserError(
-            f"{len(failures)} tasks failed; run the same command again to repeat only these:\n  "
-            + "\n  ".join(failures)
-        )
+        failed = "\n  ".join(failures)
+        raise UserError(f"{len(failures)} tasks failed; run the same command again to repeat only these:\n  {failed}")
     return by_model
 
 
@@ -138,9 +136,8 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Read a task's result that was kept from the same settings; None if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        return (
-            {key: found[key] for key in ("metrics", "documents", "version")} if found["settings"] == settings else None
-        )
+        kept = {key: found[key] for key in ("metrics", "documents", "version")}
+        return kept if found["settings"] == settings else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -148,12 +145,8 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 def _identity(opened: OpenModel) -> dict[str, Any]:
     """Return what tells one model from another: base weights, adapter files, and how it was loaded."""
     adapter = opened.subject.adapter
-    return {
-        "base_fingerprint": opened.fingerprint,
-        "adapter": sha256_of(*sorted(adapter.glob("adapter_*"))) if adapter else None,
-        "quantization": opened.quantization,
-        "dtype": str(opened.causal.dtype).removeprefix("torch."),
-    }
+    files = sha256_of(*sorted(adapter.glob("adapter_*"))) if adapter else None
+    return how_loaded(opened) | {"adapter": files}
 
 
 def _slug(name: str) -> str:

@@ -18,11 +18,10 @@ class BestEvaluation(TrainerCallback):
     def __init__(
         self, metric: str = "eval_loss", patience: int | None = None, min_delta: float = 0.0, keep: bool = False
     ) -> None:
-        """Follow a metric.
+        """Follow a metric, of which `min_delta` less counts as better.
 
         Args:
             patience: So many evaluations in a row without a better one end the training; None: never.
-            min_delta: How much lower counts as better.
             keep: Ask for a checkpoint of the best evaluation, which then stays.
         """
         self.metric, self.patience, self.min_delta, self.keep = metric, patience, min_delta, keep

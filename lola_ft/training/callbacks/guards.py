@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 
 from lola_ft.families import architecture_of
 from lola_ft.recipe import Recipe
-from lola_ft.recipe.schema import Guards, Train
 from lola_ft.training.callbacks.alarm import Alarm
 from lola_ft.training.callbacks.best_evaluation import BestEvaluation
 from lola_ft.training.callbacks.loss_guards import Forgetting, LossSpike
@@ -24,12 +23,9 @@ if TYPE_CHECKING:
 
 
 def add_guards(trainer: "RunTrainer", recipe: Recipe, metrics: MetricsFile) -> None:
-    """Put on what the recipe asks for.
+    """Put what the recipe asks for on a trainer, whose adapter is as it is before the first step.
 
     Guards of routers and languages, which look at tokens of one kind, are for text and answers, not for preferences.
-
-    Args:
-        trainer: With its adapter as it is before the first step.
     """
     guards, train = recipe.guards, recipe.train
 
@@ -44,23 +40,14 @@ def add_guards(trainer: "RunTrainer", recipe: Recipe, metrics: MetricsFile) -> N
     if recipe.objective == "sft":
         if routed and guards.router_collapse != "off":
             trainer.router_load = trainer.run.kept["router_load"] = RouterLoad(trainer.model)
-            add("router_collapse", _collapse_guard(architecture.num_experts, guards, metrics))
+            limits, stop = (guards.min_load_entropy, guards.max_load_share), guards.router_collapse == "stop"
+            alarm = Alarm("router_collapse", metrics)
+            add("router_collapse", RouterCollapse(*limits, architecture.num_experts, stop, alarm))
         if routed and guards.router_flips:
             trainer.router_probe = RouterProbe(trainer.model, trainer.processing_class)
         if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:
             add("forgetting", Forgetting(trainer.evaluate, guards.forgetting, Alarm("forgetting", metrics)))
     if train.early_stopping or train.keep_best:
-        trainer.run.best = _best_evaluation(train)
+        stopping = train.early_stopping.model_dump() if train.early_stopping else {}
+        trainer.run.best = BestEvaluation(**stopping, keep=train.keep_best)
         add("best", trainer.run.best)
-
-
-def _collapse_guard(num_experts: int, guards: Guards, metrics: MetricsFile) -> RouterCollapse:
-    stop, alarm = guards.router_collapse == "stop", Alarm("router_collapse", metrics)
-    return RouterCollapse(guards.min_load_entropy, guards.max_load_share, num_experts, stop, alarm)
-
-
-def _best_evaluation(train: Train) -> BestEvaluation:
-    stopping = train.early_stopping
-    if stopping is None:
-        return BestEvaluation(keep=train.keep_best)
-    return BestEvaluation(stopping.metric, stopping.patience, stopping.min_delta, keep=train.keep_best)

@@ -29,12 +29,12 @@ _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 class LongestBatchFirst(TrainerCallback):
     """Tries the longest micro batch when training begins."""
 
-    def __init__(self, trial: Callable[[], int], say: Callable[[str], None]) -> None:
-        """Take the trial, which returns the tokens that it tried, and how to report them."""
-        self._trial, self._say = trial, say
+    def __init__(self, trainer: "RunTrainer", optimizer: str, say: Callable[[str], None]) -> None:
+        self._trainer, self._optimizer, self._say = trainer, optimizer, say
 
     def on_train_begin(self, *_: object, **__: object) -> None:
-        self._say(f"The longest micro batch, {self._trial():,} tokens, fits into memory.")
+        tokens = try_longest_batch(self._trainer, self._optimizer)
+        self._say(f"The longest micro batch, {tokens:,} tokens, fits into memory.")
 
 
 def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
@@ -42,9 +42,6 @@ def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
 
     Room is left for the optimiser's state, which does not exist before the first step. Gradients are dropped; random
     numbers, counts and metrics are as before.
-
-    Raises:
-        torch.OutOfMemoryError: It does not fit.
     """
     dataset, args = trainer.train_dataset, trainer.args
     places = longest_rows(dataset, args.per_device_train_batch_size, args.train_sampling_strategy == "sequential")
@@ -54,9 +51,8 @@ def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
     with untouched_rng(), _untouched_counts(trainer):
         inputs = trainer.data_collator([dataset[place] for place in places])
         tokens = inputs["input_ids"].numel()
-        room = torch.empty(
-            0 if trainer.optimizer and trainer.optimizer.state else state, dtype=torch.uint8, device=args.device
-        )
+        missing = 0 if trainer.optimizer and trainer.optimizer.state else state
+        room = torch.empty(missing, dtype=torch.uint8, device=args.device)
         try:
             trainer.training_step(trainer.model_wrapped, inputs, tokens)
         finally:
@@ -87,8 +83,7 @@ def _untouched_counts(trainer: "RunTrainer") -> Iterator[None]:
 def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list[int]:
     """Return the places of the longest micro batch's rows: the longest rows, longest first; all if there are fewer.
 
-    Args:
-        in_order: Micro batches are rows that follow one another, as KTO's are, so the longest of these is meant.
+    With `in_order`, micro batches are rows that follow one another, as KTO's are: the longest of these is meant.
     """
     lengths = _lengths(dataset)
     if not in_order:
@@ -108,11 +103,7 @@ def _lengths(dataset: "Dataset") -> list[int]:
 
 @contextlib.contextmanager
 def explained_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory into a message with advice.
-
-    Raises:
-        UserError: The block ran out of memory.
-    """
+    """Turn running out of memory in the block into a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerState
 
 from lola_ft.training.callbacks.alarm import Alarm
 from lola_ft.training.callbacks.stop_request import EvaluationStopped, Stopped
-from lola_ft.training.reports.metric_names import losses_by_language
+from lola_ft.training.reports.metrics import losses_by_language
 
 _WINDOW, _ENOUGH = 50, 10
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation

@@ -16,17 +16,10 @@ class Progress(ProgressCallback):
     """transformers' bar with the numbers in it; prints once what the gradients' check found."""
 
     def __init__(self, check: GradientCheck, run: RunState) -> None:
-        """Show a run's progress.
-
-        Args:
-            check: Its finding is printed once.
-            run: Has the number of tokens.
-        """
+        """Take the check whose finding is printed once, and the run, which has the number of tokens."""
         super().__init__()
-        self._run = run
+        self._run, self._check, self._said = run, check, False
         self._last = (0, time.perf_counter())
-        self._check = check
-        self._said = False
         self._evaluated: Any = None
 
     def on_train_begin(

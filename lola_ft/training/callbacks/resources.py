@@ -50,12 +50,7 @@ class EnergyMeter(TrainerCallback):
     """Measures with codecarbon, offline, while training runs; what was used before a resume is added."""
 
     def __init__(self, country: str, run: RunState) -> None:
-        """Prepare to measure.
-
-        Args:
-            country: ISO 3166 code of three letters.
-            run: Has the number of tokens.
-        """
+        """Take the country's ISO 3166 code of three letters, and the run, which has the number of tokens."""
         self.country, self._run = country, run
         self._before = {"kwh": 0.0, "g_co2": 0.0}
         self._tracker: Any = None
@@ -83,10 +78,8 @@ class EnergyMeter(TrainerCallback):
         if (now := getattr(self._tracker, "final_emissions_data", None)) is None:  # it is still measuring
             self._tracker.flush()
             now = self._tracker._prepare_emissions_data()
-        return {
-            "kwh": self._before["kwh"] + now.energy_consumed,
-            "g_co2": self._before["g_co2"] + now.emissions * 1000,
-        }
+        kwh, grams = now.energy_consumed, now.emissions * 1000
+        return {"kwh": self._before["kwh"] + kwh, "g_co2": self._before["g_co2"] + grams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._before = dict(state)

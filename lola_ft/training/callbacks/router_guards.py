@@ -21,7 +21,7 @@ from lola_ft.model.experts import FusedExperts
 from lola_ft.routing.measures import dead_experts, flip_rate, largest_share, load_entropy
 from lola_ft.training import processes
 from lola_ft.training.callbacks.alarm import Alarm
-from lola_ft.training.reports.metric_names import DEAD, ENTROPY, SHARE
+from lola_ft.training.reports.metrics import DEAD, ENTROPY, SHARE
 
 _ENOUGH = 32  # tokens an expert; fewer say little about the load
 PROBE = (

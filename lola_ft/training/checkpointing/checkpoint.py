@@ -67,7 +67,8 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     try:
         with replace_folder(target) as partial:
             fill(partial)
-            _write_sums(partial)
+            sums = (f"{sha256_of(partial / name)}  {name}\n" for name in _files(partial))
+            (partial / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
             _sync(partial)
     except (OSError, SafetensorError, WriteError) as error:
         raise UserError(_not_written(target, error)) from error
@@ -80,11 +81,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
 
 
 def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest checkpoint with nothing missing or changed; returns None if there is none.
-
-    Args:
-        report: Told of each damaged one that is passed over.
-    """
+    """Read the newest checkpoint that is whole, reporting the damaged ones passed over; returns None if none is."""
     for path in reversed(checkpoints(folder)):
         try:
             return read_whole(path)
@@ -94,11 +91,7 @@ def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | No
 
 
 def read_whole(folder: Path) -> Checkpoint:
-    """Read a checkpoint with nothing missing or changed.
-
-    Raises:
-        ValueError: Saying what is.
-    """
+    """Read a checkpoint, or raise a ValueError that says what is missing or changed."""
     try:
         _check_sums(folder)
         return Checkpoint(folder, read_state(folder))
@@ -113,17 +106,10 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_sums(folder: Path) -> None:
-    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in _files(folder)]
-    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
-
-
 def _check_sums(folder: Path) -> None:
     """Raises ValueError or OSError, saying which file is not as it was written."""
-    sums = dict[str, str]()
-    for line in (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines():
-        digest, _, name = line.partition("  ")
-        sums[name] = digest
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if not sums:
         raise ValueError(f"{SUMS_FILE} is empty")
     present = set(_files(folder))

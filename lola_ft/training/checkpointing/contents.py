@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
 
 
 def fill(folder: Path, trainer: "RunTrainer", of_processes: list[dict[str, Any]]) -> None:
-    """Write a checkpoint's files.
-
-    Args:
-        of_processes: What `of_process` has returned in each of them.
-    """
+    """Write a checkpoint's files; `of_processes` is what `of_process` has returned in each of them."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     save_adapter(model, folder / ADAPTER_FOLDER)
     scaler = getattr(trainer.accelerator, "scaler", None)
@@ -79,7 +76,8 @@ class PutBack(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, *_: object, **__: object) -> None:
         if self._trainer.resumed is None:
-            processes.draw_apart(args.seed)
+            if processes.count() > 1:  # dropout must not be the same in all of them
+                set_seed(args.seed, device_specific=True)
             return
         state = self._trainer.resumed.state
         put_back(self._trainer, state, self._trainer.resumed.folder)
@@ -112,11 +110,7 @@ class EvaluationDue(TrainerCallback):
 
 
 def put_back(trainer: "RunTrainer", state: dict[str, Any], folder: Path) -> None:
-    """Put everything but random numbers back, and free the checkpoint's copies of the large parts.
-
-    Raises:
-        UserError: It does not fit what the recipe trains.
-    """
+    """Put everything but random numbers back, and free the checkpoint's copies of the large parts."""
     put_weights_back(trainer, state.pop("weights"), folder)
     _put_optimizer_back(trainer, state, folder)
     if state["scaler"] is not None:
@@ -133,14 +127,9 @@ def put_back(trainer: "RunTrainer", state: dict[str, Any], folder: Path) -> None
 
 
 def put_weights_back(trainer: "RunTrainer", stored: dict[str, Tensor], folder: Path) -> None:
-    """Copy a checkpoint's weights into those that are trained, every one of them.
-
-    Raises:
-        UserError: The names or shapes are others.
-    """
+    """Copy a checkpoint's weights into those that are trained; raises UserError if names or shapes are others."""
     trained = _trained(trainer.accelerator.unwrap_model(trainer.model))
-    fits = stored.keys() == trained.keys() and all(stored[name].shape == trained[name].shape for name in stored)
-    if not fits:
+    if {name: x.shape for name, x in stored.items()} != {name: x.shape for name, x in trained.items()}:
         raise UserError(
             f"{folder}: this checkpoint holds other weights than the recipe trains. Go on with "
             "the recipe that the run was started with."

@@ -77,14 +77,12 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
 def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:
     if len(sources) != len(stored):
         return sources
-    return [_at_commit(source, earlier) for source, earlier in zip(sources, stored, strict=True)]
-
-
-def _at_commit(source: Source, stored: Source) -> Source:
-    moving = source.hub is not None and source.hub == stored.hub and source.revision in (None, "main")
-    if moving and is_commit(stored.revision):
-        return source.model_copy(update={"revision": stored.revision})
-    return source
+    result = list(sources)
+    for place, (source, earlier) in enumerate(zip(sources, stored, strict=True)):
+        moving = source.hub is not None and source.hub == earlier.hub and source.revision in (None, "main")
+        if moving and is_commit(earlier.revision):
+            result[place] = source.model_copy(update={"revision": earlier.revision})
+    return result
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:

@@ -33,11 +33,7 @@ class EarlierRun:
 
 
 def find_run(output: Path) -> EarlierRun | None:
-    """Read the run in a folder; returns None if there is nothing at all.
-
-    Raises:
-        UserError: There is something, and it is not a run.
-    """
+    """Read the run in a folder; returns None if nothing is there, raises UserError for anything that is not a run."""
     stored = output / RECIPE_FILE
     if not stored.is_file():
         run_folder.refuse_taken(output)
@@ -50,11 +46,7 @@ def find_run(output: Path) -> EarlierRun | None:
 
 
 def earlier_run(recipe: Recipe, resume: bool, allow_changed: Sequence[str]) -> EarlierRun | None:
-    """Find the run to go on with, if that is wanted and there is one, and compare the recipe with the run's own.
-
-    Raises:
-        UserError: The output folder is taken by something else, or the recipes differ.
-    """
+    """Find the run to go on with, if that is wanted and there is one; refuse a recipe that differs from its own."""
     output = Path(recipe.output)
     if not resume and recipe.train.resume == "never":
         if allow_changed:
@@ -77,11 +69,7 @@ def lock_run(output: Path, held: ExitStack) -> EarlierRun | None:
 def find_restart(
     earlier: EarlierRun, facts: dict[str, Any], allow_changed: Sequence[str], console: Console
 ) -> Checkpoint | None:
-    """Find the checkpoint to go on from, and rewind the metrics to it; None starts from the beginning.
-
-    Args:
-        facts: What must be as it was, beside the recipe.
-    """
+    """Find the checkpoint to go on from, whose facts must be these, and rewind the metrics; None: the beginning."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -99,19 +87,15 @@ def find_restart(
 
     found = list[Checkpoint | None]()
     folder = processes.on_main(find)
-    if folder is None or found:
-        return found[0] if found else None
-    return Checkpoint(folder, read_state(folder))
+    if found:  # by this process
+        return found[0]
+    return Checkpoint(folder, read_state(folder)) if folder else None
 
 
 def restart_point(output: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest whole checkpoint of a run; returns None if it has none. Half-written ones are removed.
-
-    Raises:
-        UserError: There are checkpoints, and all of them are damaged.
-    """
+    """Read the newest whole checkpoint of a run, None if it has none; refuse a run that has only damaged ones."""
     folder = output / CHECKPOINTS_FOLDER
-    remove_leftovers(folder)
+    remove_leftovers(folder)  # half-written ones
     checkpoint = newest_whole(folder, report)
     if checkpoint is None and checkpoints(folder):
         raise UserError(f"{folder}: no checkpoint is whole. Remove that folder to start the run from its beginning.")

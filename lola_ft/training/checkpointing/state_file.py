@@ -14,11 +14,7 @@ VALUES_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state's two files.
-
-    Args:
-        state: Nested dictionaries, lists and tuples of numbers, text, truth values, None and tensors.
-    """
+    """Write a state: nested dictionaries, lists and tuples of numbers, text, truth values, None and tensors."""
     tensors: dict[str, Tensor] = {}
     values = _packed(state, tensors)
     save_file(tensors, folder / TENSORS_FILE)

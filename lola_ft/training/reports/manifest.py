@@ -15,7 +15,7 @@ from lola_ft.file_names import ADAPTER_FOLDER, CARD_FILE, MANIFEST_FILE
 from lola_ft.files import write_text
 from lola_ft.repo_id import is_repo_id
 from lola_ft.training import processes
-from lola_ft.training.reports.metric_names import FLIP_RATE
+from lola_ft.training.reports.metrics import FLIP_RATE
 from lola_ft.training.setup import Prepared
 
 _LAST_LOADS = {
@@ -26,17 +26,11 @@ _LAST_LOADS = {
 
 
 def manifest_of(
-    prepared: Prepared,
-    base: PreTrainedModel,
-    results: dict[str, Any],
-    measured: dict[str, Any],
+    prepared: Prepared, base: PreTrainedModel, results: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make the manifest of a finished run. The same recipe on the same machine gives the same, but for `measured`.
+    """Make the manifest of a finished run from its results.
 
-    Args:
-        base: The base model, which knows its id and fingerprint.
-        results: What training came to.
-        measured: Sections that differ from run to run: timings, memory, energy.
+    The same recipe on the same machine gives the same, but for the sections in `measured`: timings, memory, energy.
     """
     recipe = prepared.recipe
     return {

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`, the file that a run appends to while it goes."""
+"""`metrics.jsonl`, the file that a run appends to while it goes, and the names in it.
+
+`a/b` in a log line becomes b within a in the file: one object for all languages, or for all layers.
+"""
 
 import json
 import math
@@ -10,9 +13,11 @@ from transformers import TrainerCallback, TrainerState
 
 from lola_ft.errors import UserError
 from lola_ft.training import processes
-from lola_ft.training.reports.metric_names import BY_LANGUAGE
 from lola_ft.training.run_state import RunState
 
+BY_LANGUAGE = "eval_loss_by_language"
+ENTROPY, SHARE, DEAD = "router_load_entropy", "router_largest_share", "router_dead_experts"
+FLIP_RATE = "router_flip_rate"
 _RENAMED = {"train_loss": "mean_loss"}
 _OBJECTS = (BY_LANGUAGE, "router_")
 
@@ -44,11 +49,7 @@ class MetricsFile(TrainerCallback):
         self.write(state.global_step, line)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Append a line; only the main process does.
-
-        Raises:
-            UserError: The disk did not take it.
-        """
+        """Append a line, in the main process only; raises UserError if the disk does not take it."""
         if not processes.is_main():
             return
         try:
@@ -76,3 +77,8 @@ def _put(line: dict[str, Any], key: str, value: float | None) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def losses_by_language(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the losses of an evaluation's metrics by language code."""
+    return {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{BY_LANGUAGE}/")}

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 
 from lola_ft.files import write_bytes
-from lola_ft.training.reports.metric_names import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
+from lola_ft.training.reports.metrics import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
 
 mpl.use("Agg")  # before pyplot, which would look for a screen
 
@@ -51,14 +51,7 @@ def plot_languages(metrics: Metrics, path: Path) -> Path:
     for place, code in enumerate(codes):
         named = place < _LANGUAGES_NAMED
         look = {} if named else {"color": "#bbbbbb", "zorder": 1}
-        _draw(
-            axes,
-            metrics,
-            f"{BY_LANGUAGE}/{code}",
-            "o-",
-            code if named else "",
-            **look,
-        )
+        _draw(axes, metrics, f"{BY_LANGUAGE}/{code}", "o-", code if named else "", **look)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("validation loss (nats a trained token)")
     axes.legend(title="most risen first", fontsize=8)
@@ -75,14 +68,7 @@ def plot_routing(metrics: Metrics, path: Path) -> Path:
     for axes, (key, title) in zip(panels, titles, strict=False):
         for place, layer in enumerate(layers):
             colour = colours(place / max(1, len(layers) - 1))
-            _draw(
-                axes,
-                metrics,
-                f"{key}/{layer}",
-                "-",
-                f"layer {layer}",
-                color=colour,
-            )
+            _draw(axes, metrics, f"{key}/{layer}", "-", f"layer {layer}", color=colour)
         axes.set_ylabel(title)
     if panels[0].has_data():
         panels[0].legend(fontsize=7, ncols=4)

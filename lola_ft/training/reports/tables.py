@@ -52,25 +52,27 @@ def _rows(count: int) -> str:
 
 def mix_table(mixed: Mixed) -> Table:
     """Make a table of an epoch's planned and actual examples and tokens, the languages with most examples first."""
-    table = Table(title="Languages in an epoch", title_justify="left")
-    table.add_column("language", min_width=8)
-    for heading in ("there are", "planned", "in an epoch", "share", "times each", "planned tokens", "tokens"):
-        table.add_column(heading, justify="right")
     by_size = sorted(mixed.shares.items(), key=lambda item: (-item[1].examples, item[0]))
     everything = sum(share.examples for share in mixed.shares.values())
-    for language, share in by_size[:_ROWS_SHOWN]:
-        table.add_row(
-            escape(language),
-            f"{share.available:,}",
-            f"{share.planned:,.1f}",
-            f"{share.examples:,}",
-            f"{share.examples / everything:.1%}",
-            f"{share.examples / share.available:.2f}",
-            f"{share.planned_tokens:,}",
-            f"{share.tokens:,}",
-        )
-    if len(by_size) > _ROWS_SHOWN:
-        table.add_row(f"… {len(by_size) - _ROWS_SHOWN} more")
+    headings = ["there are", "planned", "in an epoch", "share", "times each", "planned tokens", "tokens"]
+    rows = {}
+    for language, share in by_size:
+        counts = [f"{share.available:,}", f"{share.planned:,.1f}", f"{share.examples:,}"]
+        shares = [f"{share.examples / everything:.1%}", f"{share.examples / share.available:.2f}"]
+        rows[language] = [*counts, *shares, f"{share.planned_tokens:,}", f"{share.tokens:,}"]
+    return _language_table("Languages in an epoch", headings, rows)
+
+
+def _language_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> Table:
+    """Make a table of numbers by language, of which the first dozen are shown."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("language", min_width=8)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for language, cells in list(rows.items())[:_ROWS_SHOWN]:
+        table.add_row(escape(language), *cells)
+    if len(rows) > _ROWS_SHOWN:
+        table.add_row(f"… {len(rows) - _ROWS_SHOWN} more")
     return table
 
 
@@ -85,15 +87,10 @@ def data_table(report: EncodingReport, title: str) -> Table:
     """
     total = report.total
     columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("language", min_width=8)
-    for column in [*columns, "tokens a byte", "tokens a word"]:
-        table.add_column(column.replace("_tokens", "").replace("_", " "), justify="right")
+    headings = [column.replace("_tokens", "").replace("_", " ") for column in columns]
     by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
-    for language, counts in by_size[:_ROWS_SHOWN]:
-        table.add_row(escape(language), *_cells(counts, columns))
-    if len(by_size) > _ROWS_SHOWN:
-        table.add_row(f"… {len(by_size) - _ROWS_SHOWN} more")
+    rows = {language: _cells(counts, columns) for language, counts in by_size}
+    table = _language_table(title, [*headings, "tokens a byte", "tokens a word"], rows)
     table.add_section()
     table.add_row("all", *_cells(total, columns))
     return table
@@ -118,12 +115,7 @@ def count_trainable(model: "PeftModel") -> dict[str, tuple[int, int]]:
 
 
 def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int], features: Sequence[str]) -> Table:
-    """Make the table of what is trained.
-
-    Args:
-        ranks: Of the groups that have LoRA.
-        features: What this base has; what is not trained of it is shown as frozen.
-    """
+    """Make the table of what is trained, with the ranks of LoRA; of the base's features all else is shown as frozen."""
     table = Table(title="What is trained", title_justify="left")
     table.add_column("group")
     table.add_column("how")

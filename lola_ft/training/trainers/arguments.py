@@ -18,12 +18,7 @@ _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 def training_arguments(
     recipe: Recipe, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
 ) -> SFTConfig | DPOConfig | KTOConfig:
-    """TRL's arguments for the recipe's objective.
-
-    Args:
-        steps: Optimiser steps of the whole run, to turn the warm-up share into steps.
-        evaluate: Whether there is validation data.
-    """
+    """Return TRL's arguments for the objective; the warm-up is a share of the whole run's `steps`."""
     train, data = recipe.train, recipe.data
     shared = _shared(train, checkpoints, precision, device, steps, evaluate) | {"max_length": data.max_length}
     config: SFTConfig | DPOConfig | KTOConfig

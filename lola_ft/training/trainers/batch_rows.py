@@ -4,11 +4,11 @@ Nothing is carried along for this while training, however the rows are packed, m
 the sources once more, when a run is over anyway.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from lola_ft.data import Example, Template, encode, encode_judged
+from lola_ft.data.encoding import batches
 from lola_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 Document = tuple[int, ...]
 """Token ids of one sequence of a batch."""
-
-_BATCH = 500
 
 
 def documents_of(inputs: dict[str, Any]) -> list[Document]:
@@ -47,11 +45,7 @@ def find_rows(
     max_length: int,
     overlong: str,
 ) -> list[str]:
-    """Find the places (`file:line`) of the first row that became each sequence, in the sequences' order, each once.
-
-    Args:
-        examples: The rows that training read; the other arguments are those of `encode`.
-    """
+    """Find the places (`file:line`) of the rows among the examples that became the sequences, in order, each once."""
     places: dict[Document, str] = {}
     wanted = set(documents)
 
@@ -62,7 +56,7 @@ def find_rows(
         except DataError:  # none of these rows is kept
             return set()
 
-    for batch in _batches(examples):
+    for batch in batches(examples):
         if encoded(batch) & (wanted - places.keys()):
             for example in batch:
                 for document in encoded([example]) & (wanted - places.keys()):
@@ -78,9 +72,3 @@ def _sequences(dataset: "Dataset") -> list[list[int]]:
         return list(dataset["input_ids"])
     answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]
     return [row["prompt_ids"] + row[name] for row in dataset for name in answers]
-
-
-def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    iterator = iter(examples)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lola_ft.file_names import CHECKPOINTS_FOLDER, METRICS_FILE
 from lola_ft.training import processes
-from lola_ft.training.callbacks import longest_batch
 from lola_ft.training.callbacks.gradient_check import GradientCheck
 from lola_ft.training.callbacks.guards import add_guards
+from lola_ft.training.callbacks.longest_batch import LongestBatchFirst
 from lola_ft.training.callbacks.progress import Progress
 from lola_ft.training.callbacks.resources import EnergyMeter, PeakMemory
 from lola_ft.training.callbacks.stop_request import StopRequest
@@ -33,17 +32,14 @@ from lola_ft.training.trainers.sft import SftTrainer
 def build_trainer(
     prepared: Prepared, output: Path, stop: StopRequest, memory: PeakMemory, say: Callable[[str], None]
 ) -> RunTrainer:
-    """Make the trainer of the recipe's objective.
-
-    Args:
-        say: Prints a line for the user.
-    """
+    """Make the trainer of the recipe's objective; `say` prints a line for the user."""
     recipe, mixed = prepared.recipe, prepared.data.mix
     run = RunState(stop)
     check = GradientCheck(prepared.model)
-    kind, own_settings = _kind_of(prepared)
     training, validation = _rows(prepared)
-    trainer = kind(
+    kinds: dict[str, type[RunTrainer]] = {"sft": SftTrainer, "dpo": DpoTrainer, "kto": KtoTrainer}
+    router_losses = {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
+    trainer = kinds[recipe.objective](
         model=prepared.model,
         args=training_arguments(
             recipe,
@@ -56,7 +52,7 @@ def build_trainer(
         train_dataset=training,
         eval_dataset=validation,
         processing_class=prepared.tokenizer,
-        **own_settings,
+        **(router_losses if recipe.objective == "sft" else {}),
         run=run,
         nonfinite=NonFiniteSteps(recipe.guards.max_nonfinite, lambda documents: _rows_of(documents, prepared)),
         keep_checkpoints=recipe.train.keep,
@@ -74,20 +70,9 @@ def build_trainer(
         run.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, run)
         trainer.add_callback(meter)
     add_guards(trainer, recipe, metrics)
-    trial = lambda: longest_batch.try_longest_batch(trainer, recipe.train.optimizer)  # noqa: E731
-    trainer.add_callback(longest_batch.LongestBatchFirst(trial, say))
+    trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer, say))
     trainer.add_callback(EvaluationDue(trainer))
     return trainer
-
-
-def _kind_of(prepared: Prepared) -> tuple[type[RunTrainer], dict[str, Any]]:
-    """Return the objective's trainer, and the settings that it alone takes."""
-    recipe = prepared.recipe
-    if recipe.objective == "dpo":
-        return DpoTrainer, {}
-    if recipe.objective == "kto":
-        return KtoTrainer, {}
-    return SftTrainer, {"aux_loss_coef": recipe.router.aux_loss, "z_loss_coef": recipe.router.z_loss}
 
 
 def _rows(prepared: Prepared) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 
 from lola_ft.training import processes
-from lola_ft.training.reports.metric_names import BY_LANGUAGE
+from lola_ft.training.reports.metrics import BY_LANGUAGE
 
 if TYPE_CHECKING:
     from lola_ft.training.trainers.sft import SftTrainer
@@ -63,9 +63,6 @@ def _evened(dataset: Dataset, batch_size: int) -> Dataset:
     missing = -len(dataset) % (processes.count() * batch_size)
     if processes.count() == 1 or not missing:
         return dataset
-    blank = dataset.select([0]).map(_unlabelled, keep_in_memory=True, load_from_cache_file=False)
+    unlabelled = lambda row: {"labels": [-100] * len(row["labels"])}  # noqa: E731
+    blank = dataset.select([0]).map(unlabelled, keep_in_memory=True, load_from_cache_file=False)
     return concatenate_datasets([dataset, blank.cast(dataset.features).select([0] * missing)])
-
-
-def _unlabelled(row: dict[str, Any]) -> dict[str, Any]:
-    return {"labels": [-100] * len(row["labels"])}

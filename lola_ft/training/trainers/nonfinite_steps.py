@@ -42,12 +42,7 @@ class NonFiniteSteps:
     """
 
     def __init__(self, limit: int = 3, name_rows: Callable[[list[Document]], list[str]] | None = None) -> None:
-        """Start with nothing skipped.
-
-        Args:
-            limit: So many skipped steps in a row end the run.
-            name_rows: Says from which rows sequences come, `file:line`.
-        """
+        """Let `limit` skipped steps in a row end the run; `name_rows` finds the rows (`file:line`) of sequences."""
         self.limit, self._name_rows = limit, name_rows
         self.skipped = Skipped()
         self.mean_loss: float | None = None
@@ -86,11 +81,7 @@ class NonFiniteSteps:
             accelerator.gradient_state._set_sync_gradients(False)  # the optimiser then does nothing
 
     def end_step(self, step: int, steps_since_log: int, loss_sum: Tensor) -> None:
-        """Take a skipped step's losses out of their sum, in place.
-
-        Raises:
-            UserError: It is one too many; naming the rows.
-        """
+        """Take a skipped step's losses out of their sum, in place; one skip too many ends the run, naming its rows."""
         self._steps_since_log = steps_since_log
         if not self._skips_now:
             return

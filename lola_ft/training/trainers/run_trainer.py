@@ -48,12 +48,7 @@ class RunTrainer(Trainer):
         lora_plus_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        """Take what TRL's trainer takes, and what the attributes say.
-
-        Args:
-            keep_checkpoints: How many of the newest stay.
-            lora_plus_ratio: How many times faster LoRA's B learns than its A.
-        """
+        """Take what TRL's trainer takes, what the attributes say, and how many times faster LoRA's B learns than A."""
         super().__init__(*args, **kwargs)
         self.run = run or RunState()
         self.nonfinite = nonfinite or NonFiniteSteps()
@@ -77,22 +72,14 @@ class RunTrainer(Trainer):
     # What a run calls
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
-        """Train to the end, from the beginning or from a checkpoint that was read whole.
-
-        Raises:
-            Stopped: The run was asked to stop, and is saved.
-        """
+        """Train to the end, from the beginning or from a checkpoint; raises Stopped, when all is saved, if asked to."""
         self.resumed = checkpoint
         self.run.begin()
         self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
         self._save_checkpoint(self.model, None)  # what is left to do, such as the last evaluation, can be cut off too
 
     def use_best(self) -> int | None:
-        """Put the weights of the best evaluation back, when training is over; returns its step.
-
-        Raises:
-            UserError: Its checkpoint cannot be read.
-        """
+        """Put the weights of the best evaluation back, when training is over; returns its step."""
         best = self.run.best
         if best is None or not best.keep or best.step is None:
             return None
@@ -181,14 +168,10 @@ class RunTrainer(Trainer):
         step = self.state.global_step
         if step == self.saved_step:
             return
-        own = processes.of_all(contents.of_process(self))
+        own, folder = processes.of_all(contents.of_process(self)), Path(self.args.output_dir)
         best = self.run.best.step if self.run.best is not None and self.run.best.keep else None
-
-        def write() -> None:
-            folder = Path(self.args.output_dir)
-            write_checkpoint(folder, step, lambda new: contents.fill(new, self, own), self.keep_checkpoints, best)
-
-        processes.on_main(write)
+        fill = lambda new: contents.fill(new, self, own)  # noqa: E731
+        processes.on_main(lambda: write_checkpoint(folder, step, fill, self.keep_checkpoints, best))
         self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -15,7 +15,7 @@ from lola_ft.model.router import real_tokens, router_z_loss
 from lola_ft.training import processes
 from lola_ft.training.callbacks.router_guards import RouterLoad, RouterProbe
 from lola_ft.training.checkpointing.rng import untouched_rng
-from lola_ft.training.reports.metric_names import FLIP_RATE
+from lola_ft.training.reports.metrics import FLIP_RATE
 from lola_ft.training.trainers.language_evaluation import evaluate_languages, sum_of_batch
 from lola_ft.training.trainers.run_trainer import RunTrainer
 

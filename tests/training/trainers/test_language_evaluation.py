@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from lola_ft.data import Template, encode, read_examples
-from lola_ft.data.source import Source
+from lola_ft.data.rows import Source
 from lola_ft.open_model import open_model
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
