@@ -1,4 +1,4 @@
-"""What is published, a run, an adapter or a merged model, and its base: named on the Hub, and on this machine."""
+"""A folder to publish, recognised as a run, an adapter or a merged model, and its base: on the Hub, and here."""
 
 import json
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Tell what is to be published; anything but a finished run, an adapter or a merged model is refused."""
+    """Recognise the folder to publish; anything but a finished run, an adapter or a merged model is refused."""
     given = Path(path)
     if not given.is_dir():
         raise PublishError(f"{given}: no such folder. Give a run, an adapter's folder or a merged model's.")

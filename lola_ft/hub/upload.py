@@ -47,7 +47,7 @@ def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = 
 
 
 def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> Published:
-    """One try, from what the repository holds now; a try whose answer got lost is not repeated but found done."""
+    """Try once, from the repository's present state; if the answer of an earlier try got lost, its commit is found."""
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     head = api.model_info(repo)
     if private and head.private is False:
