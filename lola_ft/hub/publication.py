@@ -1,4 +1,4 @@
-"""A folder to publish, recognised as a run, an adapter or a merged model, with the base that it names."""
+"""A folder to publish, recognised as a run, an adapter or a merged model, and its base: on the Hub, and here."""
 
 import json
 from dataclasses import dataclass
@@ -39,12 +39,7 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Recognise the folder to publish.
-
-    Raises:
-        PublishError: If it is neither a run, an adapter nor a merged model; or a run that did not end.
-        AdapterError: If the adapter is damaged.
-    """
+    """Recognise the folder to publish; anything but a finished run, an adapter or a merged model is refused."""
     given = Path(path)
     if not given.is_dir():
         raise PublishError(f"{given}: no such folder. Give a run, an adapter's folder or a merged model's.")

@@ -71,11 +71,7 @@ def publish(
 
 
 def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
-    """Publish a run that just ended; a failure leaves the run complete and says how to publish it later.
-
-    Raises:
-        PublishError: With that advice.
-    """
+    """Publish a run that just ended; a failure leaves the run complete and says how to publish it later."""
     try:
         publish(run, repo, private, layout, base_id=base_id, wait=wait)
     except UserError as error:

@@ -69,11 +69,7 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
 
 
 def compare_merged(source: Path, staged: Path) -> Comparison:
-    """Compare the logits of the merged model here, and of the one that is sent.
-
-    Raises:
-        PublishError: If they differ.
-    """
+    """Compare the logits of the merged model here, and of the one that is sent; raises PublishError if they differ."""
     quantization, dtype = _how_to_load(source)
     expected = _logits(load_base(source, quantization=quantization, dtype=dtype, quiet=True))
     actual = _logits(load_base(staged, quantization=quantization, dtype=dtype, quiet=True))

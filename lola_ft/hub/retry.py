@@ -20,11 +20,7 @@ _LATER = (408, 429)
 
 
 def with_retries(call: Callable[[], T], repo: str, wait: Wait = time.sleep) -> T:
-    """Call a function; after a dropped connection, a server's error or a conflict call it again, a few times.
-
-    Raises:
-        PublishError: Saying what the Hub answered and how to fix it.
-    """
+    """Call a function; after a dropped connection, a server's error or a conflict call it again, a few times."""
     for seconds in (*WAITS, None):
         try:
             return call()

@@ -63,6 +63,7 @@ def _evened(dataset: Dataset, batch_size: int) -> Dataset:
     missing = -len(dataset) % (processes.count() * batch_size)
     if processes.count() == 1 or not missing:
         return dataset
-    unlabelled = lambda row: {"labels": [-100] * len(row["labels"])}  # noqa: E731
-    blank = dataset.select([0]).map(unlabelled, keep_in_memory=True, load_from_cache_file=False)
+    blank = dataset.select([0]).map(
+        lambda row: {"labels": [-100] * len(row["labels"])}, keep_in_memory=True, load_from_cache_file=False
+    )
     return concatenate_datasets([dataset, blank.cast(dataset.features).select([0] * missing)])

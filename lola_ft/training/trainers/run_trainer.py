@@ -170,8 +170,11 @@ class RunTrainer(Trainer):
             return
         own, folder = processes.of_all(contents.of_process(self)), Path(self.args.output_dir)
         best = self.run.best.step if self.run.best is not None and self.run.best.keep else None
-        fill = lambda new: contents.fill(new, self, own)  # noqa: E731
-        processes.on_main(lambda: write_checkpoint(folder, step, fill, self.keep_checkpoints, best))
+
+        def write() -> None:
+            write_checkpoint(folder, step, lambda new: contents.fill(new, self, own), self.keep_checkpoints, best)
+
+        processes.on_main(write)
         self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
