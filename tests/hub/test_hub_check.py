@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lola_ft.hub.reload_check import check_in_fresh_process
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +19,7 @@ from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.errors import AdapterError, CheckpointError, PublishError
 from lola_ft.hub import reload_check
 from lola_ft.hub.publication import find_source
-from lola_ft.hub.reload_check import compare_adapter, compare_merged
+from lola_ft.hub.reload_check import check_in_fresh_process, compare_adapter, compare_merged
 from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parents[1] / "golden"
