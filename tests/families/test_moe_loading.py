@@ -1,5 +1,7 @@
 """Mixtures of experts loaded dense and in 4 bit, with their loss. Stock transformers is the judge."""
 
+import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.errors import CheckpointError
 from lola_ft.families import architecture_of
 from lola_ft.model.choices import seen_choices
@@ -188,3 +191,29 @@ def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: 
     assert len(forward) == len(seen) == len([m for m in routers if not isinstance(m, nn.Linear)])
     for before, again in zip(reversed(forward), seen, strict=True):
         assert torch.equal(before, again.expert_ids_TK)
+
+
+def test_a_trained_router_scores_in_float32_on_a_16_bit_base(kind: str, moe_bases: dict[str, Path]) -> None:
+    """Tuned or with LoRA, under autocast or without; what the rest of the model computes in stays."""
+    for settings in (AdapterSettings(tune_router=True), AdapterSettings(router_rank=4)):
+        model = add_adapter(load_base(moe_bases[kind], "nf4", "bfloat16", "cpu", quiet=True), settings).train()
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outputs = model(
+                    input_ids=IDS, labels=LABELS, skip_logits=True, use_cache=False, output_router_logits=True
+                )
+            assert {logits.dtype for logits in outputs.router_logits} == {torch.float32}
+            outputs.loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained
+        assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+def test_a_quantised_checkpoint_is_refused_with_what_to_give(
+    kind: str, moe_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(moe_bases[kind], tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match=r"config.json: this checkpoint is quantised \(gptq\).*Give the original"):
+        load_base(tmp_path / "base", "nf4", "float32", "cpu", quiet=True)
