@@ -1,7 +1,8 @@
 """One LoRA training step at a given shape, on random weights: `python benchmarks/train_step.py --help`.
 
-Trains LoRA on attention, dense MLP and experts with the router frozen and dropout 0; prints one JSON line last. Token
-ids are fresh in every step: with repeated ones, groups of the same size hide what new sizes cost.
+Trains LoRA on attention, dense MLP and experts with the router frozen and dropout 0; prints one JSON line last. Of
+another family than LOLA, `--inner` is the experts' inner size. Token ids are fresh in every step: with repeated ones,
+groups of the same size hide what new sizes cost.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -20,8 +22,8 @@ from random_checkpoint import write_checkpoint
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.families import architecture_of
 from lola_ft.memory import keep_freed_memory
-from lola_ft.model import LolaForCausalLM
 from lola_ft.training.precision import Precision, choose_precision
 
 
@@ -64,17 +66,25 @@ def write_base(folder: Path, args: argparse.Namespace) -> None:
         "num_experts": args.experts,
     }
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    given, named = (folder, torch.bfloat16, args.layers), sizes | dropout
+    named = sizes | (dropout if args.family == "lola" else {})
+    named |= {} if args.top_k is None else {"topk": args.top_k}
+    given = (folder, torch.bfloat16, args.layers, args.family)
     child = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=given, kwargs=named)
     child.start()
     child.join()
     assert child.exitcode == 0, "the random base was not written"
 
 
-def with_adapter(base: LolaForCausalLM, rank: int, checkpointing: bool) -> PeftModel:
-    """LoRA on attention, dense MLP and every expert, ready to train."""
+def with_adapter(base: Any, rank: int, checkpointing: bool) -> PeftModel:
+    """LoRA on attention, dense MLP, shared experts and every expert, as far as the base has them; ready to train."""
     torch.manual_seed(0)
-    ranks = AdapterSettings(attention_rank=rank, mlp_rank=rank, expert_rank=rank)
+    has = architecture_of(base.config).features
+    ranks = AdapterSettings(
+        attention_rank=rank,
+        mlp_rank=rank if "mlp" in has else None,
+        shared_rank=rank if "shared_experts" in has else None,
+        expert_rank=rank if "experts" in has else None,
+    )
     model = add_adapter(base, ranks).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,6 +121,8 @@ def parse(**defaults: int) -> argparse.Namespace:
     work = {"seq": 512, "batch": 4, "rank": 8, "steps": 4, "warmup": 2}
     for name, value in (shape | work | defaults).items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--family", default="lola", help="lola, or a model type such as olmoe or mixtral")
+    parser.add_argument("--top-k", type=int, help="experts per token; the family's default if left out")
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")

@@ -102,6 +102,12 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     file = folder / CONFIG_FILE
     config_json = read_json(file)
     family = find_family(config_json.get("model_type"), file)
+    if quantized := config_json.get("quantization_config"):
+        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
+        raise CheckpointError(
+            f"{file}: this checkpoint is quantised ({method}), and its weights cannot be quantised again without loss. "
+            "Give the original in 16 or 32 bit as the base: it is loaded in 4 bit (base.quantization: nf4)."
+        )
     # Here: transformers knows the config classes, and a message about a folder does without it.
     from transformers import CONFIG_MAPPING
 

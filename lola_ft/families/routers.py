@@ -33,7 +33,7 @@ def score_in_weight_dtype(router: nn.Module) -> None:
 
 
 @cache
-def _in_weight_dtype(router_class: type[nn.Module]) -> type[nn.Module]:
+def _in_weight_dtype(router_class: Any) -> Any:
     return type(router_class.__name__, (RouterInWeightDtype, router_class), {"__module__": router_class.__module__})
 
 

@@ -95,14 +95,15 @@ class _NF4Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer = layer
         rows = _rows(x)
-        out = rows.new_empty(rows.shape[0], layer.out_features)
+        result = x.new_empty(*x.shape[:-1], layer.out_features)  # no view: models may change it in place
+        out = result.view(-1, layer.out_features)
         times_transposed(rows, layer.tiles(x.dtype), out, None if bias is None else bias.to(x.dtype))
         if a_RI is not None and b_OR is not None:
             inputs = rows if side is None else _rows(side)
             hidden = inputs @ a_RI.t()
             out.addmm_(hidden, b_OR.t())
             ctx.save_for_backward(inputs, hidden, a_RI, b_OR)
-        return out.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

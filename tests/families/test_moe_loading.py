@@ -1,5 +1,7 @@
 """Mixtures of experts loaded dense and in 4 bit, with their loss. Stock transformers is the judge."""
 
+import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.errors import CheckpointError
 from lola_ft.families import architecture_of
 from lola_ft.model.choices import seen_choices
@@ -23,13 +26,27 @@ IDS = torch.randint(6, 320, (2, 13), generator=torch.Generator().manual_seed(1))
 LABELS = torch.cat([torch.full((2, 4), -100), IDS[:, 4:]], dim=1)
 MASK = torch.cat([torch.ones(2, 10), torch.tensor([[1.0] * 3, [0.0] * 3])], dim=1).long()
 
-pytestmark = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def stock_model(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
 
+def dense_twin(model: Any, base: Path) -> Any:
+    """Stock transformers' model with the weights that a 4-bit model has when they are dequantised."""
+    twin = stock_model(base)
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            twin.get_submodule(name).weight.data = module.dense_weight(torch.float32)
+        elif isinstance(module, NF4Experts):
+            for projection in module.shapes:
+                stack = module.weights(projection).dense(torch.float32)
+                twin.get_submodule(name).get_parameter(projection).data = stack
+    return twin
+
+
+@every_kind
 def test_dense_logits_loss_and_gradients_are_those_of_stock_transformers(kind: str, moe_bases: dict[str, Path]) -> None:
     stock, ours = stock_model(moe_bases[kind]), load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
     assert any(isinstance(module, FusedExperts) for module in ours.modules())
@@ -49,6 +66,7 @@ def test_dense_logits_loss_and_gradients_are_those_of_stock_transformers(kind: s
         torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=1e-4, msg=name)  # another order of sums
 
 
+@every_kind
 def test_the_balancing_loss_is_that_of_the_authors_over_real_tokens(kind: str, moe_bases: dict[str, Path]) -> None:
     stock, ours = stock_model(moe_bases[kind]), load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
     layers = len(architecture_of(ours.config).sizes.moe_layers)
@@ -61,6 +79,7 @@ def test_the_balancing_loss_is_that_of_the_authors_over_real_tokens(kind: str, m
         ] * layers
 
 
+@every_kind
 def test_every_matrix_in_4_bit_is_what_bitsandbytes_makes_of_the_tensor_in_the_file(
     kind: str, moe_bases: dict[str, Path]
 ) -> None:
@@ -89,22 +108,17 @@ def test_every_matrix_in_4_bit_is_what_bitsandbytes_makes_of_the_tensor_in_the_f
     assert quantised == sum(place.quantized for place in places.values()) > 20
 
 
+@every_kind
 def test_4_bit_logits_are_those_of_stock_transformers_with_the_rounded_weights(
     kind: str, moe_bases: dict[str, Path]
 ) -> None:
     ours = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
-    twin = stock_model(moe_bases[kind])
-    for name, module in ours.named_modules():
-        if isinstance(module, NF4Linear):
-            twin.get_submodule(name).weight.data = module.dense_weight(torch.float32)
-        elif isinstance(module, NF4Experts):
-            for projection in module.shapes:
-                stack = module.weights(projection).dense(torch.float32)
-                twin.get_submodule(name).get_parameter(projection).data = stack
+    twin = dense_twin(ours, moe_bases[kind])
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS).logits, twin(IDS).logits, atol=1e-5, rtol=1e-4)  # another order of sums
 
 
+@every_kind
 def test_nothing_dense_is_kept_for_backward(kind: str, moe_bases: dict[str, Path]) -> None:
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     embeds = model.get_input_embeddings()(IDS).requires_grad_()
@@ -130,6 +144,7 @@ def test_nothing_dense_is_kept_for_backward(kind: str, moe_bases: dict[str, Path
         assert not any(torch.equal(numbers, weight) for weight in sizes[tensor.numel()])
 
 
+@every_kind
 def test_the_audit_counts_every_weight_and_refuses_a_dense_expert(kind: str, moe_bases: dict[str, Path]) -> None:
     model = load_base(moe_bases[kind], "nf4", "bfloat16", "cpu", quiet=True)
     counted = audit(model).as_dict()
@@ -143,6 +158,7 @@ def test_the_audit_counts_every_weight_and_refuses_a_dense_expert(kind: str, moe
         require_quantized(model)
 
 
+@every_kind
 def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
     fresh = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     kept = load_base(quantize_base(moe_bases[kind], "float32", quiet=True), "nf4", "float32", "cpu", quiet=True)
@@ -153,6 +169,7 @@ def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict
         assert torch.equal(fresh(IDS).logits, kept(IDS).logits)
 
 
+@every_kind
 def test_a_head_that_is_the_embeddings_stays_so(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     own = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     assert own.lm_head.weight is not own.get_input_embeddings().weight
@@ -162,6 +179,7 @@ def test_a_head_that_is_the_embeddings_stays_so(kind: str, moe_bases: dict[str, 
         assert tied(IDS).logits.isfinite().all()
 
 
+@every_kind
 def test_packed_documents_do_not_see_each_other(kind: str, moe_bases: dict[str, Path]) -> None:
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     first, second = IDS[:1], IDS[1:, :9]
@@ -172,6 +190,7 @@ def test_packed_documents_do_not_see_each_other(kind: str, moe_bases: dict[str, 
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
 
 
+@every_kind
 def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: dict[str, Path]) -> None:
     """The routers change between a layer's two passes, far more than rounding could: tokens stay where they were."""
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True).train()
@@ -188,3 +207,42 @@ def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: 
     assert len(forward) == len(seen) == len([m for m in routers if not isinstance(m, nn.Linear)])
     for before, again in zip(reversed(forward), seen, strict=True):
         assert torch.equal(before, again.expert_ids_TK)
+
+
+@every_kind
+def test_a_trained_router_scores_in_float32_on_a_16_bit_base(kind: str, moe_bases: dict[str, Path]) -> None:
+    """Tuned or with LoRA, under autocast or without; what the rest of the model computes in stays."""
+    for settings in (AdapterSettings(tune_router=True), AdapterSettings(router_rank=4)):
+        model = add_adapter(load_base(moe_bases[kind], "nf4", "bfloat16", "cpu", quiet=True), settings).train()
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outputs = model(
+                    input_ids=IDS, labels=LABELS, skip_logits=True, use_cache=False, output_router_logits=True
+                )
+            assert {logits.dtype for logits in outputs.router_logits} == {torch.float32}
+            outputs.loss.backward()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained
+        assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.isfinite().all() for p in trained)
+
+
+@every_kind
+def test_a_quantised_checkpoint_is_refused_with_what_to_give(
+    kind: str, moe_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(moe_bases[kind], tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match=r"config.json: this checkpoint is quantised \(gptq\).*Give the original"):
+        load_base(tmp_path / "base", "nf4", "float32", "cpu", quiet=True)
+
+
+def test_queries_that_the_model_clips_in_place_are_trained_in_4_bit_too(tmp_path: Path) -> None:
+    base = make_moe(tmp_path, "olmoe", clip_qkv=0.5)
+    model = load_base(base, "nf4", "float32", "cpu", quiet=True)
+    grads = []
+    for one in (model, dense_twin(model, base)):
+        embeds = one.get_input_embeddings()(IDS).detach().requires_grad_()
+        one(inputs_embeds=embeds, labels=LABELS, use_cache=False).loss.backward()
+        grads.append(embeds.grad)
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-3)
