@@ -37,7 +37,6 @@ __all__ = [
 
 _MIXTURES = (LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL)
 _DENSE = (GPT2, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
-
 FAMILIES = {family.model_type: family for family in (*_MIXTURES, *_DENSE)}
 """By `model_type`."""
 
