@@ -22,6 +22,7 @@ class BaseCheckpoint:
         entries: By Hub name.
         files: The safetensors files.
         ignored: Names of legacy buffers and of copies of tied weights, which are left out.
+        set_aside: Tensors of layers that loading leaves out and a merge copies, by name.
         head: A copy of the embeddings under the output head's name, if a file holds one.
         omitted_prefix: Beginning of the Hub names that this folder's files leave out: some were saved from the
             backbone alone.
@@ -33,6 +34,7 @@ class BaseCheckpoint:
     entries: dict[str, TensorEntry]
     files: list[Path]
     ignored: list[str]
+    set_aside: dict[str, TensorEntry]
     head: TensorEntry | None
     omitted_prefix: str = ""
 
@@ -53,10 +55,14 @@ class BaseCheckpoint:
             for name, entry in found.items()
             if family.is_ignored(name) or (name == head and head not in architecture.places)
         }
-        entries = {name: entry for name, entry in found.items() if name not in ignored}
+        is_set_aside = family.set_aside or (lambda *_: False)
+        set_aside = {name: entry for name, entry in found.items() if is_set_aside(name, architecture.config)}
+        entries = {name: entry for name, entry in found.items() if name not in ignored and name not in set_aside}
         _check_tensors(folder, entries, architecture, config_json)
         left_out = sorted(ignored)
-        return BaseCheckpoint(folder, architecture, config_json, entries, files, left_out, ignored.get(head), prefix)
+        return BaseCheckpoint(
+            folder, architecture, config_json, entries, files, left_out, set_aside, ignored.get(head), prefix
+        )
 
     @property
     def family(self) -> Family:
@@ -68,7 +74,12 @@ class BaseCheckpoint:
 
     def __iter__(self) -> Iterator[TensorEntry]:
         """The weights in file order, so that reading them is sequential."""
-        yield from sorted(self.entries.values(), key=lambda entry: (entry.file, entry.start))
+        yield from sorted(self.entries.values(), key=_in_file_order)
+
+    @property
+    def copied(self) -> list[TensorEntry]:
+        """The weights and what is set aside, in file order: what a merge writes."""
+        return sorted([*self.entries.values(), *self.set_aside.values()], key=_in_file_order)
 
     def stored_name(self, name: str) -> str:
         """Return a weight's name in this folder's files."""
@@ -91,6 +102,10 @@ class BaseCheckpoint:
                 f"{self.head.file}: tensor '{self.head.name}' differs from '{embeddings.name}', but config.json ties "
                 f"the output head to the embeddings, as in {self.family.title}. Remove it if it is stale."
             )
+
+
+def _in_file_order(entry: TensorEntry) -> tuple[Path, int]:
+    return entry.file, entry.start
 
 
 def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:

@@ -32,7 +32,7 @@ def sizes(config: Any, **experts: Any) -> Sizes:
         heads=config.num_attention_heads,
         positions=config.max_position_embeddings,
         activation=config.hidden_act,
-        attention_dropout=config.attention_dropout,
+        attention_dropout=getattr(config, "attention_dropout", 0.0),
         **experts,
     )
 
@@ -95,9 +95,17 @@ def dense_mlp(prefix: str, config: Any, layer: int, biases: bool = False) -> dic
     return gated_mlp(f"{prefix}.mlp", config.hidden_size, config.intermediate_size, "mlp", layer, biases)
 
 
-def router(on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int) -> dict[str, Place]:
+def router(
+    on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int, float32: bool = False
+) -> dict[str, Place]:
     """The router's weight."""
-    return {f"{on_disk}.weight": Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer)}
+    place = Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer, float32=float32)
+    return {f"{on_disk}.weight": place}
+
+
+def correction(on_disk: str, in_memory: str, shape: tuple[int, ...], layer: int) -> dict[str, Place]:
+    """What is added to a router's scores for the choice of experts alone (arXiv 2408.15664)."""
+    return {on_disk: Place(in_memory, shape, "other", layer, float32=True, correction=True)}
 
 
 def experts(

@@ -33,6 +33,8 @@ class Place:
         expert: The expert's id; the parameter then is a stack (E, …) and the tensor one slice of it.
         in_by_out: The matrix is stored in×out on disk; else out×in, as `nn.Linear` holds it.
         part: The expert's projection, where several of them share a stack (`gate_proj` or `up_proj`).
+        float32: It is held in float32 whatever the model's dtype.
+        correction: It corrects a router's choice and is never trained: a buffer in memory.
     """
 
     parameter: str
@@ -42,6 +44,8 @@ class Place:
     expert: int | None = None
     in_by_out: bool = False
     part: str | None = None
+    float32: bool = False
+    correction: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -193,6 +197,8 @@ class Family:
         renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
+        set_aside: Whether a tensor, by name and config, belongs to what transformers leaves out, such as layers that
+            predict several tokens; a merge copies it.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
         experts, routing: None for a dense family.
         hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
@@ -218,6 +224,7 @@ class Family:
     normed_queries: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    set_aside: Callable[[str, Any], bool] | None = None
     experts: ExpertLayout | None = None
     routing: Routing | None = None
     hub_class: str | None = None
@@ -372,7 +379,7 @@ class Architecture:
     def trained_module(self, name: str) -> str:
         """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
         module = self.family.in_memory(name.rpartition(".")[0])
-        routers = (target for target in self.family.targets.get("router", ()) if module.endswith(f".{target}"))
+        routers = (target for target in self.family.targets.get("router", ()) if f".{target}." in f"{module}.")
         return next(map(self._module_to_save, routers), module.rpartition(".")[2])
 
     def _module_to_save(self, router: str) -> str:
@@ -415,7 +422,9 @@ class Architecture:
 
     @cached_property
     def _groups(self) -> dict[str, str]:
-        return {place.module: place.group for place in self.places.values()}
+        places = list(self.places.values())
+        modules = {place.module: place.group for place in reversed(places)}  # its first tensor says what it is
+        return modules | {place.parameter: place.group for place in places}
 
     def kind_of(self, name: str) -> Place | None:
         """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""

@@ -49,7 +49,7 @@ class MergeBase(ABC):
 
     def is_rounded(self, name: str) -> bool:
         """Whether 4-bit rounding has changed this tensor."""
-        return self.rounded and self.architecture.places[name].quantized
+        return self.rounded and name in self.architecture.places and self.architecture.places[name].quantized
 
     def stored_name(self, name: str) -> str:
         """Return a weight's name in the files to write."""
@@ -76,7 +76,7 @@ class CheckpointBase(MergeBase):
             CheckpointError: If the base has an output head that should be its embeddings and is not.
         """
         checkpoint.check_tied_head()
-        entries = list(checkpoint)
+        entries = checkpoint.copied
         return CheckpointBase(
             folder=checkpoint.folder,
             architecture=checkpoint.architecture,

@@ -48,6 +48,11 @@ class QuantizedBase(MergeBase):
             raise CheckpointError(
                 f"{folder}: not a whole quantised base ({error}). Quantise the base again."
             ) from error
+        if set_aside := source.get("set_aside"):
+            raise CheckpointError(
+                f"{folder}: the base has {len(set_aside)} tensors that no model loads, such as '{set_aside[0]}', and a "
+                "merge copies; its 4-bit form is without them. Give the original base with --base."
+            )
         config_json, architecture = open_config(folder)
         base = QuantizedBase(
             folder=folder,

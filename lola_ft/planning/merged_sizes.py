@@ -41,7 +41,7 @@ def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]
         return _planned_shards(folder, architecture)
     checkpoint = BaseCheckpoint.open(folder)
     shards: dict[str, list[Outline]] = {file.name: [] for file in checkpoint.files}
-    for entry in checkpoint:
+    for entry in checkpoint.copied:
         shards[entry.file.name].append((checkpoint.stored_name(entry.name), entry.shape, entry.dtype))
     return shards
 

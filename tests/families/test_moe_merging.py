@@ -43,8 +43,13 @@ def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: di
     assert merged.keys() == original.keys()
     changed = [name for name, tensor in merged.items() if not torch.equal(tensor, original[name])]
     assert report.changed == len(changed)
-    assert report.applied == report.adapter_tensors == report.weights.applied_once
-    assert (report.weights.touched, report.weights.touched + report.weights.untouched) == (len(changed), len(merged))
+    same = report.weights.without_update
+    assert all(name.endswith("e_score_correction_bias") for name in same)  # stored with its router, and not trained
+    assert report.applied == report.adapter_tensors == report.weights.applied_once + len(same)
+    assert (report.weights.touched - len(same), report.weights.touched + report.weights.untouched) == (
+        len(changed),
+        len(merged),
+    )
     assert report.verification.compared == report.verification.tokens
     if layout == "per_expert":
         lola_ft.save_adapter(
