@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.checkpoints.folder import CONFIG_FILE, read_json, resolve_folder, weight_files
+from lola_ft.checkpoints.fused_experts import taken_apart
 from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import Architecture, Family, find_family
@@ -50,6 +51,7 @@ class BaseCheckpoint:
         files = weight_files(folder)
         found, prefix = _named_as_on_the_hub(_find_tensors(files), architecture.family)
         family, (_, head) = architecture.family, architecture.family.embeddings
+        found = {entry.name: entry for entry in taken_apart(found.values(), family)}
         ignored = {
             name: entry
             for name, entry in found.items()
@@ -82,8 +84,8 @@ class BaseCheckpoint:
         return sorted([*self.entries.values(), *self.set_aside.values()], key=_in_file_order)
 
     def stored_name(self, name: str) -> str:
-        """Return a weight's name in this folder's files."""
-        return name.removeprefix(self.omitted_prefix)
+        """Return the name of what holds a weight in this folder's files."""
+        return self.family.in_file(name).removeprefix(self.omitted_prefix)
 
     def check_tied_head(self) -> None:
         """Refuse a checkpoint whose output head should be its embeddings and is not: it would be lost.

@@ -14,6 +14,7 @@ from lola_ft.families.ernie4_5_moe import ERNIE4_5_MOE
 from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
 from lola_ft.families.glm4_moe import GLM4_MOE
 from lola_ft.families.gpt2 import GPT2
+from lola_ft.families.granitemoe import GRANITEMOE
 from lola_ft.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from lola_ft.families.llama import LLAMA
 from lola_ft.families.lola import LOLA
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _MIXTURES = (
-    *(LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL),
+    *(LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GRANITEMOE),
     *(DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, DOTS1, ERNIE4_5_MOE, MINIMAX_M2, HUNYUAN_V1_MOE),
 )
 _DENSE = (GPT2, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)

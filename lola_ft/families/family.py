@@ -92,11 +92,14 @@ class ExpertLayout:
         stacks: Each fused parameter in the order in which the module registers them, with the projections on disk
             that it holds side by side: one, or gate and up.
         on_disk: Ending of the name under which the experts are numbered on disk.
+        fused: By fused parameter, the ending of the module whose weight holds it on disk for all experts, where a file
+            does not number them: tensors of the file are then slices of it.
     """
 
     module: str
     stacks: Mapping[str, tuple[str, ...]]
     on_disk: str = ""
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -126,6 +129,21 @@ class ExpertLayout:
     def name(self, module: str, expert: int, projection: str) -> str:
         """The Hub name of an expert's projection, from the fused module's name in memory."""
         return f"{module.removesuffix(self.module)}{self.on_disk or self.module}.{expert}.{projection}"
+
+    def fused_in(self, name: str) -> tuple[str, ...]:
+        """Hub names, but for the expert's number, of what a tensor of a file holds for every expert; () for others."""
+        for stack, ending in self.fused.items():
+            if name.endswith(f".{ending}.weight"):
+                module = name.removesuffix(f"{ending}.weight") + (self.on_disk or self.module)
+                return tuple(f"{module}.{{expert}}.{projection}.weight" for projection in self.stacks[stack])
+        return ()
+
+    def fused_of(self, name: str) -> str:
+        """Name of the tensor of a file that a tensor is a slice of; its own if it is none."""
+        found = self.parse(name.removesuffix(".weight")) if self.fused else None
+        if found is None:
+            return name
+        return f"{found.module.removesuffix(self.module)}{self.fused[self.stack_of(found.projection)]}.weight"
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -157,6 +175,7 @@ class Sizes:
         moe_layers: Indices of the layers with experts.
         expert_inner: Width inside an expert.
         top_k: Experts that a token uses.
+        logit_divisor: What logits are divided by.
         activation: transformers' name of the activation inside MLP and experts.
         embedding_dropout, attention_dropout, residual_dropout: Probabilities, while training.
     """
@@ -171,6 +190,7 @@ class Sizes:
     num_experts: int = 0
     expert_inner: int = 0
     top_k: int = 0
+    logit_divisor: float = 1.0
     activation: str = "gelu"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -266,6 +286,10 @@ class Family:
     def parse_expert(self, module: str) -> ExpertName | None:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         return self.experts.parse(module) if self.experts else None
+
+    def in_file(self, name: str) -> str:
+        """Return the name of the file's tensor that holds a tensor: another one for experts in one piece."""
+        return self.experts.fused_of(name) if self.experts else name
 
     def in_memory(self, module: str) -> str:
         """Return the name in memory of a module outside the experts, from its name on disk."""

@@ -52,8 +52,8 @@ class MergeBase(ABC):
         return self.rounded and name in self.architecture.places and self.architecture.places[name].quantized
 
     def stored_name(self, name: str) -> str:
-        """Return a weight's name in the files to write."""
-        return name.removeprefix(self.omitted_prefix)
+        """Return the name of what holds a weight in the files to write."""
+        return self.architecture.family.in_file(name).removeprefix(self.omitted_prefix)
 
     @abstractmethod
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:

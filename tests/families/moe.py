@@ -86,6 +86,14 @@ KINDS = {
         "MixtralConfig",
         {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "granitemoe": Kind(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {
+            **{"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "logits_scaling": 3.0},
+            **{"residual_multiplier": 0.5, "embedding_multiplier": 4.0, "attention_multiplier": 0.2},
+        },
+    ),
     "deepseek_v2": Kind(
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",

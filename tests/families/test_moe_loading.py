@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import CheckpointError
 from lola_ft.families import architecture_of
 from lola_ft.model.choices import seen_choices
@@ -88,7 +89,8 @@ def test_every_matrix_in_4_bit_is_what_bitsandbytes_makes_of_the_tensor_in_the_f
     kind: str, moe_bases: dict[str, Path]
 ) -> None:
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
-    tensors, places = load_file(moe_bases[kind] / "model.safetensors"), architecture_of(model.config).places
+    places = architecture_of(model.config).places
+    tensors = {entry.name: entry.read() for entry in BaseCheckpoint.open(moe_bases[kind])}
     assert tensors.keys() == places.keys()
     quantised = 0
     for name, tensor in tensors.items():
@@ -204,7 +206,7 @@ def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: 
         loss = model(inputs_embeds=embeds, labels=LABELS, skip_logits=True, use_cache=False).loss
         forward = [choices.expert_ids_TK for choices in seen]
         seen.clear()
-        routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
+        routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "moe.router"))]
         for router in (getattr(module, "wg", module) for module in routers):
             router.weight.data = torch.flipud(router.weight.data)
         loss.backward()
