@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): DeepSeek-V2's layers, sigmoid scores with a correction of the choice."""
+"""DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): V2's layers, sigmoid scores with a correction of the choice."""
 
 from typing import Any
 

@@ -400,6 +400,10 @@ class Architecture:
         """The router's name, likewise, with as much before it as tells it from other modules."""
         return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
 
+    def is_in_router(self, module: str) -> bool:
+        """Whether a module in memory is a router or a part of one."""
+        return any(f".{target}." in f"{module}." for target in self.family.targets.get("router", ()))
+
     def trained_module(self, name: str) -> str:
         """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
         module = self.family.in_memory(name.rpartition(".")[0])
