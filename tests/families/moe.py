@@ -23,12 +23,23 @@ COMMON = {
     "pad_token_id": 1,
 }
 SHARED = {
-    **{"intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 3},
-    **{"n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
-    **{"routed_scaling_factor": 1.5},
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
 }
 DEEPSEEK = SHARED | {
-    **{"num_key_value_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
 }
 
 
@@ -90,8 +101,13 @@ KINDS = {
         "GraniteMoeForCausalLM",
         "GraniteMoeConfig",
         {
-            **{"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "logits_scaling": 3.0},
-            **{"residual_multiplier": 0.5, "embedding_multiplier": 4.0, "attention_multiplier": 0.2},
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 4.0,
+            "attention_multiplier": 0.2,
         },
     ),
     "deepseek_v2": Kind(
@@ -122,8 +138,12 @@ KINDS = {
         "Ernie4_5_MoeForCausalLM",
         "Ernie4_5_MoeConfig",
         {
-            **{"intermediate_size": 96, "moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 3},
-            **{"moe_num_shared_experts": 2, "tie_word_embeddings": False},
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "tie_word_embeddings": False,
         },
         ("attention", "mlp", "shared_experts", "experts", "router"),
     ),

@@ -59,7 +59,13 @@ def test_stock_peft_computes_the_same_logits_and_gradients(
     wanted = {name: p.grad for name, p in stock.named_parameters() if p.requires_grad}
     found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert wanted.keys() == found.keys()
-    groups = {"attn": "attention", "shared_": "shared_experts", "experts": "experts", ".gate.": "router", ".router.": "router"}
+    groups = {
+        "attn": "attention",
+        "shared_": "shared_experts",
+        "experts": "experts",
+        ".gate.": "router",
+        ".router.": "router",
+    }
     assert {group for mark, group in groups.items() if any(mark in name for name in found)} == {
         group for group in KINDS[kind].groups if group != "mlp"
     }
