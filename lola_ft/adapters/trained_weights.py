@@ -27,6 +27,7 @@ def trained_name(name: str, architecture: Architecture) -> str | None:
     plain = f"{architecture.family.on_disk(module)}.{kind_of_weight}"
     kind = architecture.kind_of(plain)
     trainable = kind is not None and (kind.group in ("router", "norms") or plain.endswith(".bias"))
+    trainable |= kind is not None and kind.correction  # PEFT stores it with its router, and asks for it
     return plain if trainable else None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.checkpoints.folder import CONFIG_FILE, read_json, resolve_folder, weight_files
+from lola_ft.checkpoints.fused_experts import taken_apart
 from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import Architecture, Family, find_family
@@ -22,6 +23,7 @@ class BaseCheckpoint:
         entries: By Hub name.
         files: The safetensors files.
         ignored: Names of legacy buffers and of copies of tied weights, which are left out.
+        set_aside: Tensors of layers that loading leaves out and a merge copies, by name.
         head: A copy of the embeddings under the output head's name, if a file holds one.
         omitted_prefix: Beginning of the Hub names that this folder's files leave out: some were saved from the
             backbone alone.
@@ -33,6 +35,7 @@ class BaseCheckpoint:
     entries: dict[str, TensorEntry]
     files: list[Path]
     ignored: list[str]
+    set_aside: dict[str, TensorEntry]
     head: TensorEntry | None
     omitted_prefix: str = ""
 
@@ -48,15 +51,20 @@ class BaseCheckpoint:
         files = weight_files(folder)
         found, prefix = _named_as_on_the_hub(_find_tensors(files), architecture.family)
         family, (_, head) = architecture.family, architecture.family.embeddings
+        found = {entry.name: entry for entry in taken_apart(found.values(), family)}
         ignored = {
             name: entry
             for name, entry in found.items()
             if family.is_ignored(name) or (name == head and head not in architecture.places)
         }
-        entries = {name: entry for name, entry in found.items() if name not in ignored}
+        is_set_aside = family.set_aside or (lambda *_: False)
+        set_aside = {name: entry for name, entry in found.items() if is_set_aside(name, architecture.config)}
+        entries = {name: entry for name, entry in found.items() if name not in ignored and name not in set_aside}
         _check_tensors(folder, entries, architecture, config_json)
         left_out = sorted(ignored)
-        return BaseCheckpoint(folder, architecture, config_json, entries, files, left_out, ignored.get(head), prefix)
+        return BaseCheckpoint(
+            folder, architecture, config_json, entries, files, left_out, set_aside, ignored.get(head), prefix
+        )
 
     @property
     def family(self) -> Family:
@@ -68,11 +76,16 @@ class BaseCheckpoint:
 
     def __iter__(self) -> Iterator[TensorEntry]:
         """Yield the weights in file order, so that reading them is sequential."""
-        yield from sorted(self.entries.values(), key=lambda entry: (entry.file, entry.start))
+        yield from sorted(self.entries.values(), key=_in_file_order)
+
+    @property
+    def copied(self) -> list[TensorEntry]:
+        """The weights and what is set aside, in file order: what a merge writes."""
+        return sorted([*self.entries.values(), *self.set_aside.values()], key=_in_file_order)
 
     def stored_name(self, name: str) -> str:
-        """Return a weight's name in this folder's files."""
-        return name.removeprefix(self.omitted_prefix)
+        """Return the name of what holds a weight in this folder's files."""
+        return self.family.in_file(name).removeprefix(self.omitted_prefix)
 
     def check_tied_head(self) -> None:
         """Refuse a checkpoint whose output head should equal its embeddings and does not: the head would be lost.
@@ -91,6 +104,10 @@ class BaseCheckpoint:
                 f"{self.head.file}: tensor '{self.head.name}' differs from '{embeddings.name}', but config.json ties "
                 f"the output head to the embeddings, as in {self.family.title}. Remove it if it is stale."
             )
+
+
+def _in_file_order(entry: TensorEntry) -> tuple[Path, int]:
+    return entry.file, entry.start
 
 
 def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:

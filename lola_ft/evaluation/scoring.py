@@ -71,6 +71,7 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
     head = causal.get_output_embeddings().weight
     device = head.device
     x_BSD = causal.base_model(ids_BS.to(device), use_cache=False).last_hidden_state
+    x_BSD = x_BSD / architecture_of(causal.config).sizes.logit_divisor
     nats_N = label_nats(x_BSD, head, labels_BS.to(device)).double().cpu().numpy()
     return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
 

@@ -7,10 +7,18 @@ from typing import Any
 
 from lola_ft.errors import CheckpointError
 from lola_ft.families.bloom import BLOOM
+from lola_ft.families.deepseek_v2 import DEEPSEEK_V2
+from lola_ft.families.deepseek_v3 import DEEPSEEK_V3
+from lola_ft.families.dots1 import DOTS1
+from lola_ft.families.ernie4_5_moe import ERNIE4_5_MOE
 from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.glm4_moe import GLM4_MOE
 from lola_ft.families.gpt2 import GPT2
+from lola_ft.families.granitemoe import GRANITEMOE
+from lola_ft.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from lola_ft.families.llama import LLAMA
 from lola_ft.families.lola import LOLA
+from lola_ft.families.minimax_m2 import MINIMAX_M2
 from lola_ft.families.mistral import MISTRAL
 from lola_ft.families.mixtral import MIXTRAL
 from lola_ft.families.olmoe import OLMOE
@@ -35,9 +43,11 @@ __all__ = [
     "recorded_family",
 ]
 
-_MIXTURES = (LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL)
+_MIXTURES = (
+    *(LOLA, OLMOE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GRANITEMOE),
+    *(DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, DOTS1, ERNIE4_5_MOE, MINIMAX_M2, HUNYUAN_V1_MOE),
+)
 _DENSE = (GPT2, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
-
 FAMILIES = {family.model_type: family for family in (*_MIXTURES, *_DENSE)}
 """By `model_type`."""
 

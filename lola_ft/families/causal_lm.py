@@ -63,12 +63,16 @@ class LabelledLoss:
         self._check_packing(attention_mask, position_ids)
         outputs = getattr(self, self.base_model_prefix)(**inputs)
         x_BSD = outputs.last_hidden_state
+        if architecture.sizes.logit_divisor != 1:
+            x_BSD = x_BSD / architecture.sizes.logit_divisor
         loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
         logits = None if skip_logits else self.lm_head(x_BSD)
         if not output_router_logits:
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         mask = real_tokens(attention_mask, x_BSD.shape[1])
-        aux_loss = balancing_loss(architecture, outputs.router_logits, mask)
+        routing = architecture.family.routing
+        balances = routing is not None and routing.balance is not None
+        aux_loss = balancing_loss(architecture, outputs.router_logits, mask) if balances else None
         return MoeCausalLMOutputWithPast(
             loss=loss, logits=logits, aux_loss=aux_loss, router_logits=outputs.router_logits
         )

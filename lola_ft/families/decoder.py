@@ -11,6 +11,8 @@ ATTENTION_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
 MLP_TARGETS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OLD_BUFFERS = (r"\.rotary_emb\.inv_freq$",)
+"""Angles of positions that checkpoints of earlier transformers carry."""
 
 EXPERTS = ExpertLayout("mlp.experts", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
 """Most families' experts; fused in memory since transformers 5."""
@@ -30,7 +32,7 @@ def sizes(config: Any, **experts: Any) -> Sizes:
         heads=config.num_attention_heads,
         positions=config.max_position_embeddings,
         activation=config.hidden_act,
-        attention_dropout=config.attention_dropout,
+        attention_dropout=getattr(config, "attention_dropout", 0.0),
         **experts,
     )
 
@@ -81,16 +83,29 @@ def query_key_norms(prefix: str, queries: int, keys: int, layer: int) -> dict[st
     return norm(f"{prefix}.self_attn.q_norm", queries, layer) | norm(f"{prefix}.self_attn.k_norm", keys, layer)
 
 
-def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int, bias: bool = False) -> dict[str, Place]:
+def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int, biases: bool = False) -> dict[str, Place]:
     """Gate, up and down; of a dense layer or of a shared expert."""
-    found = linear(f"{name}.gate_proj", hidden, inner, group, layer, bias)
-    found |= linear(f"{name}.up_proj", hidden, inner, group, layer, bias)
-    return found | linear(f"{name}.down_proj", inner, hidden, group, layer, bias)
+    found = linear(f"{name}.gate_proj", hidden, inner, group, layer, biases)
+    found |= linear(f"{name}.up_proj", hidden, inner, group, layer, biases)
+    return found | linear(f"{name}.down_proj", inner, hidden, group, layer, biases)
 
 
-def router(on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int) -> dict[str, Place]:
+def dense_mlp(prefix: str, config: Any, layer: int, biases: bool = False) -> dict[str, Place]:
+    """The MLP of a layer without experts."""
+    return gated_mlp(f"{prefix}.mlp", config.hidden_size, config.intermediate_size, "mlp", layer, biases)
+
+
+def router(
+    on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int, float32: bool = False
+) -> dict[str, Place]:
     """The router's weight."""
-    return {f"{on_disk}.weight": Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer)}
+    place = Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer, float32=float32)
+    return {f"{on_disk}.weight": place}
+
+
+def correction(on_disk: str, in_memory: str, shape: tuple[int, ...], layer: int) -> dict[str, Place]:
+    """What is added to a router's scores for the choice of experts alone (arXiv 2408.15664)."""
+    return {on_disk: Place(in_memory, shape, "other", layer, float32=True, correction=True)}
 
 
 def experts(

@@ -33,6 +33,8 @@ class Place:
         expert: The expert's id; the parameter then is a stack (E, …) and the tensor one slice of it.
         in_by_out: The matrix is stored in×out on disk; else out×in, as `nn.Linear` holds it.
         part: The expert's projection, where several of them share a stack (`gate_proj` or `up_proj`).
+        float32: It is held in float32 whatever the model's dtype.
+        correction: It corrects a router's choice and is never trained: a buffer in memory.
     """
 
     parameter: str
@@ -42,6 +44,8 @@ class Place:
     expert: int | None = None
     in_by_out: bool = False
     part: str | None = None
+    float32: bool = False
+    correction: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -88,11 +92,14 @@ class ExpertLayout:
         stacks: Each fused parameter in the order in which the module registers them, with the projections on disk
             that it holds side by side: one, or gate and up.
         on_disk: Ending of the name under which the experts are numbered on disk.
+        fused: By fused parameter, the ending of the module whose weight holds it on disk for all experts, where a file
+            does not number them: tensors of the file are then slices of it.
     """
 
     module: str
     stacks: Mapping[str, tuple[str, ...]]
     on_disk: str = ""
+    fused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -122,6 +129,21 @@ class ExpertLayout:
     def name(self, module: str, expert: int, projection: str) -> str:
         """The Hub name of an expert's projection, from the fused module's name in memory."""
         return f"{module.removesuffix(self.module)}{self.on_disk or self.module}.{expert}.{projection}"
+
+    def fused_in(self, name: str) -> tuple[str, ...]:
+        """Hub names, but for the expert's number, of what a tensor of a file holds for every expert; () for others."""
+        for stack, ending in self.fused.items():
+            if name.endswith(f".{ending}.weight"):
+                module = name.removesuffix(f"{ending}.weight") + (self.on_disk or self.module)
+                return tuple(f"{module}.{{expert}}.{projection}.weight" for projection in self.stacks[stack])
+        return ()
+
+    def fused_of(self, name: str) -> str:
+        """Name of the tensor of a file that a tensor is a slice of; its own if it is none."""
+        found = self.parse(name.removesuffix(".weight")) if self.fused else None
+        if found is None:
+            return name
+        return f"{found.module.removesuffix(self.module)}{self.fused[self.stack_of(found.projection)]}.weight"
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -153,6 +175,7 @@ class Sizes:
         moe_layers: Indices of the layers with experts.
         expert_inner: Width inside an expert.
         top_k: Experts that a token uses.
+        logit_divisor: What logits are divided by.
         activation: transformers' name of the activation inside MLP and experts.
         embedding_dropout, attention_dropout, residual_dropout: Probabilities, while training.
     """
@@ -167,6 +190,7 @@ class Sizes:
     num_experts: int = 0
     expert_inner: int = 0
     top_k: int = 0
+    logit_divisor: float = 1.0
     activation: str = "gelu"
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -193,6 +217,8 @@ class Family:
         renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
         size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
         ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
+        set_aside: Whether a tensor, by name and config, belongs to what transformers leaves out, such as layers that
+            predict several tokens; a merge copies it.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
         fully: What can be trained without LoRA: norms, biases.
         experts, routing: None for a dense family.
@@ -220,6 +246,7 @@ class Family:
     normed_queries: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    set_aside: Callable[[str, Any], bool] | None = None
     experts: ExpertLayout | None = None
     routing: Routing | None = None
     hub_class: str | None = None
@@ -266,6 +293,10 @@ class Family:
     def parse_expert(self, module: str) -> ExpertName | None:
         """Take the Hub name of an expert's projection apart; None for any other module."""
         return self.experts.parse(module) if self.experts else None
+
+    def in_file(self, name: str) -> str:
+        """Return the name of the file's tensor that holds a tensor: another one for experts in one piece."""
+        return self.experts.fused_of(name) if self.experts else name
 
     def in_memory(self, module: str) -> str:
         """Return the name in memory of a module outside the experts, from its name on disk."""
@@ -376,10 +407,14 @@ class Architecture:
         """The router's name, likewise, with as much before it as tells it from other modules."""
         return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
 
+    def is_in_router(self, module: str) -> bool:
+        """Whether a module in memory is a router or a part of one."""
+        return any(f".{target}." in f"{module}." for target in self.family.targets.get("router", ()))
+
     def trained_module(self, name: str) -> str:
         """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
         module = self.family.in_memory(name.rpartition(".")[0])
-        routers = (target for target in self.family.targets.get("router", ()) if module.endswith(f".{target}"))
+        routers = (target for target in self.family.targets.get("router", ()) if f".{target}." in f"{module}.")
         return next(map(self._module_to_save, routers), module.rpartition(".")[2])
 
     def _module_to_save(self, router: str) -> str:
@@ -422,7 +457,9 @@ class Architecture:
 
     @cached_property
     def _groups(self) -> dict[str, str]:
-        return {place.module: place.group for place in self.places.values()}
+        places = list(self.places.values())
+        modules = {place.module: place.group for place in reversed(places)}  # its first tensor says what it is
+        return modules | {place.parameter: place.group for place in places}
 
     def kind_of(self, name: str) -> Place | None:
         """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""

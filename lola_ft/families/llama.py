@@ -16,14 +16,14 @@ def dense_places(
         biases: Queries, keys and values have biases; `output_bias`, `mlp_bias`: the others.
         head_norms: Each head's queries and keys are normed.
     """
-    d, size = config.hidden_size, decoder.head_size(config)
+    size = decoder.head_size(config)
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         found |= decoder.attention(prefix, config, layer, biases, output_bias)
         if head_norms:
             found |= decoder.query_key_norms(prefix, size, size, layer)
-        found |= decoder.gated_mlp(f"{prefix}.mlp", d, config.intermediate_size, "mlp", layer, mlp_bias)
+        found |= decoder.dense_mlp(prefix, config, layer, mlp_bias)
     return found
 
 
@@ -45,6 +45,7 @@ def dense_family(model_type: str, title: str, model: str, places: Callable[[Any]
         embeddings=decoder.EMBEDDINGS,
         sizes=decoder.sizes,
         places=places,
+        ignored=decoder.OLD_BUFFERS,
     )
 
 

@@ -26,14 +26,19 @@ def sizes(config: Any) -> Sizes:
 
 def places(config: Any) -> dict[str, Place]:
     """List every tensor."""
-    d, num_experts = config.hidden_size, config.num_local_experts
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         found |= decoder.attention(prefix, config, layer)
-        found |= decoder.router(f"{prefix}.block_sparse_moe.gate", f"{prefix}.mlp.gate", num_experts, d, layer)
-        found |= decoder.experts(prefix, EXPERTS, d, config.intermediate_size, num_experts, layer)
+        found |= feed_forward(prefix, config, layer)
     return found
+
+
+def feed_forward(prefix: str, config: Any, layer: int) -> dict[str, Place]:
+    """Router and experts of a layer."""
+    d, num_experts = config.hidden_size, config.num_local_experts
+    found = decoder.router(f"{prefix}.block_sparse_moe.gate", f"{prefix}.mlp.gate", num_experts, d, layer)
+    return found | decoder.experts(prefix, EXPERTS, d, config.intermediate_size, num_experts, layer)
 
 
 MIXTRAL = Family(

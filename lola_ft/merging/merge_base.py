@@ -49,11 +49,11 @@ class MergeBase(ABC):
 
     def is_rounded(self, name: str) -> bool:
         """Tell whether 4-bit rounding has changed this tensor."""
-        return self.rounded and self.architecture.places[name].quantized
+        return self.rounded and name in self.architecture.places and self.architecture.places[name].quantized
 
     def stored_name(self, name: str) -> str:
-        """Return a weight's name in the files to write."""
-        return name.removeprefix(self.omitted_prefix)
+        """Return the name of what holds a weight in the files to write."""
+        return self.architecture.family.in_file(name).removeprefix(self.omitted_prefix)
 
     @abstractmethod
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -76,7 +76,7 @@ class CheckpointBase(MergeBase):
             CheckpointError: If the base has an output head that should be its embeddings and is not.
         """
         checkpoint.check_tied_head()
-        entries = list(checkpoint)
+        entries = checkpoint.copied
         return CheckpointBase(
             folder=checkpoint.folder,
             architecture=checkpoint.architecture,

@@ -86,7 +86,7 @@ def prove(
     Raises:
         CheckpointError: Naming file and tensor.
     """
-    merged = BaseCheckpoint.open(folder).entries  # checks names and shapes
+    merged = {entry.name: entry for entry in BaseCheckpoint.open(folder).copied}  # checks names and shapes
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
         raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from lola_ft.checkpoints.base_checkpoint import open_config
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, Empty, TensorEntry, read_header
 from lola_ft.errors import CheckpointError
-from lola_ft.families import Place
+from lola_ft.families import Architecture
 from lola_ft.merging.merge_base import MergeBase
 from lola_ft.quantization.cache import NF4_PARTS, SOURCE_FILE, WEIGHTS_FILE
 from lola_ft.quantization.nf4 import NF4, dequantize, dynamic_code
@@ -48,12 +48,17 @@ class QuantizedBase(MergeBase):
             raise CheckpointError(
                 f"{folder}: not a whole quantised base ({error}). Quantise the base again."
             ) from error
+        if set_aside := source.get("set_aside"):
+            raise CheckpointError(
+                f"{folder}: the base has {len(set_aside)} tensors that no model loads, such as '{set_aside[0]}', and a "
+                "merge copies; its 4-bit form is without them. Give the original base with --base."
+            )
         config_json, architecture = open_config(folder)
         base = QuantizedBase(
             folder=folder,
             architecture=architecture,
             config_json=config_json,
-            shards=_shards(architecture.places, folder / WEIGHTS_FILE, dtype),
+            shards=_shards(architecture, folder / WEIGHTS_FILE, dtype),
             ignored=[],
             fingerprint=fingerprint,
             rounded=True,
@@ -109,17 +114,18 @@ class QuantizedBase(MergeBase):
         return weight.t().contiguous() if place.transposed else weight
 
 
-def _shards(places: dict[str, Place], file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
+def _shards(architecture: Architecture, file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
     """Cut the tensors to write into files of a few gigabytes."""
     shards: list[list[TensorEntry]] = [[]]
-    size = 0
-    for name, place in places.items():
+    size, last = 0, ""
+    for name, place in architecture.places.items():
         num_bytes = torch.Size(place.shape).numel() * dtype.itemsize
-        if size + num_bytes > _SHARD_BYTES:
+        own = architecture.family.in_file(name)
+        if size + num_bytes > _SHARD_BYTES and own != last:
             shards.append([])
             size = 0
         shards[-1].append(TensorEntry(name, file, DTYPE_NAMES[dtype], place.shape, 0, 0))
-        size += num_bytes
+        size, last = size + num_bytes, own
     if len(shards) == 1:
         return [("model.safetensors", shards[0])]
     return [(f"model-{i:05d}-of-{len(shards):05d}.safetensors", shard) for i, shard in enumerate(shards, start=1)]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lola_ft.checkpoints.fused_experts import put_together
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import CheckpointError
@@ -140,7 +141,8 @@ class _Sink:
         if piece.file != self._file:
             self._finish()
             self._file = piece.file
-            named = [replace(entry, name=self._base.stored_name(entry.name)) for entry in self._entries[piece.file]]
+            family = self._base.architecture.family
+            named = list(put_together(self._entries[piece.file], self._base.stored_name, family))
             self._writer = SafetensorsWriter(self._folder / piece.file, named, self._dtype)
             self.num_bytes += self._writer.num_bytes
         assert self._writer is not None

@@ -38,9 +38,11 @@ def adapter_sizes(architecture: Architecture, settings: AdapterSettings) -> Adap
         UserError: If the base lacks something that the settings train, or the selection of experts does not fit it.
     """
     outline = adapter_outline(architecture, settings)
-    numels = [tensor.numel() for tensor in to_state(outline, "peft", outline.experts_of()).values()]
+    state = to_state(outline, "peft", outline.experts_of())
+    numels = [tensor.numel() for key, tensor in state.items() if architecture.group_of(key) != "other"]
+    beside = sum(tensor.numel() for tensor in state.values()) - sum(numels)
     lengths = sum(pair.magnitude.numel() for pair in outline.pairs.values() if pair.magnitude is not None)
-    return AdapterSizes(_FLOAT * (sum(numels) + lengths), adapter_file_bytes(outline), numels)
+    return AdapterSizes(_FLOAT * (sum(numels) + beside + lengths), adapter_file_bytes(outline), numels)
 
 
 def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> AdapterWeights:
@@ -58,7 +60,8 @@ def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> Ad
         of_chosen = place.expert is None or place.expert in chosen.get(place.layer, ())
         if kind == "weight" and len(place.shape) == 2 and place.group in ranks and of_chosen:
             weights.pairs[module] = _pair(place, ranks[place.group], settings)
-        if _is_trained(place, kind, settings) and of_chosen:
+        beside_router = settings.tune_router and place.correction and architecture.is_in_router(place.module)
+        if beside_router or (_is_trained(place, kind, settings) and of_chosen):
             weights.trained[name] = torch.empty(place.shape, device="meta")
         elif kind == "bias" and settings.tune_biases:
             weights.base_biases[name] = torch.empty(place.shape, device="meta")

@@ -17,7 +17,8 @@ def base_audit(architecture: Architecture, quantization: str | None, dtype: str)
     result = Audit()
     for place in architecture.places.values():
         numel = prod(place.shape)
-        kind, num_bytes = dtype, numel * DTYPES[dtype].itemsize
+        kind = "float32" if place.float32 else dtype
+        num_bytes = numel * DTYPES[kind].itemsize
         if quantization == "nf4" and place.quantized:
             kind = "nf4"
             num_bytes = nf4_linear_bytes(numel) if place.expert is None else nf4_bytes(numel)

@@ -8,6 +8,8 @@ import torch
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import CONFIG_FILE, weight_files
+from lola_ft.checkpoints.fused_experts import put_together
+from lola_ft.checkpoints.safetensors_file import TensorEntry
 from lola_ft.checkpoints.safetensors_writer import Outline, file_header
 from lola_ft.errors import CheckpointError
 from lola_ft.families import Architecture
@@ -41,8 +43,8 @@ def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]
         return _planned_shards(folder, architecture)
     checkpoint = BaseCheckpoint.open(folder)
     shards: dict[str, list[Outline]] = {file.name: [] for file in checkpoint.files}
-    for entry in checkpoint:
-        shards[entry.file.name].append((checkpoint.stored_name(entry.name), entry.shape, entry.dtype))
+    for entry in put_together(checkpoint.copied, checkpoint.stored_name, architecture.family):
+        shards[entry.file.name].append((entry.name, entry.shape, entry.dtype))
     return shards
 
 
@@ -53,7 +55,9 @@ def _planned_shards(folder: Path, architecture: Architecture) -> dict[str, list[
     files: dict[str, str] = weight_map if isinstance(weight_map, dict) else {}
     backbone = f"{architecture.family.backbone}."
     omitted = "" if not files or any(name.startswith(backbone) for name in files) else backbone
-    shapes = {name.removeprefix(omitted): place.shape for name, place in architecture.places.items()}
+    entries = (TensorEntry(name, folder, "F32", place.shape, 0, 0) for name, place in architecture.places.items())
+    whole = put_together(entries, architecture.family.in_file, architecture.family)
+    shapes = {entry.name.removeprefix(omitted): entry.shape for entry in whole}
     shards: dict[str, list[Outline]] = {}
     for name, shape in sorted(shapes.items()):
         shards.setdefault(files.get(name, WEIGHTS_FILE), []).append((name, shape, dtype))

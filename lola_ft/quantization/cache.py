@@ -20,6 +20,7 @@ from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import CheckpointError, WriteError
+from lola_ft.families import architecture_of
 from lola_ft.files import cache_root, copy_files, replace_folder
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
@@ -41,13 +42,14 @@ def source_identity(checkpoint: BaseCheckpoint, base_fingerprint: str, dtype: to
 
     A Hub snapshot's folder is named by its revision.
     """
-    return {
+    identity = {
         "format": FORMAT,
         "source": checkpoint.folder.name,
         "dtype": str(dtype).removeprefix("torch."),
         "fingerprint": base_fingerprint,
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
     }
+    return identity | ({"set_aside": sorted(checkpoint.set_aside)} if checkpoint.set_aside else {})
 
 
 def write_cache(model: nn.Module, identity: dict[str, Any], source: Path) -> Path:
@@ -112,7 +114,7 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
         tensor = read.to(device)
         if isinstance(module, NF4Linear) and name != "bias":
             linear_parts[module_name][name] = tensor
-        elif isinstance(module, NF4Experts) and name in dict(module.named_buffers(recurse=False)):
+        elif name in dict(module.named_buffers(recurse=False)):
             setattr(module, name, tensor)
         else:
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
@@ -125,6 +127,8 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
 def _stored_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a cache holds, by name: parameters, a tied one once, and the scales of 4-bit weights."""
     seen: set[int] = set()
+    places = architecture_of(model.config).places.values()
+    corrections = {place.parameter for place in places if place.correction}
     for module_name, module in model.named_modules():
         if isinstance(module, NF4Linear):
             if module.bias is not None:
@@ -136,7 +140,7 @@ def _stored_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield f"{module_name}.{name}", tensor.data
-        if isinstance(module, NF4Experts):
-            for name, tensor in module.named_buffers(recurse=False):
-                if name != "absmax_code":
-                    yield f"{module_name}.{name}", tensor
+        scales = isinstance(module, NF4Experts)
+        for name, tensor in module.named_buffers(recurse=False):
+            if (scales and name != "absmax_code") or f"{module_name}.{name}" in corrections:
+                yield f"{module_name}.{name}", tensor

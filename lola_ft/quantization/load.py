@@ -26,6 +26,7 @@ from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
 from lola_ft.model.experts import FusedExperts
 from lola_ft.model.layers import init_weights
+from lola_ft.model.router import RouterGate
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
@@ -181,8 +182,9 @@ def _load_quantized(folder: Path, quantization: str | None, dtype: torch.dtype, 
     architecture = open_config(folder)[1]
     model = _build(architecture, CAUSAL_LM, quantization, dtype, device)
     read_cache(model, folder, device)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+    exact = {place.parameter for place in architecture.places.values() if place.float32}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name not in exact:
             parameter.data = parameter.data.to(dtype)
     _finish(model, folder, dtype, device)
     model.base_id = ""
@@ -203,11 +205,28 @@ def _build(
             _fuse_experts(model, place.module, architecture, quantization, device)
         elif quantization and place.quantized:
             _quantize_linear(model, place)
-        elif place.group == "router" and architecture.family.router_is_parameter:
-            score_in_weight_dtype(model.get_submodule(place.module))
+        elif place.group == "router" and not architecture.family.native:
+            _score_exactly(model.get_submodule(place.module))
+        elif place.correction:
+            _as_buffer(model.get_submodule(place.module), place.leaf)
     model.quantization = quantization
     model.config.dtype = dtype
     return model
+
+
+def _score_exactly(router: nn.Module) -> None:
+    """Let a router of transformers score in its weight's dtype, a linear one in float32, also under autocast."""
+    if isinstance(router, nn.Linear):
+        router.__class__ = RouterGate
+    else:
+        score_in_weight_dtype(router)
+
+
+def _as_buffer(module: nn.Module, name: str) -> None:
+    """Hold a parameter as a buffer, so that nothing trains it."""
+    tensor = getattr(module, name).data
+    delattr(module, name)
+    module.register_buffer(name, tensor)
 
 
 def _linear_like(module: Conv1D) -> nn.Linear:
@@ -274,7 +293,10 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         return module if place.quantized and isinstance(module, NF4Experts | NF4Linear) else None
 
     # Weights are quantised from what is stored: a cast first would round twice.
-    wanted = [(entry, None if four_bit(places[entry.name]) else dtype) for entry in checkpoint]
+    def read_as(place: Place) -> torch.dtype | None:
+        return None if four_bit(place) else torch.float32 if place.float32 else dtype
+
+    wanted = [(entry, read_as(places[entry.name])) for entry in checkpoint]
     for number, (entry, read) in enumerate(read_ahead(wanted)):
         if number % 16 == 0:
             give_back_freed_memory()
@@ -288,6 +310,8 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
             quantised.load_dense(tensor.t() if place.transposed else tensor)
         elif place.expert is not None:
             _fill_slice(model, place, tensor, dtype, device)
+        elif place.correction:
+            model.get_submodule(place.module).register_buffer(place.leaf, tensor)
         else:
             weight = tensor.t().contiguous() if place.transposed else tensor
             parameter = nn.Parameter(weight, requires_grad=not model.quantization)

@@ -65,6 +65,12 @@ def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     """
     losses = {f"router.{name}": "router" for name in ("aux_loss", "z_loss") if getattr(recipe.router, name)}
     base.architecture.require(adapter_settings(recipe).wanted() | losses)
+    routing = base.architecture.family.routing
+    if recipe.router.aux_loss and routing is not None and routing.balance is None:
+        raise UserError(
+            f"router.aux_loss: the authors of {base.architecture.family.title} balance the load without a loss, so "
+            "there is none to weigh. Remove the key."
+        )
     recipe = _fit_length(_fit_packing(recipe, base, console), base, console)
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"revision": base.revision})})
 

@@ -12,7 +12,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 from lola_ft.adapters import AdapterSettings, add_adapter, save_adapter
 from lola_ft.nano.build import train_tokenizer
 from lola_ft.quantization import load_base
-from tests.families.moe import KINDS, make_moe
+from tests.families.moe import KINDS, SLOW_KINDS, make_moe
 
 TEXT = ["Below is an instruction that describes a task. Write a response that completes the request.", "one two three"]
 
@@ -77,18 +77,38 @@ def dense_recipe(tmp_path: Path, dense_bases: dict[str, Path], rows_file: Path) 
     return write
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the families that only the slow run tests."""
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("kind") in SLOW_KINDS:
+            item.add_marker(pytest.mark.slow)
+
+
+class _Made(dict[str, Path]):
+    """What is made for a model type when it is first wanted."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = self._make(kind)
+        return self[kind]
+
+
 @pytest.fixture(scope="session")
 def moe_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny mixtures of experts by model type; read only."""
     root = tmp_path_factory.mktemp("moe")
-    return {kind: make_moe(root / kind, kind) for kind in KINDS}
+    return _Made(lambda kind: make_moe(root / kind, kind))
 
 
 @pytest.fixture(scope="session")
 def moe_adapters(moe_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """For each of these an adapter with random numbers in every group that it has, in the layout peft; read only."""
     root = tmp_path_factory.mktemp("moe-adapters")
-    return {kind: random_adapter(moe_bases[kind], kind, root / kind) for kind in KINDS}
+    return _Made(lambda kind: random_adapter(moe_bases[kind], kind, root / kind))
 
 
 def random_adapter(base: Path, kind: str, folder: Path, layout: str = "peft", **settings: Any) -> Path:

@@ -22,6 +22,25 @@ COMMON = {
     "eos_token_id": 5,
     "pad_token_id": 1,
 }
+SHARED = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
+DEEPSEEK = SHARED | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,70 @@ KINDS = {
         "MixtralConfig",
         {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    "granitemoe": Kind(
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "logits_scaling": 3.0,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 4.0,
+            "attention_multiplier": 0.2,
+        },
+    ),
+    "deepseek_v2": Kind(
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        DEEPSEEK | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "attention_bias": True},
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "deepseek_v3": Kind(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        DEEPSEEK | {"q_lora_rank": 24},
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "glm4_moe": Kind(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        SHARED | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True},
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "dots1": Kind(
+        "Dots1ForCausalLM",
+        "Dots1Config",
+        SHARED | {"sliding_window": 7, "max_window_layers": 1},
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "ernie4_5_moe": Kind(
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "tie_word_embeddings": False,
+        },
+        ("attention", "mlp", "shared_experts", "experts", "router"),
+    ),
+    "minimax_m2": Kind(
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM2Config",
+        {"intermediate_size": 32, "num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 32, "rotary_dim": 16},
+    ),
+    "hunyuan_v1_moe": Kind(
+        "HunYuanMoEV1ForCausalLM",
+        "HunYuanMoEV1Config",
+        {"intermediate_size": 32, "num_experts": 8, "moe_topk": 3, "head_dim": 32, "attention_bias": True},
+        ("attention", "shared_experts", "experts", "router"),
+    ),
 }
+SLOW_KINDS = ("deepseek_v2", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe")
+"""Tested by `make test-slow`: their parts are those of others."""
 
 
 def make_moe(folder: Path, kind: str, **changes: Any) -> Path:
@@ -90,6 +172,9 @@ def make_moe(folder: Path, kind: str, **changes: Any) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer += 0.1 * torch.randn_like(buffer)
     model.save_pretrained(folder)
     train_tokenizer(TEXT, vocab_size=320, max_length=128).save_pretrained(folder)
     return folder

@@ -1,5 +1,6 @@
 """Dense decoders of Llama's kind, for comparison: loaded, adapted, packed and merged. Stock libraries are the judge."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -63,6 +64,14 @@ def test_every_tensor_has_a_place_and_logits_and_gradients_are_those_of_stock_tr
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
     for name, parameter in stock.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_angles_that_old_checkpoints_carry_are_left_out(base: Path, tmp_path: Path) -> None:
+    old = Path(shutil.copytree(base, tmp_path / "old"))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file(load_file(base / FILE) | {name: torch.ones(8)}, old / FILE, metadata={"format": "pt"})
+    found, expected = (logits(load_base(folder, None, "float32", "cpu", quiet=True)) for folder in (old, base))
+    assert torch.equal(found, expected)
 
 
 def test_4_bit_layers_hold_what_is_stored(base: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import CheckpointError
 from lola_ft.families import architecture_of
 from lola_ft.model.choices import seen_choices
@@ -61,8 +62,9 @@ def test_dense_logits_loss_and_gradients_are_those_of_stock_transformers(kind: s
     outputs.loss.backward()
     wanted = {name: parameter.grad for name, parameter in stock.named_parameters()}
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    assert wanted.keys() == found.keys()
-    for name, grad in wanted.items():
+    assert {name for name, grad in wanted.items() if grad is not None} == found.keys()
+    for name in found:
+        grad = wanted[name]
         torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=1e-4, msg=name)  # another order of sums
 
 
@@ -71,6 +73,9 @@ def test_the_balancing_loss_is_that_of_the_authors_over_real_tokens(kind: str, m
     stock, ours = stock_model(moe_bases[kind]), load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
     layers = len(architecture_of(ours.config).sizes.moe_layers)
     for mask in (None, MASK):
+        if architecture_of(ours.config).family.routing.balance is None:
+            assert ours(IDS, labels=LABELS, skip_logits=True, output_router_logits=True).aux_loss is None
+            continue
         expected = stock(IDS, attention_mask=mask, output_router_logits=True).aux_loss
         outputs = ours(IDS, attention_mask=mask, labels=LABELS, skip_logits=True, output_router_logits=True)
         torch.testing.assert_close(outputs.aux_loss, expected)
@@ -84,14 +89,15 @@ def test_every_matrix_in_4_bit_is_what_bitsandbytes_makes_of_the_tensor_in_the_f
     kind: str, moe_bases: dict[str, Path]
 ) -> None:
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
-    tensors, places = load_file(moe_bases[kind] / "model.safetensors"), architecture_of(model.config).places
+    places = architecture_of(model.config).places
+    tensors = {entry.name: entry.read() for entry in BaseCheckpoint.open(moe_bases[kind])}
     assert tensors.keys() == places.keys()
     quantised = 0
     for name, tensor in tensors.items():
         place = places[name]
         module = model.get_submodule(place.module)
         if not place.quantized:
-            assert torch.equal(model.get_parameter(place.parameter), tensor), name
+            assert torch.equal(getattr(module, place.leaf), tensor), name
             continue
         if isinstance(module, NF4Experts):
             stored = module.stored(place.part or place.leaf, place.expert or 0)
@@ -200,8 +206,8 @@ def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: 
         loss = model(inputs_embeds=embeds, labels=LABELS, skip_logits=True, use_cache=False).loss
         forward = [choices.expert_ids_TK for choices in seen]
         seen.clear()
-        routers = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-        for router in routers:
+        routers = [module for name, module in model.named_modules() if name.endswith(("mlp.gate", "moe.router"))]
+        for router in (getattr(module, "wg", module) for module in routers):
             router.weight.data = torch.flipud(router.weight.data)
         loss.backward()
     assert len(forward) == len(seen) == len([m for m in routers if not isinstance(m, nn.Linear)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lola_ft
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import CheckpointError
 from lola_ft.families.family import ExpertLayout
 from lola_ft.merging.deltas import Deltas
@@ -39,12 +40,19 @@ def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: di
     settings = {"tune_router": True, "tune_norms": True} if layout == "per_expert" else {}
     adapter = random_adapter(base, kind, tmp_path / "adapter", layout, **settings)
     report = lola_ft.merge(base, adapter, tmp_path / "merged")
-    merged, original = load_file(tmp_path / "merged" / FILE), load_file(base / FILE)
-    assert merged.keys() == original.keys()
+    assert load_file(tmp_path / "merged" / FILE).keys() == load_file(base / FILE).keys()
+    merged, original = (
+        {entry.name: entry.read() for entry in BaseCheckpoint.open(folder)} for folder in (tmp_path / "merged", base)
+    )
     changed = [name for name, tensor in merged.items() if not torch.equal(tensor, original[name])]
     assert report.changed == len(changed)
-    assert report.applied == report.adapter_tensors == report.weights.applied_once
-    assert (report.weights.touched, report.weights.touched + report.weights.untouched) == (len(changed), len(merged))
+    same = report.weights.without_update
+    assert all(name.endswith("e_score_correction_bias") for name in same)  # stored with its router, and not trained
+    assert report.applied == report.adapter_tensors == report.weights.applied_once + len(same)
+    assert (report.weights.touched - len(same), report.weights.touched + report.weights.untouched) == (
+        len(changed),
+        len(merged),
+    )
     assert report.verification.compared == report.verification.tokens
     if layout == "per_expert":
         lola_ft.save_adapter(

@@ -4,6 +4,7 @@ OLMoE in the fast tests, all of them in the slow ones.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from lola_ft.recipe import load_recipe
 from lola_ft.routing import read_profile
 from lola_ft.training import train
 from lola_ft.training.reports.metrics import read_metrics
+from tests.conftest import write_rows
 from tests.families.conftest import write_recipe
 from tests.families.moe import KINDS
 
@@ -168,3 +170,31 @@ def test_more_experts_than_there_are_cannot_be_selected(
     file = moe_recipe(tmp_path / "recipe.yaml", "olmoe", moe_bases["olmoe"], rows_file, adapter=adapter)
     with pytest.raises(UserError, match=r"there is no expert 8; they are 0 to 7"):
         train(load_recipe(file), dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "mixtral" else []) for kind in KINDS]
+)
+def test_it_learns_from_preferences(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
+    names = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    pairs = [{"prompt": f"Name {i}", "chosen": names[i], "rejected": names[i - 3], "lang": "sw"} for i in range(8)]
+    rows = write_rows(tmp_path / "rows.jsonl", pairs)
+    file = moe_recipe(
+        tmp_path / "recipe.yaml",
+        kind,
+        moe_bases[kind],
+        rows,
+        objective="dpo",
+        adapter={"mlp": None, "experts": {"rank": 4}, "dropout": 0.0},
+        router={"mode": "lora", "rank": 4, "aux_loss": 0.0, "z_loss": 0.0},
+        data={
+            "sources": [{"path": str(rows), "format": "preference", "language_column": "lang"}],
+            "packing": False,
+            "validation": 0,
+        },
+        train={"max_steps": 12, "micro_batch_size": 8, "learning_rate": 0.005, "save_every": 0, "optimizer": "adamw"},
+    )
+    lines = [line for line in read_metrics(train(load_recipe(file)) / "metrics.jsonl") if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["loss"] < 0.66
+    assert lines[-1]["rewards/margins"] > 0.05

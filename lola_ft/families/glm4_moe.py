@@ -1,0 +1,43 @@
+"""GLM-4.5 and later (`glm4_moe`; arXiv 2508.06471): DeepSeek-V3's experts behind grouped-query attention."""
+
+from typing import Any
+
+from lola_ft.families import decoder, deepseek
+from lola_ft.families.family import Family, Place, Routing
+
+
+def places(config: Any) -> dict[str, Place]:
+    """List every tensor; queries and keys have norms in the larger models only."""
+    size = decoder.head_size(config)
+    found = decoder.ends(config)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        found |= decoder.attention(prefix, config, layer, config.attention_bias)
+        if config.use_qk_norm:
+            found |= decoder.query_key_norms(prefix, size, size, layer)
+        found |= deepseek.feed_forward(prefix, config, layer)
+    return found
+
+
+GLM4_MOE = Family(
+    model_type="glm4_moe",
+    title="GLM-4.5",
+    heads={"causal_lm": "transformers:Glm4MoeForCausalLM"},
+    backbone="model",
+    positions="rotary",
+    packs=True,
+    set_aside=deepseek.is_behind_the_last_layer,
+    normed_queries=True,
+    targets={
+        "attention": decoder.ATTENTION_TARGETS,
+        "mlp": decoder.MLP_TARGETS,
+        "shared_experts": deepseek.SHARED_TARGETS,
+        "router": ("mlp.gate",),
+    },
+    size_keys=deepseek.SIZE_KEYS,
+    embeddings=decoder.EMBEDDINGS,
+    sizes=deepseek.sizes,
+    places=places,
+    experts=decoder.EXPERTS,
+    routing=Routing(balance=None, gate="parameter"),
+)

@@ -1,0 +1,59 @@
+"""Granite's mixtures (`granitemoe`; IBM Granite 3.0): experts in every layer, top-k, then softmax; scaled streams.
+
+A file holds all experts of a layer in two tensors; each expert's matrices get the names that other families have.
+"""
+
+from typing import Any
+
+from lola_ft.families import decoder
+from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
+
+EXPERTS = ExpertLayout(
+    "block_sparse_moe.experts",
+    {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    fused={"gate_up_proj": "block_sparse_moe.input_linear", "down_proj": "block_sparse_moe.output_linear"},
+)
+
+
+def sizes(config: Any) -> Sizes:
+    """Read a `GraniteMoeConfig`."""
+    return decoder.sizes(
+        config,
+        moe_layers=tuple(range(config.num_hidden_layers)),
+        num_experts=config.num_local_experts,
+        expert_inner=config.intermediate_size,
+        top_k=config.num_experts_per_tok,
+        logit_divisor=float(config.logits_scaling),
+    )
+
+
+def places(config: Any) -> dict[str, Place]:
+    """List every tensor; a layer's experts in the order of its two tensors in the file."""
+    d, num_experts, biases = config.hidden_size, config.num_local_experts, config.attention_bias
+    found = decoder.ends(config)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        router = f"{prefix}.block_sparse_moe.router"
+        experts = decoder.experts(prefix, EXPERTS, d, config.intermediate_size, num_experts, layer)
+        found |= decoder.attention(prefix, config, layer, biases, biases)
+        found |= decoder.router(f"{router}.layer", router, num_experts, d, layer)
+        found |= dict(sorted(experts.items(), key=lambda item: item[1].leaf == "down_proj"))
+    return found
+
+
+GRANITEMOE = Family(
+    model_type="granitemoe",
+    title="Granite MoE",
+    heads={"causal_lm": "transformers:GraniteMoeForCausalLM"},
+    backbone="model",
+    positions="rotary",
+    packs=True,
+    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("block_sparse_moe.router",)},
+    renamed={"block_sparse_moe.router.layer": "block_sparse_moe.router"},
+    size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
+    embeddings=decoder.EMBEDDINGS,
+    sizes=sizes,
+    places=places,
+    experts=EXPERTS,
+    routing=Routing(balance="pooled", gate="parameter"),
+)

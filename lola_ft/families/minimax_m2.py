@@ -1,0 +1,47 @@
+"""MiniMax-M2 (`minimax_m2`): experts in every layer, sigmoid scores with a correction of the choice.
+
+Named on disk as Mixtral's; the correction lies beside the router.
+"""
+
+from typing import Any
+
+from lola_ft.families import decoder, deepseek, mixtral
+from lola_ft.families.family import Family, Place, Routing
+
+
+def places(config: Any) -> dict[str, Place]:
+    """List every tensor."""
+    size = decoder.head_size(config)
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    found = decoder.ends(config)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        found |= decoder.attention(prefix, config, layer)
+        found |= decoder.query_key_norms(prefix, queries, keys, layer)
+        found |= mixtral.feed_forward(prefix, config, layer)
+        on_disk, in_memory = f"{prefix}.block_sparse_moe", f"{prefix}.mlp"
+        shape = (config.num_local_experts,)
+        found |= decoder.correction(
+            f"{on_disk}.{deepseek.CORRECTION}", f"{in_memory}.{deepseek.CORRECTION}", shape, layer
+        )
+    return found
+
+
+MINIMAX_M2 = Family(
+    model_type="minimax_m2",
+    title="MiniMax-M2",
+    heads={"causal_lm": "transformers:MiniMaxM2ForCausalLM"},
+    backbone="model",
+    positions="rotary",
+    packs=True,
+    normed_queries=True,
+    set_aside=deepseek.is_behind_the_last_layer,
+    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
+    renamed={"block_sparse_moe.gate": "mlp.gate", "block_sparse_moe": "mlp"},
+    size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
+    embeddings=decoder.EMBEDDINGS,
+    sizes=mixtral.sizes,
+    places=places,
+    experts=mixtral.EXPERTS,
+    routing=Routing(balance="pooled", gate="parameter"),
+)
