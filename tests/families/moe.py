@@ -104,7 +104,7 @@ KINDS = {
             "intermediate_size": 32,
             "num_local_experts": 8,
             "num_experts_per_tok": 3,
-            "logits_scaling": 0.8,
+            "logits_scaling": 0.5,
             "residual_multiplier": 0.8,
             "embedding_multiplier": 4.0,
             "attention_multiplier": 0.2,
