@@ -72,7 +72,7 @@ def stacked_row(name: str, key: str, family: Family) -> int | None:
 def _called_in_memory(name: str, family: Family) -> str:
     """What the model in memory, and so PEFT's layout, calls a weight outside the experts."""
     for disk, memory in family.renamed.items():
-        name = re.sub(rf"\.{re.escape(disk)}\.(weight|bias)$", rf".{memory}.\1", name)
+        name = re.sub(rf"\.{re.escape(disk)}\.(\w+)$", rf".{memory}.\1", name)
     return name
 
 
