@@ -28,7 +28,8 @@ class RouterInWeightDtype(nn.Module):
 
 def score_in_weight_dtype(router: nn.Module) -> None:
     """Make a router of transformers a `RouterInWeightDtype`, under the same class name."""
-    router.__class__ = _in_weight_dtype(type(router))
+    own: Any = type(router)
+    router.__class__ = _in_weight_dtype(own)
 
 
 @cache
