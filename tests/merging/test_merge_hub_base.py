@@ -45,7 +45,7 @@ def test_an_adapter_names_the_revision_that_it_was_made_on(cached: Path, adapter
         return config["base_model_name_or_path"], config["revision"]
 
     assert named(OLD) == (BASE_ID, OLD)
-    assert named("main") == (BASE_ID, None)
+    assert named("main") == (BASE_ID, NEW)
 
 
 def test_the_revision_that_the_adapter_names(
