@@ -237,7 +237,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         use_rslora=weights.rslora,
         use_dora=weights.dora,
         fan_in_fan_out=_others_hold_in_by_out(weights.architecture, layout),
-        target_modules=linear_targets([target for target in ranks if target not in parameters], family),
+        target_modules=linear_targets(ranks, family),
         target_parameters=parameters or None,
         modules_to_save=sorted(
             {weights.architecture.trained_module(name) for name in weights.trained if name.endswith(".weight")}

@@ -125,5 +125,6 @@ def linear_targets(targets: Collection[str], family: Family) -> list[str] | str:
     """Return PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    linear = sorted(target for target in targets if target not in family.parameter_targets)
+    parameters = (*family.parameter_targets, *(target for target in targets if target.endswith(".weight")))
+    linear = sorted(target for target in targets if target not in parameters)
     return linear if targets else DUMMY_TARGET_MODULES

@@ -28,8 +28,8 @@ class RouterInWeightDtype(nn.Module):
 
 def score_in_weight_dtype(router: nn.Module) -> None:
     """Make a router of transformers a `RouterInWeightDtype`, under the same class name."""
-    router_class: Any = type(router)
-    router.__class__ = _in_weight_dtype(router_class)
+    own: Any = type(router)
+    router.__class__ = _in_weight_dtype(own)
 
 
 @cache

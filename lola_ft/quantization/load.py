@@ -202,13 +202,13 @@ def _build(
         _replace(model, name, _linear_like(module))
     for place in architecture.places.values():
         if place.expert is not None:
-            _fuse_experts(model, place.module, architecture, quantization, device)
-        elif quantization and place.quantized:
-            _quantize_linear(model, place)
+            _take_over_experts(model, place.module, architecture.sizes.activation)
         elif place.group == "router" and not architecture.family.native:
             _score_exactly(model.get_submodule(place.module))
         elif place.correction:
             _as_buffer(model.get_submodule(place.module), place.leaf)
+        if quantization and place.quantized:
+            _quantize_module(model, place, device)
     model.quantization = quantization
     model.config.dtype = dtype
     return model
@@ -236,23 +236,12 @@ def _linear_like(module: Conv1D) -> nn.Linear:
         return nn.Linear(size_in, size_out, bias=module.bias is not None)
 
 
-def _fuse_experts(
-    model: nn.Module, name: str, architecture: Architecture, quantization: str | None, device: torch.device
-) -> None:
-    """Put our experts, dense or in 4 bit, in the place of a layer's own, unless they are there."""
+def _take_over_experts(model: nn.Module, name: str, activation: str) -> None:
+    """Put ours in the place of transformers' experts module, unless it is there."""
     module = model.get_submodule(name)
-    wanted = NF4Experts if quantization else FusedExperts
-    if isinstance(module, wanted):
-        return
-    if isinstance(module, FusedExperts):
-        settings = module.settings
-    else:
-        settings = _settings_of(module, architecture.sizes.activation)
-    with torch.device("meta"):
-        experts = wanted(**settings)
-    if isinstance(experts, NF4Experts):
-        experts.allocate(device)
-    _replace(model, name, experts)
+    if not isinstance(module, FusedExperts):
+        with torch.device("meta"):
+            _replace(model, name, FusedExperts(**_settings_of(module, activation)))
 
 
 def _settings_of(module: Any, activation: str) -> dict[str, Any]:
@@ -272,11 +261,19 @@ def _settings_of(module: Any, activation: str) -> dict[str, Any]:
     }
 
 
-def _quantize_linear(model: nn.Module, place: Place) -> None:
-    """Put the 4-bit form in the place of the linear layer that owns a weight."""
+def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> None:
+    """Put the 4-bit form in the place of the module that owns a weight, unless it is there."""
     module = model.get_submodule(place.module)
-    assert isinstance(module, nn.Linear), f"{place.module} is a {type(module).__name__}, which has no 4-bit form"
-    _replace(model, place.module, NF4Linear(module.in_features, module.out_features, module.bias is not None))
+    if isinstance(module, NF4Linear | NF4Experts):
+        return
+    if isinstance(module, FusedExperts):
+        with torch.device("meta"):
+            experts = NF4Experts(**module.settings)
+        experts.allocate(device)
+        _replace(model, place.module, experts)
+    else:
+        assert isinstance(module, nn.Linear), f"{place.module} is a {type(module).__name__}, which has no 4-bit form"
+        _replace(model, place.module, NF4Linear(module.in_features, module.out_features, module.bias is not None))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

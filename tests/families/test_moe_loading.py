@@ -252,3 +252,13 @@ def test_queries_that_the_model_clips_in_place_are_trained_in_4_bit_too(tmp_path
         one(inputs_embeds=embeds, labels=LABELS, use_cache=False).loss.backward()
         grads.append(embeds.grad)
     torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=1e-3)
+
+
+@every_kind
+def test_a_dense_model_is_saved_in_the_layout_of_its_checkpoint(
+    kind: str, moe_bases: dict[str, Path], tmp_path: Path
+) -> None:
+    load_base(moe_bases[kind], None, "float32", "cpu", quiet=True).save_pretrained(tmp_path)
+    saved, given = (load_file(folder / "model.safetensors") for folder in (tmp_path, moe_bases[kind]))
+    assert saved.keys() == given.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in given.items())

@@ -143,10 +143,10 @@ def test_there_are_enough_bad_files_and_recipes() -> None:
 
 
 def test_base_of_another_family(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
-    other = tmp_path / "llama"
+    other = tmp_path / "t5"
     other.mkdir()
-    (other / "config.json").write_text('{"model_type": "llama"}')
-    check_refused(verb("train", recipe_file(base={"model": str(other)})), "llama … model_type … lola_v1", tmp_path)
+    (other / "config.json").write_text('{"model_type": "t5"}')
+    check_refused(verb("train", recipe_file(base={"model": str(other)})), "t5 … model_type … lola_v1", tmp_path)
 
 
 def test_truncated_base(
