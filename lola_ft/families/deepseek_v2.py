@@ -23,6 +23,7 @@ DEEPSEEK_V2 = Family(
     backbone="model",
     positions="rotary",
     packs=True,
+    attention="latent",
     targets={
         "attention": deepseek.LATENT_TARGETS,
         "mlp": decoder.MLP_TARGETS,

@@ -23,6 +23,7 @@ DEEPSEEK_V3 = Family(
     backbone="model",
     positions="rotary",
     packs=True,
+    attention="latent",
     set_aside=deepseek.is_behind_the_last_layer,
     targets={
         "attention": deepseek.LATENT_TARGETS,

@@ -209,7 +209,8 @@ class Family:
         positions: How it knows a token's place: by `learned` embeddings, `rotary`, or `slopes` of attention (ALiBi).
         packs: Whether its attention keeps the documents of a packed row apart.
         attention: How it is computed: `fused` (PyTorch's own, which holds no scores), `scores` (all scores are in
-            memory, and a mask of numbers), or `stretches` (fused, and packed documents a stretch at a time).
+            memory, and a mask of numbers), `stretches` (fused, and packed documents a stretch at a time), or `latent`
+            (queries and keys wider than values, which a CPU's fused attention does not take: it holds the scores).
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
         normed_embeddings: Whether a norm stands between the embeddings and the first layer.
         normed_queries: Whether norms stand behind the projections of queries and keys.
@@ -239,7 +240,7 @@ class Family:
     embeddings: tuple[str, str]
     sizes: Callable[[Any], Sizes]
     places: Callable[[Any], dict[str, Place]]
-    attention: Literal["fused", "scores", "stretches"] = "fused"
+    attention: Literal["fused", "scores", "stretches", "latent"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
     fully: tuple[str, ...] = ("norms", "biases")

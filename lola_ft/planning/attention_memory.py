@@ -2,7 +2,8 @@
 
 `fused` is PyTorch's `scaled_dot_product_attention`: it holds no scores, but on a CPU with dropout, where it is computed
 step by step in float32. `stretches` is the same, on packed documents a stretch at a time (`model/packed.py`), and in
-bfloat16 on a CPU by `kernels/attention.py`. `scores` computes every score, with a mask of numbers.
+bfloat16 on a CPU by `kernels/attention.py`. `scores` computes every score, with a mask of numbers. `latent` has queries
+and keys wider than its values: fused on a GPU, step by step in float32 on a CPU.
 
 Letters: T tokens, H heads, S length of a sequence.
 """
@@ -68,10 +69,26 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
     return kept, True
 
 
+def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int, bool]:
+    """Return the same of latent attention.
+
+    Args:
+        query, value: Values per token of a query and of a value, all heads together.
+        wide: Of the layer that gives keys and values: values stay a view of its output unless they are cast.
+    """
+    tokens, sizes = job.tokens, job.architecture.sizes
+    if job.on_cuda:
+        kept = tokens * (2 * query + wide + value) * job.width + tokens * sizes.heads * _FLOAT
+        return kept + mask_numbers(job) * job.width, True
+    scores = score_numbers(job) * (3 if sizes.attention_dropout else 1)
+    return (tokens * (2 * query + (value if job.half else wide)) + scores) * _FLOAT, False
+
+
 def is_stepwise(job: Job) -> bool:
-    """Whether fused attention is computed step by step, with its scores in memory: on a CPU with dropout."""
-    fused = job.architecture.family.attention != "scores"
-    return fused and bool(job.architecture.sizes.attention_dropout) and not job.on_cuda
+    """Whether fused attention is computed step by step, with its scores in memory: on a CPU, with dropout or latent."""
+    attention = job.architecture.family.attention
+    dropout = bool(job.architecture.sizes.attention_dropout)
+    return not job.on_cuda and (attention == "latent" or (dropout and attention != "scores"))
 
 
 def _takes_mask_as_it_is(job: Job) -> bool:

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from lola_ft.kernels.experts import RANK_MULTIPLE
 from lola_ft.kernels.grouping import BUFFER_BUCKET, bucket_of, fitting_tile_rows
-from lola_ft.planning.attention_memory import kept_inside, mask_bytes
+from lola_ft.planning.attention_memory import kept_inside, kept_inside_latent, mask_bytes
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -106,6 +106,8 @@ class Walk:
         return numbers * (1 if self.cuda else width or self.width)
 
     def _attention(self, layer: int) -> int:
+        if self.family.attention == "latent":
+            return self._latent_attention(layer)
         *inputs, output = self.architecture.matrices[layer, "attention"]
         saved = self._side_by_side("attention", inputs)
         if self.family.normed_queries:
@@ -116,6 +118,18 @@ class Walk:
             saved += inside
         saved += self._linear("attention", output, self.width, kept_output)
         return saved + self.dropout(self.sizes.residual_dropout, self.tokens * self.sizes.hidden)
+
+    def _latent_attention(self, layer: int) -> int:
+        """Keys and values, and perhaps queries, pass a narrow layer and a norm."""
+        *queries, narrow, wide, output = self.architecture.matrices[layer, "attention"]
+        saved = self._side_by_side("attention", [queries[0], narrow])
+        for second in [*queries[1:], wide]:
+            saved += self.norm(second[1]) + self._linear("attention", second, self.norm_width, False)
+        kept_output = False
+        if self.x_grad:
+            inside, kept_output = kept_inside_latent(self.job, queries[-1][0], output[1], wide[0])
+            saved += inside
+        return saved + self._linear("attention", output, self.width, kept_output)
 
     def _mlp(self, layer: int, group: str) -> int:
         """Two linear layers with an activation between them, or three: gate and up side by side."""
