@@ -12,9 +12,13 @@ from lola_ft.training.dataset import prepare
 
 REPOSITORY = Path(__file__).parents[2]
 EOS = 5
+ALPACA = {"instruct", "instruct_olmoe", "instruct_qwen3_moe", "instruct_mixtral", "baseline_dense"}
 # What a recipe's first answer and languages are, read off its sample by eye.
 EXPECTED = {
     "instruct": ("A young tree, a spade and water.", {"en"}),
+    "instruct_olmoe": ("A young tree, a spade and water.", {"en"}),
+    "instruct_qwen3_moe": ("A young tree, a spade and water.", {"en"}),
+    "instruct_mixtral": ("A young tree, a spade and water.", {"en"}),
     "baseline_dense": ("A young tree, a spade and water.", {"en"}),
     "instruct_multilingual": ("It replaces what the body lost during the night.", {"eng", "swa", "yor", "hin", "arb"}),
     "translation": ("ढोका खुला छ।", {"ne", "en"}),
@@ -39,7 +43,7 @@ def test_every_recipe_for_the_full_model_has_a_sample() -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_data_section_runs_on_its_sample(name: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    sample = f"recipes/data/{'alpaca' if name in ('instruct', 'baseline_dense') else name}_sample.jsonl"
+    sample = f"recipes/data/{'alpaca' if name in ALPACA else name}_sample.jsonl"
     assert (REPOSITORY / sample).is_file()
     path = recipes_folder() / f"{name}.yaml"
     written = load_recipe(path)
@@ -67,9 +71,7 @@ AS_THEY_ARE = [(name, "") for name in ("question_answering", "summarisation", "c
 
 
 def test_recipes_of_the_hub_say_how_to_try_them_on_their_sample() -> None:
-    assert {name for name, overrides in COMMANDS if overrides} == {
-        "instruct",
-        "baseline_dense",
+    assert {name for name, overrides in COMMANDS if overrides} == ALPACA | {
         "instruct_multilingual",
         "translation",
         "nli",
