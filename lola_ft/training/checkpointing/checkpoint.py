@@ -67,8 +67,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     try:
         with replace_folder(target) as partial:
             fill(partial)
-            sums = (f"{sha256_of(partial / name)}  {name}\n" for name in _files(partial))
-            (partial / SUMS_FILE).write_text("".join(sums), encoding="utf-8")
+            _write_sums(partial)
             _sync(partial)
     except (OSError, SafetensorError, WriteError) as error:
         raise UserError(_not_written(target, error)) from error
@@ -104,6 +103,11 @@ def remove_leftovers(folder: Path) -> None:
     for name in (f".{_PREFIX}-*.partial", f".{_PREFIX}-*.old"):
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_sums(folder: Path) -> None:
+    lines = [f"{sha256_of(folder / name)}  {name}\n" for name in _files(folder)]
+    (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def _check_sums(folder: Path) -> None:
