@@ -1,10 +1,11 @@
 """What DeepSeek's mixtures and those made after them share: where experts begin, shared experts, corrected routers."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Place, Sizes
+from lola_ft.families.family import Family, Place, Routing, Sizes
 
 SHARED_TARGETS = ("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj")
 LATENT_TARGETS = (
@@ -23,6 +24,38 @@ def sizes(config: Any) -> Sizes:
         num_experts=config.n_routed_experts,
         expert_inner=config.moe_intermediate_size,
         top_k=config.num_experts_per_tok,
+    )
+
+
+def mixture(
+    model_type: str, title: str, model: str, places: Callable[[Any], dict[str, Place]], latent: bool = False
+) -> Family:
+    """Describe a mixture with shared experts, and dense layers before those with experts.
+
+    Args:
+        model: transformers' class.
+        latent: Whether its attention is DeepSeek's own, not grouped-query attention.
+    """
+    return Family(
+        model_type=model_type,
+        title=title,
+        heads={"causal_lm": f"transformers:{model}"},
+        backbone="model",
+        positions="rotary",
+        packs=True,
+        attention="latent" if latent else "fused",
+        targets={
+            "attention": LATENT_TARGETS if latent else decoder.ATTENTION_TARGETS,
+            "mlp": decoder.MLP_TARGETS,
+            "shared_experts": SHARED_TARGETS,
+            "router": ("mlp.gate",),
+        },
+        size_keys=SIZE_KEYS,
+        embeddings=decoder.EMBEDDINGS,
+        sizes=sizes,
+        places=places,
+        experts=decoder.EXPERTS,
+        routing=Routing(balance=None, gate="parameter"),
     )
 
 

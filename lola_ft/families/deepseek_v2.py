@@ -3,7 +3,7 @@
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Family, Place, Routing
+from lola_ft.families.family import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -16,24 +16,4 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DEEPSEEK_V2 = Family(
-    model_type="deepseek_v2",
-    title="DeepSeek-V2",
-    heads={"causal_lm": "transformers:DeepseekV2ForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    attention="latent",
-    targets={
-        "attention": deepseek.LATENT_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": deepseek.SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
-    size_keys=deepseek.SIZE_KEYS,
-    embeddings=decoder.EMBEDDINGS,
-    sizes=deepseek.sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance=None, gate="parameter"),
-)
+DEEPSEEK_V2 = deepseek.mixture("deepseek_v2", "DeepSeek-V2", "DeepseekV2ForCausalLM", places, latent=True)

@@ -1,9 +1,10 @@
 """DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): V2's layers, sigmoid scores with a correction of the choice."""
 
+from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Family, Place, Routing
+from lola_ft.families.family import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -16,25 +17,7 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DEEPSEEK_V3 = Family(
-    model_type="deepseek_v3",
-    title="DeepSeek-V3",
-    heads={"causal_lm": "transformers:DeepseekV3ForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    attention="latent",
+DEEPSEEK_V3 = replace(
+    deepseek.mixture("deepseek_v3", "DeepSeek-V3", "DeepseekV3ForCausalLM", places, latent=True),
     set_aside=deepseek.is_behind_the_last_layer,
-    targets={
-        "attention": deepseek.LATENT_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": deepseek.SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
-    size_keys=deepseek.SIZE_KEYS,
-    embeddings=decoder.EMBEDDINGS,
-    sizes=deepseek.sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance=None, gate="parameter"),
 )

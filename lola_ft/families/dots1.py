@@ -1,9 +1,10 @@
 """dots.llm1 (`dots1`; arXiv 2506.05767): DeepSeek-V3's experts, norms of each head's queries and keys."""
 
+from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Family, Place, Routing
+from lola_ft.families.family import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -18,24 +19,4 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DOTS1 = Family(
-    model_type="dots1",
-    title="dots.llm1",
-    heads={"causal_lm": "transformers:Dots1ForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    normed_queries=True,
-    targets={
-        "attention": decoder.ATTENTION_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": deepseek.SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
-    size_keys=deepseek.SIZE_KEYS,
-    embeddings=decoder.EMBEDDINGS,
-    sizes=deepseek.sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance=None, gate="parameter"),
-)
+DOTS1 = replace(deepseek.mixture("dots1", "dots.llm1", "Dots1ForCausalLM", places), normed_queries=True)

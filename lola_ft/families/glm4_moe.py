@@ -1,9 +1,10 @@
 """GLM-4.5 and later (`glm4_moe`; arXiv 2508.06471): DeepSeek-V3's experts behind grouped-query attention."""
 
+from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Family, Place, Routing
+from lola_ft.families.family import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -19,25 +20,8 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-GLM4_MOE = Family(
-    model_type="glm4_moe",
-    title="GLM-4.5",
-    heads={"causal_lm": "transformers:Glm4MoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    set_aside=deepseek.is_behind_the_last_layer,
+GLM4_MOE = replace(
+    deepseek.mixture("glm4_moe", "GLM-4.5", "Glm4MoeForCausalLM", places),
     normed_queries=True,
-    targets={
-        "attention": decoder.ATTENTION_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": deepseek.SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
-    size_keys=deepseek.SIZE_KEYS,
-    embeddings=decoder.EMBEDDINGS,
-    sizes=deepseek.sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance=None, gate="parameter"),
+    set_aside=deepseek.is_behind_the_last_layer,
 )
