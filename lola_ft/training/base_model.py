@@ -4,6 +4,7 @@ The only file of training that knows how bases are opened. What needs PEFT and b
 functions that load and save: plans and previews do without them.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,10 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from lola_ft.adapters import AdapterSettings
 from lola_ft.adapters.selection import read_selection
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
-from lola_ft.checkpoints.folder import TEMPLATE_FILE, commit_of, resolve_folder, text_folder
+from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.data import PromptTemplate, Template, chat_source
+from lola_ft.data.turns import eos_of
 from lola_ft.errors import UserError
 from lola_ft.families import Architecture
+from lola_ft.files import write_text
 from lola_ft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -154,16 +158,33 @@ def load_with_adapter(
 
 
 def save_adapter(
-    model: "PeftModel", folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, template: str = ""
+    model: "PeftModel",
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    template: PromptTemplate | None = None,
 ) -> str:
-    """Write the adapter, with tokenizer and prompt template for its users, whole or not at all; returns its layout."""
+    """Write the adapter, with tokenizer and templates for its users, whole or not at all; returns its layout."""
     from lola_ft import adapters
 
     def write_companions(partial: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-            (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        if tokenizer is not None and template is not None:
+            write_texts(partial, tokenizer, template)
 
     layout = adapters.fitting_layout(model)
     adapters.save_adapter(model, folder, layout, write_companions)
     return layout
+
+
+def write_texts(folder: Path, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate) -> None:
+    """Write a tokenizer whose chat template writes prompts as training did, and the prompt template.
+
+    Where another token than the end of text ends an answer, `generation_config.json` says that both stop generation.
+    """
+    tokenizer.chat_template = chat_source(template, tokenizer)
+    tokenizer.save_pretrained(folder)
+    if isinstance(template, Template):
+        (folder / TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
+    end, eos = template.end_of(tokenizer), eos_of(tokenizer)
+    if end != eos:
+        stops = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, eos]}
+        write_text(folder / GENERATION_FILE, json.dumps(stops, indent=2) + "\n")

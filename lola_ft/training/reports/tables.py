@@ -77,7 +77,7 @@ def _language_table(title: str, headings: list[str], rows: dict[str, list[str]])
 
 
 # Fates that are worth a column only when they befell a row.
-_RARE = ("truncated", "answers_cut", "exchanges_cut", "split")
+_RARE = ("truncated", "answers_cut", "exchanges_cut", "split", "answers_read", "answers_rewritten")
 
 
 def data_table(report: EncodingReport, title: str) -> Table:
