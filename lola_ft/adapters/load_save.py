@@ -87,7 +87,8 @@ def fitting_layout(model: PeftModel) -> str:
     num_experts = architecture_of(model.config).num_experts
     some = any(len(ids) < num_experts for ids in experts_of(model, model.active_adapter).values())
     dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
-    return "per_expert" if some and not dora else "peft"
+    tokens = model.peft_config[model.active_adapter].trainable_token_indices
+    return "per_expert" if some and not dora and not tokens else "peft"
 
 
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:

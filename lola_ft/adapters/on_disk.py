@@ -97,6 +97,8 @@ class StoredAdapter:
         if "lola_ft_layout" not in self.metadata:  # a file of ours lists its tensors, and may leave layers out
             weights.declared = self.config
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
+        if bool(weights.token_rows) != bool(weights.token_ids):
+            raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether tokens are trained.")
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
         if bool(weights.biases()) != (self.config.get("bias", "none") == "all"):
@@ -217,7 +219,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     # Here, so that reading an adapter does without PEFT.
     from peft import LoraConfig
 
-    from lola_ft.adapters.settings import linear_targets
+    from lola_ft.adapters.settings import linear_targets, token_modules
 
     family = weights.architecture.family
     ranks, alphas = _by_target(weights, layout)
@@ -244,6 +246,12 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         )
         or None,
         bias="all" if weights.biases() else "none",
+        trainable_token_indices={
+            module: list(weights.token_ids)
+            for module, name in token_modules(weights.architecture).items()
+            if name in weights.token_rows
+        }
+        or None,
     )
     plain = {key: _jsonable(value) for key, value in config.to_dict().items()}
     return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}

@@ -453,7 +453,9 @@ class Architecture:
 
     def group_of(self, name: str) -> str | None:
         """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
-        own = _WRAPPERS.sub("", name.partition(".lora_")[0].partition(".parametrizations.")[0])
+        own = _WRAPPERS.sub(
+            "", name.partition(".lora_")[0].partition(".parametrizations.")[0].partition(".token_adapter.")[0]
+        )
         return self._groups.get(own) or self._groups.get(own.rpartition(".")[0])
 
     @cached_property

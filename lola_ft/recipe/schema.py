@@ -268,6 +268,9 @@ class Data(Section):
     learn: Literal["all_answers", "last_answer"] = Field(
         default="all_answers", description="which answers of a conversation are learned; the others are read"
     )
+    special_tokens: list[Name] = Field(
+        default=[], description="special tokens to add to the tokenizer where it lacks them; their rows are trained"
+    )
     normalize: Literal["none", "nfc"] = Field(default="none", description="nfc composes characters; none changes none")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
@@ -447,8 +450,11 @@ class Recipe(Section):
         return preference_rules.with_defaults(given)
 
     def _rules(self) -> Iterable[Problem]:
-        groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
-        if self.router.mode == "frozen" and not any((*groups, self.adapter.norms, self.adapter.biases)):
+        adapter = self.adapter
+        groups = (adapter.attention, adapter.mlp, adapter.shared_experts, adapter.experts)
+        if self.router.mode == "frozen" and not any(
+            (*groups, self.adapter.norms, self.adapter.biases, self.data.special_tokens)
+        ):
             advice = "Give a rank to attention, mlp or experts, or set router.mode to tuned"
             yield ("adapter",), f"nothing would be trained. {advice}"
         if self.adapter.variant == "dora" and self.router.mode == "lora":

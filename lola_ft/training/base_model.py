@@ -5,12 +5,14 @@ functions that load and save: plans and previews do without them.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from rich.console import Console
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
@@ -19,7 +21,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data import PromptTemplate, Template, chat_source
-from lola_ft.data.turns import eos_of
+from lola_ft.data.turns import eos_of, special_tokens
 from lola_ft.errors import UserError
 from lola_ft.families import Architecture
 from lola_ft.files import write_text
@@ -49,9 +51,42 @@ class OpenBase:
     architecture: Architecture
     checkpoint: BaseCheckpoint | None = None
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Load the tokenizer, checked against the vocabulary."""
-        return load_tokenizer(self.folder, self.architecture.config)
+    def tokenizer(self, special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+        """Load the tokenizer, checked against the vocabulary, with these special tokens added where it lacks them."""
+        return with_special_tokens(load_tokenizer(self.folder, self.architecture.config), special_tokens, self)
+
+    def token_ids(self, special_tokens: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of special tokens, in order; loads the tokenizer if there are any."""
+        if not special_tokens:
+            return ()
+        ids = self.tokenizer(special_tokens).convert_tokens_to_ids(list(special_tokens))
+        return tuple(sorted(set(ids)))
+
+
+def with_special_tokens(
+    tokenizer: PreTrainedTokenizerFast, names: Sequence[str], base: OpenBase
+) -> PreTrainedTokenizerFast:
+    """Add special tokens to a tokenizer where it lacks them.
+
+    Raises:
+        UserError: A name that is an ordinary token, or more new tokens than the embeddings have free rows.
+    """
+    known = special_tokens(tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    if ordinary := [name for name in names if name in vocabulary and name not in known]:
+        raise UserError(
+            f"data.special_tokens: '{ordinary[0]}' is an ordinary token of this base already, which texts use. Choose "
+            "another name."
+        )
+    new = [name for name in dict.fromkeys(names) if name not in known]
+    free = base.architecture.sizes.vocab - len(tokenizer)
+    if len(new) > free:
+        raise UserError(
+            f"data.special_tokens: {len(new)} new tokens, and the embeddings of {base.name} have {free} rows that no "
+            "token uses. Name fewer tokens, or take a base with more rows."
+        )
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in new], special_tokens=True)
+    return tokenizer
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
@@ -107,8 +142,12 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
 
 
-def adapter_settings(recipe: Recipe) -> AdapterSettings:
-    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings."""
+def adapter_settings(recipe: Recipe, token_ids: Sequence[int] | None = None) -> AdapterSettings:
+    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings.
+
+    Args:
+        token_ids: Of the recipe's special tokens; None stands for as many of any ids, where only sizes matter.
+    """
     adapter, router = recipe.adapter, recipe.router
     groups = {
         "attention": adapter.attention,
@@ -135,6 +174,7 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
         tune_router=router.mode == "tuned",
         tune_norms=adapter.norms,
         tune_biases=adapter.biases,
+        token_ids=tuple(range(len(set(recipe.data.special_tokens))) if token_ids is None else token_ids),
     )
 
 
@@ -150,7 +190,7 @@ def load_with_adapter(
     assert base.checkpoint is not None, "a base is opened with its weights to be loaded"
     model = load_checkpoint(base.checkpoint, base.name, recipe.base.quantization, dtype, device, quiet=console.quiet)
     sizes = audit(model).as_dict()
-    settings = adapter_settings(recipe)
+    settings = adapter_settings(recipe, base.token_ids(recipe.data.special_tokens))
     with_adapter = add_adapter(model, settings)
     if settings.init == "loftq":
         console.print(start_at_rounding_error(with_adapter, base.checkpoint))
