@@ -49,7 +49,7 @@ def from_state(
         revision=config.get("revision"),
     )
     layout = architecture.family.experts
-    weights.token_ids = _token_ids(config)
+    weights.token_ids = token_ids_in(config)
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, experts_of or {})
     for module, pair in factors.items():
@@ -77,7 +77,7 @@ def from_state(
     return weights
 
 
-def _token_ids(config: dict[str, Any]) -> tuple[int, ...]:
+def token_ids_in(config: dict[str, Any]) -> tuple[int, ...]:
     """Return the tokens whose rows are trained; raises AdapterError if embeddings and head have different ones."""
     given = config.get("trainable_token_indices") or {}
     by_module = given if isinstance(given, dict) else {"": given}
@@ -85,6 +85,12 @@ def _token_ids(config: dict[str, Any]) -> tuple[int, ...]:
     if len(found) > 1:
         raise AdapterError(f"{CONFIG_FILE}: trainable_token_indices differ by module; lola_ft reads the same in all.")
     return next(iter(found), ())
+
+
+def grown_vocabulary(token_ids: Iterable[int], rows: int) -> int:
+    """Return a vocabulary's rows with trained tokens: more than `rows` where these are all that follow."""
+    beyond = {token for token in token_ids if token >= rows}
+    return rows + len(beyond) if beyond == set(range(rows, rows + len(beyond))) else rows
 
 
 def _sort_factors(

@@ -10,7 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY, check_contents, checksums_of
-from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
+from lola_ft.adapters.layouts import (
+    CONFIG_FILE,
+    LAYOUTS,
+    detect_layout,
+    from_state,
+    grown_vocabulary,
+    to_state,
+    token_ids_in,
+)
 from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
@@ -66,6 +74,13 @@ class StoredAdapter:
         """Tell whether stock PEFT loads it, on the unquantised base: PEFT refuses DoRA beside LoRA on experts."""
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
+
+    def vocabulary(self, rows: int) -> int:
+        """Return how many rows the embeddings have with this adapter on a base of `rows` rows.
+
+        They are more where the adapter holds every row from there on.
+        """
+        return grown_vocabulary(token_ids_in(self.config), rows)
 
     def weights(self, architecture: Architecture) -> AdapterWeights:
         """Read the adapter's numbers, by Hub names.

@@ -7,12 +7,14 @@ the frozen matrix. Where input embeddings and output head are one tensor, both u
 Shapes: B batch, S sequence, D hidden, V vocabulary, K trained rows.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lola_ft.errors import AdapterError
 from lola_ft.kernels.loss import TokenRows
@@ -44,6 +46,40 @@ class TrainedRows(TrainableTokensLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
         raise AdapterError("PEFT cannot merge into a 4-bit base. Merge with merge.py (lola_ft.merge).")
+
+
+@torch.no_grad()
+def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give a base's embeddings, and an output head of its own, so many rows; new ones are the mean of the others.
+
+    Does nothing where there are as many. The base keeps its identity: the new rows are an adapter's to train.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if rows <= len(embeddings.weight):
+        return
+    tied = head.weight is embeddings.weight
+    for module in (embeddings,) if tied else (embeddings, head):
+        own_VD = module.weight
+        mean_D = own_VD.float().mean(dim=0).to(own_VD.dtype)
+        new_VD = torch.cat([own_VD, mean_D.expand(rows - len(own_VD), -1)])
+        module.weight = nn.Parameter(new_VD, requires_grad=own_VD.requires_grad)
+    if tied:
+        head.weight = embeddings.weight
+    embeddings.num_embeddings = head.out_features = model.config.vocab_size = rows
+    if hasattr(model, "vocab_size"):
+        model.vocab_size = rows
+
+
+@torch.no_grad()
+def start_at_mean(model: nn.Module, token_ids: Collection[int], adapter_name: str = "default") -> None:
+    """Start the rows of tokens that the base has never seen at the mean of all rows."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:
+            layer = module.token_adapter
+            mean_D = layer.get_base_layer().weight.float().mean(dim=0)
+            for place, token in enumerate(layer.token_indices[adapter_name]):
+                if token in token_ids:
+                    layer.trainable_tokens_delta[adapter_name][place] = mean_D
 
 
 def compute_by_row(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
+from lola_ft.adapters.layouts import grown_vocabulary
 from lola_ft.adapters.selection import read_selection
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
@@ -53,40 +54,37 @@ class OpenBase:
 
     def tokenizer(self, special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
         """Load the tokenizer, checked against the vocabulary, with these special tokens added where it lacks them."""
-        return with_special_tokens(load_tokenizer(self.folder, self.architecture.config), special_tokens, self)
+        return self._with_added(special_tokens)[0]
 
-    def token_ids(self, special_tokens: Sequence[str]) -> tuple[int, ...]:
-        """Return the ids of special tokens, in order; loads the tokenizer if there are any."""
+    def trained_tokens(self, special_tokens: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of special tokens, in order, and those that the tokenizer lacked."""
         if not special_tokens:
-            return ()
-        ids = self.tokenizer(special_tokens).convert_tokens_to_ids(list(special_tokens))
-        return tuple(sorted(set(ids)))
+            return (), ()
+        tokenizer, new = self._with_added(special_tokens)
+        ids, added = (set(tokenizer.convert_tokens_to_ids(list(names))) for names in (special_tokens, new))
+        return tuple(sorted(ids)), tuple(sorted(added))
 
+    def trained_architecture(self, recipe: Recipe) -> Architecture:
+        """Return the architecture in training: with further rows of embeddings where new tokens find no free ones."""
+        ids, rows = self.trained_tokens(recipe.data.special_tokens)[0], self.architecture.sizes.vocab
+        return self.architecture.with_vocabulary(grown_vocabulary(ids, rows))
 
-def with_special_tokens(
-    tokenizer: PreTrainedTokenizerFast, names: Sequence[str], base: OpenBase
-) -> PreTrainedTokenizerFast:
-    """Add special tokens to a tokenizer where it lacks them.
+    def _with_added(self, names: Sequence[str]) -> tuple[PreTrainedTokenizerFast, list[str]]:
+        """Return the tokenizer with these special tokens, and those among them that it lacked.
 
-    Raises:
-        UserError: A name that is an ordinary token, or more new tokens than the embeddings have free rows.
-    """
-    known = special_tokens(tokenizer)
-    vocabulary = tokenizer.get_vocab()
-    if ordinary := [name for name in names if name in vocabulary and name not in known]:
-        raise UserError(
-            f"data.special_tokens: '{ordinary[0]}' is an ordinary token of this base already, which texts use. Choose "
-            "another name."
-        )
-    new = [name for name in dict.fromkeys(names) if name not in known]
-    free = base.architecture.sizes.vocab - len(tokenizer)
-    if len(new) > free:
-        raise UserError(
-            f"data.special_tokens: {len(new)} new tokens, and the embeddings of {base.name} have {free} rows that no "
-            "token uses. Name fewer tokens, or take a base with more rows."
-        )
-    tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in new], special_tokens=True)
-    return tokenizer
+        Raises:
+            UserError: A name that is an ordinary token.
+        """
+        tokenizer = load_tokenizer(self.folder, self.architecture.config, names)
+        known, vocabulary = special_tokens(tokenizer), tokenizer.get_vocab()
+        if ordinary := [name for name in names if name in vocabulary and name not in known]:
+            raise UserError(
+                f"data.special_tokens: '{ordinary[0]}' is an ordinary token of this base already, which texts use. "
+                "Choose another name."
+            )
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in new], special_tokens=True)
+        return tokenizer, new
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
@@ -184,14 +182,23 @@ def load_with_adapter(
     """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
     from lola_ft.adapters import add_adapter
     from lola_ft.adapters.loftq import start_at_rounding_error
+    from lola_ft.adapters.peft_model import identity_of
+    from lola_ft.adapters.token_rows import grow_embeddings, start_at_mean
     from lola_ft.quantization import audit
     from lola_ft.quantization.load import load_checkpoint
 
     assert base.checkpoint is not None, "a base is opened with its weights to be loaded"
     model = load_checkpoint(base.checkpoint, base.name, recipe.base.quantization, dtype, device, quiet=console.quiet)
     sizes = audit(model).as_dict()
-    settings = adapter_settings(recipe, base.token_ids(recipe.data.special_tokens))
+    token_ids, new_ids = base.trained_tokens(recipe.data.special_tokens)
+    settings = adapter_settings(recipe, token_ids)
+    rows = base.trained_architecture(recipe).sizes.vocab
+    if rows > base.architecture.sizes.vocab:
+        console.print(f"The embeddings grow from {base.architecture.sizes.vocab:,} to {rows:,} rows for new tokens.")
+        identity_of(model)
+        grow_embeddings(model, rows)
     with_adapter = add_adapter(model, settings)
+    start_at_mean(with_adapter, new_ids)
     if settings.init == "loftq":
         console.print(start_at_rounding_error(with_adapter, base.checkpoint))
     return with_adapter, sizes

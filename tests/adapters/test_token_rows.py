@@ -1,6 +1,7 @@
 """Trained rows of special tokens: computed beside the frozen embeddings, stored as stock PEFT has them, merged."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.families import architecture_of
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
@@ -119,9 +120,9 @@ def test_rows_of_tokens_that_the_base_lacks_are_refused(bases: dict[str, Path], 
     lola_ft.save_adapter(with_rows(bases["lola"]), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
-    config["trainable_token_indices"] = {"wte": [310, 320]}
+    config["trainable_token_indices"] = {"wte": [310, 321]}
     file.write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"transformer.wte.weight: .* for the tokens \[310, 320\]"):
+    with pytest.raises(AdapterError, match=r"transformer.wte.weight: .* for the tokens \[310, 321\]"):
         lola_ft.load_adapter(lola_ft.load_base(bases["lola"], None, quiet=True), tmp_path / "adapter")
 
 
@@ -131,7 +132,10 @@ def chat_recipe(base: Path, folder: Path, tokens: list[str]) -> Path:
     rows.write_text(f"{json.dumps({'messages': turns})}\n" * 8, encoding="utf-8")
     source = {"path": str(rows), "format": "messages", "language": "en"}
     data = {"template": "chatml", "sources": [source], "special_tokens": tokens, "validation": 0.0}
-    return write_recipe(folder / "recipe.yaml", base, rows, data=data, train={"max_steps": 4, "save_every": 2})
+    adapter = {} if "lola" in (base / "config.json").read_text() else {"mlp": None}
+    return write_recipe(
+        folder / "recipe.yaml", base, rows, adapter=adapter, data=data, train={"max_steps": 4, "save_every": 2}
+    )
 
 
 def roomy(folder: Path) -> Path:
@@ -164,9 +168,46 @@ def test_a_run_trains_the_rows_of_its_special_tokens_and_no_others(verb: Callabl
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"][0] == ids[1]
 
 
-def test_special_tokens_without_a_row_and_ordinary_ones_are_refused(tmp_path: Path, tiny_base: Path) -> None:
-    full = chat_recipe(tiny_base, tmp_path, [f"<|{number}|>" for number in range(400)])
-    with pytest.raises(UserError, match=r"data.special_tokens: 400 new tokens, and the embeddings of .* have \d+ rows"):
-        train(load_recipe(full), dry_run=True)
+@pytest.mark.parametrize("family", ["lola", "olmoe"])
+def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading_know(
+    bases: dict[str, Path], family: str, verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = architecture_of(AutoModelForCausalLM.from_pretrained(bases[family]).config).sizes.vocab
+    free = rows - len(AutoTokenizer.from_pretrained(bases[family]))
+    names = [f"<|new {place}|>" for place in range(free)] + ["<|im_start|>", "<|im_end|>"]
+    recipe = chat_recipe(bases[family], tmp_path, names)
+    planned = json.loads(verb("plan", recipe, "--json").out)
+    outcome = verb("train", recipe)
+    assert outcome.code == 0, outcome.err
+    assert f"The embeddings grow from {rows} to {rows + 2} rows" in outcome.out
+    run = tmp_path / "run"
+    assert verb("merge", run, "--out", tmp_path / "merged").code == 0
+    written = {file.name: file.stat().st_size for file in (tmp_path / "merged").glob("*.safetensors")}
+    assert planned["merged_file_bytes"] == written
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.vocab_size == len(merged.get_input_embeddings().weight) == rows + 2
+    base = lola_ft.load_base(bases[family], None, dtype="float32", quiet=True)
+    ours = lola_ft.load_adapter(base, run / "adapter")
+    labels = torch.tensor([[3, rows, 8, rows + 1]])
+    torch.testing.assert_close(merged(labels).logits, ours(labels).logits, atol=1e-4, rtol=1e-4)
+    stock = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
+    stock.resize_token_embeddings(rows + 2)
+    stock = PeftModel.from_pretrained(stock, run / "adapter")
+    torch.testing.assert_close(stock(labels).logits, ours(labels).logits, atol=1e-5, rtol=1e-5)
+    assert verb("generate", run, "--prompt", "one", "--max-new-tokens", "2").code == 0
+
+
+def test_tokens_that_a_base_has_no_rows_for_are_named_with_the_way_out(tmp_path: Path, tiny_base: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<|{place}|>" for place in range(321 - len(tokenizer))], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    with pytest.raises(CheckpointError, match=r"rows for only 320: <\|\d+\|> has none.*data.special_tokens"):
+        train(load_recipe(chat_recipe(base, tmp_path, [])), dry_run=True)
+    assert train(load_recipe(chat_recipe(base, tmp_path, [tokenizer.convert_ids_to_tokens(320)])))
+
+
+def test_an_ordinary_token_is_refused_as_a_special_one(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"data.special_tokens: 'e' is an ordinary token"):
         train(load_recipe(chat_recipe(tiny_base, tmp_path, ["e"])), dry_run=True)
