@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lola_ft.adapters import load_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
-from lola_ft.checkpoints.folder import TEMPLATE_FILE, resolve_folder
+from lola_ft.checkpoints.folder import CHAT_TEMPLATE_FILE, TEMPLATE_FILE, resolve_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.data.chat_template import ChatTemplate, PromptTemplate
 from lola_ft.data.prompt_template import Template
 from lola_ft.families import Architecture, Sizes, architecture_of
 from lola_ft.kernels.precision import has_bfloat16
@@ -24,14 +25,15 @@ class OpenModel:
     """A model ready for questions, with its tokenizer and prompt template.
 
     Attributes:
-        template: The prompt template that training saved beside it; None for a base.
+        template: The prompt template that training saved beside it, or the chat template that it used; None for a
+            base.
         fingerprint: Fingerprint of the base's weights.
     """
 
     subject: Subject
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerFast
-    template: Template | None
+    template: PromptTemplate | None
     fingerprint: str
 
     @property
@@ -99,9 +101,19 @@ def open_subject(
         model = load_adapter(model, subject.adapter)
     texts = subject.folder if any(subject.folder.glob("tokenizer*")) else base
     tokenizer = load_tokenizer(texts, model.config)
-    template = subject.folder / TEMPLATE_FILE
-    saved = Template.load(str(template)) if template.is_file() else None
-    return OpenModel(subject, model.eval(), tokenizer, saved, fingerprint)
+    return OpenModel(subject, model.eval(), tokenizer, saved_template(subject), fingerprint)
+
+
+def saved_template(subject: Subject) -> PromptTemplate | None:
+    """Return the template that a model was trained with: its prompt template's file, else its chat template's.
+
+    A base has none, whatever its tokenizer brings: its authors may have trained it otherwise.
+    """
+    own, chat = subject.folder / TEMPLATE_FILE, subject.folder / CHAT_TEMPLATE_FILE
+    if own.is_file():
+        return Template.load(str(own))
+    trained = subject.adapter is not None or subject.kind == "merged"
+    return ChatTemplate(chat.read_text(encoding="utf-8")) if trained and chat.is_file() else None
 
 
 def _fitting(subject: Subject) -> str | None:

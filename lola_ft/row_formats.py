@@ -1,10 +1,10 @@
 """Kinds of files, formats of rows, and each format's fields: what a recipe may name and what data reads."""
 
 FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "prompt_completion": ("prompt", "completion", "system"),
     "text": ("text",),
-    "messages": ("messages",),
+    "messages": ("messages", "system", "tools"),
     "classification": ("text", "text_pair", "label"),
     "translation": ("source", "target", "source_language", "target_language"),
     "preference": ("prompt", "chosen", "rejected"),

@@ -28,8 +28,9 @@ def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -
         if adapter not in model.peft_config:
             raise UserError(f"This model has no adapter '{adapter}'; it has {', '.join(model.peft_config)}.")
         weights = adapter_weights(model, adapter)
-        if weights.trained or weights.dora or weights.starts_at_rounding_error:
-            what = "holds weights trained as they are" if weights.trained else "uses DoRA or LoftQ"
+        if weights.trained or weights.token_rows or weights.dora or weights.starts_at_rounding_error:
+            full = weights.trained or weights.token_rows
+            what = "holds fully trained weights" if full else "uses DoRA or LoftQ"
             raise AdapterError(f"adapter '{adapter}' {what}, which a sum of updates cannot express.")
         for module, pair in weights.pairs.items():
             a, b = pair.a.float(), pair.b.float() * (share * weights.scaling(module))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
-from lola_ft.checkpoints.folder import TOKENIZER_FILES
+from lola_ft.checkpoints.folder import GENERATION_FILE, TOKENIZER_FILES
 from lola_ft.errors import UserError
 from lola_ft.files import copy_files
 
@@ -40,7 +40,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
         weights.base_biases |= {name: checkpoint.entries[name].read() for name in weights.untrained_biases()}
 
     def copy_companions(folder: Path) -> None:
-        copy_files(stored.folder, folder, (*TOKENIZER_FILES, "*.jinja"))
+        copy_files(stored.folder, folder, (*TOKENIZER_FILES, "*.jinja", GENERATION_FILE))
 
     write_adapter(weights, out, layout, also=copy_companions)
     return Conversion(stored.layout, len(stored.entries))

@@ -24,6 +24,7 @@ LAYOUTS = ("peft", "per_expert")
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>A\.weight|B\.weight|magnitude_vector)$")
+_TOKEN_ROWS = re.compile(r"^(?P<module>.+)\.token_adapter\.trainable_tokens_delta$")
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")  # in every family
 
 
@@ -48,6 +49,7 @@ def from_state(
         revision=config.get("revision"),
     )
     layout = architecture.family.experts
+    weights.token_ids = token_ids_in(config)
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, experts_of or {})
     for module, pair in factors.items():
@@ -75,6 +77,22 @@ def from_state(
     return weights
 
 
+def token_ids_in(config: dict[str, Any]) -> tuple[int, ...]:
+    """Return the tokens whose rows are trained; raises AdapterError if embeddings and head have different ones."""
+    given = config.get("trainable_token_indices") or {}
+    by_module = given if isinstance(given, dict) else {"": given}
+    found = {tuple(ids) for ids in by_module.values()}
+    if len(found) > 1:
+        raise AdapterError(f"{CONFIG_FILE}: trainable_token_indices differ by module; lola_ft reads the same in all.")
+    return next(iter(found), ())
+
+
+def grown_vocabulary(token_ids: Iterable[int], rows: int) -> int:
+    """Return a vocabulary's rows with trained tokens: more than `rows` where these are all that follow."""
+    beyond = {token for token in token_ids if token >= rows}
+    return rows + len(beyond) if beyond == set(range(rows, rows + len(beyond))) else rows
+
+
 def _sort_factors(
     state: dict[str, Tensor], weights: AdapterWeights
 ) -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], str]]:
@@ -96,6 +114,11 @@ def _sort_factors(
             if tensor.ndim == (1 if kind == "magnitude" else 2) and kind not in factors[match["module"]]:
                 factors[match["module"]][kind] = tensor
                 keys[match["module"], kind] = key
+                continue
+        elif rows := _TOKEN_ROWS.match(name):
+            module = f"{architecture.family.on_disk(rows['module'])}.weight"
+            if module in architecture.places and module in architecture.family.embeddings and tensor.ndim == 2:
+                weights.token_rows[module], weights.keys[module] = tensor, (key,)
                 continue
         else:
             plain = trained_name(name, architecture)
@@ -146,6 +169,14 @@ def to_state(
     family = weights.architecture.family
     trained = trained_state(weights, layout, experts_of or {})
     state = {f"{PREFIX}{name}": tensor for name, tensor in trained.items()}
+    if weights.token_rows and layout == "per_expert":
+        raise AdapterError(
+            "This adapter has trained special tokens, which the layout per_expert cannot hold. Keep it in the layout "
+            "peft, or merge it."
+        )
+    for name, rows in weights.token_rows.items():
+        module = family.in_memory(name.removesuffix(".weight"))
+        state[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
         single = family.parse_expert(module)

@@ -14,6 +14,7 @@ from lola_ft.adapters.layouts import PREFIX, from_state, to_state
 from lola_ft.adapters.on_disk import config_for, read_adapter, write_adapter
 from lola_ft.adapters.peft_model import attach, identity_of
 from lola_ft.adapters.shared_inputs import sharing_inputs
+from lola_ft.adapters.token_rows import grow_embeddings
 from lola_ft.adapters.trained_bias import partly_trained, plain_key
 from lola_ft.adapters.trained_weights import stack_parts
 from lola_ft.adapters.weights import AdapterWeights
@@ -39,9 +40,11 @@ def load_adapter(
     Raises:
         AdapterError: If a tensor of the adapter has no place, or a place no tensor; or if the base is another.
     """
-    weights = read_adapter(path).weights(architecture_of(model.config))
+    own, stored = identity_of(model), read_adapter(path)
+    architecture = architecture_of(model.config)
+    rows = stored.vocabulary(architecture.sizes.vocab)
+    weights = stored.weights(architecture.with_vocabulary(rows))
     weights.check_fit()
-    own = identity_of(model)
     if own and weights.base_fingerprint and own != weights.base_fingerprint and not allow_other_base:
         raise AdapterError(
             f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load its own base, or allow "
@@ -52,6 +55,7 @@ def load_adapter(
             f"{path}: this adapter started at the rounding error of the 4-bit base (init loftq) and corrects it; on "
             "unrounded weights it would be wrong. Load the base with quantization='nf4'."
         )
+    grow_embeddings(model.get_base_model() if isinstance(model, PeftModel) else model, rows)
     return put_weights(model, weights, name, trainable)
 
 
@@ -87,7 +91,8 @@ def fitting_layout(model: PeftModel) -> str:
     num_experts = architecture_of(model.config).num_experts
     some = any(len(ids) < num_experts for ids in experts_of(model, model.active_adapter).values())
     dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
-    return "per_expert" if some and not dora else "peft"
+    tokens = model.peft_config[model.active_adapter].trainable_token_indices
+    return "per_expert" if some and not dora and not tokens else "peft"
 
 
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:

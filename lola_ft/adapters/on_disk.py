@@ -10,7 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lola_ft.adapters.checksums import CHECKSUMS_KEY, check_contents, checksums_of
-from lola_ft.adapters.layouts import CONFIG_FILE, LAYOUTS, detect_layout, from_state, to_state
+from lola_ft.adapters.layouts import (
+    CONFIG_FILE,
+    LAYOUTS,
+    detect_layout,
+    from_state,
+    grown_vocabulary,
+    to_state,
+    token_ids_in,
+)
 from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
@@ -67,6 +75,13 @@ class StoredAdapter:
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
 
+    def vocabulary(self, rows: int) -> int:
+        """Return how many rows the embeddings have with this adapter on a base of `rows` rows.
+
+        They are more where the adapter holds every row from there on.
+        """
+        return grown_vocabulary(token_ids_in(self.config), rows)
+
     def weights(self, architecture: Architecture) -> AdapterWeights:
         """Read the adapter's numbers, by Hub names.
 
@@ -97,6 +112,8 @@ class StoredAdapter:
         if "lola_ft_layout" not in self.metadata:  # a file of ours lists its tensors, and may leave layers out
             weights.declared = self.config
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
+        if bool(weights.token_rows) != bool(weights.token_ids):
+            raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether tokens are trained.")
         if weights.dora != bool(self.config.get("use_dora")):
             raise AdapterError(f"{self.folder}: {CONFIG_FILE} and the tensors disagree on whether it uses DoRA.")
         if bool(weights.biases()) != (self.config.get("bias", "none") == "all"):
@@ -217,7 +234,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     # Here, so that reading an adapter does without PEFT.
     from peft import LoraConfig
 
-    from lola_ft.adapters.settings import linear_targets
+    from lola_ft.adapters.settings import linear_targets, token_modules
 
     family = weights.architecture.family
     ranks, alphas = _by_target(weights, layout)
@@ -244,6 +261,12 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
         )
         or None,
         bias="all" if weights.biases() else "none",
+        trainable_token_indices={
+            module: list(weights.token_ids)
+            for module, name in token_modules(weights.architecture).items()
+            if name in weights.token_rows
+        }
+        or None,
     )
     plain = {key: _jsonable(value) for key, value in config.to_dict().items()}
     return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}

@@ -19,6 +19,7 @@ from lola_ft.adapters.router_lora import ParamWrapper as RouterParamWrapper
 from lola_ft.adapters.router_lora import RouterLora
 from lola_ft.adapters.selection import Selection
 from lola_ft.adapters.settings import AdapterSettings, lora_config
+from lola_ft.adapters.token_rows import compute_by_row
 from lola_ft.adapters.trained_bias import bias_names, drop_copied_biases, seen_by_peft, train_biases
 from lola_ft.checkpoints.fingerprint import fingerprint_in_memory
 from lola_ft.errors import UserError
@@ -100,10 +101,13 @@ def attach(
         else:
             peft_model = get_peft_model(model, config, adapter_name=adapter_name)
     _set_dropouts(peft_model, adapter_name, dropouts or {})
+    compute_by_row(peft_model)
     drop_copied_biases(peft_model)
     train_biases(peft_model, biases, adapter_name)
     for name, parameter in peft_model.named_parameters():
-        of_adapter = any(marker in name for marker in ("lora_", "modules_to_save", ".trained_bias."))
+        of_adapter = any(
+            marker in name for marker in ("lora_", "modules_to_save", ".trained_bias.", ".trainable_tokens_delta.")
+        )
         if of_adapter and parameter.dtype != torch.float32:  # also where it is only loaded, not trained
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"

@@ -32,6 +32,7 @@ class AdapterSettings:
         tune_router: Fully train the router's weights and save them with the adapter.
         tune_norms: Fully train the norms.
         tune_biases: Fully train every bias; of experts, only the selected ones'.
+        token_ids: Tokens whose rows of the embeddings, and of an output head of its own, are trained.
     """
 
     attention_rank: int | None = None
@@ -50,6 +51,7 @@ class AdapterSettings:
     tune_router: bool = False
     tune_norms: bool = False
     tune_biases: bool = False
+    token_ids: tuple[int, ...] = ()
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each group that has LoRA."""
@@ -92,7 +94,7 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
     architecture.require(settings.wanted())
     trained_modules = [*architecture.router_modules] * settings.tune_router
     trained_modules += [*architecture.norm_modules] * settings.tune_norms
-    if not ranks and not trained_modules and not settings.tune_biases:
+    if not ranks and not trained_modules and not settings.tune_biases and not settings.token_ids:
         raise UserError("Nothing would be trained: give at least one of attention, mlp and experts a rank.")
     if settings.tune_router and settings.router_rank is not None:
         raise UserError("The router is either tuned or has LoRA, not both.")
@@ -118,7 +120,18 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
         target_modules=linear_targets(targets, family),
         target_parameters=[target for target in targets if target in family.parameter_targets] or None,
         modules_to_save=trained_modules or None,
+        trainable_token_indices={name: list(settings.token_ids) for name in token_modules(architecture)}
+        if settings.token_ids
+        else None,
     )
+
+
+def token_modules(architecture: Architecture) -> dict[str, str]:
+    """Return PEFT's names of the modules whose rows belong to tokens, with their weights' Hub names.
+
+    An output head that is tied to the embeddings has their rows, and no own ones.
+    """
+    return {name.split(".")[-2]: name for name in architecture.family.embeddings if name in architecture.places}
 
 
 def linear_targets(targets: Collection[str], family: Family) -> list[str] | str:

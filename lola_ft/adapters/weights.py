@@ -46,6 +46,8 @@ class AdapterWeights:
         architecture: The base's.
         pairs: By Hub module name.
         trained: Fully trained weights (the router's, the norms', biases), by Hub tensor name.
+        token_rows: Trained rows of embeddings and output head (K, D), by Hub tensor name.
+        token_ids: The tokens that these rows belong to, in order.
         base_biases: The base's biases of experts that are not trained: `peft` holds a layer's as one stack.
         bias_experts: Experts whose biases the file claims to hold, by layer; None if it claims nothing.
         rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
@@ -60,6 +62,8 @@ class AdapterWeights:
     architecture: Architecture
     pairs: dict[str, LoraPair] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
+    token_rows: dict[str, Tensor] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
     base_biases: dict[str, Tensor] = field(default_factory=dict)
     bias_experts: Mapping[str, Collection[int]] | None = None
     rslora: bool = False
@@ -91,7 +95,9 @@ class AdapterWeights:
 
     def tensor_count(self) -> int:
         """Count the tensors of the layout `per_expert`."""
-        return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + len(self.trained)
+        return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + (
+            len(self.trained) + len(self.token_rows)
+        )
 
     def biases(self) -> list[str]:
         """List the trained biases; a norm's bias that is trained with its weight is not among them."""
@@ -160,6 +166,13 @@ class AdapterWeights:
                 problems.append(f"{name}: the base has no such tensor")
             elif places[name].shape != tuple(tensor.shape):
                 problems.append(f"{name}: {list(tensor.shape)} in the adapter, {list(places[name].shape)} in the base")
+        for name, tensor in self.token_rows.items():
+            rows, width = places[name].shape
+            if tensor.shape != (len(self.token_ids), width) or not all(0 <= i < rows for i in self.token_ids):
+                problems.append(
+                    f"{name}: {list(tensor.shape)} in the adapter for the tokens {list(self.token_ids)}, "
+                    f"{[rows, width]} in the base"
+                )
         problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing_biases()]
         lost = self._not_held()
         problems += lost

@@ -133,6 +133,8 @@ def _loading(facts: CardFacts) -> str:
     blocks = [f"{heading}:\n\n```python\n{code}```" for heading, code in snippets(facts)]
     if "prompt_template.jinja" in facts.files:
         blocks.append("It was trained on prompts written with `prompt_template.jinja`.")
+    if "chat_template.jinja" in facts.files:
+        blocks.append("The tokenizer's chat template renders conversations as training did.")
     return "## How to load it\n\n" + "\n\n".join(blocks)
 
 

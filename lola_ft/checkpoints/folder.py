@@ -13,6 +13,8 @@ from lola_ft.repo_id import is_commit, is_repo_id
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+GENERATION_FILE = "generation_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILE = "prompt_template.jinja"
 """The prompt template that training used, beside an adapter or a merged model."""
 

@@ -1,5 +1,6 @@
 """A base's tokenizer."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lola_ft.errors import CheckpointError
 
 
-def load_tokenizer(folder: Path, config: Any) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) -> PreTrainedTokenizerFast:
     """Load the base's tokenizer, checked against its vocabulary.
 
     Args:
         config: transformers' config of the base.
+        own_rows: Tokens that training gives rows of their own; they may lie beyond the model's.
 
     Raises:
         CheckpointError: If there is none, or it has more tokens than the model.
@@ -22,9 +24,12 @@ def load_tokenizer(folder: Path, config: Any) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: no tokenizer can be loaded from here ({reason}).") from error
-    if len(tokenizer) > config.vocab_size:
+    beyond = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
+    if lacking := [token for token in beyond if token not in own_rows]:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{config.vocab_size}. They do not belong together."
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model rows for only {config.vocab_size}: "
+            f"{', '.join(map(str, lacking[:5]))} {'has' if len(lacking) == 1 else 'have'} none. If they were added to "
+            "the base's tokenizer, name them in data.special_tokens, which trains rows for them; otherwise tokenizer "
+            "and model do not belong together."
         )
     return tokenizer

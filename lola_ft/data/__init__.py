@@ -1,8 +1,10 @@
 """Data: from files in many languages to the token ids a model learns from, with nothing lost in silence."""
 
 from lola_ft.data.bad_rows import BadRows
+from lola_ft.data.chat_source import chat_source
+from lola_ft.data.chat_template import CHAT, ChatTemplate, PromptTemplate, check_template, load_template
 from lola_ft.data.duplicates import LeakCheck, hold_out, is_validation, without_duplicates
-from lola_ft.data.encoding import Encoded, encode, encode_texts
+from lola_ft.data.encoding import Encoded, encode
 from lola_ft.data.encoding_judged import encode_judged
 from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
@@ -12,9 +14,12 @@ from lola_ft.data.mixing import Mixed, MixSettings, mix
 from lola_ft.data.prompt_template import Template
 from lola_ft.data.rows import Row, Source
 from lola_ft.data.source_rows import files_of, read_rows
+from lola_ft.data.turns import encode_texts
 
 __all__ = [
+    "CHAT",
     "BadRows",
+    "ChatTemplate",
     "Counts",
     "Encoded",
     "EncodingReport",
@@ -22,9 +27,12 @@ __all__ = [
     "LeakCheck",
     "MixSettings",
     "Mixed",
+    "PromptTemplate",
     "Row",
     "Source",
     "Template",
+    "chat_source",
+    "check_template",
     "commit_of",
     "encode",
     "encode_judged",
@@ -32,6 +40,7 @@ __all__ = [
     "files_of",
     "hold_out",
     "is_validation",
+    "load_template",
     "mix",
     "read_examples",
     "read_rows",

@@ -1,10 +1,10 @@
 """From examples to token ids and labels, with a policy for rows that are too long.
 
-A sequence is prompt ids, answer ids, EOS; a conversation is several of these in a row. Prompt and answer are tokenised
-apart from each other and without special tokens: at inference the model gets the prompt's ids and nothing else, so the
-boundary must not depend on the answer. The labels are the answers, each with its EOS; prompts are masked. A text is
-learned as a whole, from its second token on: nothing precedes the first, and in a packed batch what stands before it is
-another document.
+A sequence is prompt ids, answer ids, and the token that ends an answer; a conversation is several of these in a row.
+Prompt and answer are tokenised apart from each other: at inference the model gets the prompt's ids and nothing else,
+so the boundary must not depend on the answer. The labels are the answers, each with its end; prompts are masked, and so
+are answers that are only read. A text is learned as a whole, from its second token on: nothing precedes the first, and
+in a packed batch what stands before it is another document.
 """
 
 import sys
@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lola_ft.data.chat_template import PromptTemplate
 from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
 from lola_ft.data.parallel import map_in_order
-from lola_ft.data.prompt_template import Template
 from lola_ft.data.table_store import TableSink
+from lola_ft.data.turns import Turn, encode_texts, eos_of
 from lola_ft.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Sequence(NamedTuple):
 def encode(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
-    template: Template,
+    template: PromptTemplate,
     max_length: int,
     overlong: str = "drop",
     file: Path | None = None,
@@ -106,13 +107,6 @@ def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int) 
         )
 
 
-def eos_of(tokenizer: Any) -> int:
-    """Return the id of the token that ends an answer; raises DataError if the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token, so answers would never end. Set its eos_token.")
-    return tokenizer.eos_token_id
-
-
 class EncodedBatch(NamedTuple):
     """Some examples' sequences, what became of the rows, and the tokens of the shortest row."""
 
@@ -126,7 +120,7 @@ class Encoder:
     """Encodes one batch of examples."""
 
     tokenizer: "PreTrainedTokenizerFast"
-    template: Template
+    template: PromptTemplate
     max_length: int
     overlong: str
 
@@ -134,7 +128,7 @@ class Encoder:
         """Encode a batch of at least one example; raises DataError as `encode` does."""
         fit, report = _POLICIES[self.overlong], EncodingReport()
         sequences, languages, lengths = list[Sequence](), list[str](), list[int]()
-        for row in tokenize(batch, self.tokenizer, self.template, self.tokenizer.eos_token_id):
+        for row in tokenize(batch, self.tokenizer, self.template):
             counts = report.of(row.example.language)
             fitted = [row.whole] if row.length <= self.max_length else fit(row, self.max_length, counts)
             _count(counts, row, fitted)
@@ -150,19 +144,12 @@ def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
     return Encoded(dataset_of(table.drop_columns("language")), languages, report)
 
 
-def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
-    """Token ids of texts as they are: no special token is added, and none is read out of a text (`<s>` in a text
-    is four ordinary characters). Prompts at inference are encoded by this too."""
-    as_they_are = {"add_special_tokens": False, "split_special_tokens": True}
-    return tokenizer(texts, **as_they_are, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-
-
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """An example's token ids, one pair for each exchange: prompt (empty for a text), and answer or text with EOS."""
+    """An example as token ids, turn by turn; a text is one turn without a prompt."""
 
     example: Example
-    exchanges: list[tuple[list[int], list[int]]]
+    turns: list[Turn]
 
     @property
     def is_text(self) -> bool:
@@ -171,21 +158,25 @@ class TokenizedRow:
     @property
     def length(self) -> int:
         """Tokens of the whole row."""
-        return sum(len(prompt) + len(answer) for prompt, answer in self.exchanges)
+        return _length(self.turns)
 
     @property
     def whole(self) -> Sequence:
         """The row as one sequence."""
-        return _joined(self.exchanges)
+        return _joined(self.turns)
 
 
-def _joined(exchanges: list[tuple[list[int], list[int]]]) -> Sequence:
+def _joined(turns: list[Turn]) -> Sequence:
     """Prompts and answers in their order; the very first token is never learned, since nothing precedes it."""
     ids, labels = list[int](), list[int]()
-    for prompt, answer in exchanges:
-        ids += [*prompt, *answer]
-        labels += [*[MASKED] * len(prompt), *answer]
+    for turn in turns:
+        ids += [*turn.prompt, *turn.answer]
+        labels += [*[MASKED] * len(turn.prompt), *(turn.answer if turn.learned else [MASKED] * len(turn.answer))]
     return Sequence(ids, [MASKED, *labels[1:]])
+
+
+def _length(turns: list[Turn]) -> int:
+    return sum(len(turn.prompt) + len(turn.answer) for turn in turns)
 
 
 def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -196,20 +187,15 @@ def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def tokenize(
-    batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: Template, eos: int
+    batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: PromptTemplate
 ) -> Iterator[TokenizedRow]:
     """The token ids of examples, whole whatever their length."""
-    prompts = iter(
-        encode_texts([p for row in batch if row.prompt is not None for p in template.render(row)], tokenizer)
-    )
-    answers = iter(encode_texts([answer for row in batch for answer in _answers(row)], tokenizer))
+    eos = eos_of(tokenizer)
+    texts = iter(encode_texts([row.completion for row in batch if row.prompt is None], tokenizer))
+    turns = iter(template.turns([row for row in batch if row.prompt is not None], tokenizer))
     for row in batch:
-        pairs = [([] if row.prompt is None else next(prompts), [*next(answers), eos]) for _ in _answers(row)]
-        yield TokenizedRow(row, pairs)
-
-
-def _answers(row: Example) -> list[str]:
-    return [*(answer for _, answer in row.earlier), row.completion]
+        is_text = row.prompt is None
+        yield TokenizedRow(row, [Turn([], [*next(texts), eos], row.completion)] if is_text else next(turns))
 
 
 def _drop(_row: TokenizedRow, _max_length: int, counts: Counts) -> list[Sequence]:
@@ -231,18 +217,18 @@ def too_long(example: Example, length: int, max_length: int) -> DataError:
 
 def _truncate(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
     counts.truncated += 1
-    kept = row.exchanges
-    while len(kept) > 1 and sum(len(prompt) + len(answer) for prompt, answer in kept) > max_length:
+    kept = row.turns
+    while len(kept) > 1 and _length(kept) > max_length:
         kept = kept[1:]
         counts.exchanges_cut += 1
-    *_, (prompt, answer) = kept
-    if len(kept) > 1 or len(prompt) + len(answer) <= max_length:
+    last = kept[-1]
+    if len(kept) > 1 or _length(kept) <= max_length:
         return [_joined(kept)]
-    room = max_length - len(answer)
+    room = max_length - len(last.answer)
     if not row.is_text and room >= 0:
-        return [_joined([(prompt[len(prompt) - room :], answer)])]
+        return [_joined([last._replace(prompt=last.prompt[len(last.prompt) - room :])])]
     counts.answers_cut += 1
-    return [_joined([([], [*answer[: max_length - 1], answer[-1]])])]
+    return [_joined([last._replace(prompt=[], answer=[*last.answer[: max_length - 1], last.answer[-1]])])]
 
 
 def _split(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]:
@@ -252,9 +238,9 @@ def _split(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]
             "split cuts plain text only: an answer cut off from its prompt teaches nothing. Choose drop or truncate."
         )
     counts.split += 1
-    [(_, text)] = row.exchanges
-    starts = range(0, len(text) - 1, max_length - 1)
-    return [_joined([([], text[start : start + max_length])]) for start in starts]
+    [turn] = row.turns
+    starts = range(0, len(turn.answer) - 1, max_length - 1)
+    return [_joined([turn._replace(answer=turn.answer[start : start + max_length])]) for start in starts]
 
 
 _POLICIES: dict[str, Callable[[TokenizedRow, int, Counts], list[Sequence]]] = {
@@ -266,15 +252,16 @@ _POLICIES: dict[str, Callable[[TokenizedRow, int, Counts], list[Sequence]]] = {
 
 
 def _count(counts: Counts, row: TokenizedRow, fitted: list[Sequence]) -> None:
-    answers = _answers(row.example)
     counts.rows += 1
     counts.kept += bool(fitted)
     counts.sequences += len(fitted)
     counts.tokens += sum(len(sequence.ids) for sequence in fitted)
     counts.trained_tokens += sum(len(sequence.labels) - sequence.labels.count(MASKED) for sequence in fitted)
-    counts.answer_tokens += sum(len(answer) - 1 for _, answer in row.exchanges)
-    counts.answer_bytes += sum(len(answer.encode()) for answer in answers)
-    counts.answer_words += sum(len(answer.split()) for answer in answers)
+    counts.answers_read += sum(not turn.learned for turn in row.turns)
+    counts.answers_rewritten += max(len(row.example.exchanges) - len(row.turns), 0)
+    counts.answer_tokens += sum(len(turn.answer) - 1 for turn in row.turns)
+    counts.answer_bytes += sum(len(turn.text.encode()) for turn in row.turns)
+    counts.answer_words += sum(len(turn.text.split()) for turn in row.turns)
 
 
 def _arrow(sequences: list[Sequence], languages: list[str]) -> "pyarrow.Table":

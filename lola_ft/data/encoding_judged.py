@@ -7,23 +7,23 @@ hold a row's sequences one after the other, for counting, mixing and showing; th
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lola_ft.data.chat_template import PromptTemplate
 from lola_ft.data.encoding import (
     MASKED,
     Encoded,
     TokenizedRow,
     batches,
     dataset_of,
-    encode_texts,
-    eos_of,
     refuse_nothing_left,
     tokenize,
     too_long,
 )
 from lola_ft.data.encoding_report import Counts, EncodingReport
 from lola_ft.data.example import Example
-from lola_ft.data.prompt_template import Template
+from lola_ft.data.turns import eos_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ Judged = tuple[list[int], list[list[int]]]
 def encode_judged(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
-    template: Template,
+    template: PromptTemplate,
     max_length: int,
     overlong: str = "drop",
 ) -> Encoded:
@@ -49,13 +49,14 @@ def encode_judged(
     Raises:
         DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
     """
-    eos = eos_of(tokenizer)
+    eos_of(tokenizer)
     report, languages, shortest = EncodingReport(), list[str](), sys.maxsize
     columns: dict[str, list[Any]] = {}
     for batch in batches(examples):
-        rejected = iter(encode_texts([row.rejected for row in batch if row.rejected is not None], tokenizer))
-        for row in tokenize(batch, tokenizer, template, eos):
-            other = [[*next(rejected), eos]] if row.example.rejected is not None else []
+        pairs = [row for row in batch if row.rejected is not None]
+        rejected = iter(tokenize([replace(row, completion=str(row.rejected)) for row in pairs], tokenizer, template))
+        for row in tokenize(batch, tokenizer, template):
+            other = [next(rejected).turns[-1].answer] if row.example.rejected is not None else []
             prompt, answers = _judged(row, other)
             counts = report.of(row.example.language)
             length = len(prompt) + max(map(len, answers))
@@ -73,9 +74,9 @@ def encode_judged(
 
 
 def _judged(row: TokenizedRow, other: list[list[int]]) -> Judged:
-    *earlier, (prompt, answer) = row.exchanges
-    before = [token for pair in earlier for part in pair for token in part]
-    return [*before, *prompt], [answer, *other]
+    *earlier, last = row.turns
+    before = [token for turn in earlier for token in (*turn.prompt, *turn.answer)]
+    return [*before, *last.prompt], [last.answer, *other]
 
 
 def _fit(row: TokenizedRow, whole: Judged, max_length: int, overlong: str, counts: Counts) -> Judged | None:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_WHERE_ANY = ("answers_read", "answers_rewritten")
+
 
 @dataclass
 class Counts:
@@ -19,6 +21,10 @@ class Counts:
     """Truncated rows whose answer or text lost its end."""
     exchanges_cut: int = 0
     """Exchanges at the beginning of conversations that truncation left out."""
+    answers_read: int = 0
+    """Answers that are read and not learned: `weight` 0, or data.learn last_answer."""
+    answers_rewritten: int = 0
+    """Earlier answers that the chat template writes differently once a conversation goes on; read, not learned."""
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -40,8 +46,13 @@ class Counts:
         return round(self.answer_tokens / max(self.answer_words, 1), 3)
 
     def as_dict(self) -> dict[str, int | float]:
-        """Plain numbers, the tokenizer's cost among them."""
-        return asdict(self) | {"tokens_per_byte": self.tokens_per_byte, "tokens_per_word": self.tokens_per_word}
+        """Plain numbers, the tokenizer's cost among them.
+
+        Answers that are only read are counted where there are any, so that the data of earlier versions' runs, which
+        did not count them, are still the same.
+        """
+        kept = {name: value for name, value in asdict(self).items() if value or name not in _WHERE_ANY}
+        return kept | {"tokens_per_byte": self.tokens_per_byte, "tokens_per_word": self.tokens_per_word}
 
     def add(self, other: "Counts") -> None:
         """Add another language's counts."""

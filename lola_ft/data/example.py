@@ -1,5 +1,6 @@
 """One example, whatever the format it came in: what the model reads and what it learns to write."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ Fields = Mapping[str, Any]
 """Fields that a template renders (`prompt_fields`)."""
 
 Exchange = tuple[Fields, str]
-"""What stands in front of an answer, and the answer."""
+"""What stands in front of an answer, and the answer. `fields["reply"]` is what the answer's message holds beside its
+text: `tool_calls` and `reasoning_content` for templates that know them, and `weight` 0 where it is not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class Example:
     desirable: bool | None = None
     """Whether the completion was judged good, where it was judged by itself."""
 
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Descriptions of the tools that the assistant may call, as a chat template reads them."""
+
     pair: tuple[str, str] | None = None
     """A sentence and its translation in alphabetical order, so that both directions have the same."""
 
@@ -44,14 +49,17 @@ class Example:
         if self.prompt is None:
             return ""
         before = (
-            f"{len(fields['prompt'])}\n{fields['prompt']}\n{len(answer)}\n{answer}\n" for fields, answer in self.earlier
+            f"{len(fields['prompt'])}\n{fields['prompt']}\n{len(answer)}\n{answer}\n{_beside(fields)}"
+            for fields, answer in self.earlier
         )
-        return "".join(before) + str(self.prompt["prompt"])
+        tools = json.dumps(self.tools, sort_keys=True) if self.tools else ""
+        return tools + "".join(before) + str(self.prompt["prompt"])
 
     @property
     def identity(self) -> str:
         """Return the row's content: equal for two rows that ask and answer the same, and only for them."""
-        said = f"{len(self.request)}\n{self.request}\n{self.completion}"
+        beside = "" if self.prompt is None else _beside(self.prompt)
+        said = f"{len(self.request)}\n{self.request}\n{self.completion}{beside}"
         judged = "" if self.rejected is None else f"\n{len(self.completion)}\n{self.rejected}"
         return said + judged + ("" if self.desirable is None else f"\n{self.desirable}")
 
@@ -62,6 +70,28 @@ class Example:
             return self.identity
         one, other = self.pair
         return f"pair\n{len(one)}\n{one}\n{other}"
+
+
+def messages_before(fields: Fields) -> list[dict[str, Any]]:
+    """Return what was said since the last answer as messages; a request of any format is one of the user."""
+    return list(fields.get("messages") or [{"role": "user", "content": fields["prompt"]}])
+
+
+def reply_message(fields: Fields, answer: str) -> dict[str, Any]:
+    """Return an answer as the assistant's message, with its tool calls."""
+    beside = {key: value for key, value in fields.get("reply", {}).items() if key != "weight"}
+    return {"role": "assistant", "content": answer} | beside
+
+
+def is_learned(fields: Fields) -> bool:
+    """Tell whether the answer behind these fields is learned, or only read."""
+    return fields.get("reply", {}).get("weight", 1) != 0
+
+
+def _beside(fields: Fields) -> str:
+    """Return what an answer's message holds beside its text, for comparing rows; "" for most."""
+    found = {key: value for key, value in fields.get("reply", {}).items() if key != "weight"}
+    return json.dumps(found, sort_keys=True) if found else ""
 
 
 def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from lola_ft.data.bad_rows import BadRows
-from lola_ft.data.conversations import read_conversation
-from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, prompt_fields
-from lola_ft.data.fields import language_of, text_field
+from lola_ft.data.conversations import Message, conversation, read_conversation, read_tools, with_system
+from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, is_learned, prompt_fields
+from lola_ft.data.fields import checked_text, field_name, language_of, raw_field, text_field
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
 from lola_ft.data.rows import BadRow, Row, Source
 from lola_ft.data.source_rows import scan_rows
@@ -23,12 +23,16 @@ from lola_ft.row_formats import FORMAT_FIELDS
 
 
 def read_examples(
-    sources: Iterable[Source], bad_rows: BadRows | None = None, normalize: str = "none"
+    sources: Iterable[Source],
+    bad_rows: BadRows | None = None,
+    normalize: str = "none",
+    learn: str = "all_answers",
 ) -> Iterator[Example]:
     """The examples of all sources, in their order.
 
     Args:
         bad_rows: Collects the rows that cannot be used, which are then skipped; None refuses them.
+        learn: `last_answer` learns the last answer of a conversation only; `all_answers` learns each.
         normalize: `nfc` composes characters (Unicode's form C); `none` leaves every character as it is.
 
     Raises:
@@ -48,6 +52,7 @@ def read_examples(
                 bad_rows.add(source, str(error))
                 continue
             usable += 1
+            example = last_answer_only(example) if learn == "last_answer" else example
             yield composed(example) if normalize == "nfc" else example
         if not usable and bad_rows is not None:
             raise DataError(f"{source.name}: no row can be used. The first: {bad_rows.first(source)}")
@@ -57,6 +62,8 @@ def to_example(row: Row, source: Source) -> Example:
     """Read a row by its source's format; raises DataError if a field is missing, empty, or not what it needs."""
     *earlier, (prompt, completion) = FORMATS[source.format].read(row, source)
     example = Example(prompt, completion, row_language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
+    if source.format == "messages":
+        return replace(example, tools=read_tools(row, source))
     if source.format == "preference":
         return replace(example, rejected=read_rejected(row, source))
     if source.format == "unpaired_preference":
@@ -64,6 +71,18 @@ def to_example(row: Row, source: Source) -> Example:
     if source.format == "translation":
         return replace(example, pair=read_pair(row, source))
     return example
+
+
+def last_answer_only(example: Example) -> Example:
+    """Return a conversation of which only the last answer is learned; the earlier ones are read."""
+    if example.prompt is not None and not is_learned(example.prompt):
+        raise DataError(
+            f"{example.where}: data.learn is last_answer, and the last answer has weight 0, so there is nothing to "
+            "learn. Remove the row, or set data.learn to all_answers."
+        )
+    read = [{**fields, "reply": {**fields.get("reply", {}), "weight": 0}} for fields, _ in example.earlier]
+    answers = [answer for _, answer in example.earlier]
+    return replace(example, earlier=tuple(zip(read, answers, strict=True)))
 
 
 def composed(example: Example) -> Example:
@@ -78,7 +97,7 @@ def composed(example: Example) -> Example:
 
 
 def _composed(fields: Fields) -> Fields:
-    plain = {name: _nfc(value) for name, value in fields.items() if isinstance(value, str)}
+    plain = {name: _nfc(value) if isinstance(value, str) else value for name, value in fields.items()}
     turns = [message | {"content": _nfc(message["content"])} for message in fields.get("messages", ())]
     return plain | {"messages": turns} if turns else plain
 
@@ -87,14 +106,33 @@ def _nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _alpaca(row: Row, source: Source) -> list[tuple[Fields, str]]:
+def _alpaca(row: Row, source: Source) -> list[Exchange]:
+    """An instruction and its answer; with `system` or `history`, the conversation that they make."""
     instruction = source.instruction or text_field(row, source, "instruction")
     given = text_field(row, source, "input", optional=True)
-    return [(prompt_fields(instruction, given), text_field(row, source, "output"))]
+    answer, system = text_field(row, source, "output"), text_field(row, source, "system", optional=True)
+    history = _history(row, source)
+    if not system and not history:
+        return [(prompt_fields(instruction, given), answer)]
+    turns = [("user", prompt_fields(instruction, given)["prompt"]), ("assistant", answer)]
+    for asked, said in reversed(history):
+        turns = [("user", asked), ("assistant", said), *turns]
+    messages: list[Message] = [{"role": role, "content": text} for role, text in turns]
+    return conversation(with_system(messages, row, source), "the row", row.where)
 
 
-def _prompt_completion(row: Row, source: Source) -> list[Exchange]:
-    return [(prompt_fields(text_field(row, source, "prompt")), text_field(row, source, "completion"))]
+def _history(row: Row, source: Source) -> list[tuple[str, str]]:
+    """Return earlier requests and answers of an Alpaca row: a list of pairs."""
+    given = raw_field(row, source, "history", optional=True)
+    name = field_name(source, "history")
+    if given in (None, "", []):
+        return []
+    if not isinstance(given, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in given):
+        raise DataError(f"{row.where}: field '{name}' must be a list of pairs, each a request and its answer.")
+    places = [(f"{name}[{place}]", pair) for place, pair in enumerate(given)]
+    return [
+        (checked_text(pair[0], place, row.where), checked_text(pair[1], place, row.where)) for place, pair in places
+    ]
 
 
 Reader = Callable[[Row, Source], list[Exchange] | list[tuple[None, str]]]
@@ -110,7 +148,7 @@ class Format:
 
 _READERS: dict[str, Reader] = {
     "alpaca": _alpaca,
-    "prompt_completion": _prompt_completion,
+    "prompt_completion": read_answer,
     "text": lambda row, source: [(None, text_field(row, source, "text"))],
     "messages": read_conversation,
     "classification": lambda row, source: [read_classification(row, source)],

@@ -4,11 +4,13 @@ A text, a list with one message of the assistant, or a whole conversation with t
 answer; a text or messages for the prompt.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from lola_ft.data.conversations import Message, conversation, messages_of
+from lola_ft.data.conversations import Message, content_text, conversation, messages_of, with_system
 from lola_ft.data.example import Exchange, prompt_fields
-from lola_ft.data.fields import checked_text, field_name, raw_field
+from lola_ft.data.fields import field_name, raw_field
 from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
@@ -34,7 +36,7 @@ def read_rejected(row: Row, source: Source) -> str:
 
 
 def read_answer(row: Row, source: Source) -> list[Exchange]:
-    """The request, and the answer that was judged."""
+    """The request, and the answer that was judged or is learned."""
     return _judged(row, source, "completion")
 
 
@@ -52,10 +54,10 @@ def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
     """The exchanges that end with this answer."""
     name, prompt_name = field_name(source, field), field_name(source, "prompt")
     given = raw_field(row, source, field)
-    answer = _messages(given, name, "assistant", row.where)
+    answer = _messages(given, name, "assistant", row, source)
     whole = len(answer) > 1
     prompt = raw_field(row, source, "prompt", optional=whole)
-    said = [] if prompt is None else _messages(prompt, prompt_name, "user", row.where)
+    said = [] if prompt is None else _messages(prompt, prompt_name, "user", row, source)
     if whole:
         if not _begins(answer, said, isinstance(prompt, str)):
             raise DataError(
@@ -63,16 +65,24 @@ def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
                 f"'{prompt_name}'. Map the right field, or remove the row."
             )
         return conversation(answer, name, row.where)
-    exchanges = conversation([*said, *answer], f"{prompt_name} and {name}", row.where)
     plain = isinstance(prompt, str) and isinstance(given, str)
+    if source.format == "prompt_completion":
+        said = with_system(said, row, source)
+        plain = plain and len(said) == 1
+    exchanges = conversation([*said, *answer], f"{prompt_name} and {name}", row.where)
     return [(prompt_fields(said[0]["content"]), answer[0]["content"])] if plain else exchanges
 
 
-def _messages(given: Any, name: str, role: str, where: str) -> list[Message]:
-    """A text as one message of its role, or messages as they are."""
-    if isinstance(given, list):
-        return messages_of(given, name, where)
-    return [{"role": role, "content": checked_text(given, f"field '{name}'", where)}]
+def _messages(given: Any, name: str, role: str, row: Row, source: Source) -> list[Message]:
+    """A text, or text in parts, as one message of its role, or messages as they are."""
+    if isinstance(given, list) and not _is_parts(given):
+        return messages_of(given, name, row.where, replace(source, trim_last_turn=False))
+    return [{"role": role, "content": content_text(given, f"field '{name}'", row.where)}]
+
+
+def _is_parts(given: list[Any]) -> bool:
+    """Tell whether a list is a text in parts rather than messages."""
+    return all(isinstance(part, str) or (isinstance(part, Mapping) and "type" in part) for part in given)
 
 
 def _begins(messages: list[Message], said: list[Message], is_text: bool) -> bool:

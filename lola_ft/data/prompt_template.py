@@ -9,16 +9,22 @@ other, each answer ended by EOS. It runs in jinja's sandbox, since a template ma
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lola_ft.data.example import Example, Fields, prompt_fields
+from lola_ft.data.example import Example, Fields, is_learned, messages_before, prompt_fields
+from lola_ft.data.turns import Turn, encode_texts, eos_of, pattern_of, refuse_marks, special_tokens
 from lola_ft.errors import DataError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 _FOLDER = Path(__file__).parent / "templates"
+
+_CONTENT = "What is said."
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
@@ -42,8 +48,8 @@ class Template:
         bundled = sorted(file.stem for file in _FOLDER.glob("*.jinja"))
         if not name_or_path.endswith(".jinja") and name_or_path not in bundled:
             raise DataError(
-                f"template '{name_or_path}' is unknown. Bundled are {', '.join(bundled)}; "
-                "a template of your own is a path that ends in .jinja."
+                f"template '{name_or_path}' is unknown. Bundled are {', '.join(bundled)}; chat is the tokenizer's own "
+                "chat template; a template of your own is a path that ends in .jinja."
             )
         path = _FOLDER / f"{name_or_path}.jinja" if name_or_path in bundled else Path(name_or_path)
         template = cls(name_or_path, _read(path))
@@ -63,8 +69,63 @@ class Template:
                 f"{example.where}: a conversation with {len(example.exchanges)} answers, and template {self.name} "
                 "renders a single request. Set data.template to chatml, or use `messages` in a template of your own."
             )
+        for fields, _ in example.exchanges:
+            if example.tools or fields.get("reply", {}).get("tool_calls"):
+                raise DataError(
+                    f"{example.where}: the conversation has {'tools' if example.tools else 'tool calls'}, which "
+                    f"template {self.name} cannot write. Set data.template to chat with a base whose chat template "
+                    "knows them, or take them out of the rows."
+                )
         exchanges = enumerate(example.exchanges)
         return [self._render(fields, first=index == 0, where=f"{example.where}: ") for index, (fields, _) in exchanges]
+
+    def turns(self, examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> list[list[Turn]]:
+        """Return the turns of examples with prompts as token ids.
+
+        Prompt and answer are tokenised apart. Special tokens that the template writes, such as `<|im_start|>` where the
+        tokenizer has it, are tokens; in what was said they are characters, or refused where the two could be mixed up.
+        """
+        prompts = iter(self._encoded_prompts(examples, tokenizer))
+        answers = iter(encode_texts([answer for row in examples for _, answer in row.exchanges], tokenizer))
+        end = self.end_of(tokenizer)
+        return [
+            [
+                Turn(next(prompts), [*next(answers), end], answer, is_learned(fields))
+                for fields, answer in example.exchanges
+            ]
+            for example in examples
+        ]
+
+    def prompt_ids(self, example: Example, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+        """Return the token ids of all that stands in front of an example's last answer, as training has them."""
+        *earlier, last = self.turns([example], tokenizer)[0]
+        return [*(token for turn in earlier for token in (*turn.prompt, *turn.answer)), *last.prompt]
+
+    def end_of(self, tokenizer: "PreTrainedTokenizerFast") -> int:
+        """Return the id of the token that ends an answer.
+
+        It is the token that ends the user's turn, such as `<|im_end|>`, where the tokenizer has it as one; otherwise
+        the end-of-text token.
+        """
+        marks = self._marks(tokenizer)
+        if marks and self.renders_turns:
+            tail = self._render(prompt_fields(_CONTENT), first=True).rpartition(_CONTENT)[2]
+            found = list(pattern_of(marks).finditer(tail))
+            if len(found) > 1 and found[0].start() == 0:  # the last mark begins the answer
+                return marks[found[0][0]]
+        return eos_of(tokenizer)
+
+    def _marks(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
+        """Return the tokenizer's special tokens that the template writes."""
+        return {word: number for word, number in special_tokens(tokenizer).items() if word in self.source}
+
+    def _encoded_prompts(self, examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
+        marks = self._marks(tokenizer)
+        for example in examples if marks else ():
+            said = [message for fields, _ in example.exchanges for message in messages_before(fields)]
+            texts = {f"message {place}": message["content"] for place, message in enumerate(said, start=1)}
+            refuse_marks(texts, pattern_of(special_tokens(tokenizer)), example.where)
+        return encode_texts([prompt for row in examples for prompt in self.render(row)], tokenizer, bool(marks))
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """Render the prompt of a request at inference."""
@@ -106,7 +167,8 @@ class Template:
 
 def _visible(fields: Fields, first: bool) -> dict[str, Any]:
     """Return the variables that a template sees; a request of any format is one message of the user."""
-    return {"messages": [{"role": "user", "content": fields["prompt"]}], "first": first} | dict(fields)
+    seen = {name: fields[name] for name in ("instruction", "input", "prompt")}
+    return {"messages": messages_before(fields), "first": first} | seen
 
 
 def _read(path: Path) -> str:

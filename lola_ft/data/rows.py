@@ -61,6 +61,12 @@ class Source:
     language_column: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     """The format's field name: the file's field name."""
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Conversations: a role's name in the file: system, user, assistant or tool."""
+    join_turns: bool = False
+    """Conversations: neighbouring turns of one role become one."""
+    trim_last_turn: bool = False
+    """Conversations: last turns that no answer follows are left out."""
     labels: Mapping[str, str] | None = None
     """Classification: a label as the file has it: the word for it."""
     source_language: str | None = None

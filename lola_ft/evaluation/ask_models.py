@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 import torch
 from rich.console import Console
 
-from lola_ft.checkpoints.folder import TEMPLATE_FILE
-from lola_ft.data import Template
+from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.open_model import OpenModel, open_subject
+from lola_ft.open_model import OpenModel, open_subject, saved_template
 from lola_ft.subject import Subject, find_subject, is_adapted
 
 T = TypeVar("T")
@@ -26,16 +25,16 @@ class Opening:
 
     Attributes:
         base: Of the runs and adapters among them.
-        template: In place of each model's own.
+        template: Name of the one that is used in place of each model's own.
     """
 
     base: str | None = None
     quantization: str = "auto"
-    template: Template | None = None
+    template: str | None = None
 
 
 def ask_each(
-    models: Sequence[str], opening: Opening, ask: Callable[[OpenModel, Template], T], console: Console
+    models: Sequence[str], opening: Opening, ask: Callable[[OpenModel, PromptTemplate], T], console: Console
 ) -> tuple[list[T], list[dict[str, Any]]]:
     """Ask every model; returns what each said, and what it is.
 
@@ -69,10 +68,10 @@ def ask_each(
     return answers, facts
 
 
-def _common_template(subjects: Sequence[Subject]) -> Template | None:
+def _common_template(subjects: Sequence[Subject]) -> PromptTemplate | None:
     """The template that was trained with, if it is the same one wherever there is one."""
-    files = [file for subject in subjects if (file := subject.folder / TEMPLATE_FILE).is_file()]
-    templates = {template.source: template for template in (Template.load(str(file)) for file in files)}
+    found = [saved_template(subject) for subject in subjects]
+    templates = {template.source: template for template in found if template is not None}
     return next(iter(templates.values())) if len(templates) == 1 else None
 
 

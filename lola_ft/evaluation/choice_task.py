@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lola_ft.data import Example, Template, encode_texts
+from lola_ft.data import Example, PromptTemplate, encode_texts
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
 from lola_ft.evaluation.bootstrap import ratio
 from lola_ft.evaluation.scoring import score
 from lola_ft.evaluation.task import Measure, Measured
-from lola_ft.generation import conversation_ids
 from lola_ft.open_model import OpenModel
 
 
@@ -48,7 +47,7 @@ class ChoiceTask:
         self.languages = [question.example.language for question in questions]
         self.places = [question.example.where for question in questions]
 
-    def run(self, opened: OpenModel, template: Template) -> Measured:
+    def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Score every choice of every row."""
         sequences = [tokens for question in self.questions for tokens in _sequences(question, opened, template)]
         nats = iter(score(opened.model, sequences, self.batch_size))
@@ -73,7 +72,7 @@ class ChoiceTask:
         return Measured({name: np.array(part, dtype=np.float64) for name, part in parts.items()}, rows)
 
 
-def _sequences(question: Question, opened: OpenModel, template: Template) -> list[Tokens]:
-    prompt = conversation_ids(question.example, template, opened.tokenizer)
+def _sequences(question: Question, opened: OpenModel, template: PromptTemplate) -> list[Tokens]:
+    prompt = template.prompt_ids(question.example, opened.tokenizer)
     choices = encode_texts(list(question.choices), opened.tokenizer)
     return [Tokens([*prompt, *ids], [*[MASKED] * len(prompt), *ids]) for ids in choices]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lola_ft.data import Template
+from lola_ft.data import check_template
 from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
 from lola_ft.evaluation.ask_models import Opening, ask_each
@@ -59,7 +59,9 @@ def evaluate_rows(
     console = console or Console()
     if out:
         check_folder_target(out)
-    opening = Opening(base, quantization, Template.load(template) if template else None)
+    if template:
+        check_template(template)
+    opening = Opening(base, quantization, template)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
     if template and isinstance(task, LossTask) and not any(example.prompt for example in task.examples):

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lola_ft.data import Example, Template
+from lola_ft.data import Example, PromptTemplate
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.bootstrap import Floats, Value, ratio
 from lola_ft.evaluation.exact_match import is_exact
 from lola_ft.evaluation.task import Measure, Measured
-from lola_ft.generation import Answer, Sampling, answer_all, check_room, conversation_ids
+from lola_ft.generation import Answer, Sampling, answer_all, check_room
 from lola_ft.language_codes import short_code
 from lola_ft.open_model import OpenModel
 
@@ -44,12 +44,13 @@ class GenerateTask:
             "ended": Measure("ended by itself", ratio, percent=True),
         }
 
-    def run(self, opened: OpenModel, template: Template) -> Measured:
+    def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Answer every row; raises DataError for a prompt too long for the model."""
-        prompts = [conversation_ids(example, template, opened.tokenizer) for example in self.examples]
+        prompts = [template.prompt_ids(example, opened.tokenizer) for example in self.examples]
         for example, ids in zip(self.examples, prompts, strict=True):
             check_room(ids, opened.sizes.positions, f"{example.where}: the prompt")
-        found = dict(answer_all(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size))
+        end = template.end_of(opened.tokenizer)
+        found = dict(answer_all(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size, end))
         answers = [found[place] for place in range(len(prompts))]
         pairs = list(zip(answers, self.examples, strict=True))
         parts = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lola_ft.data import Example, Template
+from lola_ft.data import Example, PromptTemplate
 from lola_ft.data.encoding import MASKED, TokenizedRow, tokenize
 from lola_ft.errors import UserError
 from lola_ft.evaluation.bootstrap import ratio
@@ -37,7 +37,7 @@ class LossTask:
         self.languages = [example.language for example in examples]
         self.places = [example.where for example in examples]
 
-    def run(self, opened: OpenModel, template: Template) -> Measured:
+    def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Score every row; raises UserError for a stride that leaves no context, or a tokenizer that loses bytes."""
         positions = opened.sizes.positions
         if self.stride is not None and not 0 < self.stride < positions:
@@ -45,7 +45,7 @@ class LossTask:
         bits, loss = list[tuple[float, int]](), list[tuple[float, int]]()
         for start in range(0, len(self.examples), _ROWS):
             chunk = list(self.examples[start : start + _ROWS])
-            rows = list(tokenize(chunk, opened.tokenizer, template, opened.tokenizer.eos_token_id))
+            rows = list(tokenize(chunk, opened.tokenizer, template))
             nats = score(opened.model, [row.whole for row in rows], self.batch_size, self.stride)
             for row, own in zip(rows, nats, strict=True):
                 loss.append((own.sum(), len(own)))
@@ -61,20 +61,21 @@ def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:
         UserError: The tokens are not the text's bytes, so that a token's share of them is not known.
     """
     total = 0
-    texts = [*(answer for _, answer in row.example.earlier), row.example.completion]
-    for text, (prompt, answer) in zip(texts, row.exchanges, strict=True):
-        sizes = [len(piece) for piece in tokenizer.convert_ids_to_tokens(answer[:-1])]
-        size = len(text.encode())
+    for turn in row.turns:
+        if not turn.learned:
+            continue
+        sizes = [len(piece) for piece in tokenizer.convert_ids_to_tokens(turn.answer[:-1])]
+        size = len(turn.text.encode())
         if sum(sizes) != size:
             raise UserError(
                 f"{row.example.where}: the tokenizer makes {sum(sizes)} bytes of a text of {size}. Bits per byte needs "
                 "one that keeps every byte, as LOLA's does (byte-level BPE)."
             )
-        total += size if prompt else size - sizes[0]
+        total += size if turn.prompt else size - sizes[0]
     return total
 
 
 def _is_text(row: TokenizedRow) -> np.ndarray:
     """Return, for each labelled token, whether it is text rather than an end of text."""
-    ends = [flag for prompt, answer in row.exchanges for flag in [*[False] * (len(prompt) + len(answer) - 1), True]]
+    ends = [flag for turn in row.turns for flag in [*[False] * (len(turn.prompt) + len(turn.answer) - 1), True]]
     return np.array([not end for end, label in zip(ends, row.whole.labels, strict=True) if label != MASKED], dtype=bool)

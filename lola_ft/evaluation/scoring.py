@@ -12,7 +12,7 @@ from peft import PeftModel
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
 from lola_ft.families import architecture_of
-from lola_ft.kernels.loss import label_nats
+from lola_ft.kernels.loss import head_of, label_nats
 
 Floats = NDArray[np.float64]
 
@@ -68,11 +68,11 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
     width = max(len(piece.ids) for piece in batch)
     ids_BS = torch.tensor([piece.ids + [0] * (width - len(piece.ids)) for piece in batch])
     labels_BS = torch.tensor([piece.labels + [MASKED] * (width - len(piece.labels)) for piece in batch])
-    head = causal.get_output_embeddings().weight
-    device = head.device
+    head_VD, trained = head_of(causal.get_output_embeddings())
+    device = causal.device
     x_BSD = causal.base_model(ids_BS.to(device), use_cache=False).last_hidden_state
     x_BSD = x_BSD / architecture_of(causal.config).sizes.logit_divisor
-    nats_N = label_nats(x_BSD, head, labels_BS.to(device)).double().cpu().numpy()
+    nats_N = label_nats(x_BSD, head_VD, labels_BS.to(device), trained).double().cpu().numpy()
     return np.split(nats_N, np.cumsum([piece.scored for piece in batch])[:-1])
 
 

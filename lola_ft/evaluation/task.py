@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lola_ft.data import Template
+from lola_ft.data import PromptTemplate
 from lola_ft.evaluation.bootstrap import Floats, Value
 from lola_ft.open_model import OpenModel
 
@@ -50,5 +50,5 @@ class Task(Protocol):
     places: list[str]
     """Where each row came from."""
 
-    def run(self, opened: OpenModel, template: Template) -> Measured:
+    def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Ask a model about every row."""

@@ -13,7 +13,7 @@ from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.families.balancing import balancing_loss
 from lola_ft.families.routers import keeping_choices
-from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.kernels.loss import head_of, labelled_cross_entropy
 from lola_ft.model.router import real_tokens
 
 
@@ -65,7 +65,8 @@ class LabelledLoss:
         x_BSD = outputs.last_hidden_state
         if architecture.sizes.logit_divisor != 1:
             x_BSD = x_BSD / architecture.sizes.logit_divisor
-        loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
+        head_VD, trained = head_of(self.lm_head)
+        loss = labelled_cross_entropy(x_BSD, head_VD, labels, num_items_in_batch, trained)
         logits = None if skip_logits else self.lm_head(x_BSD)
         if not output_router_logits:
             return CausalLMOutputWithPast(loss=loss, logits=logits)

@@ -6,6 +6,7 @@ file beside this one; the names of its tensors stand there and nowhere else.
 Names on disk are called Hub names: they identify a weight everywhere, whatever the model in memory calls it.
 """
 
+import copy
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -451,9 +452,19 @@ class Architecture:
         held = {place.group for place in self.places.values()}
         return (*(group for group in self.family.lora_groups if group in held), *beside)
 
+    def with_vocabulary(self, rows: int) -> "Architecture":
+        """Return the same architecture with so many rows of embeddings; itself where it has as many."""
+        if rows == self.sizes.vocab:
+            return self
+        config = copy.deepcopy(self.config)
+        config.vocab_size = rows
+        return Architecture(self.family, config)
+
     def group_of(self, name: str) -> str | None:
         """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
-        own = _WRAPPERS.sub("", name.partition(".lora_")[0].partition(".parametrizations.")[0])
+        own = _WRAPPERS.sub(
+            "", name.partition(".lora_")[0].partition(".parametrizations.")[0].partition(".token_adapter.")[0]
+        )
         return self._groups.get(own) or self._groups.get(own.rpartition(".")[0])
 
     @cached_property

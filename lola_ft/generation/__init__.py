@@ -1,6 +1,5 @@
 """Generation: what a model answers, one prompt streamed or many at a time."""
 
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
-from lola_ft.generation.prompts import conversation_ids
 
-__all__ = ["Answer", "Sampling", "answer_all", "answer_one", "check_room", "conversation_ids"]
+__all__ = ["Answer", "Sampling", "answer_all", "answer_one", "check_room"]

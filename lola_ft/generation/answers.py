@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 
-from lola_ft.data.encoding import eos_of
+from lola_ft.data.turns import eos_of
 from lola_ft.errors import DataError, UserError
 from lola_ft.families import architecture_of
 
@@ -74,21 +75,32 @@ def check_room(ids: Sequence[int], positions: int, where: str = "The prompt") ->
         )
 
 
-def answer_one(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, streamer: Any = None) -> Answer:
-    """Answer a prompt; the streamer gets each token as it comes."""
+def answer_one(
+    model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, streamer: Any = None, end: int | None = None
+) -> Answer:
+    """Answer a prompt; the streamer gets each token as it comes. `end` is as for `answer_all`."""
     _seed(sampling)
-    return _answer_batch(model, tokenizer, [ids], sampling, streamer)[0]
+    return _answer_batch(model, tokenizer, [ids], sampling, streamer, end)[0]
 
 
 def answer_all(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int = 32,
+    end: int | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer prompts, those of like length together; yields each prompt's place and answer as they are done."""
+    """Answer prompts, those of like length together; yields each prompt's place and answer as they are done.
+
+    Args:
+        end: The token that ends a turn, where it is another one than the end of text (which ends an answer too).
+    """
     _seed(sampling)
     positions = architecture_of(model.config).sizes.positions
     for places in _batches(prompts, positions - sampling.max_new_tokens, batch_size):
         batch = [prompts[place] for place in places]
-        yield from zip(places, _answer_batch(model, tokenizer, batch, sampling), strict=True)
+        yield from zip(places, _answer_batch(model, tokenizer, batch, sampling, end=end), strict=True)
 
 
 def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> list[list[int]]:
@@ -106,9 +118,15 @@ def _seed(sampling: Sampling) -> None:
 
 @torch.no_grad()
 def _answer_batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], sampling: Sampling, streamer: Any = None
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    streamer: Any = None,
+    end: int | None = None,
 ) -> list[Answer]:
     eos = eos_of(tokenizer)
+    ends = [eos] if end in (None, eos) else [end, eos]
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     sizes = architecture_of(model.config).sizes
@@ -119,18 +137,18 @@ def _answer_batch(
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]).to(model.device),
         max_new_tokens=min(sampling.max_new_tokens, sizes.positions - width),
-        eos_token_id=eos,
+        eos_token_id=ends,
         pad_token_id=pad,
         use_cache=True,
         suppress_tokens=unnamed or None,
         streamer=streamer,
         **sampling.options(),
     )
-    return [_answer(ids, tokenizer) for ids in generated[:, width:].tolist()]
+    return [_answer(ids, tokenizer, ends) for ids in generated[:, width:].tolist()]
 
 
-def _answer(ids: list[int], tokenizer: Any) -> Answer:
-    ended = tokenizer.eos_token_id in ids
-    said = ids[: ids.index(tokenizer.eos_token_id)] if ended else ids
+def _answer(ids: list[int], tokenizer: Any, ends: Sequence[Any]) -> Answer:
+    said = list(takewhile(lambda token: token not in ends, ids))
+    ended = len(said) < len(ids)
     text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return Answer(text, ended, len(said) + ended)

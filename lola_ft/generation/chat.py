@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from lola_ft.data import Template
+from lola_ft.data import PromptTemplate
 from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
-from lola_ft.generation.prompts import conversation_ids, request
+from lola_ft.generation.prompts import request
 
 HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
 
@@ -20,7 +20,7 @@ HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
 def chat(
     model: Any,
     tokenizer: Any,
-    template: Template,
+    template: PromptTemplate,
     sampling: Sampling,
     read: Callable[[str], str] = input,
     answer: Callable[..., Answer] = answer_one,
@@ -32,6 +32,7 @@ def chat(
             "not see what was said. Use --prompt, or a model that was trained with chatml (or another template that "
             "uses `messages`)."
         )
+    end = template.end_of(tokenizer)
     print(HELP, file=sys.stderr)
     said = list[Exchange]()
     while True:
@@ -47,19 +48,19 @@ def chat(
             fields = prompt_fields(line) | {"messages": [{"role": "user", "content": line}]}
             positions = architecture_of(model.config).sizes.positions
             said, ids = _fitting(said, fields, template, tokenizer, positions, sampling)
-            given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer))
+            given = answer(model, tokenizer, ids, sampling, TerminalStreamer(tokenizer), end)
             if not given.ended:
                 print(f"(cut after {given.tokens} tokens)", file=sys.stderr)
             said = [*said, (fields, given.text)]
 
 
 def _fitting(
-    said: list[Exchange], fields: Fields, template: Template, tokenizer: Any, positions: int, sampling: Sampling
+    said: list[Exchange], fields: Fields, template: PromptTemplate, tokenizer: Any, positions: int, sampling: Sampling
 ) -> tuple[list[Exchange], list[int]]:
     """Return the latest exchanges that leave room for an answer, and the token ids of the whole prompt."""
     for forgotten in range(len(said) + 1):
         kept = said[forgotten:]
-        ids = conversation_ids(request(fields, earlier=kept), template, tokenizer)
+        ids = template.prompt_ids(request(fields, earlier=kept), tokenizer)
         if len(ids) + sampling.max_new_tokens <= positions:
             break
     check_room(ids, positions, "What was written")

@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from lola_ft.data import Template
-from lola_ft.data.example import prompt_fields
+from lola_ft.data import PromptTemplate, check_template
+from lola_ft.data.example import Example, prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.files import check_file_target, write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
 from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
-from lola_ft.generation.prompts import conversation_ids, read_prompts, request, template_of
+from lola_ft.generation.prompts import read_prompts, request, template_of
 from lola_ft.open_model import OpenModel, open_model
 
 
@@ -42,29 +42,30 @@ def generate_command(
         check_file_target(out)
     sampling = sampling or Sampling()
     asked = read_prompts(file) if file else []
-    given = Template.load(template) if template else None
+    if template:
+        check_template(template)
     opened = open_model(model, base, quantization=quantization, adapter=adapter)
-    template_used = template_of(opened, given)
+    template_used = template_of(opened, template)
     if chat:
         talk(opened.model, opened.tokenizer, template_used, sampling)
         return
     if prompt is not None:
         rows = [{"prompt": prompt}]
-        ids = conversation_ids(request(prompt_fields(prompt)), template_used, opened.tokenizer)
-        answers = [_streamed(opened, ids, sampling)]
+        answers = [_streamed(opened, request(prompt_fields(prompt)), template_used, sampling)]
     else:
         rows = [entry.row for entry in asked]
-        ids_of = [conversation_ids(entry.example, template_used, opened.tokenizer) for entry in asked]
+        ids_of = [template_used.prompt_ids(entry.example, opened.tokenizer) for entry in asked]
         for entry, ids in zip(asked, ids_of, strict=True):
             check_room(ids, opened.sizes.positions, f"{entry.example.where}: the prompt")
-        answers = _answered(opened, ids_of, sampling, batch_size)
+        answers = _answered(opened, ids_of, sampling, batch_size, template_used.end_of(opened.tokenizer))
     _write(rows, answers, out, printed=prompt is not None)
 
 
-def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
+def _streamed(opened: OpenModel, asked: Example, template: PromptTemplate, sampling: Sampling) -> Answer:
+    ids, end = template.prompt_ids(asked, opened.tokenizer), template.end_of(opened.tokenizer)
     positions = opened.sizes.positions
     check_room(ids, positions)
-    answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer))
+    answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer), end)
     if not answer.ended:
         used_up = len(ids) + answer.tokens >= positions
         cause = f"the model's {positions} positions are used up" if used_up else "raise --max-new-tokens to read on"
@@ -72,9 +73,11 @@ def _streamed(opened: OpenModel, ids: list[int], sampling: Sampling) -> Answer:
     return answer
 
 
-def _answered(opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int) -> list[Answer]:
+def _answered(
+    opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int, end: int
+) -> list[Answer]:
     """The answers in the order of the prompts."""
-    answers = answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size)
+    answers = answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size, end)
     console = Console(stderr=True)
     found = dict(track(answers, "Answering", total=len(ids_of), console=console, transient=True))
     return [found[place] for place in range(len(ids_of))]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data import Example, Row, Source, Template, encode_texts, read_rows
+from lola_ft.data import ChatTemplate, Example, PromptTemplate, Row, Source, Template, load_template, read_rows
 from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
@@ -28,16 +28,6 @@ class Asked:
 
     row: dict[str, Any]
     example: Example
-
-
-def conversation_ids(example: Example, template: Template, tokenizer: Any) -> list[int]:
-    """Token ids of all that stands in front of an example's last answer, as training has them."""
-    prompts = encode_texts(template.render(example), tokenizer)
-    answers = encode_texts([answer for _, answer in example.earlier], tokenizer)
-    ids = list[int]()
-    for prompt, answer in zip(prompts[:-1], answers, strict=True):
-        ids += [*prompt, *answer, tokenizer.eos_token_id]
-    return ids + prompts[-1]
 
 
 def request(fields: Fields, where: str = "The prompt", earlier: Sequence[Exchange] = ()) -> Example:
@@ -82,16 +72,20 @@ def _open_conversation(row: Row) -> Example:
     return request(last, row.where, earlier)
 
 
-def template_of(opened: OpenModel, given: Template | None, others: Template | None = None) -> Template:
+def template_of(opened: OpenModel, given: str | None, others: PromptTemplate | None = None) -> PromptTemplate:
     """The template to talk to a model with: the given one, or the one it was trained with.
 
     Args:
+        given: A template's name, as in a recipe.
         others: Of the models that it is compared with: a base has none, and gets this one, so that all read the same.
-            Without one, `plain`.
+            Without one, its tokenizer's chat template; without that, `plain`.
     """
-    own = given or opened.template
-    if own:
-        return own
-    how = "as they are (plain)" if others is None else "by the template that the others were trained with"
+    if given:
+        return load_template(given, opened.tokenizer)
+    if opened.template:
+        return opened.template
+    found = others or ChatTemplate.of(opened.tokenizer)
+    how = "as they are (plain)" if found is None else "by its tokenizer's chat template"
+    how = how if others is None else "by the template that the others were trained with"
     print(f"{opened.subject.name} has no prompt template: prompts are given {how}.", file=sys.stderr)
-    return others or Template.load("plain")
+    return found or Template.load("plain")

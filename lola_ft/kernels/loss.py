@@ -3,14 +3,14 @@
 Only rows with a label are scored, a chunk at a time, and the gradient of the hidden states is formed on the way
 forward, so that no chunk's logits outlive it.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, N labelled rows.
+Shapes: B batch, S sequence, D hidden, V vocabulary, N labelled rows, K rows of the head that are trained.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORE = -100
 # 256 rows of 100 096 float32 logits are 102 MB; larger chunks gain nothing, smaller ones lose matmul efficiency.
@@ -18,9 +18,33 @@ _CHUNK_ROWS = 256
 _CPU_ROWS = 32  # of a chunk that a CPU takes from logits to gradients at a time: these stay in the cores' caches
 
 
+class TokenRows(NamedTuple):
+    """Rows that take the place of some of an output head's.
+
+    Attributes:
+        ids_K: Their token ids (K,), int64.
+        rows_KD: (K, D), any float dtype.
+    """
+
+    ids_K: Tensor
+    rows_KD: Tensor
+
+
+def head_of(head: nn.Module) -> tuple[Tensor, TokenRows | None]:
+    """Return an output head's frozen weight (V, D), and the rows that an adapter trains in place of some of it."""
+    layer: Any = getattr(head, "token_adapter", None)
+    apart = hasattr(layer, "rows")  # PEFT's own layer gives one matrix with its rows put in
+    weight: Any = layer.get_base_layer().weight if apart else head.weight
+    return weight, layer.rows() if apart else None
+
+
 @torch.compiler.disable  # how many rows have a label is in the data
 def labelled_cross_entropy(
-    x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, num_items_in_batch: Tensor | int | None = None
+    x_BSD: Tensor,
+    head_VD: Tensor,
+    labels_BS: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    trained: TokenRows | None = None,
 ) -> Tensor:
     """Next-token cross-entropy of the labelled positions.
 
@@ -29,6 +53,7 @@ def labelled_cross_entropy(
         labels_BS: Labels (B, S), not yet shifted; -100 is ignored.
         num_items_in_batch: What to divide the sum by; the number of labels if absent. With gradient accumulation
             the trainer gives the labels of the whole step, which makes 1x8 equal to 8x1.
+        trained: Rows in place of some of the head's.
 
     Returns:
         A float32 scalar; a differentiable 0 if nothing is labelled.
@@ -37,16 +62,17 @@ def labelled_cross_entropy(
     mask = targets != IGNORE
     rows_ND, targets_N = x_BSD[:, :-1][mask], targets[mask]
     divisor = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
-    total = _SummedCrossEntropy.apply(rows_ND, head_VD, targets_N)
+    ids_K, rows_KD = trained or (None, None)
+    total = _SummedCrossEntropy.apply(rows_ND, head_VD, targets_N, ids_K, rows_KD)
     return total / torch.as_tensor(divisor, device=total.device).clamp(min=1)
 
 
 @torch.no_grad()
-def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
+def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: TokenRows | None = None) -> Tensor:
     """What each labelled token costs: minus the log of its probability. Without gradient.
 
     Args:
-        x_BSD, labels_BS: As for `labelled_cross_entropy`.
+        x_BSD, head_VD, labels_BS, trained: As for `labelled_cross_entropy`.
 
     Returns:
         Float32 (N,), in the order of the labels, row by row.
@@ -57,17 +83,30 @@ def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor) -> Tensor:
     nats_N = rows_ND.new_empty(targets_N.shape, dtype=torch.float32)
     for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        logits = (rows_ND[chunk].to(head_VD.dtype) @ head_VD.t()).float()
+        rows = rows_ND[chunk].to(head_VD.dtype)
+        logits = rows @ head_VD.t()
+        if trained is not None:
+            logits[:, trained.ids_K] = rows @ trained.rows_KD.to(rows.dtype).t()
+        logits = logits.float()
         nats_N[chunk] = F.cross_entropy(logits, targets_N[chunk], reduction="none")
     return nats_N
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows; forms d_rows in forward, and d_head only if the head is trained."""
+    """Sum over rows; forms d_rows in forward, and d_head only if the head, or some rows of it, are trained."""
 
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_ND: Tensor,
+        head_VD: Tensor,
+        targets_N: Tensor,
+        ids_K: Tensor | None = None,
+        trained_KD: Tensor | None = None,
+    ) -> Tensor:
         wants_rows, wants_head = ctx.needs_input_grad[:2]
+        d_trained_KD = None if trained_KD is None else torch.zeros_like(trained_KD, dtype=torch.float32)
+        own_KD = None if trained_KD is None else trained_KD.to(head_VD.dtype)
         d_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         total = rows_ND.new_zeros((), dtype=torch.float32)
@@ -76,22 +115,29 @@ class _SummedCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + _CHUNK_ROWS)
             rows, targets = rows_ND[chunk].to(head_VD.dtype), targets_N[chunk]
             logits = torch.mm(rows, head_VD.t(), out=logits_CV[: targets.numel()])
-            total += _nats_and_gradients(logits, targets, wants_rows or wants_head)
+            if own_KD is not None:
+                logits[:, ids_K] = rows @ own_KD.t()
+            total += _nats_and_gradients(logits, targets, any(ctx.needs_input_grad))
+            if own_KD is not None and d_trained_KD is not None:
+                d_own_CK = logits[:, ids_K]
+                logits[:, ids_K] = 0  # the frozen rows had no part in it
+                d_trained_KD += (d_own_CK.t() @ rows).float()
             if d_rows_ND is not None:
-                d_rows_ND[chunk] = (logits @ head_VD).to(d_rows_ND.dtype)
+                d_x = logits @ head_VD
+                d_rows_ND[chunk] = (d_x if own_KD is None else d_x + d_own_CK @ own_KD).to(d_rows_ND.dtype)
             if d_head_VD is not None:
                 d_head_VD += (logits.t() @ rows).float()
-        ctx.save_for_backward(d_rows_ND, d_head_VD)
+        ctx.save_for_backward(d_rows_ND, d_head_VD, d_trained_KD)
         ctx.head_dtype = head_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_rows_ND, d_head_VD = ctx.saved_tensors
+        d_rows_ND, d_head_VD, d_trained_KD = ctx.saved_tensors
         d_total = grads[0]
         d_rows = None if d_rows_ND is None else d_rows_ND * d_total.to(d_rows_ND.dtype)
         d_head = None if d_head_VD is None else (d_head_VD * d_total).to(ctx.head_dtype)
-        return d_rows, d_head, None
+        return d_rows, d_head, None, None, None if d_trained_KD is None else d_trained_KD * d_total
 
 
 def _nats_and_gradients(logits_NV: Tensor, targets_N: Tensor, gradients: bool) -> Tensor:

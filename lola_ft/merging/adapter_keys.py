@@ -26,6 +26,9 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family
             return found
         if found := _pair(called.removesuffix(".weight"), held) if called.endswith(".weight") else []:
             return found
+    for called in (name, _called_in_memory(name, family)) if name in family.embeddings else ():
+        if found := _held((f"{called.removesuffix('.weight')}.token_adapter.trainable_tokens_delta",), held):
+            return found
     if name.endswith(".bias"):
         return _bias(name.removesuffix(".bias"), held, family)
     if not name.endswith(".weight"):

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from lola_ft.checkpoints.folder import TEMPLATE_FILE, TOKENIZER_FILES
+from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_FILES, read_json
 from lola_ft.files import copy_files, write_text
 from lola_ft.merging.merge_base import MergeBase
 
-_OTHER_FILES = ("generation_config.json", "*.py")
+_OTHER_FILES = (GENERATION_FILE, "*.py")
 
 
 def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None:
@@ -36,9 +36,13 @@ def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> No
     copy_files(base_folder, folder, _OTHER_FILES)
     copy_files(tokenizer, folder, TOKENIZER_FILES)
     copy_files(adapter_folder, folder, (TEMPLATE_FILE,))
-    if not (folder / "generation_config.json").is_file():
+    stops = adapter_folder / GENERATION_FILE
+    if not (folder / GENERATION_FILE).is_file():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         ids = {
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
         }
-        write_text(folder / "generation_config.json", json.dumps(ids, indent=2) + "\n")
+        write_text(folder / GENERATION_FILE, json.dumps(ids, indent=2) + "\n")
+    if stops.is_file():  # answers end with another token than the base's
+        config = read_json(folder / GENERATION_FILE) | {"eos_token_id": read_json(stops)["eos_token_id"]}
+        write_text(folder / GENERATION_FILE, json.dumps(config, indent=2) + "\n")

@@ -28,12 +28,15 @@ class Deltas:
         self._pair: tuple[Tensor, Tensor] | None = None
         self._factor: Tensor | None = None
         self._trained: Tensor | None = None
+        self._rows: Tensor | None = None
         self._update = torch.empty(0)
 
     def tensors_for(self, name: str) -> list[str]:
         """List the adapter's tensors that change this weight, by module and factor; empty if none does."""
         if name in self.outline.trained:
             return [name]
+        if name in self.outline.token_rows:
+            return [f"{name.removesuffix('.weight')}.token_rows"]
         module = name.removesuffix(".weight")
         if module not in self.outline.pairs or module == name:
             return []
@@ -56,6 +59,8 @@ class Deltas:
         if len(self._update) < values.numel():
             self._update = torch.empty(values.numel())
         update = self._update[: values.numel()]
+        if self._rows is not None:
+            return torch.sub(self._with_rows(name, start, values), values, out=update)
         if self._trained is not None:
             return torch.sub(self._trained[start : start + values.numel()], values, out=update)
         self._product(name, start, update)
@@ -81,13 +86,15 @@ class Deltas:
     def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
         """Return the values that replace the base's, float32, if the weight was fully trained; else None."""
         self._fetch(name)
+        if self._rows is not None:
+            return self._with_rows(name, start, values)
         return None if self._trained is None else self._trained[start : start + values.numel()]
 
     def _fetch(self, name: str) -> None:
         """Read what changes this weight, float32."""
         if name == self._name:
             return
-        self._pair = self._trained = self._factor = None
+        self._pair = self._trained = self._factor = self._rows = None
         if name in self.outline.trained:
             (key,) = self.outline.keys[name]
             entry = self._entries[key]
@@ -95,12 +102,26 @@ class Deltas:
                 expert = self._expert(name.removesuffix(".bias")).expert
                 entry = entry.rows(expert, expert + 1)
             self._trained = entry.read(torch.float32).view(-1)
+        elif name in self.outline.token_rows:
+            (key,) = self.outline.keys[name]
+            self._rows = self._entries[key].read(torch.float32)
         else:
             module = name.removesuffix(".weight")
             self._pair = self._read_pair(module)
             if self.outline.pairs[module].magnitude is not None:
                 self._factor = self._dora_factor(name)
         self._name = name
+
+    def _with_rows(self, name: str, start: int, values: Tensor) -> Tensor:
+        """Return whole rows of an embedding, flat from `start` on, with the trained tokens' rows in their places."""
+        assert self._rows is not None, f"{name}: no rows of it are trained"
+        columns = self._base.entries[name].shape[-1]
+        changed = values.float().view(-1, columns).clone()
+        for place, token in enumerate(self.outline.token_ids):
+            row = token - start // columns
+            if 0 <= row < len(changed):
+                changed[row] = self._rows[place]
+        return changed.view(-1)
 
     def _dora_factor(self, name: str) -> Tensor:
         """Return DoRA's factor per output: its learned length over its length with the update, float32 (outputs,)."""

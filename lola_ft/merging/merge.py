@@ -13,6 +13,7 @@ from lola_ft.files import replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.companions import copy_companions, write_config
 from lola_ft.merging.deltas import Deltas
+from lola_ft.merging.grown_base import GrownBase
 from lola_ft.merging.merge_base import CheckpointBase, MergeBase
 from lola_ft.merging.merge_report import MergeReport
 from lola_ft.merging.merged_card import write_card
@@ -56,6 +57,7 @@ def merge(
     _check_options(dtype, rounding, checks, out)
     stored = read_adapter(adapter)
     source = _open_base(base, revision, _own_rounding(stored, rounding), stored)
+    source = GrownBase.grow(source, stored.vocabulary(source.architecture.sizes.vocab))
     own, other = source.fingerprint, stored.metadata.get("base_fingerprint")
     if other not in (None, own) and not allow_other_base:
         raise AdapterError(

@@ -217,6 +217,16 @@ class _AdapterFile:
             found.append(squares.sum(0) if in_by_out else squares.sum(1))
         return (torch.stack(found).sum(0) if in_by_out else torch.cat(found)).sqrt()
 
+    def token_rows(self, name: str) -> dict[int, Tensor]:
+        """Read the rows of an embedding that were trained, by their place; none for another weight."""
+        (key,) = self.keys_of(name)
+        if not key.endswith(".trainable_tokens_delta"):
+            return {}
+        given = self.stored.config["trainable_token_indices"]
+        ids = given if isinstance(given, list) else next(iter(given.values()))
+        with safe_open(self.stored.folder / WEIGHTS_FILE, framework="pt") as file:
+            return dict(zip(ids, file.get_tensor(key), strict=True))
+
     def trained(self, name: str) -> Tensor:
         """Read the fully trained weight."""
         (key,) = self.keys_of(name)
@@ -261,6 +271,8 @@ def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -
 def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, choice: random.Random) -> _Found:
     """Check a few rows of a changed weight."""
     wanted = _row_choice(merged, choice)
+    if len(adapter.keys_of(merged.name)) == 1:
+        wanted = sorted({*wanted, *adapter.token_rows(merged.name)})
     start = base.rows(base.entries[merged.name], wanted)
     written = torch.cat([merged.rows(row, row + 1).read() for row in wanted])
     return _compare(adapter, merged, start, written, wanted)
@@ -268,7 +280,7 @@ def _check_rows(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry, cho
 
 def _check_whole(base: MergeBase, adapter: _AdapterFile, merged: TensorEntry) -> _Found:
     """Check every value of a changed weight, some rows at a time."""
-    if len(adapter.keys_of(merged.name)) == 1:
+    if len(adapter.keys_of(merged.name)) == 1 and not adapter.token_rows(merged.name):
         every = list(range(merged.shape[0]))
         return _compare_trained(adapter, merged, base.rows(base.entries[merged.name], every), merged.read(), every)
     columns = merged.shape[1]
@@ -322,7 +334,12 @@ def _compare_trained(
     adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written: Tensor, rows: list[int]
 ) -> _Found:
     """Check that a fully trained weight replaces the base's; to take the update off again is to have the base."""
-    trained = adapter.trained(merged.name)[rows]
+    if by_place := adapter.token_rows(merged.name):
+        trained = torch.stack(
+            [by_place[row].float() if row in by_place else own.float() for row, own in zip(rows, start, strict=True)]
+        )
+    else:
+        trained = adapter.trained(merged.name)[rows]
     if not torch.equal(trained.to(written.dtype), written):
         raise CheckpointError(f"{merged.file}: tensor '{merged.name}' is not the adapter's trained weight.")
     visible = not torch.equal(written, start.to(written.dtype))

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 
 from lola_ft.errors import UserError
-from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.kernels.loss import head_of, labelled_cross_entropy
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.conversion import IGNORED_KEYS, register_conversion
 from lola_ft.model.layers import LolaBlock, init_weights
@@ -249,7 +249,8 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
         x_BSD = outputs.last_hidden_state
         loss, logits = None, None
         if labels is not None:
-            loss = labelled_cross_entropy(x_BSD, self.lm_head.weight, labels, num_items_in_batch)
+            head_VD, trained = head_of(self.lm_head)
+            loss = labelled_cross_entropy(x_BSD, head_VD, labels, num_items_in_batch, trained)
         if labels is None or not skip_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x_BSD[:, kept])

@@ -7,7 +7,7 @@ import torch
 from lola_ft.adapters.layouts import to_state
 from lola_ft.adapters.on_disk import file_metadata
 from lola_ft.adapters.selection import check_selection
-from lola_ft.adapters.settings import AdapterSettings
+from lola_ft.adapters.settings import AdapterSettings, token_modules
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.checkpoints.safetensors_writer import file_header
 from lola_ft.families import Architecture, Place
@@ -65,6 +65,12 @@ def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> Ad
             weights.trained[name] = torch.empty(place.shape, device="meta")
         elif kind == "bias" and settings.tune_biases:
             weights.base_biases[name] = torch.empty(place.shape, device="meta")
+    if settings.token_ids:
+        weights.token_ids = settings.token_ids
+        names = token_modules(architecture).values()
+        weights.token_rows = {
+            name: torch.empty(len(settings.token_ids), architecture.sizes.hidden, device="meta") for name in names
+        }
     return weights
 
 

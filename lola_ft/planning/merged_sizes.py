@@ -1,6 +1,7 @@
 """Sizes of a merged model's files: the base's files, each tensor in the base's dtype or the one that is asked for."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def merged_files(folder: Path, architecture: Architecture, dtype: torch.dtype | 
     """Return the bytes of each file that `merge.py` will write, headers included.
 
     Args:
+        architecture: Of the merged model.
         folder: The base's. Only the headers of its weights are read. Without weights, its index and the dtype in its
             config count; without an index, one file.
         dtype: Of the merged tensors; None keeps each one's own.
@@ -43,7 +45,12 @@ def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]
         return _planned_shards(folder, architecture)
     checkpoint = BaseCheckpoint.open(folder)
     shards: dict[str, list[Outline]] = {file.name: [] for file in checkpoint.files}
-    for entry in put_together(checkpoint.copied, checkpoint.stored_name, architecture.family):
+    embeddings, rows = architecture.family.embeddings, architecture.sizes.vocab  # trained tokens may add rows to them
+    copied = [
+        replace(entry, shape=(rows, *entry.shape[1:])) if entry.name in embeddings else entry
+        for entry in checkpoint.copied
+    ]
+    for entry in put_together(copied, checkpoint.stored_name, architecture.family):
         shards[entry.file.name].append((entry.name, entry.shape, entry.dtype))
     return shards
 

@@ -180,6 +180,13 @@ class Source(Section):
     language: Name | None = Field(default=None, description="language code of every row")
     language_column: Name | None = Field(default=None, description="field of a row that holds its language code")
     fields: dict[str, Name] = Field(default={}, description="the format's field name: the file's field name")
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        default={}, description="conversations: a role's name in the file: what it means; common names are known"
+    )
+    join_turns: bool = Field(default=False, description="conversations: join neighbouring turns of one role")
+    trim_last_turn: bool = Field(
+        default=False, description="conversations: leave out last turns that no answer follows"
+    )
     labels: Annotated[dict[str, Name], Field(min_length=1)] | None = Field(
         default=None, description="classification: a label as the file has it: the word for it"
     )
@@ -216,7 +223,7 @@ class Source(Section):
     def _format_rules(self) -> Iterable[Problem]:
         """Yield keys that belong to another format, and names that an instruction may not use."""
         for key, formats in _KEYS_OF_FORMATS.items():
-            if getattr(self, key) is not None and self.format not in formats:
+            if getattr(self, key) not in (None, {}, False) and self.format not in formats:
                 yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
         for side in ("source_language", "target_language"):
             if self.format == "translation" and getattr(self, side) is not None and side in self.fields:
@@ -232,7 +239,11 @@ class Source(Section):
                 yield ("instruction",), "names {labels}, and this source has no `labels`. Add them"
 
 
+_CONVERSATIONS = ("messages", "prompt_completion", "preference", "unpaired_preference")
 _KEYS_OF_FORMATS = {
+    "roles": _CONVERSATIONS,
+    "join_turns": _CONVERSATIONS,
+    "trim_last_turn": ("messages",),
     "labels": ("classification",),
     "source_language": ("translation",),
     "target_language": ("translation",),
@@ -249,8 +260,17 @@ def _kind_of_validation(value: Any) -> str | None:
 class Data(Section):
     """The data that the model learns from."""
 
-    template: Name = Field(default="alpaca", description="bundled prompt template, or a path that ends in .jinja")
+    template: Name = Field(
+        default="alpaca",
+        description="bundled prompt template, chat (the tokenizer's own chat template), or a path that ends in .jinja",
+    )
     sources: list[Source] = Field(min_length=1, description="where the training rows come from")
+    learn: Literal["all_answers", "last_answer"] = Field(
+        default="all_answers", description="which answers of a conversation are learned; the others are read"
+    )
+    special_tokens: list[Name] = Field(
+        default=[], description="special tokens to add to the tokenizer where it lacks them; their rows are trained"
+    )
     normalize: Literal["none", "nfc"] = Field(default="none", description="nfc composes characters; none changes none")
     on_bad_row: Literal["error", "skip"] = Field(
         default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
@@ -282,6 +302,8 @@ class Data(Section):
         if self.leakage != "error" and not isinstance(self.validation, list):
             yield ("leakage",), "is for validation sources of its own; of a share of the rows none can leak. Remove it"
         rows = [*self.sources, *(self.validation if isinstance(self.validation, list) else [])]
+        if self.learn != "all_answers" and not any(source.format in ("messages", "alpaca") for source in rows):
+            yield ("learn",), "is for conversations of several answers, and no source has any. Remove it"
         answers = next((source.format for source in rows if source.format != "text"), None)
         if self.overlong == "split" and answers is not None:
             yield (
@@ -428,8 +450,11 @@ class Recipe(Section):
         return preference_rules.with_defaults(given)
 
     def _rules(self) -> Iterable[Problem]:
-        groups = (self.adapter.attention, self.adapter.mlp, self.adapter.experts)
-        if self.router.mode == "frozen" and not any((*groups, self.adapter.norms, self.adapter.biases)):
+        adapter = self.adapter
+        groups = (adapter.attention, adapter.mlp, adapter.shared_experts, adapter.experts)
+        if self.router.mode == "frozen" and not any(
+            (*groups, self.adapter.norms, self.adapter.biases, self.data.special_tokens)
+        ):
             advice = "Give a rank to attention, mlp or experts, or set router.mode to tuned"
             yield ("adapter",), f"nothing would be trained. {advice}"
         if self.adapter.variant == "dora" and self.router.mode == "lora":

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lola_ft.data import Template
+from lola_ft.data import check_template, load_template
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.model.choices import Choices, seen_choices
@@ -56,13 +56,19 @@ def profile_routing(
     """
     if template is not None and format == "text":
         raise UserError("--template does nothing to format text, which has no prompt. Leave it out.")
+    if template is not None:
+        check_template(template)
     sources = sources_of(data, format, language_column, unit)
     opened = open_model(model, base, revision, quantization, device=device)
     opened.architecture.require({str(model): "experts"})
     positions = opened.sizes.positions
     if max_length is not None and not 1 <= max_length <= positions:
         raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")
-    rendered = opened.template if template is None and opened.template else Template.load(template or "alpaca")
+    rendered = (
+        opened.template
+        if template is None and opened.template
+        else load_template(template or "alpaca", opened.tokenizer)
+    )
     texts = Texts(sources, opened.tokenizer, max_length or positions, max_tokens_per_language, rendered)
     return profile_texts(opened.model, texts, about_model(opened, texts.max_length), sample)
 

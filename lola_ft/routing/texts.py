@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lola_ft.data import Example, Source, Template, encode_texts, files_of, read_examples
+from lola_ft.data import Example, PromptTemplate, Source, encode_texts, files_of, read_examples
 from lola_ft.data.formats import FORMATS
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError
@@ -41,7 +41,7 @@ class Texts:
     tokenizer: Any
     max_length: int
     max_tokens: int | None = None
-    template: Template | None = None
+    template: PromptTemplate | None = None
     tokens: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     documents: Counter[str] = field(default_factory=Counter)
@@ -54,28 +54,25 @@ class Texts:
 
     def _pieces(self, batch: list[Example]) -> Iterator[Piece]:
         """Pieces of a batch. Prompts and answers are tokenised apart, as in training."""
-        parts = [self._parts(example) for example in batch]
-        encoded = iter(encode_texts([text for texts in parts for text in texts], self.tokenizer))
-        for example, texts in zip(batch, parts, strict=True):
-            ids = [token for _ in texts for token in next(encoded)]
+        prompted = [example for example in batch if example.prompt is not None]
+        assert not prompted or self.template is not None, "a format with prompts needs a template"
+        turns = iter(self.template.turns(prompted, self.tokenizer) if self.template and prompted else ())
+        plain = [example.completion for example in batch if example.prompt is None]
+        encoded = iter(encode_texts(plain, self.tokenizer))
+        for example in batch:
+            is_text = example.prompt is None
+            ids = next(encoded) if is_text else [id for turn in next(turns) for id in (*turn.prompt, *turn.answer[:-1])]
             language = example.language
             room = len(ids) if self.max_tokens is None else self.max_tokens - self.tokens[language]
             kept = ids[:room]
             if not kept:
                 continue
-            whole = len(kept) == len(ids)
             self.tokens[language] += len(kept)
             self.documents[language] += 1
-            self.bytes[language] += sum(len(text.encode()) for text in texts) if whole else self._bytes_of(kept)
+            exact = is_text and len(kept) == len(ids)
+            self.bytes[language] += len(example.completion.encode()) if exact else self._bytes_of(kept)
             for start in range(0, len(kept), self.max_length):
                 yield Piece(language, kept[start : start + self.max_length])
-
-    def _parts(self, example: Example) -> list[str]:
-        if example.prompt is None:
-            return [example.completion]
-        assert self.template is not None, "a format with prompts needs a template"
-        answers = [*(answer for _, answer in example.earlier), example.completion]
-        return [text for pair in zip(self.template.render(example), answers, strict=True) for text in pair]
 
     def _bytes_of(self, ids: list[int]) -> int:
         """Bytes of a text's beginning; exact but for a character that the cut falls into."""

@@ -4,21 +4,28 @@ The only file of training that knows how bases are opened. What needs PEFT and b
 functions that load and save: plans and previews do without them.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from rich.console import Console
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
+from lola_ft.adapters.layouts import grown_vocabulary
 from lola_ft.adapters.selection import read_selection
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
-from lola_ft.checkpoints.folder import TEMPLATE_FILE, commit_of, resolve_folder, text_folder
+from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.data import PromptTemplate, Template, chat_source
+from lola_ft.data.turns import eos_of, special_tokens
 from lola_ft.errors import UserError
 from lola_ft.families import Architecture
+from lola_ft.files import write_text
 from lola_ft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,9 +52,39 @@ class OpenBase:
     architecture: Architecture
     checkpoint: BaseCheckpoint | None = None
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Load the tokenizer, checked against the vocabulary."""
-        return load_tokenizer(self.folder, self.architecture.config)
+    def tokenizer(self, special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+        """Load the tokenizer, checked against the vocabulary, with these special tokens added where it lacks them."""
+        return self._with_added(special_tokens)[0]
+
+    def trained_tokens(self, special_tokens: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of special tokens, in order, and those that the tokenizer lacked."""
+        if not special_tokens:
+            return (), ()
+        tokenizer, new = self._with_added(special_tokens)
+        ids, added = (set(tokenizer.convert_tokens_to_ids(list(names))) for names in (special_tokens, new))
+        return tuple(sorted(ids)), tuple(sorted(added))
+
+    def trained_architecture(self, recipe: Recipe) -> Architecture:
+        """Return the architecture in training: with further rows of embeddings where new tokens find no free ones."""
+        ids, rows = self.trained_tokens(recipe.data.special_tokens)[0], self.architecture.sizes.vocab
+        return self.architecture.with_vocabulary(grown_vocabulary(ids, rows))
+
+    def _with_added(self, names: Sequence[str]) -> tuple[PreTrainedTokenizerFast, list[str]]:
+        """Return the tokenizer with these special tokens, and those among them that it lacked.
+
+        Raises:
+            UserError: A name that is an ordinary token.
+        """
+        tokenizer = load_tokenizer(self.folder, self.architecture.config, names)
+        known, vocabulary = special_tokens(tokenizer), tokenizer.get_vocab()
+        if ordinary := [name for name in names if name in vocabulary and name not in known]:
+            raise UserError(
+                f"data.special_tokens: '{ordinary[0]}' is an ordinary token of this base already, which texts use. "
+                "Choose another name."
+            )
+        new = [name for name in dict.fromkeys(names) if name not in known]
+        tokenizer.add_tokens([AddedToken(name, normalized=False, special=True) for name in new], special_tokens=True)
+        return tokenizer, new
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
@@ -103,8 +140,12 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
 
 
-def adapter_settings(recipe: Recipe) -> AdapterSettings:
-    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings."""
+def adapter_settings(recipe: Recipe, token_ids: Sequence[int] | None = None) -> AdapterSettings:
+    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings.
+
+    Args:
+        token_ids: Of the recipe's special tokens; None stands for as many of any ids, where only sizes matter.
+    """
     adapter, router = recipe.adapter, recipe.router
     groups = {
         "attention": adapter.attention,
@@ -131,6 +172,7 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
         tune_router=router.mode == "tuned",
         tune_norms=adapter.norms,
         tune_biases=adapter.biases,
+        token_ids=tuple(range(len(set(recipe.data.special_tokens))) if token_ids is None else token_ids),
     )
 
 
@@ -140,30 +182,56 @@ def load_with_adapter(
     """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
     from lola_ft.adapters import add_adapter
     from lola_ft.adapters.loftq import start_at_rounding_error
+    from lola_ft.adapters.peft_model import identity_of
+    from lola_ft.adapters.token_rows import grow_embeddings, start_at_mean
     from lola_ft.quantization import audit
     from lola_ft.quantization.load import load_checkpoint
 
     assert base.checkpoint is not None, "a base is opened with its weights to be loaded"
     model = load_checkpoint(base.checkpoint, base.name, recipe.base.quantization, dtype, device, quiet=console.quiet)
     sizes = audit(model).as_dict()
-    settings = adapter_settings(recipe)
+    token_ids, new_ids = base.trained_tokens(recipe.data.special_tokens)
+    settings = adapter_settings(recipe, token_ids)
+    rows = base.trained_architecture(recipe).sizes.vocab
+    if rows > base.architecture.sizes.vocab:
+        console.print(f"The embeddings grow from {base.architecture.sizes.vocab:,} to {rows:,} rows for new tokens.")
+        identity_of(model)
+        grow_embeddings(model, rows)
     with_adapter = add_adapter(model, settings)
+    start_at_mean(with_adapter, new_ids)
     if settings.init == "loftq":
         console.print(start_at_rounding_error(with_adapter, base.checkpoint))
     return with_adapter, sizes
 
 
 def save_adapter(
-    model: "PeftModel", folder: Path, tokenizer: PreTrainedTokenizerFast | None = None, template: str = ""
+    model: "PeftModel",
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    template: PromptTemplate | None = None,
 ) -> str:
-    """Write the adapter, with tokenizer and prompt template for its users, whole or not at all; returns its layout."""
+    """Write the adapter, with tokenizer and templates for its users, whole or not at all; returns its layout."""
     from lola_ft import adapters
 
     def write_companions(partial: Path) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-            (partial / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+        if tokenizer is not None and template is not None:
+            write_texts(partial, tokenizer, template)
 
     layout = adapters.fitting_layout(model)
     adapters.save_adapter(model, folder, layout, write_companions)
     return layout
+
+
+def write_texts(folder: Path, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate) -> None:
+    """Write a tokenizer whose chat template writes prompts as training did, and the prompt template.
+
+    Where another token than the end of text ends an answer, `generation_config.json` says that both stop generation.
+    """
+    tokenizer.chat_template = chat_source(template, tokenizer)
+    tokenizer.save_pretrained(folder)
+    if isinstance(template, Template):
+        (folder / TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
+    end, eos = template.end_of(tokenizer), eos_of(tokenizer)
+    if end != eos:
+        stops = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": [end, eos]}
+        write_text(folder / GENERATION_FILE, json.dumps(stops, indent=2) + "\n")

@@ -19,13 +19,14 @@ from lola_ft.data import (
     LeakCheck,
     Mixed,
     MixSettings,
+    PromptTemplate,
     Source,
-    Template,
     commit_of,
     encode,
     encode_judged,
     files_of,
     hold_out,
+    load_template,
     mix,
     read_examples,
     without_duplicates,
@@ -59,7 +60,7 @@ class RunData:
     train: Encoded
     mix: Mixed
     validation: Encoded | None
-    template: Template
+    template: PromptTemplate
     source_hashes: dict[str, str]
     commits: dict[str, str]
     bad_rows: BadRows | None
@@ -87,7 +88,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     Raises:
         DataError: Naming file and line.
     """
-    template = Template.load(data.template)
+    template = load_template(data.template, tokenizer)
     files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
     hashes = {str(file): sha256_of(file) for file in files}
     key = None if _judged(data) else rows_key(data, tokenizer, template, hashes, seed)
@@ -118,14 +119,14 @@ def _find(key: str) -> tuple[StoredRows | None, str]:
 
 
 def _encode(
-    data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, seed: int, key: str | None
+    data: Data, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, seed: int, key: str | None
 ) -> StoredRows:
     """Read, split and encode the rows, and keep them under a key."""
     bad_rows = BadRows() if data.on_bad_row == "skip" else None
     workers = min(usable_cores(), _MOST_THREADS)
 
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
-        return read_examples(map(_source, sources), bad_rows, data.normalize)
+        return read_examples(map(_source, sources), bad_rows, data.normalize, data.learn)
 
     with new_folder() as (folder, keepable), shown_progress() as progress:
 
@@ -161,7 +162,7 @@ def _encode(
 
 def training_examples(data: Data) -> Iterator[Example]:
     """Read the training sources again, without bad rows; rows that are held out are among them."""
-    return read_examples(map(_source, data.sources), BadRows(), data.normalize)
+    return read_examples(map(_source, data.sources), BadRows(), data.normalize, data.learn)
 
 
 def pin(data: Data) -> Data:
@@ -186,7 +187,7 @@ def _all_sources(data: Data) -> list[RecipeSource]:
 
 
 def rows_key(
-    data: Data, tokenizer: PreTrainedTokenizerFast, template: Template, hashes: dict[str, str], seed: int
+    data: Data, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, hashes: dict[str, str], seed: int
 ) -> str | None:
     """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
     if any(source.hub and not is_commit(source.revision) for source in _all_sources(data)):

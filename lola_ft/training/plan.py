@@ -48,7 +48,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     device, limit = target_machine(gpu)
     recipe, base = fit_to_base(recipe, Console(stderr=True))
     facts, note = _facts_of_data(recipe, base) if with_data else (None, "The data was not read (--no-data).")
-    job = job_of(recipe, base.architecture, device, facts.longest if facts else None)
+    job = job_of(recipe, base.trained_architecture(recipe), device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps

@@ -134,7 +134,7 @@ def _finish(
     """Write the adapter with tokenizer and template, the manifest, the plots and the card."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = output / ADAPTER_FOLDER
-    layout = save_adapter(model, adapter, prepared.tokenizer, prepared.data.template.source)
+    layout = save_adapter(model, adapter, prepared.tokenizer, prepared.data.template)
     metrics = read_metrics(output / METRICS_FILE)
     if routing := routing_results(metrics):
         results["routing"] = routing

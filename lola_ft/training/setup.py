@@ -101,7 +101,7 @@ def read_data(
     Raises:
         UserError: Naming file and line, or what differs from the earlier run.
     """
-    tokenizer = base.tokenizer()
+    tokenizer = base.tokenizer(recipe.data.special_tokens)
     recipe = recipe.model_copy(update={"data": pin(recipe.data)})
     if earlier:
         refuse_changes(recipe, earlier.recipe, earlier.folder, allow_changed)

@@ -197,7 +197,7 @@ def test_an_unknown_template_lists_the_bundled_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Template.load("alpacca")
     assert str(caught.value) == (
-        "template 'alpacca' is unknown. Bundled are alpaca, chatml, plain; "
+        "template 'alpacca' is unknown. Bundled are alpaca, chatml, plain; chat is the tokenizer's own chat template; "
         "a template of your own is a path that ends in .jinja."
     )
     with pytest.raises(DataError, match="no such template"):

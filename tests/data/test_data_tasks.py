@@ -183,14 +183,15 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("messages", {"messages": "hi"}, {}, "field 'messages' must be a list of messages, each with role and content."),
     ("messages", {"messages": []}, {}, "field 'messages' must be a list of messages, each with role and content."),
-    ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content; found str."),
+    ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content."),
     (
         "messages",
-        {"messages": [{"role": "bot", "content": "a"}]},
+        {"messages": [{"role": "narrator", "content": "a"}]},
         {},
-        "messages[0]: role must be system, user or assistant; found 'bot'.",
+        "messages[0]: role 'narrator' is unknown; there are system, user, assistant and tool, and common other names "
+        "of them. Say which it is with `roles: {narrator: assistant}` in the source.",
     ),
-    ("messages", {"messages": [{}]}, {}, "messages[0]: role must be system, user or assistant; found None."),
+    ("messages", {"messages": [{}]}, {}, "messages[0] has no role. Give it one of system, user, assistant and tool."),
     ("messages", {"messages": [{"role": "user", "text": "a"}]}, {}, "messages[0] has no content (found: role, text)."),
     (
         "messages",
@@ -203,22 +204,30 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "messages",
         {"messages": [U, A, U]},
         {},
-        "messages ends with the user's turn, so there is nothing to learn after it.",
+        "messages ends with the user's turn, so there is nothing to learn after it. Remove that turn "
+        "(`trim_last_turn: true` in the source does).",
     ),
     (
         "messages",
         {"messages": [SYSTEM]},
         {},
-        "messages ends with the system's turn, so there is nothing to learn after it.",
+        "messages ends with the system's turn, so there is nothing to learn after it. Remove that turn "
+        "(`trim_last_turn: true` in the source does).",
     ),
     ("messages", {"messages": [SYSTEM, A]}, {}, "messages[1]: the assistant answers before the user has asked."),
     ("messages", {"messages": [U, SYSTEM, A]}, {}, "messages[1]: a system message comes first or not at all."),
-    ("messages", {"messages": [U, U, A]}, {}, "messages[1]: two user turns in a row. Join them, or remove the row."),
+    (
+        "messages",
+        {"messages": [U, U, A]},
+        {},
+        "messages[1]: two user turns in a row. Join them (`join_turns: true` in the source does), or remove the row.",
+    ),
     (
         "messages",
         {"messages": [U, A, A]},
         {},
-        "messages[2]: two assistant turns in a row. Join them, or remove the row.",
+        "messages[2]: two assistant turns in a row. Join them (`join_turns: true` in the source does), or remove the "
+        "row.",
     ),
     ("classification", {"text": "a", "label": 3}, {}, "field 'label' is 3. Say what it means with `labels: {3: …}`."),
     (

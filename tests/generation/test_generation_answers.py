@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from lola_ft.data import Example, Template, encode, encode_texts
 from lola_ft.data.example import prompt_fields
 from lola_ft.errors import DataError, UserError
-from lola_ft.generation import Sampling, answer_all, answer_one, conversation_ids
+from lola_ft.generation import Sampling, answer_all, answer_one
 from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.prompts import read_prompts, request
 from lola_ft.quantization import load_base
@@ -108,7 +108,7 @@ def test_a_conversation_is_tokenised_as_in_training(tokenizer) -> None:  # type:
     template = Template.load("chatml")
     turns = [prompt_fields(text) | {"messages": [{"role": "user", "content": text}]} for text in ("one", "two")]
     trained = encode([Example(turns[1], "green", "en", "here", ((turns[0], "red"),))], tokenizer, template, 512)
-    ids = conversation_ids(request(turns[1], earlier=[(turns[0], "red")]), template, tokenizer)
+    ids = template.prompt_ids(request(turns[1], earlier=[(turns[0], "red")]), tokenizer)
     answer = [*encode_texts(["green"], tokenizer)[0], tokenizer.eos_token_id]
     assert [*ids, *answer] == trained.dataset[0]["input_ids"]
 

@@ -288,7 +288,7 @@ SOURCES = [
     ),
     (
         "path: a, format: alpaca, fields: {answer: output}",
-        ".fields.answer: format alpaca has no field 'answer'; it has instruction, input, output.",
+        ".fields.answer: format alpaca has no field 'answer'; it has instruction, input, output, system, history.",
     ),
     ("path: a, format: text, fields: {text: 3}", ".fields.text: expected text; got 3. Put it in quotes."),
     ("path: a, format: text, pth: b", ".pth: unknown key. Did you mean 'path'?"),
@@ -332,7 +332,7 @@ SOURCES = [
     ("path: a, format: classification, labels: {0: 1}", ".labels.0: expected text; got 1. Put it in quotes."),
     (
         "path: a, format: messages, fields: {prompt: p}",
-        ".fields.prompt: format messages has no field 'prompt'; it has messages.",
+        ".fields.prompt: format messages has no field 'prompt'; it has messages, system, tools.",
     ),
 ]
 

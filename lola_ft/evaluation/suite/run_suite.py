@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lola_ft.data import Template
+from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError, first_line
 from lola_ft.evaluation.ask_models import Opening, ask_each, how_loaded
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
@@ -76,14 +76,14 @@ def evaluate_suite(
     common |= {"own_tasks": None if own_tasks is None else sha256_of(*own_tasks)}
     failures = list[str]()
 
-    def ask(opened: OpenModel, _: Template) -> Results:
+    def ask(opened: OpenModel, _: PromptTemplate) -> Results:
         settings = common | _identity(opened)
         folder = Path(out) / _slug(opened.subject.name)
         results, failed = _run_all(opened, chosen, manager, options, folder, settings, console)
         failures.extend(f"{opened.subject.name}: {task} ({reason})" for task, reason in failed.items())
         return results
 
-    found, facts = ask_each(models, Opening(base, quantization, Template.load("plain")), ask, console)
+    found, facts = ask_each(models, Opening(base, quantization, "plain"), ask, console)
     by_model = dict(zip(models, found, strict=True))
     console.print(result_table(by_model, chosen))
     report = {"models": facts, "settings": common, "missing": missing, "results": by_model}

@@ -77,7 +77,7 @@ def _language_table(title: str, headings: list[str], rows: dict[str, list[str]])
 
 
 # Fates that are worth a column only when they befell a row.
-_RARE = ("truncated", "answers_cut", "exchanges_cut", "split")
+_RARE = ("truncated", "answers_cut", "exchanges_cut", "split", "answers_read", "answers_rewritten")
 
 
 def data_table(report: EncodingReport, title: str) -> Table:
@@ -101,13 +101,17 @@ def _cells(counts: Counts, columns: list[str]) -> list[str]:
     return [*(f"{getattr(counts, column):,}" for column in columns), *cost]
 
 
+_BY_PART = {"trained_bias": "biases", "trainable_tokens_delta": "special tokens"}
+"""Groups of parameters that an adapter holds beside LoRA, by PEFT's name for the kind."""
+
+
 def count_trainable(model: "PeftModel") -> dict[str, tuple[int, int]]:
     """Count what is trained by group: (tensors, parameters)."""
     architecture = architecture_of(model.config)
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = "biases" if ".trained_bias." in name else architecture.group_of(name)
+            group = _BY_PART.get(name.split(".")[-2]) or architecture.group_of(name)
             assert group is not None, f"{name} is trained and belongs to no group"
             tensors, parameters = counts[group]
             counts[group] = (tensors + 1, parameters + parameter.numel())
@@ -121,7 +125,7 @@ def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int], f
     table.add_column("how")
     table.add_column("tensors", justify="right")
     table.add_column("parameters", justify="right")
-    for group in features:
+    for group in (*features, *(group for group in counts if group not in features)):
         tensors, parameters = counts.get(group, (0, 0))
         rank = ranks.get(group)
         how = f"LoRA rank {rank}" if rank else "tuned" if tensors else "frozen"

@@ -7,7 +7,7 @@ the sources once more, when a run is over anyway.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from lola_ft.data import Example, Template, encode, encode_judged
+from lola_ft.data import Example, PromptTemplate, encode, encode_judged
 from lola_ft.data.encoding import batches
 from lola_ft.errors import DataError
 
@@ -41,7 +41,7 @@ def find_rows(
     documents: list[Document],
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
-    template: Template,
+    template: PromptTemplate,
     max_length: int,
     overlong: str,
 ) -> list[str]:

@@ -1,0 +1,60 @@
+"""A base whose embeddings get further rows: an adapter may bring tokens that the base has no row for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lola_ft.checkpoints.safetensors_file import Empty, TensorEntry
+from lola_ft.merging.merge_base import MergeBase
+
+
+@dataclass(frozen=True)
+class GrownBase(MergeBase):
+    """A base with more rows of embeddings, and of an output head of its own; the adapter has all that are new.
+
+    Attributes:
+        base: The base as it is.
+    """
+
+    base: MergeBase
+
+    @staticmethod
+    def grow(base: MergeBase, vocabulary: int) -> MergeBase:
+        """Return the base with a vocabulary of so many rows; itself where it has as many."""
+        if vocabulary <= base.architecture.sizes.vocab:
+            return base
+        embeddings = base.architecture.family.embeddings
+
+        def grown(entry: TensorEntry) -> TensorEntry:
+            return replace(entry, shape=(vocabulary, *entry.shape[1:])) if entry.name in embeddings else entry
+
+        return GrownBase(
+            folder=base.folder,
+            architecture=base.architecture.with_vocabulary(vocabulary),
+            config_json=base.config_json | {"vocab_size": vocabulary},
+            shards=[(file, [grown(entry) for entry in entries]) for file, entries in base.shards],
+            ignored=base.ignored,
+            fingerprint=base.fingerprint,
+            rounded=base.rounded,
+            kind=base.kind,
+            omitted_prefix=base.omitted_prefix,
+            base=base,
+        )
+
+    def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Yield the base's pieces, then the new rows as zeros, which the adapter's rows replace."""
+        own = self.base.entries[entry.name]
+        yield from self.base.pieces(own, unit, empty)
+        held, wanted = (torch.Size(shape).numel() for shape in (own.shape, entry.shape))
+        if wanted > held:
+            yield held, torch.zeros(wanted - held, dtype=own.dtype)
+
+    def rows(self, entry: TensorEntry, wanted: list[int]) -> Tensor:
+        own = self.base.entries[entry.name]
+        held = [row for row in wanted if row < own.shape[0]]
+        found = self.base.rows(own, held) if held else torch.empty(0, *own.shape[1:], dtype=own.dtype)
+        places = {row: place for place, row in enumerate(held)}
+        new = torch.zeros(own.shape[1:], dtype=own.dtype)
+        return torch.stack([found[places[row]] if row in places else new for row in wanted])
