@@ -6,12 +6,14 @@ To add a family, write its file and list it here.
 from typing import Any
 
 from lola_ft.errors import CheckpointError
+from lola_ft.families.architecture import Architecture
 from lola_ft.families.bloom import BLOOM
 from lola_ft.families.deepseek_v2 import DEEPSEEK_V2
 from lola_ft.families.deepseek_v3 import DEEPSEEK_V3
 from lola_ft.families.dots1 import DOTS1
 from lola_ft.families.ernie4_5_moe import ERNIE4_5_MOE
-from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.family import Family, Routing, Sizes
 from lola_ft.families.glm4_moe import GLM4_MOE
 from lola_ft.families.gpt2 import GPT2
 from lola_ft.families.granitemoe import GRANITEMOE
@@ -22,6 +24,7 @@ from lola_ft.families.minimax_m2 import MINIMAX_M2
 from lola_ft.families.mistral import MISTRAL
 from lola_ft.families.mixtral import MIXTRAL
 from lola_ft.families.olmoe import OLMOE
+from lola_ft.families.place import Place
 from lola_ft.families.qwen2 import QWEN2
 from lola_ft.families.qwen2_moe import QWEN2_MOE
 from lola_ft.families.qwen3 import QWEN3

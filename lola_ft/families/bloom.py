@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lola_ft.families.family import Family, Place, Sizes
+from lola_ft.families.family import Family, Sizes
+from lola_ft.families.place import Place
 
 TRAINED_LENGTH = 2048
 """Tokens of the sequences that BLOOM was trained on; its config need not say it."""

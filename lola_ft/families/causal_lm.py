@@ -78,7 +78,7 @@ class LabelledLoss:
         )
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """As transformers' own; a layer that is computed again keeps its choices of experts."""
+        """Do as transformers does; a layer that is computed again keeps its choices of experts."""
         if architecture_of(self.config).family.routing and "gradient_checkpointing_func" in kwargs:
             kwargs["gradient_checkpointing_func"] = keeping_choices(kwargs["gradient_checkpointing_func"])
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lola_ft.families.family import Family, Place, Sizes
+from lola_ft.families.family import Family, Sizes
+from lola_ft.families.place import Place
 
 IGNORED = (r"\.attn\.bias$", r"\.attn\.masked_bias$")
 """Buffers of the attention that old checkpoints carry."""

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.family import Family, Routing, Sizes
 from lola_ft.families.gpt2 import IGNORED, attention, embeddings, mlp, norm
+from lola_ft.families.place import Place
 from lola_ft.model.conversion import EXPERT_PROJECTIONS
 
 
