@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from lola_ft.errors import UserError
@@ -34,6 +35,23 @@ class Architecture:
     @property
     def num_experts(self) -> int:
         return self.sizes.num_experts
+
+    @property
+    def total_parameters(self) -> int:
+        """Weights of a checkpoint; tied ones count once."""
+        return sum(prod(place.shape) for place in self.places.values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that multiply each token: without the experts that it does not use, and without embeddings.
+
+        Embeddings are looked up. Tied ones are the output head too, and count as that.
+        """
+        sizes, tokens = self.sizes, self.places[self.family.embeddings[0]]
+        numels = {name: prod(place.shape) for name, place in self.places.items() if place.group != "embeddings"}
+        in_experts = sum(numel for name, numel in numels.items() if self.places[name].expert is not None)
+        unused = in_experts * (sizes.num_experts - sizes.top_k) // sizes.num_experts if in_experts else 0
+        return sum(numels.values()) - unused + (prod(tokens.shape) if self.tied_modules else 0)
 
     @cached_property
     def matrices(self) -> dict[tuple[int | None, str], list[tuple[int, int]]]:

@@ -24,6 +24,19 @@ def sizes(config: Any) -> Sizes:
     )
 
 
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; `inner` is always four times `hidden`."""
+    return {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "seq_length": sizes.positions,
+        "attention_dropout": sizes.attention_dropout,
+        "hidden_dropout": sizes.residual_dropout,
+    }
+
+
 def places(config: Any) -> dict[str, Place]:
     """List every tensor."""
     d = config.hidden_size
@@ -72,5 +85,6 @@ BLOOM = Family(
     size_keys=("vocab_size", "hidden_size", "n_layer", "n_head"),
     embeddings=("transformer.word_embeddings.weight", "lm_head.weight"),
     sizes=sizes,
+    config_keys=config_keys,
     places=places,
 )

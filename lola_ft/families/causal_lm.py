@@ -70,8 +70,7 @@ class LabelledLoss:
         if not output_router_logits:
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         mask = real_tokens(attention_mask, x_BSD.shape[1])
-        routing = architecture.family.routing
-        balances = routing is not None and routing.balance is not None
+        balances = architecture.family.balances
         aux_loss = balancing_loss(architecture, outputs.router_logits, mask) if balances else None
         return MoeCausalLMOutputWithPast(
             loss=loss, logits=logits, aux_loss=aux_loss, router_logits=outputs.router_logits

@@ -58,6 +58,20 @@ def sizes(config: Any, **own: Any) -> Sizes:
     )
 
 
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; every head has keys and values of its own."""
+    return {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+        "head_dim": sizes.hidden // sizes.heads,
+        "max_position_embeddings": sizes.positions,
+    }
+
+
 def ends(config: Any) -> dict[str, Place]:
     """Embeddings, the final norm, and the output head where it is a tensor of its own."""
     tokens, head = EMBEDDINGS

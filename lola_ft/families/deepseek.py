@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Routing
+from lola_ft.families.family import Family, Routing, Sizes
 from lola_ft.families.mixture import ExpertKeys, mixture_family
 from lola_ft.families.place import Place
 
@@ -21,6 +22,17 @@ KEYS = ExpertKeys("n_routed_experts", "moe_intermediate_size", "num_experts_per_
 def moe_layers(config: Any) -> tuple[int, ...]:
     """Return the layers with experts: all but the first ones."""
     return tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
+
+
+def config_keys(sizes: Sizes, latent: bool) -> dict[str, Any]:
+    """Return keys of a small config: one dense layer, one shared expert, one group of experts."""
+    found: dict[str, Any] = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    if not latent:
+        return found
+    size = sizes.hidden // sizes.heads
+    ranks = {"q_lora_rank": sizes.hidden // 2, "kv_lora_rank": sizes.hidden // 4}
+    widths = {"qk_nope_head_dim": size, "qk_rope_head_dim": size // 2, "head_dim": size // 2, "v_head_dim": size}
+    return found | ranks | widths
 
 
 def deepseek_family(
@@ -51,6 +63,7 @@ def deepseek_family(
         shared_targets=SHARED_TARGETS,
         routing=Routing(balance=None, gate="parameter"),
         size_keys=("n_shared_experts",),
+        more_keys=partial(config_keys, latent=latent),
         **own,
     )
 

@@ -56,5 +56,6 @@ ERNIE4_5_MOE = mixture_family(
     dense_layers=True,
     shared_targets=deepseek.SHARED_TARGETS,
     renamed={"mlp.moe_statics": "mlp.gate.moe_statics"},
+    more_keys=lambda sizes: {"moe_layer_end_index": sizes.layers - 1, "moe_num_shared_experts": 1},
     set_aside=lambda name, _: name.startswith("model.mtp_"),
 )

@@ -87,6 +87,10 @@ class Family:
         set_aside: Whether a tensor, by name and config, belongs to what transformers leaves out, such as layers that
             predict several tokens; a merge copies it.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
+        sizes: Read the sizes of a config.
+        config_keys: Return keys of `config.json` for a small model of given sizes: the inverse of `sizes`. The layers
+            with experts and the activation are the family's own.
+        places: List every tensor of a checkpoint by its Hub name.
         fully: What can be trained without LoRA: norms, biases.
         experts, routing: None for a dense family.
         hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
@@ -105,6 +109,7 @@ class Family:
     size_keys: tuple[str, ...]
     embeddings: tuple[str, str]
     sizes: Callable[[Any], Sizes]
+    config_keys: Callable[[Sizes], dict[str, Any]]
     places: Callable[[Any], dict[str, Place]]
     attention: Literal["fused", "scores", "stretches", "latent"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
@@ -151,6 +156,11 @@ class Family:
     def expert_targets(self) -> tuple[str, ...]:
         """The fused parameters of experts, () for a dense family."""
         return self.experts.targets if self.experts else ()
+
+    @property
+    def balances(self) -> bool:
+        """True if its authors balance the load of the experts by a loss."""
+        return self.routing is not None and self.routing.balance is not None
 
     @property
     def native(self) -> bool:

@@ -25,6 +25,21 @@ def sizes(config: Any) -> Sizes:
     )
 
 
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; LOLA's has the same."""
+    return {
+        "vocab_size": sizes.vocab,
+        "n_embd": sizes.hidden,
+        "n_inner": sizes.inner,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "n_positions": sizes.positions,
+        "embd_pdrop": sizes.embedding_dropout,
+        "attn_pdrop": sizes.attention_dropout,
+        "resid_pdrop": sizes.residual_dropout,
+    }
+
+
 def places(config: Any) -> dict[str, Place]:
     """List every tensor."""
     d, f = config.n_embd, config.n_inner or 4 * config.n_embd
@@ -84,6 +99,7 @@ GPT2 = Family(
     size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
     embeddings=("transformer.wte.weight", "lm_head.weight"),
     sizes=sizes,
+    config_keys=config_keys,
     places=places,
     ignored=IGNORED,
 )

@@ -41,4 +41,5 @@ GRANITEMOE = mixture_family(
     renamed={"block_sparse_moe.router.layer": "block_sparse_moe.router"},
     experts=EXPERTS,
     more_sizes=lambda config: {"logit_divisor": float(config.logits_scaling)},
+    more_keys=lambda sizes: {"attention_multiplier": (sizes.hidden // sizes.heads) ** -0.5},
 )

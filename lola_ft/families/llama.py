@@ -41,6 +41,7 @@ def dense_family(model_type: str, title: str, model: str, places: Callable[[Any]
         targets={"attention": decoder.ATTENTION_TARGETS, "mlp": decoder.MLP_TARGETS},
         size_keys=decoder.SIZE_KEYS,
         sizes=decoder.sizes,
+        config_keys=decoder.config_keys,
         places=places,
         ignored=decoder.OLD_BUFFERS,
     )

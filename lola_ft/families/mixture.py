@@ -49,6 +49,7 @@ def mixture_family(
     routing: Routing = _ROUTING,
     more_sizes: Callable[[Any], dict[str, Any]] = lambda _: {},
     size_keys: tuple[str, ...] = (),
+    more_keys: Callable[[Sizes], dict[str, Any]] = lambda _: {},
     **own: Any,
 ) -> Family:
     """Describe a mixture of experts.
@@ -61,6 +62,7 @@ def mixture_family(
         router: Ending of the router's name in memory.
         more_sizes: Return the fields of `Sizes` that differ from those of other decoders.
         size_keys: Keys that give sizes, beside those of every decoder and of the experts.
+        more_keys: Return keys of a small config, beside those of every decoder and of the experts.
         own: Other fields of `Family`.
     """
 
@@ -72,6 +74,10 @@ def mixture_family(
             "top_k": getattr(config, keys.top_k),
         }
         return decoder.sizes(config, **of_experts | more_sizes(config))
+
+    def config_keys(sizes: Sizes) -> dict[str, Any]:
+        of_experts = {keys.num_experts: sizes.num_experts, keys.inner: sizes.expert_inner, keys.top_k: sizes.top_k}
+        return decoder.config_keys(sizes) | of_experts | more_keys(sizes)
 
     dense_targets = decoder.MLP_TARGETS if dense_layers else ()
     targets = {
@@ -87,6 +93,7 @@ def mixture_family(
         targets={group: endings for group, endings in targets.items() if endings},
         size_keys=tuple(dict.fromkeys((*decoder.SIZE_KEYS, keys.num_experts, keys.inner, *size_keys))),
         sizes=sizes,
+        config_keys=config_keys,
         places=places,
         experts=experts,
         routing=routing,

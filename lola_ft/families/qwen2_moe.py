@@ -35,4 +35,5 @@ QWEN2_MOE = mixture_family(
     dense_layers=True,
     shared_targets=SHARED_TARGETS,
     size_keys=("shared_expert_intermediate_size",),
+    more_keys=lambda sizes: {"shared_expert_intermediate_size": sizes.expert_inner},
 )
