@@ -21,7 +21,9 @@ def places(config: Any) -> dict[str, Place]:
         CheckpointError: For a model with biases, of which there is none: its output head would have one, too.
     """
     if config.use_bias:
-        raise CheckpointError("config.json: use_bias is true; ERNIE models with biases are not supported.")
+        raise CheckpointError(
+            "config.json: use_bias is true, and ERNIE models with biases are not supported. Choose a base without."
+        )
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

@@ -49,7 +49,10 @@ def _same_in_every_layer(value: int | list[int], key: str) -> int:
     """
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
-        raise CheckpointError(f"config.json: {key} differs between layers ({sorted(values)}), which is not supported.")
+        raise CheckpointError(
+            f"config.json: {key} differs between layers ({', '.join(map(str, sorted(values)))}), which is not "
+            "supported. Choose a base with one number for all layers."
+        )
     return values.pop()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lola_ft.errors import CheckpointError
 from lola_ft.families import decoder
 from lola_ft.families.expert_layout import ExpertLayout
 from lola_ft.families.family import Family, Routing, Sizes
@@ -73,7 +74,13 @@ def mixture_family(
             "expert_inner": getattr(config, keys.inner),
             "top_k": getattr(config, keys.top_k),
         }
-        return decoder.sizes(config, **of_experts | more_sizes(config))
+        found = decoder.sizes(config, **of_experts | more_sizes(config))
+        if found.moe_layers and not (isinstance(found.top_k, int) and 1 <= found.top_k <= found.num_experts):
+            raise CheckpointError(
+                f"config.json: {keys.top_k} is {found.top_k}, but a token can use 1 to {found.num_experts} experts "
+                f"({keys.num_experts}). Take the config that belongs to the weights."
+            )
+        return found
 
     def config_keys(sizes: Sizes) -> dict[str, Any]:
         of_experts = {keys.num_experts: sizes.num_experts, keys.inner: sizes.expert_inner, keys.top_k: sizes.top_k}
