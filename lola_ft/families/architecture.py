@@ -153,9 +153,9 @@ class Architecture:
         if missing:
             lacks = " and no ".join(dict.fromkeys(missing.values()))
             raise UserError(
-                f"{', '.join(missing)}: the base is a {self.family.title} model ({self.family.model_type}), which has "
-                f"no {lacks}. It has {', '.join(known)}. Leave {'them' if len(missing) > 1 else 'it'} out, or "
-                "choose another base."
+                f"{', '.join(missing)}: the base is of the family {self.family.title} ({self.family.model_type}), "
+                f"which has no {lacks}. It has {', '.join(known)}. Leave {'them' if len(missing) > 1 else 'it'} out, "
+                "or choose another base."
             )
 
 

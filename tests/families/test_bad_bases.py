@@ -149,12 +149,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "no dense layers in OLMoE": (
         "olmoe",
         {"mlp": {"rank": 4}},
-        "adapter.mlp: the base is a OLMoE model (olmoe), which has no mlp. It has attention, experts … Leave it",
+        "adapter.mlp: the base is of the family OLMoE (olmoe), which has no mlp. It has attention, experts … Leave it",
     ),
     "no dense layers in Mixtral": (
         "mixtral",
         {"mlp": {"rank": 4}},
-        "adapter.mlp: the base is a Mixtral model (mixtral), which has no mlp. It has attention … Leave it out",
+        "adapter.mlp: the base is of the family Mixtral (mixtral), which has no mlp. It has attention … Leave it out",
     ),
     "no shared experts": (
         "olmoe",

@@ -100,8 +100,8 @@ def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
     with pytest.raises(UserError) as caught:
         TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
     assert str(caught.value) == (
-        "adapter.shared_experts: the base is a LOLA model (lola_v1), which has no shared_experts. It has attention, "
-        "mlp, experts, router, norms, biases. Leave it out, or choose another base."
+        "adapter.shared_experts: the base is of the family LOLA (lola_v1), which has no shared_experts. It has "
+        "attention, mlp, experts, router, norms, biases. Leave it out, or choose another base."
     )
 
 
