@@ -60,9 +60,10 @@ def nano_architecture(family: Family, settings: NanoSettings) -> Architecture:
         UserError: If no such base can be pre-trained.
     """
     if not family.packs:
+        possible = (name for name, other in FAMILIES.items() if other.packs)
         raise UserError(
             f"There is no nano base of {family.title} ({family.model_type}): its attention would mix the "
-            f"documents of a packed row, and pre-training packs them. Choose one of {', '.join(_possible())}."
+            f"documents of a packed row, and pre-training packs them. Choose one of {', '.join(possible)}."
         )
     lola = _of_width(LOLA, settings, settings.n_inner, top_k=1)
     if family is LOLA:
@@ -77,10 +78,6 @@ def nano_architecture(family: Family, settings: NanoSettings) -> Architecture:
             "Raise n_inner."
         )
     return _of_width(family, settings, WIDTH_STEP * (1 + steps), TOP_K)
-
-
-def _possible() -> list[str]:
-    return [name for name, family in FAMILIES.items() if family.packs]
 
 
 def _of_width(family: Family, settings: NanoSettings, width: int, top_k: int) -> Architecture:
