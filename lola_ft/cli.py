@@ -398,11 +398,20 @@ def routing_select(
 
 
 @app.command()
-def nano(out: Annotated[str, Option(help="Folder to write; reused if it is up to date.")] = ".cache/nano") -> None:
-    """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on CLDR names in 144 languages."""
+def nano(
+    family: Annotated[str | None, Option(help="Model type that `lola-ft families` lists. Default: LOLA's.")] = None,
+    out: Annotated[
+        str | None,
+        Option(help="Folder to write; reused if it is up to date. Default: .cache/nano, .cache/nano-FAMILY of others."),
+    ] = None,
+) -> None:
+    """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on CLDR names in 144 languages.
+
+    With --family another architecture, with as many parameters active per token, on the same text.
+    """
     from lola_ft.nano import build_nano
 
-    build_nano(Path(out))
+    build_nano(out, family=family)
 
 
 @app.command()

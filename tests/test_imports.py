@@ -39,6 +39,7 @@ LEVELS = {
     "language_codes": 10,
     "lazy_attributes": 10,
     "memory": 10,
+    "progress_bars": 10,
     "repo_id": 10,
     "row_formats": 10,
     "errors": 11,

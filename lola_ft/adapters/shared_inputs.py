@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError
-from lola_ft.families.family import ExpertName
+from lola_ft.families.expert_layout import ExpertName
 
 Stacked: TypeAlias = dict[tuple[str, int], dict[str, LoraPair]]
 """Pairs of one fused parameter, by its module and expert, then by projection on disk."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from lola_ft.checkpoints.folder import CONFIG_FILE, read_json, resolve_folder, weight_files
 from lola_ft.checkpoints.fused_experts import taken_apart
 from lola_ft.checkpoints.safetensors_file import TensorEntry, read_header
@@ -118,7 +120,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     """
     file = folder / CONFIG_FILE
     config_json = read_json(file)
-    family = find_family(config_json.get("model_type"), file)
+    family = find_family(config_json.get("model_type"), file, own_code=bool(config_json.get("auto_map")))
     if quantized := config_json.get("quantization_config"):
         method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
@@ -131,13 +133,15 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     try:
         config = CONFIG_MAPPING[family.model_type].from_dict(dict(config_json))
         architecture = Architecture(family, config)
+        assert architecture.sizes.layers > 0, "a model has layers"
         assert architecture.places, "a family lists its tensors"
     except CheckpointError as error:
         raise CheckpointError(f"{folder}/{error}") from error
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{file}: not a config of {family.title} ({reason[-1] if reason else error!r})."
+            f"{file}: not a config of {family.title} ({reason[-1].strip() if reason else error!r}). Take the config "
+            "that belongs to the weights."
         ) from error
     return config_json, architecture
 

@@ -20,6 +20,7 @@ TEMPLATE_FILE = "prompt_template.jinja"
 
 _WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 
 def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -86,8 +87,12 @@ def weight_files(folder: Path) -> list[Path]:
         if missing or not names:
             raise CheckpointError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
         return [folder / name for name in names]
+    pickles = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
+    found = f", but {', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}" if pickles else ""
     raise CheckpointError(
-        f"{folder}: holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}. (Pickled .bin weights are never loaded.)"
+        f"{folder}: holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}{found}. Pickled weights are never loaded: "
+        "opening them can run any code. Take a revision with safetensors; or, if you trust the source, let transformers"
+        " write them: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
     )
 
 

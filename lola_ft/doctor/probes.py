@@ -2,11 +2,10 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from lola_ft.doctor.check import MissingError
+from lola_ft.progress_bars import without_progress_bars
 
 BASE_BYTES = 4_200_000_000
 """LOLA in 4 bit, in memory and in the cache."""
@@ -61,20 +60,6 @@ def tiny_training_step() -> str:
         raise ArithmeticError(f"{len(dead)} of {len(gradients)} gradients are empty or not finite: {dead[:2]}")
     name = str(dtype).removeprefix("torch.")
     return f"loss {float(loss.detach()):.3f}, {len(gradients)} gradients, {name} on {device}"
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for work of milliseconds."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def cache_is_writable() -> str:

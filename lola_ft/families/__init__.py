@@ -3,15 +3,18 @@
 To add a family, write its file and list it here.
 """
 
+from difflib import get_close_matches
 from typing import Any
 
 from lola_ft.errors import CheckpointError
+from lola_ft.families.architecture import Architecture
 from lola_ft.families.bloom import BLOOM
 from lola_ft.families.deepseek_v2 import DEEPSEEK_V2
 from lola_ft.families.deepseek_v3 import DEEPSEEK_V3
 from lola_ft.families.dots1 import DOTS1
 from lola_ft.families.ernie4_5_moe import ERNIE4_5_MOE
-from lola_ft.families.family import Architecture, ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.family import Family, Routing, Sizes
 from lola_ft.families.glm4_moe import GLM4_MOE
 from lola_ft.families.gpt2 import GPT2
 from lola_ft.families.granitemoe import GRANITEMOE
@@ -22,6 +25,7 @@ from lola_ft.families.minimax_m2 import MINIMAX_M2
 from lola_ft.families.mistral import MISTRAL
 from lola_ft.families.mixtral import MIXTRAL
 from lola_ft.families.olmoe import OLMOE
+from lola_ft.families.place import Place
 from lola_ft.families.qwen2 import QWEN2
 from lola_ft.families.qwen2_moe import QWEN2_MOE
 from lola_ft.families.qwen3 import QWEN3
@@ -52,21 +56,25 @@ FAMILIES = {family.model_type: family for family in (*_MIXTURES, *_DENSE)}
 """By `model_type`."""
 
 
-def find_family(model_type: object, where: object = "config.json") -> Family:
+def find_family(model_type: object, where: object = "config.json", own_code: bool = False) -> Family:
     """Return the family of a model type.
 
     Args:
         where: The file that names it, for the message.
+        own_code: Whether the checkpoint brings Python code for its model.
 
     Raises:
-        CheckpointError: A type that is not supported; the message lists those that are.
+        CheckpointError: A type that is not supported; the message lists those with a like name, or all that are.
     """
     family = FAMILIES.get(str(model_type))
     if family is None:
-        known = ", ".join(f"{family.title} ({name})" for name, family in FAMILIES.items())
+        near = get_close_matches(str(model_type), FAMILIES)
+        known = ", ".join(f"{FAMILIES[name].title} ({name})" for name in near or FAMILIES)
+        code = " The checkpoint brings code of its own (auto_map), which is never run." if own_code else ""
         raise CheckpointError(
-            f"{where}: model_type is '{model_type}', which is not supported. lola_ft fine-tunes {known}; "
-            "`lola-ft families` says what of each."
+            f"{where}: model_type is '{model_type}', which is not supported.{code} lola_ft fine-tunes "
+            f"{'models of like names: ' * bool(near)}{known}. Choose such a base; `lola-ft families` says what can be "
+            "trained of each."
         )
     return family
 

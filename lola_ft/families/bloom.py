@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lola_ft.families.family import Family, Place, Sizes
+from lola_ft.families.family import Family, Sizes
+from lola_ft.families.place import Place
 
 TRAINED_LENGTH = 2048
 """Tokens of the sequences that BLOOM was trained on; its config need not say it."""
@@ -21,6 +22,19 @@ def sizes(config: Any) -> Sizes:
         attention_dropout=config.attention_dropout,
         residual_dropout=config.hidden_dropout,
     )
+
+
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; `inner` is always four times `hidden`."""
+    return {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "seq_length": sizes.positions,
+        "attention_dropout": sizes.attention_dropout,
+        "hidden_dropout": sizes.residual_dropout,
+    }
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -71,5 +85,6 @@ BLOOM = Family(
     size_keys=("vocab_size", "hidden_size", "n_layer", "n_head"),
     embeddings=("transformer.word_embeddings.weight", "lm_head.weight"),
     sizes=sizes,
+    config_keys=config_keys,
     places=places,
 )

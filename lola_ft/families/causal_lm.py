@@ -71,15 +71,14 @@ class LabelledLoss:
         if not output_router_logits:
             return CausalLMOutputWithPast(loss=loss, logits=logits)
         mask = real_tokens(attention_mask, x_BSD.shape[1])
-        routing = architecture.family.routing
-        balances = routing is not None and routing.balance is not None
+        balances = architecture.family.balances
         aux_loss = balancing_loss(architecture, outputs.router_logits, mask) if balances else None
         return MoeCausalLMOutputWithPast(
             loss=loss, logits=logits, aux_loss=aux_loss, router_logits=outputs.router_logits
         )
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """As transformers' own; a layer that is computed again keeps its choices of experts."""
+        """Do as transformers does; a layer that is computed again keeps its choices of experts."""
         if architecture_of(self.config).family.routing and "gradient_checkpointing_func" in kwargs:
             kwargs["gradient_checkpointing_func"] = keeping_choices(kwargs["gradient_checkpointing_func"])
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]

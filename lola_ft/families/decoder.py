@@ -5,7 +5,9 @@ No biases but those of attention, matrices out×in, RMS norms, rotary positions,
 
 from typing import Any
 
-from lola_ft.families.family import ExpertLayout, Place, Sizes
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.family import Family, Sizes
+from lola_ft.families.place import Place
 
 ATTENTION_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP_TARGETS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -18,11 +20,30 @@ EXPERTS = ExpertLayout("mlp.experts", {"gate_up_proj": ("gate_proj", "up_proj"),
 """Most families' experts; fused in memory since transformers 5."""
 
 
-def sizes(config: Any, **experts: Any) -> Sizes:
+def family(model_type: str, title: str, model: str, **own: Any) -> Family:
+    """Describe such a decoder.
+
+    Args:
+        model: transformers' class.
+        own: The fields of `Family` in which these decoders differ.
+    """
+    return Family(
+        model_type=model_type,
+        title=title,
+        heads={"causal_lm": f"transformers:{model}"},
+        backbone="model",
+        positions="rotary",
+        packs=True,
+        embeddings=EMBEDDINGS,
+        **own,
+    )
+
+
+def sizes(config: Any, **own: Any) -> Sizes:
     """Read what the configs of these families have in common.
 
     Args:
-        experts: The fields of `Sizes` that are about experts.
+        own: Other fields of `Sizes`, such as those about experts.
     """
     return Sizes(
         vocab=config.vocab_size,
@@ -33,8 +54,22 @@ def sizes(config: Any, **experts: Any) -> Sizes:
         positions=config.max_position_embeddings,
         activation=config.hidden_act,
         attention_dropout=getattr(config, "attention_dropout", 0.0),
-        **experts,
+        **own,
     )
+
+
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; every head has keys and values of its own."""
+    return {
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.inner,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.heads,
+        "head_dim": sizes.hidden // sizes.heads,
+        "max_position_embeddings": sizes.positions,
+    }
 
 
 def ends(config: Any) -> dict[str, Place]:
@@ -104,7 +139,7 @@ def router(
 
 
 def correction(on_disk: str, in_memory: str, shape: tuple[int, ...], layer: int) -> dict[str, Place]:
-    """What is added to a router's scores for the choice of experts alone (arXiv 2408.15664)."""
+    """A term added to a router's scores for the choice of experts only (arXiv 2408.15664)."""
     return {on_disk: Place(in_memory, shape, "other", layer, float32=True, correction=True)}
 
 

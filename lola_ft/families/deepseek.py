@@ -1,11 +1,14 @@
-"""What DeepSeek's mixtures and those made after them share: where experts begin, shared experts, corrected routers."""
+"""DeepSeek's mixtures and those made after them: where experts begin, shared experts, corrected routers."""
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place, Routing, Sizes
+from lola_ft.families.family import Family, Routing, Sizes
+from lola_ft.families.mixture import ExpertKeys, mixture_family
+from lola_ft.families.place import Place
 
 SHARED_TARGETS = ("shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj")
 LATENT_TARGETS = (
@@ -13,49 +16,55 @@ LATENT_TARGETS = (
     *("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj", "self_attn.o_proj"),
 )
 CORRECTION = "e_score_correction_bias"
-SIZE_KEYS = (*decoder.SIZE_KEYS, "n_routed_experts", "n_shared_experts", "moe_intermediate_size")
+KEYS = ExpertKeys("n_routed_experts", "moe_intermediate_size", "num_experts_per_tok")
 
 
-def sizes(config: Any) -> Sizes:
-    """Read a config of these families."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(range(config.first_k_dense_replace, config.num_hidden_layers)),
-        num_experts=config.n_routed_experts,
-        expert_inner=config.moe_intermediate_size,
-        top_k=config.num_experts_per_tok,
-    )
+def moe_layers(config: Any) -> tuple[int, ...]:
+    """Return the layers with experts: all but the first ones."""
+    return tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
 
 
-def mixture(
-    model_type: str, title: str, model: str, places: Callable[[Any], dict[str, Place]], latent: bool = False
+def config_keys(sizes: Sizes, latent: bool) -> dict[str, Any]:
+    """Return keys of a small config: one dense layer, one shared expert, one group of experts."""
+    found: dict[str, Any] = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+    if not latent:
+        return found
+    size = sizes.hidden // sizes.heads
+    ranks = {"q_lora_rank": sizes.hidden // 2, "kv_lora_rank": sizes.hidden // 4}
+    widths = {"qk_nope_head_dim": size, "qk_rope_head_dim": size // 2, "head_dim": size // 2, "v_head_dim": size}
+    return found | ranks | widths
+
+
+def deepseek_family(
+    model_type: str,
+    title: str,
+    model: str,
+    places: Callable[[Any], dict[str, Place]],
+    latent: bool = False,
+    **own: Any,
 ) -> Family:
     """Describe a mixture with shared experts, and dense layers before those with experts.
 
     Args:
         model: transformers' class.
         latent: Whether its attention is DeepSeek's own, not grouped-query attention.
+        own: Other fields of `Family`.
     """
-    return Family(
-        model_type=model_type,
-        title=title,
-        heads={"causal_lm": f"transformers:{model}"},
-        backbone="model",
-        positions="rotary",
-        packs=True,
-        attention="latent" if latent else "fused",
-        targets={
-            "attention": LATENT_TARGETS if latent else decoder.ATTENTION_TARGETS,
-            "mlp": decoder.MLP_TARGETS,
-            "shared_experts": SHARED_TARGETS,
-            "router": ("mlp.gate",),
-        },
-        size_keys=SIZE_KEYS,
-        embeddings=decoder.EMBEDDINGS,
-        sizes=sizes,
-        places=places,
-        experts=decoder.EXPERTS,
+    if latent:
+        own |= {"attention": "latent", "attention_targets": LATENT_TARGETS}
+    return mixture_family(
+        model_type,
+        title,
+        model,
+        places,
+        KEYS,
+        moe_layers=moe_layers,
+        dense_layers=True,
+        shared_targets=SHARED_TARGETS,
         routing=Routing(balance=None, gate="parameter"),
+        size_keys=("n_shared_experts",),
+        more_keys=partial(config_keys, latent=latent),
+        **own,
     )
 
 
@@ -95,6 +104,6 @@ def feed_forward(
 
 
 def is_behind_the_last_layer(name: str, config: Any) -> bool:
-    """Whether a tensor belongs to a layer that predicts further tokens; transformers leaves it out."""
+    """Tell whether a tensor belongs to a layer that predicts further tokens; transformers leaves it out."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return match is not None and int(match[1]) >= config.num_hidden_layers

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Place
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -16,4 +16,4 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DEEPSEEK_V2 = deepseek.mixture("deepseek_v2", "DeepSeek-V2", "DeepseekV2ForCausalLM", places, latent=True)
+DEEPSEEK_V2 = deepseek.deepseek_family("deepseek_v2", "DeepSeek-V2", "DeepseekV2ForCausalLM", places, latent=True)

@@ -1,10 +1,9 @@
 """DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): V2's layers, sigmoid scores with a correction of the choice."""
 
-from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Place
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -17,7 +16,11 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DEEPSEEK_V3 = replace(
-    deepseek.mixture("deepseek_v3", "DeepSeek-V3", "DeepseekV3ForCausalLM", places, latent=True),
+DEEPSEEK_V3 = deepseek.deepseek_family(
+    "deepseek_v3",
+    "DeepSeek-V3",
+    "DeepseekV3ForCausalLM",
+    places,
+    latent=True,
     set_aside=deepseek.is_behind_the_last_layer,
 )

@@ -1,10 +1,9 @@
 """dots.llm1 (`dots1`; arXiv 2506.05767): DeepSeek-V3's experts, norms of each head's queries and keys."""
 
-from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Place
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -19,4 +18,4 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-DOTS1 = replace(deepseek.mixture("dots1", "dots.llm1", "Dots1ForCausalLM", places), normed_queries=True)
+DOTS1 = deepseek.deepseek_family("dots1", "dots.llm1", "Dots1ForCausalLM", places, normed_queries=True)

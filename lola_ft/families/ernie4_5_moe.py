@@ -4,24 +4,14 @@ from typing import Any
 
 from lola_ft.errors import CheckpointError
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Family, Place, Routing, Sizes
+from lola_ft.families.mixture import ExpertKeys, every_nth, mixture_family
+from lola_ft.families.place import Place
 
 
-def is_moe_layer(config: Any, layer: int) -> bool:
-    """Whether a layer has experts; the others have a dense MLP."""
-    within = config.moe_layer_start_index <= layer <= config.moe_layer_end_index
-    return within and (layer + 1) % config.moe_layer_interval == 0
-
-
-def sizes(config: Any) -> Sizes:
-    """Read an `Ernie4_5_MoeConfig`."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(layer for layer in range(config.num_hidden_layers) if is_moe_layer(config, layer)),
-        num_experts=config.moe_num_experts,
-        expert_inner=config.moe_intermediate_size,
-        top_k=config.moe_k,
-    )
+def moe_layers(config: Any) -> tuple[int, ...]:
+    """Return the layers with experts; the others have a dense MLP."""
+    last = min(config.moe_layer_end_index, config.num_hidden_layers - 1)
+    return every_nth(range(config.moe_layer_start_index, last + 1), config.moe_layer_interval)
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -31,12 +21,14 @@ def places(config: Any) -> dict[str, Place]:
         CheckpointError: For a model with biases, of which there is none: its output head would have one, too.
     """
     if config.use_bias:
-        raise CheckpointError("config.json: use_bias is true; ERNIE models with biases are not supported.")
+        raise CheckpointError(
+            "config.json: use_bias is true, and ERNIE models with biases are not supported. Choose a base without."
+        )
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         found |= decoder.attention(prefix, config, layer)
-        if is_moe_layer(config, layer):
+        if layer in moe_layers(config):
             found |= mixture(prefix, config, layer)
         else:
             found |= decoder.dense_mlp(prefix, config, layer)
@@ -56,25 +48,16 @@ def mixture(prefix: str, config: Any, layer: int) -> dict[str, Place]:
     return found
 
 
-ERNIE4_5_MOE = Family(
-    model_type="ernie4_5_moe",
-    title="ERNIE 4.5 MoE",
-    heads={"causal_lm": "transformers:Ernie4_5_MoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    set_aside=lambda name, _: name.startswith("model.mtp_"),
-    targets={
-        "attention": decoder.ATTENTION_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": deepseek.SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
+ERNIE4_5_MOE = mixture_family(
+    "ernie4_5_moe",
+    "ERNIE 4.5 MoE",
+    "Ernie4_5_MoeForCausalLM",
+    places,
+    ExpertKeys("moe_num_experts", "moe_intermediate_size", "moe_k"),
+    moe_layers=moe_layers,
+    dense_layers=True,
+    shared_targets=deepseek.SHARED_TARGETS,
     renamed={"mlp.moe_statics": "mlp.gate.moe_statics"},
-    size_keys=(*decoder.SIZE_KEYS, "moe_num_experts", "moe_intermediate_size"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
+    more_keys=lambda sizes: {"moe_layer_end_index": sizes.layers - 1, "moe_num_shared_experts": 1},
+    set_aside=lambda name, _: name.startswith("model.mtp_"),
 )

@@ -6,155 +6,20 @@ file beside this one; the names of its tensors stand there and nowhere else.
 Names on disk are called Hub names: they identify a weight everywhere, whatever the model in memory calls it.
 """
 
-import copy
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import import_module
 from typing import Any, Literal
 
 from lola_ft.errors import UserError
-
-LORA_GROUPS = ("attention", "mlp", "shared_experts", "experts", "router")
-"""Groups of weights that a recipe can give LoRA, if the family has them."""
-QUANTIZED_GROUPS = ("attention", "mlp", "shared_experts", "experts")
-"""Groups whose matrices 4-bit loading quantises."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One tensor of a checkpoint, and where it lives in the model in memory.
-
-    Attributes:
-        parameter: Name of the model's parameter that holds it.
-        shape: On disk.
-        group: One of `LORA_GROUPS`, or norms, embeddings, head, other. A bias belongs to the group of its weight.
-        layer: Index of its layer.
-        expert: The expert's id; the parameter then is a stack (E, …) and the tensor one slice of it.
-        in_by_out: The matrix is stored in×out on disk; else out×in, as `nn.Linear` holds it.
-        part: The expert's projection, where several of them share a stack (`gate_proj` or `up_proj`).
-        float32: It is held in float32 whatever the model's dtype.
-        correction: It corrects a router's choice and is never trained: a buffer in memory.
-    """
-
-    parameter: str
-    shape: tuple[int, ...]
-    group: str
-    layer: int | None = None
-    expert: int | None = None
-    in_by_out: bool = False
-    part: str | None = None
-    float32: bool = False
-    correction: bool = False
-
-    @property
-    def quantized(self) -> bool:
-        """Whether 4-bit loading quantises this tensor."""
-        return self.group in QUANTIZED_GROUPS and len(self.shape) == 2
-
-    @property
-    def transposed(self) -> bool:
-        """Whether disk and memory differ in orientation: linear layers are out×in in memory, experts as on disk."""
-        return self.in_by_out and self.expert is None
-
-    @property
-    def module(self) -> str:
-        """Name of the module in memory that owns the parameter."""
-        return self.parameter.rpartition(".")[0]
-
-    @property
-    def leaf(self) -> str:
-        """Name of the parameter within its module."""
-        return self.parameter.rpartition(".")[2]
-
-    @property
-    def out_in(self) -> tuple[int, int]:
-        """Outputs and inputs of a matrix."""
-        rows, columns = self.shape
-        return (columns, rows) if self.in_by_out else (rows, columns)
-
-
-@dataclass(frozen=True)
-class ExpertName:
-    """A Hub module name of one expert's projection, taken apart: fused module in memory, expert's id, projection."""
-
-    module: str
-    expert: int
-    projection: str
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How the experts of an MoE layer are fused in memory and named on disk.
-
-    Attributes:
-        module: Ending of the fused module's name in memory, such as `moe.experts`.
-        stacks: Each fused parameter in the order in which the module registers them, with the projections on disk
-            that it holds side by side: one, or gate and up.
-        on_disk: Ending of the name under which the experts are numbered on disk.
-        fused: By fused parameter, the ending of the module whose weight holds it on disk for all experts, where a file
-            does not number them: tensors of the file are then slices of it.
-    """
-
-    module: str
-    stacks: Mapping[str, tuple[str, ...]]
-    on_disk: str = ""
-    fused: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """Names on disk of an expert's matrices, in order."""
-        return tuple(name for names in self.stacks.values() for name in names)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The fused parameters as PEFT's `target_parameters` name them."""
-        return tuple(f"{self.module.rpartition('.')[2]}.{stack}" for stack in self.stacks)
-
-    def stack_of(self, projection: str) -> str:
-        """The fused parameter that holds a projection."""
-        return next(stack for stack, names in self.stacks.items() if projection in names)
-
-    def part_of(self, projection: str) -> tuple[int, int]:
-        """Which part of its stack a projection is, and of how many: (0, 1) alone, (1, 2) for up behind gate."""
-        names = self.stacks[self.stack_of(projection)]
-        return names.index(projection), len(names)
-
-    def parse(self, module: str) -> ExpertName | None:
-        """Take the Hub name of an expert's projection apart; None for any other module."""
-        if match := self._pattern.match(module):
-            return ExpertName(f"{match['layer']}{self.module}", int(match["expert"]), match["projection"])
-        return None
-
-    def name(self, module: str, expert: int, projection: str) -> str:
-        """The Hub name of an expert's projection, from the fused module's name in memory."""
-        return f"{module.removesuffix(self.module)}{self.on_disk or self.module}.{expert}.{projection}"
-
-    def fused_in(self, name: str) -> tuple[str, ...]:
-        """Hub names, but for the expert's number, of what a tensor of a file holds for every expert; () for others."""
-        for stack, ending in self.fused.items():
-            if name.endswith(f".{ending}.weight"):
-                module = name.removesuffix(f"{ending}.weight") + (self.on_disk or self.module)
-                return tuple(f"{module}.{{expert}}.{projection}.weight" for projection in self.stacks[stack])
-        return ()
-
-    def fused_of(self, name: str) -> str:
-        """Name of the tensor of a file that a tensor is a slice of; its own if it is none."""
-        found = self.parse(name.removesuffix(".weight")) if self.fused else None
-        if found is None:
-            return name
-        return f"{found.module.removesuffix(self.module)}{self.fused[self.stack_of(found.projection)]}.weight"
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        names, numbered = "|".join(self.projections), re.escape(self.on_disk or self.module)
-        return re.compile(rf"^(?P<layer>.+\.){numbered}\.(?P<expert>\d+)\.(?P<projection>{names})$")
+from lola_ft.families.expert_layout import ExpertLayout, ExpertName
+from lola_ft.families.place import LORA_GROUPS, Place
 
 
 @dataclass(frozen=True)
 class Routing:
-    """How a family's routers choose experts.
+    """The way in which a family's routers choose experts.
 
     Attributes:
         balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), `pooled` (one term
@@ -200,7 +65,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Family:
-    """What the toolkit knows of one `model_type`.
+    """All that the toolkit knows of one `model_type`.
 
     Attributes:
         title: What people call such models.
@@ -222,6 +87,10 @@ class Family:
         set_aside: Whether a tensor, by name and config, belongs to what transformers leaves out, such as layers that
             predict several tokens; a merge copies it.
         embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
+        sizes: Read the sizes of a config.
+        config_keys: Return keys of `config.json` for a small model of given sizes: the inverse of `sizes`. The layers
+            with experts and the activation are the family's own.
+        places: List every tensor of a checkpoint by its Hub name.
         fully: What can be trained without LoRA: norms, biases.
         experts, routing: None for a dense family.
         hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
@@ -240,6 +109,7 @@ class Family:
     size_keys: tuple[str, ...]
     embeddings: tuple[str, str]
     sizes: Callable[[Any], Sizes]
+    config_keys: Callable[[Sizes], dict[str, Any]]
     places: Callable[[Any], dict[str, Place]]
     attention: Literal["fused", "scores", "stretches", "latent"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
@@ -259,7 +129,7 @@ class Family:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What can be trained: groups that can have LoRA, norms, biases."""
+        """The parts that can be trained: groups that can have LoRA, norms, biases."""
         return (*self.lora_groups, *self.fully)
 
     @property
@@ -274,7 +144,7 @@ class Family:
 
     @property
     def router_is_parameter(self) -> bool:
-        """Whether the router's module holds its weight as a bare parameter, and is no linear layer."""
+        """True if the router's module holds its weight as a bare parameter, and is no linear layer."""
         return self.routing is not None and self.routing.gate == "parameter"
 
     @property
@@ -288,8 +158,13 @@ class Family:
         return self.experts.targets if self.experts else ()
 
     @property
+    def balances(self) -> bool:
+        """True if its authors balance the load of the experts by a loss."""
+        return self.routing is not None and self.routing.balance is not None
+
+    @property
     def native(self) -> bool:
-        """Whether the model class is ours; else it is transformers' own."""
+        """True if the model class is ours; else it is transformers' own."""
         return self.heads["causal_lm"].startswith("lola_ft.")
 
     def parse_expert(self, module: str) -> ExpertName | None:
@@ -325,7 +200,7 @@ class Family:
         return None
 
     def _is_named_by_weight(self, target: str, group: str) -> bool:
-        """Whether PEFT's config names a module by its weight, among the `target_parameters`.
+        """Tell whether PEFT's config names a module by its weight, among the `target_parameters`.
 
         Bare routers have no other name. And a dense layer or shared expert that is called like an expert's projection:
         PEFT (0.21) takes such a name among the `target_modules` for all the experts, and leaves the module out.
@@ -335,7 +210,7 @@ class Family:
         return self.experts is not None and not self.native and target.rpartition(".")[2] in self.experts.projections
 
     def takes_lora(self, module: str) -> bool:
-        """Whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
+        """Tell whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
         plain = module.removesuffix(".base_layer")
         fused = self.experts is not None and plain.endswith(f".{self.experts.module}")
         return fused or self.target_of(plain, "peft") is not None
@@ -362,159 +237,11 @@ class Family:
         return with_labelled_loss(found)
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a tensor of a checkpoint is a buffer of earlier versions, not a weight."""
+        """Tell whether a tensor of a checkpoint is a buffer of earlier versions, not a weight."""
         return any(re.search(pattern, name) for pattern in self.ignored)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family with one config: every tensor and size of one base.
-
-    Attributes:
-        config: transformers' config of the base.
-    """
-
-    family: Family
-    config: Any = field(repr=False)
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        return self.family.sizes(self.config)
-
-    @cached_property
-    def places(self) -> dict[str, Place]:
-        """Every tensor of a checkpoint, by its Hub name, in the order of the layers."""
-        return self.family.places(self.config)
-
-    @property
-    def num_experts(self) -> int:
-        return self.sizes.num_experts
-
-    @cached_property
-    def matrices(self) -> dict[tuple[int | None, str], list[tuple[int, int]]]:
-        """Outputs and inputs of the linear layers, in order, by layer and group; the experts' are left out."""
-        found: dict[tuple[int | None, str], list[tuple[int, int]]] = {}
-        for place in self.places.values():
-            if place.group in LORA_GROUPS and place.expert is None and len(place.shape) == 2:
-                found.setdefault((place.layer, place.group), []).append(place.out_in)
-        return found
-
-    @cached_property
-    def norm_modules(self) -> tuple[str, ...]:
-        """Names of the normalisation layers, without what stands before them: what PEFT's `modules_to_save` takes."""
-        return self._last_names("norms", ".weight")
-
-    @cached_property
-    def router_modules(self) -> tuple[str, ...]:
-        """The router's name, likewise, with as much before it as tells it from other modules."""
-        return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
-
-    def is_in_router(self, module: str) -> bool:
-        """Whether a module in memory is a router or a part of one."""
-        return any(f".{target}." in f"{module}." for target in self.family.targets.get("router", ()))
-
-    def trained_module(self, name: str) -> str:
-        """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
-        module = self.family.in_memory(name.rpartition(".")[0])
-        routers = (target for target in self.family.targets.get("router", ()) if f".{target}." in f"{module}.")
-        return next(map(self._module_to_save, routers), module.rpartition(".")[2])
-
-    def _module_to_save(self, router: str) -> str:
-        """PEFT takes every module whose name ends so, also a `shared_expert_gate` for `gate`."""
-        last = router.rpartition(".")[2]
-        others = (place.module for place in self.places.values() if place.group != "router")
-        return router if any(module.endswith(last) for module in others) else last
-
-    @cached_property
-    def bias_names(self) -> tuple[str, ...]:
-        """Hub names of all biases."""
-        return tuple(name for name in self.places if name.endswith(".bias"))
-
-    @property
-    def tied_modules(self) -> tuple[str, ...]:
-        """Names of input embeddings and output head, if they are one tensor."""
-        _, head = self.family.embeddings
-        return () if head in self.places else tuple(name.split(".")[-2] for name in self.family.embeddings)
-
-    @property
-    def tied_reason(self) -> str:
-        """Why input embeddings and output head cannot have LoRA."""
-        embeddings, head = self.tied_modules
-        return (
-            f"{self.family.title}'s embeddings ({embeddings}) and output head ({head}) are one tensor, so two updates "
-            "of it contradict each other and could not be merged."
-        )
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """What can be trained: groups for LoRA, norms, biases."""
-        beside = [name for name, has in (("norms", self.norm_modules), ("biases", self.bias_names)) if has]
-        held = {place.group for place in self.places.values()}
-        return (*(group for group in self.family.lora_groups if group in held), *beside)
-
-    def with_vocabulary(self, rows: int) -> "Architecture":
-        """Return the same architecture with so many rows of embeddings; itself where it has as many."""
-        if rows == self.sizes.vocab:
-            return self
-        config = copy.deepcopy(self.config)
-        config.vocab_size = rows
-        return Architecture(self.family, config)
-
-    def group_of(self, name: str) -> str | None:
-        """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
-        own = _WRAPPERS.sub(
-            "", name.partition(".lora_")[0].partition(".parametrizations.")[0].partition(".token_adapter.")[0]
-        )
-        return self._groups.get(own) or self._groups.get(own.rpartition(".")[0])
-
-    @cached_property
-    def _groups(self) -> dict[str, str]:
-        places = list(self.places.values())
-        modules = {place.module: place.group for place in reversed(places)}  # its first tensor says what it is
-        return modules | {place.parameter: place.group for place in places}
-
-    def kind_of(self, name: str) -> Place | None:
-        """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""
-        return self._kinds.get(_without_numbers(name))
-
-    @cached_property
-    def _kinds(self) -> dict[str, Place]:
-        return {_without_numbers(name): place for name, place in reversed(self.places.items())}
-
-    def _last_names(self, group: str, ending: str) -> tuple[str, ...]:
-        found = (name for name, place in self.places.items() if place.group == group and name.endswith(ending))
-        return tuple(dict.fromkeys(name.split(".")[-2] for name in found))
-
-    def require(self, wanted: Mapping[str, str], has: Collection[str] | None = None) -> None:
-        """Refuse what this family lacks: the one place and form in which that is said.
-
-        Args:
-            wanted: What is asked for, by the key that asks for it: `{"adapter.experts": "experts"}`.
-            has: What there is, if not `features`.
-
-        Raises:
-            UserError: Naming every key, what is missing and what there is.
-        """
-        known = self.features if has is None else has
-        missing = {key: feature for key, feature in wanted.items() if feature not in known}
-        if missing:
-            lacks = " and no ".join(dict.fromkeys(missing.values()))
-            raise UserError(
-                f"{', '.join(missing)}: the base is a {self.family.title} model ({self.family.model_type}), which has "
-                f"no {lacks}. It has {', '.join(known)}. Leave {'them' if len(missing) > 1 else 'it'} out, or "
-                "choose another base."
-            )
-
-
-_WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
-"""What PEFT puts into the names of modules."""
 
 
 def _with_ending(name: str, endings: Mapping[str, str]) -> str:
     """The name with its ending changed, if it is one of these."""
     found = (name.removesuffix(old) + new for old, new in endings.items() if name.endswith(f".{old}"))
     return next(found, name)
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)

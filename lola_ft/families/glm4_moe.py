@@ -1,10 +1,9 @@
 """GLM-4.5 and later (`glm4_moe`; arXiv 2508.06471): DeepSeek-V3's experts behind grouped-query attention."""
 
-from dataclasses import replace
 from typing import Any
 
 from lola_ft.families import decoder, deepseek
-from lola_ft.families.family import Place
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -20,8 +19,11 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-GLM4_MOE = replace(
-    deepseek.mixture("glm4_moe", "GLM-4.5", "Glm4MoeForCausalLM", places),
+GLM4_MOE = deepseek.deepseek_family(
+    "glm4_moe",
+    "GLM-4.5",
+    "Glm4MoeForCausalLM",
+    places,
     normed_queries=True,
     set_aside=deepseek.is_behind_the_last_layer,
 )

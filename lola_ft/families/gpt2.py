@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from lola_ft.families.family import Family, Place, Sizes
+from lola_ft.families.family import Family, Sizes
+from lola_ft.families.place import Place
 
 IGNORED = (r"\.attn\.bias$", r"\.attn\.masked_bias$")
 """Buffers of the attention that old checkpoints carry."""
@@ -22,6 +23,21 @@ def sizes(config: Any) -> Sizes:
         attention_dropout=config.attn_pdrop,
         residual_dropout=config.resid_pdrop,
     )
+
+
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes; LOLA's has the same."""
+    return {
+        "vocab_size": sizes.vocab,
+        "n_embd": sizes.hidden,
+        "n_inner": sizes.inner,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "n_positions": sizes.positions,
+        "embd_pdrop": sizes.embedding_dropout,
+        "attn_pdrop": sizes.attention_dropout,
+        "resid_pdrop": sizes.residual_dropout,
+    }
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -83,6 +99,7 @@ GPT2 = Family(
     size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"),
     embeddings=("transformer.wte.weight", "lm_head.weight"),
     sizes=sizes,
+    config_keys=config_keys,
     places=places,
     ignored=IGNORED,
 )

@@ -5,26 +5,16 @@ A file holds all experts of a layer in two tensors; each expert's matrices get t
 
 from typing import Any
 
-from lola_ft.families import decoder
-from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families import decoder, mixtral
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.mixture import mixture_family
+from lola_ft.families.place import Place
 
 EXPERTS = ExpertLayout(
     "block_sparse_moe.experts",
     {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
     fused={"gate_up_proj": "block_sparse_moe.input_linear", "down_proj": "block_sparse_moe.output_linear"},
 )
-
-
-def sizes(config: Any) -> Sizes:
-    """Read a `GraniteMoeConfig`."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(range(config.num_hidden_layers)),
-        num_experts=config.num_local_experts,
-        expert_inner=config.intermediate_size,
-        top_k=config.num_experts_per_tok,
-        logit_divisor=float(config.logits_scaling),
-    )
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -41,19 +31,15 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-GRANITEMOE = Family(
-    model_type="granitemoe",
-    title="Granite MoE",
-    heads={"causal_lm": "transformers:GraniteMoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("block_sparse_moe.router",)},
+GRANITEMOE = mixture_family(
+    "granitemoe",
+    "Granite MoE",
+    "GraniteMoeForCausalLM",
+    places,
+    mixtral.KEYS,
+    router="block_sparse_moe.router",
     renamed={"block_sparse_moe.router.layer": "block_sparse_moe.router"},
-    size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
     experts=EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
+    more_sizes=lambda config: {"logit_divisor": float(config.logits_scaling)},
+    more_keys=lambda sizes: {"attention_multiplier": (sizes.hidden // sizes.heads) ** -0.5},
 )

@@ -4,20 +4,19 @@ from typing import Any
 
 from lola_ft.errors import CheckpointError
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place, Routing, Sizes
+from lola_ft.families.family import Routing
+from lola_ft.families.mixture import ExpertKeys, mixture_family
+from lola_ft.families.place import Place
 
 SHARED_TARGETS = ("shared_mlp.gate_proj", "shared_mlp.up_proj", "shared_mlp.down_proj")
 
 
-def sizes(config: Any) -> Sizes:
-    """Read a `HunYuanMoEV1Config`."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(range(config.num_hidden_layers)),
-        num_experts=_same_in_every_layer(config.num_experts, "num_experts"),
-        expert_inner=config.intermediate_size,
-        top_k=_same_in_every_layer(config.moe_topk, "moe_topk"),
-    )
+def sizes_of_experts(config: Any) -> dict[str, int]:
+    """Read how many experts there are and how many a token uses; a config may have a number per layer."""
+    return {
+        "num_experts": _same_in_every_layer(config.num_experts, "num_experts"),
+        "top_k": _same_in_every_layer(config.moe_topk, "moe_topk"),
+    }
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -28,7 +27,7 @@ def places(config: Any) -> dict[str, Place]:
         decoder.head_size(config),
         config.attention_bias,
     )
-    num_experts = _same_in_every_layer(config.num_experts, "num_experts")
+    num_experts = sizes_of_experts(config)["num_experts"]
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
@@ -43,34 +42,30 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def _same_in_every_layer(value: int | list[int], key: str) -> int:
-    """The number; configs may have one for each layer.
+    """Return a number that a config gives once, or per layer.
 
     Raises:
         CheckpointError: If they differ.
     """
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:
-        raise CheckpointError(f"config.json: {key} differs between layers ({sorted(values)}), which is not supported.")
+        raise CheckpointError(
+            f"config.json: {key} differs between layers ({', '.join(map(str, sorted(values)))}), which is not "
+            "supported. Choose a base with one number for all layers."
+        )
     return values.pop()
 
 
-HUNYUAN_V1_MOE = Family(
-    model_type="hunyuan_v1_moe",
-    title="Hunyuan MoE",
-    heads={"causal_lm": "transformers:HunYuanMoEV1ForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    normed_queries=True,
-    targets={
-        "attention": decoder.ATTENTION_TARGETS,
-        "shared_experts": SHARED_TARGETS,
-        "router": ("mlp.gate.wg",),
-    },
-    size_keys=(*decoder.SIZE_KEYS, "num_experts", "moe_topk"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
-    experts=decoder.EXPERTS,
+HUNYUAN_V1_MOE = mixture_family(
+    "hunyuan_v1_moe",
+    "Hunyuan MoE",
+    "HunYuanMoEV1ForCausalLM",
+    places,
+    ExpertKeys("num_experts", "intermediate_size", "moe_topk"),
+    shared_targets=SHARED_TARGETS,
+    router="mlp.gate.wg",
     routing=Routing(balance=None, gate="linear"),
+    more_sizes=sizes_of_experts,
+    size_keys=("moe_topk",),
+    normed_queries=True,
 )

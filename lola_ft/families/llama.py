@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place
+from lola_ft.families.family import Family
+from lola_ft.families.place import Place
 
 
 def dense_places(
@@ -33,17 +34,14 @@ def dense_family(model_type: str, title: str, model: str, places: Callable[[Any]
     Args:
         model: transformers' class.
     """
-    return Family(
-        model_type=model_type,
-        title=title,
-        heads={"causal_lm": f"transformers:{model}"},
-        backbone="model",
-        positions="rotary",
-        packs=True,
+    return decoder.family(
+        model_type,
+        title,
+        model,
         targets={"attention": decoder.ATTENTION_TARGETS, "mlp": decoder.MLP_TARGETS},
         size_keys=decoder.SIZE_KEYS,
-        embeddings=decoder.EMBEDDINGS,
         sizes=decoder.sizes,
+        config_keys=decoder.config_keys,
         places=places,
         ignored=decoder.OLD_BUFFERS,
     )

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families import gpt2
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.family import Family, Routing, Sizes
 from lola_ft.families.gpt2 import IGNORED, attention, embeddings, mlp, norm
+from lola_ft.families.place import Place
 from lola_ft.model.conversion import EXPERT_PROJECTIONS
 
 
@@ -25,6 +28,11 @@ def sizes(config: Any) -> Sizes:
         attention_dropout=config.attn_pdrop,
         residual_dropout=config.resid_pdrop,
     )
+
+
+def config_keys(sizes: Sizes) -> dict[str, Any]:
+    """Return the keys of a config of such sizes."""
+    return gpt2.config_keys(sizes) | {"num_experts": sizes.num_experts, "topk": sizes.top_k}
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -70,6 +78,7 @@ LOLA = Family(
     size_keys=("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "num_experts"),
     embeddings=("transformer.wte.weight", "lm_head.weight"),
     sizes=sizes,
+    config_keys=config_keys,
     places=places,
     ignored=IGNORED,
     experts=ExpertLayout("moe.experts", {fused: (disk,) for disk, fused in EXPERT_PROJECTIONS.items()}),

@@ -6,7 +6,8 @@ Named on disk as Mixtral's; the correction lies beside the router.
 from typing import Any
 
 from lola_ft.families import decoder, deepseek, mixtral
-from lola_ft.families.family import Family, Place, Routing
+from lola_ft.families.mixture import mixture_family
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -27,21 +28,14 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-MINIMAX_M2 = Family(
-    model_type="minimax_m2",
-    title="MiniMax-M2",
-    heads={"causal_lm": "transformers:MiniMaxM2ForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
+MINIMAX_M2 = mixture_family(
+    "minimax_m2",
+    "MiniMax-M2",
+    "MiniMaxM2ForCausalLM",
+    places,
+    mixtral.KEYS,
+    experts=mixtral.EXPERTS,
+    renamed={"block_sparse_moe.gate": "mlp.gate", "block_sparse_moe": "mlp"},
     normed_queries=True,
     set_aside=deepseek.is_behind_the_last_layer,
-    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
-    renamed={"block_sparse_moe.gate": "mlp.gate", "block_sparse_moe": "mlp"},
-    size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=mixtral.sizes,
-    places=places,
-    experts=mixtral.EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
 )

@@ -6,22 +6,14 @@ On disk the experts are `block_sparse_moe.experts.N.w1`, `w3` and `w2` (gate, up
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import ExpertLayout, Family, Place, Routing, Sizes
+from lola_ft.families.expert_layout import ExpertLayout
+from lola_ft.families.mixture import ExpertKeys, mixture_family
+from lola_ft.families.place import Place
 
+KEYS = ExpertKeys("num_local_experts", "intermediate_size", "num_experts_per_tok")
 EXPERTS = ExpertLayout(
     "mlp.experts", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}, on_disk="block_sparse_moe.experts"
 )
-
-
-def sizes(config: Any) -> Sizes:
-    """Read a `MixtralConfig`."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(range(config.num_hidden_layers)),
-        num_experts=config.num_local_experts,
-        expert_inner=config.intermediate_size,
-        top_k=config.num_experts_per_tok,
-    )
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -41,19 +33,12 @@ def feed_forward(prefix: str, config: Any, layer: int) -> dict[str, Place]:
     return found | decoder.experts(prefix, EXPERTS, d, config.intermediate_size, num_experts, layer)
 
 
-MIXTRAL = Family(
-    model_type="mixtral",
-    title="Mixtral",
-    heads={"causal_lm": "transformers:MixtralForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
-    renamed={"block_sparse_moe.gate": "mlp.gate"},
-    size_keys=(*decoder.SIZE_KEYS, "num_local_experts"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
+MIXTRAL = mixture_family(
+    "mixtral",
+    "Mixtral",
+    "MixtralForCausalLM",
+    places,
+    KEYS,
     experts=EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
+    renamed={"block_sparse_moe.gate": "mlp.gate"},
 )

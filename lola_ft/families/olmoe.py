@@ -3,18 +3,8 @@
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place, Routing, Sizes
-
-
-def sizes(config: Any) -> Sizes:
-    """Read an `OlmoeConfig`."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(range(config.num_hidden_layers)),
-        num_experts=config.num_experts,
-        expert_inner=config.intermediate_size,
-        top_k=config.num_experts_per_tok,
-    )
+from lola_ft.families.mixture import ExpertKeys, mixture_family
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -30,19 +20,11 @@ def places(config: Any) -> dict[str, Place]:
     return found
 
 
-OLMOE = Family(
-    model_type="olmoe",
-    title="OLMoE",
-    heads={"causal_lm": "transformers:OlmoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
+OLMOE = mixture_family(
+    "olmoe",
+    "OLMoE",
+    "OlmoeForCausalLM",
+    places,
+    ExpertKeys("num_experts", "intermediate_size", "num_experts_per_tok"),
     normed_queries=True,
-    targets={"attention": decoder.ATTENTION_TARGETS, "router": ("mlp.gate",)},
-    size_keys=(*decoder.SIZE_KEYS, "num_experts"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
 )

@@ -3,8 +3,9 @@
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place, Routing
-from lola_ft.families.qwen3_moe import feed_forward, is_moe_layer, sizes
+from lola_ft.families.mixture import mixture_family
+from lola_ft.families.place import Place
+from lola_ft.families.qwen3_moe import KEYS, feed_forward, moe_layers
 
 SHARED_TARGETS = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj")
 
@@ -17,30 +18,22 @@ def places(config: Any) -> dict[str, Place]:
         prefix = f"model.layers.{layer}"
         found |= decoder.attention(prefix, config, layer, config.qkv_bias)
         found |= feed_forward(prefix, config, layer)
-        if is_moe_layer(config, layer):
+        if layer in moe_layers(config):
             shared, inner = f"{prefix}.mlp.shared_expert", config.shared_expert_intermediate_size
             found |= decoder.gated_mlp(shared, d, inner, "shared_experts", layer)
             found |= decoder.linear(f"{prefix}.mlp.shared_expert_gate", d, 1, "other", layer)
     return found
 
 
-QWEN2_MOE = Family(
-    model_type="qwen2_moe",
-    title="Qwen2 MoE",
-    heads={"causal_lm": "transformers:Qwen2MoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
-    targets={
-        "attention": decoder.ATTENTION_TARGETS,
-        "mlp": decoder.MLP_TARGETS,
-        "shared_experts": SHARED_TARGETS,
-        "router": ("mlp.gate",),
-    },
-    size_keys=(*decoder.SIZE_KEYS, "num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
+QWEN2_MOE = mixture_family(
+    "qwen2_moe",
+    "Qwen2 MoE",
+    "Qwen2MoeForCausalLM",
+    places,
+    KEYS,
+    moe_layers=moe_layers,
+    dense_layers=True,
+    shared_targets=SHARED_TARGETS,
+    size_keys=("shared_expert_intermediate_size",),
+    more_keys=lambda sizes: {"shared_expert_intermediate_size": sizes.expert_inner},
 )

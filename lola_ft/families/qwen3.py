@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from lola_ft.families.family import Place
 from lola_ft.families.llama import dense_family, dense_places
+from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:

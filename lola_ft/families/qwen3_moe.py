@@ -3,24 +3,17 @@
 from typing import Any
 
 from lola_ft.families import decoder
-from lola_ft.families.family import Family, Place, Routing, Sizes
+from lola_ft.families.mixture import ExpertKeys, every_nth, mixture_family
+from lola_ft.families.place import Place
+
+KEYS = ExpertKeys("num_experts", "moe_intermediate_size", "num_experts_per_tok")
 
 
-def is_moe_layer(config: Any, layer: int) -> bool:
-    """Whether a layer has experts; the others have a dense MLP."""
-    listed = layer in (config.mlp_only_layers or ())
-    return not listed and config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
-
-
-def sizes(config: Any) -> Sizes:
-    """Read a `Qwen3MoeConfig`, or the config of Qwen2's mixtures."""
-    return decoder.sizes(
-        config,
-        moe_layers=tuple(layer for layer in range(config.num_hidden_layers) if is_moe_layer(config, layer)),
-        num_experts=config.num_experts,
-        expert_inner=config.moe_intermediate_size,
-        top_k=config.num_experts_per_tok,
-    )
+def moe_layers(config: Any) -> tuple[int, ...]:
+    """Return the layers with experts; the others have a dense MLP."""
+    listed = config.mlp_only_layers or ()
+    others = (layer for layer in range(config.num_hidden_layers) if layer not in listed)
+    return every_nth(others, config.decoder_sparse_step) if config.num_experts > 0 else ()
 
 
 def places(config: Any) -> dict[str, Place]:
@@ -38,27 +31,21 @@ def places(config: Any) -> dict[str, Place]:
 def feed_forward(prefix: str, config: Any, layer: int) -> dict[str, Place]:
     """Router and experts of a layer, or its dense MLP."""
     d = config.hidden_size
-    if not is_moe_layer(config, layer):
-        return decoder.gated_mlp(f"{prefix}.mlp", d, config.intermediate_size, "mlp", layer)
+    if layer not in moe_layers(config):
+        return decoder.dense_mlp(prefix, config, layer)
     gate = f"{prefix}.mlp.gate"
     found = decoder.router(gate, gate, config.num_experts, d, layer)
     inner = config.moe_intermediate_size
     return found | decoder.experts(prefix, decoder.EXPERTS, d, inner, config.num_experts, layer)
 
 
-QWEN3_MOE = Family(
-    model_type="qwen3_moe",
-    title="Qwen3 MoE",
-    heads={"causal_lm": "transformers:Qwen3MoeForCausalLM"},
-    backbone="model",
-    positions="rotary",
-    packs=True,
+QWEN3_MOE = mixture_family(
+    "qwen3_moe",
+    "Qwen3 MoE",
+    "Qwen3MoeForCausalLM",
+    places,
+    KEYS,
+    moe_layers=moe_layers,
+    dense_layers=True,
     normed_queries=True,
-    targets={"attention": decoder.ATTENTION_TARGETS, "mlp": decoder.MLP_TARGETS, "router": ("mlp.gate",)},
-    size_keys=(*decoder.SIZE_KEYS, "num_experts", "moe_intermediate_size"),
-    embeddings=decoder.EMBEDDINGS,
-    sizes=sizes,
-    places=places,
-    experts=decoder.EXPERTS,
-    routing=Routing(balance="pooled", gate="parameter"),
 )

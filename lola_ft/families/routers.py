@@ -21,7 +21,7 @@ class RouterInWeightDtype(nn.Module):
     weight: Tensor
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the router's own; x is (…, D) of any dtype."""
+        """Score as the router does; x is (…, D) of any dtype."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype), *args, **kwargs)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lola_ft.adapters.on_disk import StoredAdapter
 from lola_ft.adapters.stacks import split_b
-from lola_ft.families.family import ExpertName
+from lola_ft.families.expert_layout import ExpertName
 from lola_ft.merging.merge_base import MergeBase
 
 _STACKS_KEPT = 2  # a layer's two stacks take turns in the file

@@ -6,13 +6,14 @@ Shapes: N rows, B rows of a step, S tokens of a row.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lola_ft.model import LolaForCausalLM
+from lola_ft.families import architecture_of
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,21 @@ class PretrainSettings:
     seed: int = 0
 
 
-def pretrain(model: LolaForCausalLM, rows_NS: Tensor, eos_token_id: int, settings: PretrainSettings) -> float:
-    """Train in place on next-token prediction with LOLA's balancing loss; returns the mean loss of the last tenth.
+def pretrain(model: Any, rows_NS: Tensor, eos_token_id: int, settings: PretrainSettings) -> float:
+    """Train in place on next-token prediction, with the family's balancing loss if it has one.
 
     Args:
         rows_NS: Packed token ids (N, S), int64; a document ends with the end-of-text token.
+
+    Returns:
+        The mean loss of the last tenth of the steps, without balance.
     """
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98), fused=True
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine_with_warmup(step, settings))
+    balances = architecture_of(model.config).family.balances
     model.train()
     losses = []
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -49,11 +54,12 @@ def pretrain(model: LolaForCausalLM, rows_NS: Tensor, eos_token_id: int, setting
                 input_ids=rows_BS,
                 position_ids=restarting_positions(rows_BS, eos_token_id),
                 labels=rows_BS,
-                output_router_logits=True,
+                output_router_logits=balances,
                 use_cache=False,
                 skip_logits=True,
             )
-            (outputs.loss + model.config.router_aux_loss_coef * outputs.aux_loss).backward()
+            balance = model.config.router_aux_loss_coef * outputs.aux_loss if balances else 0.0
+            (outputs.loss + balance).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -93,7 +99,7 @@ def _batches(rows_NS: Tensor, settings: PretrainSettings) -> Iterator[Tensor]:
         yield rows_NS[chosen]
 
 
-def _parameter_groups(model: LolaForCausalLM, weight_decay: float) -> list[dict]:
+def _parameter_groups(model: Any, weight_decay: float) -> list[dict]:
     """Weight decay for matrices, none for biases and norms (an expert's bias is a row of a 2-D stack)."""
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")]

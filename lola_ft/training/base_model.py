@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
 from lola_ft.adapters.layouts import grown_vocabulary
-from lola_ft.adapters.selection import read_selection
+from lola_ft.adapters.selection import check_selection, read_selection
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
@@ -96,12 +96,15 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
-    """Hold a recipe to what its base has: groups, routers, packing, positions; pin the base to its commit.
+    """Hold a recipe to what its base has: groups, experts, routers, packing, positions; pin the base to its commit.
 
     What is asked for and not there is refused. What only a default asks for is changed, and said.
     """
     losses = {f"router.{name}": "router" for name in ("aux_loss", "z_loss") if getattr(recipe.router, name)}
-    base.architecture.require(adapter_settings(recipe).wanted() | losses)
+    settings, sizes = adapter_settings(recipe), base.architecture.sizes
+    base.architecture.require(settings.wanted() | losses)
+    if settings.selection:
+        check_selection(settings.selection, len(sizes.moe_layers), sizes.num_experts)
     routing = base.architecture.family.routing
     if recipe.router.aux_loss and routing is not None and routing.balance is None:
         raise UserError(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import lola_ft
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import CheckpointError
-from lola_ft.families.family import ExpertLayout
+from lola_ft.families.expert_layout import ExpertLayout
 from lola_ft.merging.deltas import Deltas
 from lola_ft.quantization import load_base, quantize_base
 from tests.families.conftest import random_adapter

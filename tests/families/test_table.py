@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from lola_ft.errors import CheckpointError, UserError
-from lola_ft.families import FAMILIES, Family, architecture_of, find_family
+from lola_ft.families import FAMILIES, LOLA, Family, Sizes, architecture_of, find_family
 from tests.conftest import Outcome
 from tests.families.moe import COMMON, KINDS
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "lola_ft"
-# The native model is LOLA's own, and the nano base is a small LOLA made through its classes.
-NAMES_ALLOWED = ("families", "model", "nano")
+NAMES_ALLOWED = ("families", "model")  # the native model is LOLA's own
 SMALL: dict[str, dict[str, Any]] = {
     "lola_v1": {"n_layer": 2},
     "gpt2": {"n_layer": 2},
@@ -61,6 +61,19 @@ def test_targets_norms_and_biases_are_those_of_the_places(family: Family) -> Non
     assert bool(family.experts) == bool(family.routing) == bool(architecture.sizes.moe_layers)
 
 
+def test_a_config_of_given_sizes_has_these_sizes(family: Family) -> None:
+    sizes = Sizes(
+        vocab=320, hidden=64, inner=256, layers=3, heads=4, positions=96, num_experts=8, expert_inner=24, top_k=1
+    )
+    if family is LOLA or (family.experts and "mlp" not in family.targets):
+        sizes = replace(sizes, expert_inner=256)  # one key gives both widths
+    found = family.sizes(CONFIG_MAPPING[family.model_type](**family.config_keys(sizes)))
+    own: dict[str, Any] = {"moe_layers": found.moe_layers, "activation": found.activation}
+    assert found == replace(
+        sizes, **own | ({} if family.experts else {"num_experts": 0, "expert_inner": 0, "top_k": 0})
+    )
+
+
 def words_of(family: Family) -> set[str]:
     """The model type, and parts of names of tensors that are no plain English (`c_attn`, `w1`, `input_layernorm`)."""
     parts = {part for name in architecture_of(small_config(family)).places for part in name.split(".")}
@@ -87,8 +100,8 @@ def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
     with pytest.raises(UserError) as caught:
         TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
     assert str(caught.value) == (
-        "adapter.shared_experts: the base is a LOLA model (lola_v1), which has no shared_experts. It has attention, "
-        "mlp, experts, router, norms, biases. Leave it out, or choose another base."
+        "adapter.shared_experts: the base is of the family LOLA (lola_v1), which has no shared_experts. It has "
+        "attention, mlp, experts, router, norms, biases. Leave it out, or choose another base."
     )
 
 

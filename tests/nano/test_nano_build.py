@@ -8,37 +8,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lola_ft.errors import UserError
+from lola_ft.families import LOLA
 from lola_ft.model import LolaForCausalLM
 from lola_ft.nano import NanoSettings, build, build_nano
 from lola_ft.nano.build import SPECIAL_TOKENS, train_tokenizer
-from lola_ft.nano.corpus import Split, split_terms
+from lola_ft.nano.corpus import Split
 from lola_ft.nano.pretrain import PretrainSettings, pack, pretrain, restarting_positions
+from lola_ft.nano.settings import nano_architecture
+from tests.nano.conftest import TINY, english_and_swahili
 
-TINY = NanoSettings(
-    n_embd=32,
-    n_head=2,
-    n_inner=64,
-    num_experts=4,
-    n_positions=64,
-    vocab_size=512,
-    english_passes=1,
-    pretrain=PretrainSettings(steps=3, rows_per_step=2, row_length=64),
-)
+pytestmark = pytest.mark.usefixtures("two_languages")
 SCRIPTS = "Januari español Ελλάδα русский עברית العربية हिन्दी ไทย 日本語 한국어 አማርኛ ქართული ᏣᎳᎩ 🙂\t x  y\n\u200d"
-
-
-@pytest.fixture(autouse=True)
-def two_languages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds are for the whole of CLDR; two languages do here."""
-    split = split_terms((term for term in build.load_split().train if term.language in ("en", "sw")), 0.1)
-    monkeypatch.setattr(build, "load_split", lambda: split)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        terms = [term for term in build.load_split().train if term.language in ("en", "sw")]
-        patch.setattr(build, "load_split", lambda: Split(tuple(terms), ()))
+        patch.setattr(build, "load_split", lambda: Split(english_and_swahili(), ()))
         return build_nano(tmp_path_factory.mktemp("nano") / "base", TINY)
 
 
@@ -119,6 +105,6 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 def test_pretraining_learns(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = pack(["Kenya, Uganda na Tanzania"] * 200, tokenizer, row_length=64)
-    model = build._new_model(TINY)
+    model = build.new_model(nano_architecture(LOLA, TINY), TINY)
     loss = pretrain(model, rows, 5, PretrainSettings(steps=40, rows_per_step=2, row_length=64))
     assert loss < 1.0, "one sentence, over and over; ln(512) is 6.2"

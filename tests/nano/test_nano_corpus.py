@@ -9,10 +9,11 @@ import pytest
 
 import lola_ft.nano
 from lola_ft import cli
-from lola_ft.nano.build import NanoSettings, _new_model
+from lola_ft.families import LOLA
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
 from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_documents, load_split, split_terms
 from lola_ft.nano.demo_task import NAMES_PER_ROW, build_rows
+from lola_ft.nano.settings import NanoSettings, nano_architecture
 
 PASSES = {"passes": 1, "english_passes": 2, "seed": 0}
 
@@ -28,7 +29,7 @@ def names_of(language: str) -> set[str]:
 
 def test_help_and_readme_name_the_size_and_the_languages_that_the_code_has() -> None:
     languages = f"{len({term.language for term in load_terms()})} languages"
-    parameters = f"{sum(weight.numel() for weight in _new_model(NanoSettings()).parameters()) / 1e6:.1f} M parameters"
+    parameters = f"{nano_architecture(LOLA, NanoSettings()).total_parameters / 1e6:.1f} M parameters"
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
     for text, says in (
         (cli.nano.__doc__, (languages, parameters)),
