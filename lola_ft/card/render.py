@@ -73,7 +73,7 @@ def _summary(facts: CardFacts) -> list[list[str]]:
         if "adapter" in recipe:
             rows.append(["LoRA", _lora(recipe)])
             beside = [name for name in ("norms", "biases") if recipe["adapter"].get(name)]
-            rows += [["trained as they are", " and ".join(beside)]] if beside else []
+            rows += [["fully trained", " and ".join(beside)]] if beside else []
         if "router" in recipe:
             rows.append(["router", recipe["router"]["mode"]])
         if "train" in recipe:
@@ -178,7 +178,7 @@ def merge_rows(report: dict[str, Any]) -> list[list[str]]:
 def _replaced(report: dict[str, Any]) -> str:
     replaced, biases = report.get("replaced", 0), report.get("biases", 0)
     of_biases = f" ({biases} biases)" if biases else ""
-    return f"; {replaced} of them are weights trained as they are{of_biases}" if replaced else ""
+    return f"; {replaced} of them are fully trained weights{of_biases}" if replaced else ""
 
 
 def _added_to(report: dict[str, Any]) -> str:

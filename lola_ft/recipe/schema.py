@@ -117,9 +117,9 @@ class Adapter(Section):
     init: Literal["default", "gaussian", "loftq", "pissa"] = Field(
         default="default", description="where LoRA starts; loftq: at the error of the 4-bit base"
     )
-    norms: bool = Field(default=False, description="train the LayerNorms as well, as they are")
+    norms: bool = Field(default=False, description="fully train the norms (no LoRA)")
     biases: bool = Field(
-        default=False, description="train every bias as well, as it is; of experts, the selected ones'"
+        default=False, description="fully train every bias (no LoRA); of experts, those of the selected ones"
     )
 
     def _rules(self) -> Iterable[Problem]:

@@ -384,7 +384,7 @@ def test_what_cannot_be_combined(
     write_adapter(make_weights(c_attn=(4, 8.0)), tmp_path / "plain", "peft")
     model = load_adapter(fresh(), tmp_path / "router", name="router")
     model = load_adapter(model, tmp_path / "plain", name="plain")
-    with pytest.raises(AdapterError, match="'router' holds weights trained as they are"):
+    with pytest.raises(AdapterError, match="'router' holds fully trained weights"):
         combine_adapters(model, {"router": 1.0, "plain": 1.0}, "both")
     with pytest.raises(UserError, match="no adapter 'other'; it has router, plain"):
         combine_adapters(model, {"other": 1.0}, "both")

@@ -1,4 +1,4 @@
-"""Biases trained as they are: what moves, what is stored, what stock PEFT makes of it."""
+"""Fully trained biases: what moves, what is stored, what stock PEFT makes of it."""
 
 import json
 from collections.abc import Callable
@@ -282,7 +282,7 @@ def test_adapters_side_by_side(load: Callable[..., Any], ids: Tensor, tmp_path: 
             assert torch.equal(model(ids).logits, base_logits)
         save_adapter(model, tmp_path / "again", fitting_layout(model))
         assert (tmp_path / "again" / WEIGHTS_FILE).read_bytes() == (tmp_path / name / WEIGHTS_FILE).read_bytes(), name
-    with pytest.raises(AdapterError, match="'biases' holds weights trained as they are"):
+    with pytest.raises(AdapterError, match="'biases' holds fully trained weights"):
         combine_adapters(model, {"biases": 1.0, "plain": 1.0}, "both")
     model.delete_adapter("biases")
     model.set_adapter("norms")

@@ -86,7 +86,7 @@ def test_a_card_from_nothing_but_an_adapter() -> None:
         "| layout | `peft` |",
         "| trained on | 4-bit (NF4) base, bfloat16 |",
         "| LoRA | attention rank 16, experts rank 8, alpha 32 |",
-        "| trained as they are | biases |",
+        "| fully trained | biases |",
         "| router | tuned |",
         "| learning rate | 0.0001, cosine |",
         "| trained parameters | 3,345 |",
