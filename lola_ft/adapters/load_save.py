@@ -55,8 +55,18 @@ def load_adapter(
     return put_weights(model, weights, name, trainable)
 
 
-def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
-    """Attach an adapter with these numbers and make it the active one."""
+def put_weights(
+    model: PreTrainedModel | PeftModel,
+    weights: AdapterWeights,
+    name: str,
+    trainable: bool,
+    dropouts: Mapping[str, float] | None = None,
+) -> PeftModel:
+    """Attach an adapter with these numbers and make it the active one.
+
+    Args:
+        dropouts: Dropout of a target (the end of a module's name), where it is not 0.
+    """
     weights = sharing_inputs(weights)
     experts_of = weights.experts_of()
     state = to_state(weights, "peft", experts_of)
@@ -64,7 +74,7 @@ def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, nam
     config.fan_in_fan_out = False  # in memory every linear layer is out×in
     config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own
     selection = _selection(model, weights, experts_of) if experts_of else None
-    peft_model = attach(model, config, name, selection, biases=weights.biases())
+    peft_model = attach(model, config, name, selection, dropouts, weights.biases())
     _set_state(peft_model, state, name)
     peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
     peft_model.set_adapter(name, inference_mode=not trainable)

@@ -14,12 +14,18 @@ from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
 from lola_ft.adapters.selection import read_selection
+from lola_ft.adapters.stored_settings import settings_of
+from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
+from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.errors import UserError
 from lola_ft.families import Architecture
 from lola_ft.recipe import Recipe
+from lola_ft.repo_id import is_repo_id
+from lola_ft.training.continued_recipe import continued
+from lola_ft.training.starting_adapter import StartingAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,6 +43,7 @@ class OpenBase:
         revision: The recipe's; of a base on the Hub the commit that it stands for today.
         folder: Where its config, its tokenizer and, if they were asked for, its weights are.
         checkpoint: Its weights, checked; None if they were not asked for.
+        start: The adapter that training goes on from, if it is not a fresh one.
     """
 
     name: str
@@ -44,6 +51,7 @@ class OpenBase:
     folder: Path
     architecture: Architecture
     checkpoint: BaseCheckpoint | None = None
+    start: StartingAdapter | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Load the tokenizer, checked against the vocabulary."""
@@ -56,6 +64,40 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
     checkpoint = BaseCheckpoint.open(folder) if weights else None
     architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
     return OpenBase(name, commit_of(name, folder) or revision, folder, architecture, checkpoint)
+
+
+def continue_recipe(recipe: Recipe, base: OpenBase) -> Recipe:
+    """Fit a recipe to the adapter that it goes on from, which must be one of this base; pin the adapter to its commit.
+
+    Raises:
+        UserError: The adapter is of another base, does not fit this one, or was trained with other settings.
+    """
+    if (start := base.start) is None:
+        return recipe
+    weights = start.weights(base.architecture)
+    _refuse_other_base(start, weights, base)
+    recipe = continued(recipe, settings_of(weights), base.architecture.num_experts)
+    if start.revision is None:
+        return recipe
+    adapter = recipe.adapter.model_copy(update={"revision": start.revision})
+    return recipe.model_copy(update={"adapter": adapter})
+
+
+def _refuse_other_base(start: StartingAdapter, weights: AdapterWeights, base: OpenBase) -> None:
+    """Compare fingerprints; where the adapter has none, the names on the Hub, or else nothing is known."""
+    own, named = weights.base_fingerprint, weights.base
+    if own and base.checkpoint and (found := fingerprint(base.checkpoint)) != own:
+        raise UserError(
+            f"adapter.continue_from: {start.name} was trained on base {own}{f' ({named})' if named else ''}; "
+            f"{base.name} is {found}. Give base.model the adapter's own base."
+        )
+    on_hub = is_repo_id(named) and is_repo_id(base.name) and not Path(base.name).exists()
+    if not own and on_hub and named != base.name:
+        raise UserError(
+            f"adapter.continue_from: {start.name} was trained on base {named}, and base.model is {base.name}. Give "
+            "base.model the adapter's own base; if both are the same weights, change base_model_name_or_path in its "
+            "adapter_config.json."
+        )
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
@@ -137,8 +179,13 @@ def adapter_settings(recipe: Recipe) -> AdapterSettings:
 def load_with_adapter(
     base: OpenBase, recipe: Recipe, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple["PeftModel", SizesByPart]:
-    """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
+    """Load a base with a fresh adapter on it, or the one to go on from, all else frozen.
+
+    Returns:
+        The model, and the base's sizes in memory by part.
+    """
     from lola_ft.adapters import add_adapter
+    from lola_ft.adapters.load_save import put_weights
     from lola_ft.adapters.loftq import start_at_rounding_error
     from lola_ft.quantization import audit
     from lola_ft.quantization.load import load_checkpoint
@@ -147,6 +194,9 @@ def load_with_adapter(
     model = load_checkpoint(base.checkpoint, base.name, recipe.base.quantization, dtype, device, quiet=console.quiet)
     sizes = audit(model).as_dict()
     settings = adapter_settings(recipe)
+    if base.start:
+        weights, dropouts = base.start.weights(base.architecture), settings.dropout_by_target(base.architecture.family)
+        return put_weights(model, weights, "default", trainable=True, dropouts=dropouts), sizes
     with_adapter = add_adapter(model, settings)
     if settings.init == "loftq":
         console.print(start_at_rounding_error(with_adapter, base.checkpoint))

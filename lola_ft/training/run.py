@@ -29,6 +29,7 @@ from lola_ft.training.reports.manifest import manifest_of, routing_results, timi
 from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
 from lola_ft.training.setup import Prepared, facts_of, prepare_run
+from lola_ft.training.starting_adapter import keep_start
 from lola_ft.training.trainers.build import build_trainer
 from lola_ft.training.trainers.run_trainer import RunTrainer
 
@@ -67,7 +68,7 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
             console.print("Dry run: everything is in order; nothing was trained or written.")
             return output
         if earlier is None:
-            processes.on_main(lambda: run_folder.take_folder(output, held))
+            processes.on_main(lambda: _begin(prepared, output, held))
         checkpoint = find_restart(earlier, facts_of(prepared), allow_changed, console) if earlier else None
         text = render_recipe(prepared.recipe)
         processes.on_main(lambda: write_text(output / RECIPE_FILE, text))
@@ -86,6 +87,13 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
     console.print(f"Done. The adapter is in {output / ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
+
+
+def _begin(prepared: Prepared, output: Path, held: contextlib.ExitStack) -> None:
+    """Take the folder of a new run, and keep the adapter that it goes on from."""
+    run_folder.take_folder(output, held)
+    if prepared.start:
+        keep_start(prepared.start, output)
 
 
 def _fit(

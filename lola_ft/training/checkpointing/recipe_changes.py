@@ -8,6 +8,7 @@ from lola_ft.errors import UserError
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.schema import Source
 from lola_ft.repo_id import is_commit
+from lola_ft.training.continued_recipe import keys_left_out
 
 # These do not decide any number that is trained.
 _FREE = (
@@ -23,6 +24,7 @@ _FREE = (
     "output",
 )
 _OPTIMIZER = "train.optimizer"
+_START = "adapter.continue_from"
 _FITTED = ("max_length", "packing")  # of the data section, to what the base can do
 _NOTHING = object()
 
@@ -35,7 +37,11 @@ def with_stored_commits(recipe: Recipe, stored: Recipe) -> Recipe:
     base = recipe.base
     if base.model == stored.base.model and not is_commit(base.revision) and is_commit(stored.base.revision):
         base = base.model_copy(update={"revision": stored.base.revision})
-    return recipe.model_copy(update={"data": data, "base": base})
+    adapter = recipe.adapter
+    same_start = adapter.continue_from is not None and adapter.continue_from == stored.adapter.continue_from
+    if same_start and not is_commit(adapter.revision) and is_commit(stored.adapter.revision):
+        adapter = adapter.model_copy(update={"revision": stored.adapter.revision})
+    return recipe.model_copy(update={"data": data, "base": base, "adapter": adapter})
 
 
 def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterable[str], fitted: bool = True) -> None:
@@ -59,8 +65,15 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
             f"{recipe.train.optimizer} now: one optimiser's state is nothing to another. Take the change back, or "
             "choose another `output`."
         )
+    if recipe.adapter.continue_from != stored.adapter.continue_from:
+        raise UserError(
+            f"{folder}: {_START} was {stored.adapter.continue_from or 'not set'} when this run was started and is "
+            f"{recipe.adapter.continue_from or 'not set'} now: a run starts once. Take the change back (the adapter "
+            "itself need not be there any more), or choose another `output`."
+        )
     free = [*_FREE, *allowed]
     if not fitted:
+        free += keys_left_out(recipe) if recipe.adapter.continue_from else []
         free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]
     changed = [
         f"  {key}: {_shown(old.get(key, _NOTHING))} there, {_shown(new.get(key, _NOTHING))} now"
