@@ -21,6 +21,9 @@ from lola_ft.errors import AdapterError
 from lola_ft.families import Family, architecture_of
 from lola_ft.model.experts import FusedExperts
 
+REFERENCE_NAME = "ref"
+"""TRL (1.16) takes the adapter of this name as the reference of DPO and KTO; without one, the base."""
+
 
 def load_adapter(
     model: PreTrainedModel | PeftModel,
@@ -79,6 +82,14 @@ def put_weights(
     peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
     peft_model.set_adapter(name, inference_mode=not trainable)
     return peft_model.train(trainable)
+
+
+def add_reference(model: PeftModel, weights: AdapterWeights) -> None:
+    """Put a frozen copy of an adapter beside the active one, under the name that TRL's trainers compare it with."""
+    active = model.active_adapter
+    put_weights(model, weights, REFERENCE_NAME, trainable=False)
+    model.set_adapter(active)
+    model.train()
 
 
 def save_adapter(

@@ -185,7 +185,7 @@ def load_with_adapter(
         The model, and the base's sizes in memory by part.
     """
     from lola_ft.adapters import add_adapter
-    from lola_ft.adapters.load_save import put_weights
+    from lola_ft.adapters.load_save import add_reference, put_weights
     from lola_ft.adapters.loftq import start_at_rounding_error
     from lola_ft.quantization import audit
     from lola_ft.quantization.load import load_checkpoint
@@ -196,7 +196,10 @@ def load_with_adapter(
     settings = adapter_settings(recipe)
     if base.start:
         weights, dropouts = base.start.weights(base.architecture), settings.dropout_by_target(base.architecture.family)
-        return put_weights(model, weights, "default", trainable=True, dropouts=dropouts), sizes
+        with_adapter = put_weights(model, weights, "default", trainable=True, dropouts=dropouts)
+        if recipe.train.reference == "adapter":
+            add_reference(with_adapter, weights)
+        return with_adapter, sizes
     with_adapter = add_adapter(model, settings)
     if settings.init == "loftq":
         console.print(start_at_rounding_error(with_adapter, base.checkpoint))
