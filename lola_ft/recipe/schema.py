@@ -323,6 +323,10 @@ class Train(Section):
     )
     scheduler: Literal[SCHEDULERS] = Field(default="cosine", description="how the learning rate changes")  # type: ignore[valid-type]
     warmup_ratio: Share = Field(default=0.03, description="share of the steps in which the learning rate rises")
+    extended_schedule: Literal["stretch", "restart"] = Field(
+        default="stretch",
+        description="a run made longer: stretch its schedule over the new length, or restart it over the added steps",
+    )
     optimizer: Literal[OPTIMIZERS] = Field(default="adamw_8bit", description="optimiser")  # type: ignore[valid-type]
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="decay of the trained weights")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")

@@ -52,7 +52,7 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
     with StopRequest() as stop, contextlib.ExitStack() as held:
         earlier = processes.on_main(lambda: earlier_run(recipe, resume, allow_changed))
         if earlier and not earlier.finished and not dry_run:
-            earlier = processes.on_main(lambda: lock_run(output, held))
+            earlier = processes.on_main(lambda: lock_run(recipe, held))
         if earlier and earlier.finished:
             console.print(f"The run in {output} is finished; nothing is left to do.")
             return output
@@ -69,7 +69,8 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
             return output
         if earlier is None:
             processes.on_main(lambda: _begin(prepared, output, held))
-        checkpoint = find_restart(earlier, facts_of(prepared), allow_changed, console) if earlier else None
+        facts, wanted = facts_of(prepared), prepared.recipe
+        checkpoint = find_restart(earlier, wanted, facts, allow_changed, console) if earlier else None
         text = render_recipe(prepared.recipe)
         processes.on_main(lambda: write_text(output / RECIPE_FILE, text))
         prepare_s = time.perf_counter() - began
@@ -147,6 +148,8 @@ def _finish(
     if routing := routing_results(metrics):
         results["routing"] = routing
     manifest = manifest_of(prepared, model.get_base_model(), results, measured) | {"layout": layout}
+    if trainer.run.extensions:
+        manifest["extensions"] = trainer.run.extensions
     write_manifest(output, manifest)
     objective = prepared.recipe.objective
     plot_run(metrics, output, *([] if objective == "sft" else [objective]))

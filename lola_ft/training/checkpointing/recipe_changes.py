@@ -24,6 +24,8 @@ _FREE = (
     "output",
 )
 _OPTIMIZER = "train.optimizer"
+_LENGTH = ("train.max_steps", "train.epochs")
+_EXTENDED = "train.extended_schedule"  # acts at the moment at which the length changes
 _START = "adapter.continue_from"
 _FITTED = ("max_length", "packing")  # of the data section, to what the base can do
 _NOTHING = object()
@@ -48,7 +50,8 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
     """Refuse a recipe that differs from the run's own in anything that decides its numbers.
 
     Args:
-        allowed: Keys that may differ; `data` stands for everything in that section.
+        allowed: Keys that may differ; `data` stands for everything in that section, and either key of the length for
+            both.
         fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
 
     Raises:
@@ -72,6 +75,8 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
             "itself need not be there any more), or choose another `output`."
         )
     free = [*_FREE, *allowed]
+    if any(covers(key, name) for key in allowed for name in _LENGTH):  # one of them takes the other's place
+        free += [*_LENGTH, *([_EXTENDED] if length_of(recipe) != length_of(stored) else [])]
     if not fitted:
         free += keys_left_out(recipe) if recipe.adapter.continue_from else []
         free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]
@@ -85,6 +90,12 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
             f"{folder}: the recipe has changed since this run was started.\n" + "\n".join(changed) + "\n"
             "Take the changes back, allow each with --allow-changed KEY, or choose another `output`."
         )
+
+
+def length_of(recipe: Recipe) -> tuple[str, float]:
+    """Return the key that says how long a run is, and its value."""
+    steps = recipe.train.max_steps
+    return (_LENGTH[1], recipe.train.epochs) if steps is None else (_LENGTH[0], steps)
 
 
 def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:
