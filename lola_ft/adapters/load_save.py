@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ def load_adapter(
     Args:
         model: A base; or a model with an adapter, to load another one beside the first and make it active.
         allow_other_base: Accept an adapter that was trained on other base weights.
+        trainable: Go on training it, without dropout. A frozen one refuses to compute in training mode with gradients,
+            unless something else of the model is trained.
         name: What to call the adapter, for `set_adapter`.
 
     Raises:
@@ -81,7 +84,23 @@ def put_weights(
     _set_state(peft_model, state, name)
     peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
     peft_model.set_adapter(name, inference_mode=not trainable)
+    if not (trainable or isinstance(model, PeftModel)):
+        peft_model.register_forward_pre_hook(_refuse_to_train_nothing)
     return peft_model.train(trainable)
+
+
+def _refuse_to_train_nothing(model: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    """Refuse a training step that no weight would learn from: its gradients would be 0, or missing, without a word.
+
+    Raises:
+        AdapterError: Saying how to load an adapter for training.
+    """
+    if not (model.training and torch.is_grad_enabled()) or any(p.requires_grad for p in model.parameters()):
+        return
+    raise AdapterError(
+        "This model is in training mode, and nothing of it is trained: its adapter was loaded frozen. Load it with "
+        "lola_ft.load_adapter(model, path, trainable=True); to use it, call model.eval() or compute in torch.no_grad()."
+    )
 
 
 def add_reference(model: PeftModel, weights: AdapterWeights) -> None:
