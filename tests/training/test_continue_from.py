@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from lola_ft.adapters import add_adapter, save_adapter
 from lola_ft.adapters.checksums import CHECKSUMS_KEY
@@ -136,7 +138,7 @@ def test_a_stage_trains_all_that_the_first_has_trained(stages: Stages) -> None:
     assert manifest(second)["trained"].keys() >= {"attention", "mlp", "experts", "router", "norms", "biases"}
 
 
-@pytest.mark.parametrize("layout", ["peft", "per_expert"])
+@pytest.mark.parametrize("layout", slow_but(["per_expert"], ["peft", "per_expert"]))
 def test_other_families_and_both_layouts(layout: str, of_olmoe: Stages) -> None:
     groups = {"mlp": None, "attention": {"rank": 4}, "experts": {"rank": 4}}
     first = of_olmoe.train(of_olmoe.write("first", adapter=groups))
@@ -146,6 +148,7 @@ def test_other_families_and_both_layouts(layout: str, of_olmoe: Stages) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_run_runs_again_as_it_is(stages: Stages) -> None:
     """Also with an alpha that the recipe gives to a group, though it is the common one."""
     first = stages.train(stages.write("first", **KINDS["alphas"]))
@@ -156,6 +159,7 @@ def test_the_recipe_of_the_run_runs_again_as_it_is(stages: Stages) -> None:
     assert (again / "adapter" / name).read_bytes() == (second / "adapter" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_kept_its_best_goes_on_from_that(stages: Stages) -> None:
     best = {"keep_best": True, "eval_every": 1, "max_steps": 3, "learning_rate": 0.5}
     first = stages.train(stages.write("first", data={"validation": 0.2}, train=best))
@@ -163,6 +167,17 @@ def test_a_run_that_kept_its_best_goes_on_from_that(stages: Stages) -> None:
     stages.train(stages.next("second", first))
     name = "adapter_model.safetensors"
     assert (stages.folder / "second" / "start" / name).read_bytes() == (first / "adapter" / name).read_bytes()
+
+
+def test_an_adapter_of_stock_peft_goes_on_where_it_is(of_olmoe: Stages) -> None:
+    """It has LoRA on two of attention's four projections, and names neither fingerprint nor template."""
+    stock = AutoModelForCausalLM.from_pretrained(of_olmoe.base)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(stock, config).save_pretrained(of_olmoe.folder / "stock")
+    second = of_olmoe.train(of_olmoe.next("second", of_olmoe.folder / "stock"))
+    assert weights_of(second / "adapter").keys() == weights_of(of_olmoe.folder / "stock").keys()
+    assert resolved(second)["adapter"]["attention"] == {"rank": 4}
+    assert any(tensor.any() for name, tensor in weights_of(second / "adapter").items() if "lora_B" in name)
 
 
 # What is kept of the stages
@@ -304,6 +319,7 @@ def test_what_is_no_adapter_is_refused(stages: Stages) -> None:
     )
 
 
+@pytest.mark.slow
 def test_loftq_goes_on_only_in_4_bit(stages: Stages) -> None:
     first = stages.train(stages.write("first", **KINDS["loftq"]))
     recipe = stages.next("second", first)
@@ -315,7 +331,7 @@ def test_loftq_goes_on_only_in_4_bit(stages: Stages) -> None:
 def test_another_template_is_warned_about(stages: Stages) -> None:
     first = stages.train(stages.write("first"))
     warning = "data.template plain is not the template that"
-    for name in ("train", "preview", "plan"):
+    for name in ("preview", "plan"):
         recipe = stages.next(name, first)
         assert warning not in stages.verb(name, str(recipe)).out
         outcome = stages.verb(name, str(recipe), "data.template=plain", f"output={stages.folder / name}2")
@@ -400,6 +416,20 @@ def test_a_plan_counts_the_adapter_that_is_continued(stages: Stages, made: Calla
     ]
     assert plans[0]["parts"] == plans[1]["parts"]
     assert plans[0]["adapter_file_bytes"] == plans[1]["adapter_file_bytes"]
+
+
+def test_a_plan_does_not_suggest_other_ranks(stages: Stages, made: Callable[[str], Path]) -> None:
+    """Though those of a fresh adapter would make it fit."""
+    fresh = stages.write("fresh")
+    ranks = [f"adapter.{group}.rank=1" for group in ("attention", "mlp", "experts")]
+    small = ["train.micro_batch_size=1", "train.gradient_checkpointing=true", *ranks]
+    room = json.loads(stages.verb("plan", str(fresh), *small, "--gpu", "8GB", "--json").out)["peak_bytes"]
+    suggestions = [
+        json.loads(stages.verb("plan", str(recipe), "--gpu", str(room), "--json").out)["suggestion"]
+        for recipe in (fresh, stages.next("second", made("lora")))
+    ]
+    assert "adapter.attention.rank=1" in suggestions[0]["overrides"]
+    assert suggestions[1] is None
 
 
 def test_the_settings_of_an_adapter_of_part_of_a_group(tiny_base: Path, tiny_adapter: Path) -> None:

@@ -111,26 +111,35 @@ def test_a_cosine_is_stretched_over_the_new_length(recipe: Path, finished: Path,
     assert "nothing is left to do" in verb("train", recipe, "train.max_steps=6", "--resume").out
 
 
+RESTART = ("train.extended_schedule=restart", "train.warmup_ratio=0.2", "train.max_steps=8")
+MAY_CHANGE = ("--allow-changed", "train.max_steps", "--allow-changed", "train.warmup_ratio")
+
+
 def test_a_cosine_is_restarted_over_the_added_steps_alone(
     recipe: Path, finished: Path, verb: Callable[..., Outcome]
 ) -> None:
-    """Killed in between and resumed, too: the added part is a run like any other, and keeps where it began."""
-    arguments = ("train.extended_schedule=restart", "train.warmup_ratio=0.2", "train.max_steps=8")
-    allowed = ("--allow-changed", "train.max_steps", "--allow-changed", "train.warmup_ratio")
-    whole = finished.parent / "whole"
-    shutil.copytree(finished.parent, whole, ignore=lambda *_: ["out.txt"])
-    outcome = verb("train", recipe, f"output={whole / 'run'}", *arguments, "--resume", *allowed)
+    outcome = verb("train", recipe, *RESTART, "--resume", *MAY_CHANGE)
     assert outcome.code == 0, outcome.err
-    assert rates(whole / "run") == pytest.approx([*cosine(3), *cosine(5, warmup=1)])
+    assert rates(finished) == pytest.approx([*cosine(3), *cosine(5, warmup=1)])
     assert "is restarted for 5 steps" in " ".join(outcome.out.split())
-    killed = run_child(recipe, *arguments, "train.save_every=1", "--resume", *allowed, moment="logged", step=6)
+
+
+@pytest.mark.slow
+def test_a_killed_longer_run_resumes_to_the_same_bits(
+    recipe: Path, finished: Path, verb: Callable[..., Outcome]
+) -> None:
+    """It remembers where its schedule was restarted, and that it is not finished."""
+    whole = finished.parent / "whole"
+    shutil.copytree(finished, whole)
+    assert verb("train", recipe, f"output={whole}", *RESTART, "--resume", *MAY_CHANGE).code == 0
+    killed = run_child(recipe, *RESTART, "train.save_every=1", "--resume", *MAY_CHANGE, moment="logged", step=6)
     assert killed.code == -signal.SIGKILL, killed.out
     changed = verb("train", recipe, "train.warmup_ratio=0.2", "train.max_steps=8", "--resume")
     assert_says(changed.err, "train.extended_schedule: restart there, stretch now")
-    resumed = run_child(recipe, *arguments, "--resume")
+    resumed = run_child(recipe, *RESTART, "--resume")
     assert resumed.code == 0, resumed.out
-    assert rates(finished) == pytest.approx(rates(whole / "run"))
-    assert adapter_of(finished) == adapter_of(whole / "run")
+    assert losses(finished) == losses(whole)
+    assert adapter_of(finished) == adapter_of(whole)
 
 
 @pytest.mark.parametrize("override", ["train.max_steps=2", "train.epochs=0.1"])
@@ -143,6 +152,7 @@ def test_a_run_is_not_made_shorter(override: str, recipe: Path, finished: Path, 
     assert before == sorted((path, path.read_bytes()) for path in finished.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_not_made_shorter_than_it_is(recipe: Path) -> None:
     assert run_child(recipe, "train.save_every=2", moment="logged", step=3).code == -signal.SIGKILL
     refused = run_child(recipe, "train.max_steps=1", "--resume", "--allow-changed", "train.max_steps")
@@ -166,6 +176,7 @@ def test_without_its_last_state_a_run_cannot_be_made_longer(
     assert_says(outcome.err, f"its checkpoints are gone … adapter.continue_from={finished}")
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_that_of_the_whole_run(recipe: Path, verb: Callable[..., Outcome]) -> None:
     """Training goes on from the last state, not from the best one."""
     wild = ("train.learning_rate=0.5", "train.scheduler=constant", "data.template=alpaca", "data.max_length=128")
@@ -182,6 +193,7 @@ def test_the_best_adapter_is_that_of_the_whole_run(recipe: Path, verb: Callable[
     assert adapter_of(run) == adapter_of(whole)
 
 
+@pytest.mark.slow
 def test_early_stopping_would_end_it_again(recipe: Path, verb: Callable[..., Outcome]) -> None:
     rate = ("train.learning_rate=1e-20", "train.eval_every=1", "train.early_stopping={patience: 1}")
     assert verb("train", recipe, *rate).code == 0
