@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from lola_ft.errors import AdapterError
 from lola_ft.families import Family, architecture_of
 from lola_ft.model.experts import FusedExperts
 
+REFERENCE_NAME = "ref"
+"""TRL (1.16) takes the adapter of this name as the reference of DPO and KTO; without one, the base."""
+
 
 def load_adapter(
     model: PreTrainedModel | PeftModel,
@@ -35,6 +39,8 @@ def load_adapter(
     Args:
         model: A base; or a model with an adapter, to load another one beside the first and make it active.
         allow_other_base: Accept an adapter that was trained on other base weights.
+        trainable: Go on training it, without dropout. A frozen one refuses to compute in training mode with gradients,
+            unless something else of the model is trained.
         name: What to call the adapter, for `set_adapter`.
 
     Raises:
@@ -59,8 +65,18 @@ def load_adapter(
     return put_weights(model, weights, name, trainable)
 
 
-def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, name: str, trainable: bool) -> PeftModel:
-    """Attach an adapter with these numbers and make it the active one."""
+def put_weights(
+    model: PreTrainedModel | PeftModel,
+    weights: AdapterWeights,
+    name: str,
+    trainable: bool,
+    dropouts: Mapping[str, float] | None = None,
+) -> PeftModel:
+    """Attach an adapter with these numbers and make it the active one.
+
+    Args:
+        dropouts: Dropout of a target (the end of a module's name), where it is not 0.
+    """
     weights = sharing_inputs(weights)
     experts_of = weights.experts_of()
     state = to_state(weights, "peft", experts_of)
@@ -68,11 +84,35 @@ def put_weights(model: PreTrainedModel | PeftModel, weights: AdapterWeights, nam
     config.fan_in_fan_out = False  # in memory every linear layer is out×in
     config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own
     selection = _selection(model, weights, experts_of) if experts_of else None
-    peft_model = attach(model, config, name, selection, biases=weights.biases())
+    peft_model = attach(model, config, name, selection, dropouts, weights.biases())
     _set_state(peft_model, state, name)
     peft_model.peft_config[name].starts_at_rounding_error = weights.starts_at_rounding_error
     peft_model.set_adapter(name, inference_mode=not trainable)
+    if not (trainable or isinstance(model, PeftModel)):
+        peft_model.register_forward_pre_hook(_refuse_to_train_nothing)
     return peft_model.train(trainable)
+
+
+def _refuse_to_train_nothing(model: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    """Refuse a training step that no weight would learn from: its gradients would be 0, or missing, without a word.
+
+    Raises:
+        AdapterError: Saying how to load an adapter for training.
+    """
+    if not (model.training and torch.is_grad_enabled()) or any(p.requires_grad for p in model.parameters()):
+        return
+    raise AdapterError(
+        "This model is in training mode, and nothing of it is trained: its adapter was loaded frozen. Load it with "
+        "lola_ft.load_adapter(model, path, trainable=True); to use it, call model.eval() or compute in torch.no_grad()."
+    )
+
+
+def add_reference(model: PeftModel, weights: AdapterWeights) -> None:
+    """Put a frozen copy of an adapter beside the active one, under the name that TRL's trainers compare it with."""
+    active = model.active_adapter
+    put_weights(model, weights, REFERENCE_NAME, trainable=False)
+    model.set_adapter(active)
+    model.train()
 
 
 def save_adapter(

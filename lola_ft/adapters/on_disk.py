@@ -237,7 +237,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     from lola_ft.adapters.settings import linear_targets, token_modules
 
     family = weights.architecture.family
-    ranks, alphas = _by_target(weights, layout)
+    ranks, alphas = ranks_and_alphas(weights, layout)
     common_rank = _preferred(ranks, family)
     common_alpha = _preferred(alphas, family)
     parameters = [target for target in family.parameter_targets if target in ranks]
@@ -272,8 +272,12 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     return plain if layout == "peft" else {key: plain[key] for key in _AUTHORS_CONFIG_KEYS}
 
 
-def _by_target(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha of each target, named by the shortest ending that says what is meant."""
+def ranks_and_alphas(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], dict[str, float]]:
+    """Return rank and alpha of each target, named by the shortest ending that says what is meant.
+
+    Raises:
+        AdapterError: If modules of one target differ, which neither a config nor a model can express.
+    """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, pair in weights.pairs.items():

@@ -56,8 +56,7 @@ def add_adapter(model: PreTrainedModel, settings: AdapterSettings, adapter_name:
     """Wrap a model (changed in place) with a fresh adapter, or give a wrapped one another; all else is frozen."""
     architecture = architecture_of(model.config)
     config = lora_config(settings, architecture)
-    groups = architecture.family.lora_groups
-    dropouts = {target: settings.dropout_of(group) for group in settings.ranks() for target in groups[group]}
+    dropouts = settings.dropout_by_target(architecture.family)
     biases = bias_names(architecture, settings.selection, not settings.tune_norms) if settings.tune_biases else ()
     return attach(model, config, adapter_name, settings.selection, dropouts, biases)
 

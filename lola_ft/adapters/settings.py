@@ -80,6 +80,10 @@ class AdapterSettings:
     def dropout_of(self, group: str) -> float:
         return self.dropouts.get(group, self.dropout)
 
+    def dropout_by_target(self, family: Family) -> dict[str, float]:
+        """Return the dropout of each target, named as PEFT is told it."""
+        return {target: self.dropout_of(group) for group in self.ranks() for target in family.lora_groups[group]}
+
 
 def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraConfig":
     """Return PEFT's config. (`attach` does what PEFT has no place for: dropout by group, selection, biases.)

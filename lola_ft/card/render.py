@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from lola_ft.card.facts import CardFacts
 from lola_ft.card.snippet import snippets
+from lola_ft.card.stages import STAGE_HEADER, stage_rows, stages_in
 from lola_ft.file_names import RECIPE_FILE
 from lola_ft.repo_id import is_repo_id
 
@@ -26,6 +27,7 @@ def render_card(facts: CardFacts) -> str:
         f"# {facts.title}",
         _introduction(facts),
         _table(["", ""], _summary(facts)),
+        _stages(facts),
         _data(facts),
         _results(facts),
         *(_figures(facts, name) for name in _SECTIONS),
@@ -87,6 +89,14 @@ def _lora(recipe: dict[str, Any]) -> str:
     groups = [(name, recipe["adapter"].get(name)) for name in ("attention", "mlp", "shared_experts", "experts")]
     ranks = ", ".join(f"{name} rank {group['rank']}" for name, group in groups if group) or "none"
     return f"{ranks}, alpha {recipe['adapter']['alpha']:g}"
+
+
+def _stages(facts: CardFacts) -> str:
+    """Return the runs that led to the adapter, where there were several or one that went on from another adapter."""
+    stages = stages_in(facts.manifest) or facts.merge_report.get("stages", [])
+    if not any(stage.get("started_from") for stage in stages):
+        return ""
+    return f"## Stages\n\n{_table(STAGE_HEADER, stage_rows(stages))}"
 
 
 def _data(facts: CardFacts) -> str:

@@ -43,7 +43,7 @@ _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
-    "versions", "hardware", "base", "trained", "data", "results", "timings", "memory", "routing", "energy",
+    "versions", "hardware", "base", "trained", "data", "stages", "results", "timings", "memory", "routing", "energy",
 )  # fmt: skip
 
 
@@ -198,7 +198,10 @@ def portable_recipe(text: str, base_id: str, base_revision: str | None) -> str:
             source["path"] = _name(source["path"])
     if data.get("template", "").endswith(".jinja"):
         data["template"] = TEMPLATE_FILE
-    experts: dict[str, Any] = recipe.get("adapter", {}).get("experts") or {}
+    adapter = recipe.get("adapter", {})
+    if "continue_from" in adapter and "revision" not in adapter:  # a folder
+        adapter["continue_from"] = _name(adapter["continue_from"])
+    experts: dict[str, Any] = adapter.get("experts") or {}
     if isinstance(experts.get("select"), str):
         experts["select"] = _name(experts["select"])
     recipe["output"] = _name(recipe["output"])

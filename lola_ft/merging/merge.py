@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lola_ft.adapters.on_disk import StoredAdapter, read_adapter
+from lola_ft.card.stages import stages_in
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
@@ -68,7 +69,8 @@ def merge(
     deltas.outline.check_fit()
     with replace_folder(out) as folder:
         written = write_weights(source, deltas, folder, DTYPES.get(dtype), checksums=checks != "none")
-        report = _report(source, stored, deltas, written, dtype)
+        record = run_around(stored.folder)[1]
+        report = replace(_report(source, stored, deltas, written, dtype), stages=stages_in(record))
         _write_index(source, written, folder)
         write_config(source, folder, "" if Path(base).exists() else str(base), _written_dtype(source, dtype))
         copy_companions(source.folder, stored.folder, folder)
@@ -78,7 +80,7 @@ def merge(
             report = _compare_models(report, source, stored, folder)
         origin = "" if Path(base).exists() else str(base)
         family = source.architecture.family
-        write_card(report, origin or _base_id(stored), family, run_around(stored.folder)[1], folder)
+        write_card(report, origin or _base_id(stored), family, record, folder)
         write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 

@@ -1,6 +1,7 @@
 """The report of a merge, which `merge_report.json` keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lola_ft.merging.effects import Effects
 from lola_ft.merging.proof import WeightProof
@@ -29,6 +30,7 @@ class MergeReport:
         weights: Proof from the written files (`WeightProof`); None if it was not asked for.
         verification: Comparison of logits (`Verification`); None if it was skipped.
         effects: What rounding does to loss and logits (`Effects`); None if it was skipped.
+        stages: The runs that led to the adapter, oldest first, if their manifest is there.
         skipped: Why logits were not compared; "" if they were.
     """
 
@@ -49,4 +51,5 @@ class MergeReport:
     weights: WeightProof | None = None
     verification: Verification | None = None
     effects: Effects | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
     skipped: str = ""

@@ -1,7 +1,8 @@
 """The first change of a run that makes it fit, in the order of what it costs.
 
 Gradient checkpointing costs time alone. A smaller micro batch, with more of them in a step, costs time and changes
-nothing that is learned. Shorter rows drop or cut data; smaller ranks learn less. Each comes on top of those before.
+nothing that is learned. Shorter rows drop or cut data; smaller ranks learn less, and an adapter that a run goes on from
+has its ranks. Each change comes on top of those before.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def _candidates(job: Job) -> Iterator[Job]:
     for length in range((job.length - 1) // _LENGTH_STEP * _LENGTH_STEP, _SHORTEST - 1, -_LENGTH_STEP):
         job = replace(job, length=length)
         yield job
-    while max(job.settings.ranks().values(), default=1) > 1:
+    while not job.continues and max(job.settings.ranks().values(), default=1) > 1:
         halved = {key: max(1, rank // 2) for key in _RANK_KEYS if (rank := getattr(job.settings, key))}
         job = replace(job, settings=replace(job.settings, **halved))
         yield job

@@ -20,6 +20,8 @@ class Job:
         packing: Rows hold several sequences; a batch is then one long row in which they are kept apart.
         optimizer: A recipe's name for it.
         router_losses: How many losses of the routers there are.
+        continues: Whether the adapter exists already, so that its ranks stay.
+        reference: Whether a frozen copy of the adapter lies beside it, as the reference of preferences.
     """
 
     architecture: Architecture
@@ -36,6 +38,8 @@ class Job:
     router_losses: int = 0
     row_sequences: int = 1
     least_micro_batch: int = 1
+    continues: bool = False
+    reference: bool = False
 
     @property
     def sequences(self) -> int:

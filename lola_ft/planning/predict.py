@@ -55,6 +55,7 @@ class Prediction:
         return {
             "weights": self.fixed.base.total_bytes,
             "adapter": self.fixed.adapter,
+            **({"reference": self.fixed.adapter} if self.job.reference else {}),
             "gradients": _FLOAT * self.fixed.trained,
             "optimizer": self.fixed.optimizer.state,
             "activations": kept,

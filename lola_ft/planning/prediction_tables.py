@@ -39,6 +39,7 @@ def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
     how = {
         "weights": " and ".join(sorted(formats, key=lambda kind: kind != "nf4")),
         "adapter": f"{fixed.trained:,} trained parameters, float32",
+        "reference": "the starting adapter, frozen, float32",
         "gradients": "float32",
         "optimizer": f"{job.optimizer}{'' if fixed.optimizer.exact else ', an estimate'}{paged}",
         "activations": f"{shape(job)}{', checkpointed' if job.checkpointing else ''}",

@@ -20,10 +20,12 @@ def with_defaults(given: Any) -> Any:
         keys = given.get(section, {})
         if isinstance(keys, dict) and key not in keys:
             given = given | {section: keys | {key: value}}
-    train = given.get("train", {})
+    train, adapter = given.get("train", {}), given.get("adapter")
     if isinstance(train, dict):
+        continues = isinstance(adapter, dict) and adapter.get("continue_from") is not None
         first = PREFERENCE_LOSSES[given["objective"]][0]
-        given = given | {"train": {"beta": 0.1, "loss_type": first} | train}
+        defaults = {"beta": 0.1, "loss_type": first, "reference": "adapter" if continues else "base"}
+        given = given | {"train": defaults | {key: value for key, value in train.items() if value is not None}}
     return given
 
 
@@ -32,7 +34,7 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     objective, train = recipe["objective"], recipe["train"]
     yield from _formats(recipe["data"], objective)
     if objective not in OBJECTIVE_FORMATS:
-        for key in ("beta", "loss_type"):
+        for key in ("beta", "loss_type", "reference"):
             if train[key] is not None:
                 yield ("train", key), "belongs to objective dpo or kto. Remove it, or set `objective`"
         return
@@ -43,6 +45,8 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     if train["micro_batch_size"] < least:
         why = "kto pairs each prompt with another row's answer of the same micro batch"
         yield ("train", "micro_batch_size"), f"{why}. Give at least {least}"
+    if train["reference"] == "adapter" and recipe["adapter"]["continue_from"] is None:
+        yield ("train", "reference"), "there is no adapter to refer to. Name it with adapter.continue_from, or use base"
     yield from _without_meaning(recipe, objective)
 
 
@@ -69,9 +73,9 @@ def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[K
         if section and section["dropout"]:
             yield (
                 ("adapter", *place, "dropout"),
-                f"{objective} compares the model with its base, and dropout would blur that. Set it to 0",
+                f"{objective} compares the model with its reference, and dropout would blur that. Set it to 0",
             )
-    if adapter["init"] == "loftq":
+    if adapter["init"] == "loftq" and adapter["continue_from"] is None:
         yield (
             ("adapter", "init"),
             f"{objective} holds the model to where it starts, the base without its adapter; loftq starts elsewhere. "

@@ -121,6 +121,11 @@ class Adapter(Section):
     biases: bool = Field(
         default=False, description="fully train every bias (no LoRA); of experts, those of the selected ones"
     )
+    continue_from: Name | None = Field(
+        default=None,
+        description="run, adapter's folder or Hub id to go on training from; what is trained comes from there",
+    )
+    revision: Name | None = Field(default=None, description="branch, tag or commit of continue_from on the Hub (main)")
 
     def _rules(self) -> Iterable[Problem]:
         if self.init == "pissa":
@@ -129,7 +134,10 @@ class Adapter(Section):
                 "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
                 "nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default",
             )
-        if self.variant == "dora" and not (self.attention or self.mlp or self.shared_experts):
+        if self.revision is not None and self.continue_from is None:
+            yield ("revision",), "belongs to continue_from, an adapter on the Hub. Name one, or remove this"
+        groups = (self.attention, self.mlp, self.shared_experts)
+        if self.variant == "dora" and not any(groups) and self.continue_from is None:
             yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
         if self.variant == "dora" and self.init == "loftq":
             yield (
@@ -147,13 +155,6 @@ class Router(Section):
     rank: Rank | None = Field(default=None, description="rank of LoRA on the routers, with mode lora (8)")
     aux_loss: float = Field(default=0.0, ge=0, description="weight of the loss that evens out the experts' load")
     z_loss: float = Field(default=0.0, ge=0, description="weight of the loss that keeps the routers' scores small")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _resolve_rank(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("mode") == "lora" and given.get("rank") is None:
-            return given | {"rank": 8}
-        return given
 
     def _rules(self) -> Iterable[Problem]:
         if self.rank is not None and self.mode != "lora":
@@ -344,6 +345,10 @@ class Train(Section):
     )
     scheduler: Literal[SCHEDULERS] = Field(default="cosine", description="how the learning rate changes")  # type: ignore[valid-type]
     warmup_ratio: Share = Field(default=0.03, description="share of the steps in which the learning rate rises")
+    extended_schedule: Literal["stretch", "restart"] = Field(
+        default="stretch",
+        description="a run made longer: stretch its schedule over the new length, or restart it over the added steps",
+    )
     optimizer: Literal[OPTIMIZERS] = Field(default="adamw_8bit", description="optimiser")  # type: ignore[valid-type]
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="decay of the trained weights")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
@@ -364,7 +369,12 @@ class Train(Section):
     energy: Energy | None = Field(default=None, description="estimate energy and emissions with codecarbon")
     log_every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
     beta: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="dpo and kto: how strongly the model is held to the base (0.1)"
+        default=None, description="dpo and kto: how strongly the model is held to its reference (0.1)"
+    )
+    reference: Literal["adapter", "base"] | None = Field(
+        default=None,
+        description="dpo and kto: what the model is held to; the adapter of adapter.continue_from if there is one, "
+        "else the base",
     )
     loss_type: Literal[PREFERENCE_LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
         default=None, description="dpo: sigmoid, hinge, ipo, ...; kto: kto or apo_zero_unpaired"
@@ -447,14 +457,13 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _resolve_preference(cls, given: Any) -> Any:
-        return preference_rules.with_defaults(given)
+        return preference_rules.with_defaults(_with_router_rank(given))
 
     def _rules(self) -> Iterable[Problem]:
         adapter = self.adapter
         groups = (adapter.attention, adapter.mlp, adapter.shared_experts, adapter.experts)
-        if self.router.mode == "frozen" and not any(
-            (*groups, self.adapter.norms, self.adapter.biases, self.data.special_tokens)
-        ):
+        beside = (adapter.norms, adapter.biases, adapter.continue_from, self.data.special_tokens)
+        if self.router.mode == "frozen" and not any((*groups, *beside)):
             advice = "Give a rank to attention, mlp or experts, or set router.mode to tuned"
             yield ("adapter",), f"nothing would be trained. {advice}"
         if self.adapter.variant == "dora" and self.router.mode == "lora":
@@ -474,3 +483,12 @@ class Recipe(Section):
             )
         yield from preference_rules.problems(self.model_dump())
         yield from unsupported.find(self.model_dump())
+
+
+def _with_router_rank(given: Any) -> Any:
+    """Return a recipe as written, with the rank of LoRA on routers; an adapter to continue has its own."""
+    router, adapter = (given.get(key) if isinstance(given, dict) else None for key in ("router", "adapter"))
+    if not isinstance(router, dict) or router.get("mode") != "lora" or router.get("rank") is not None:
+        return given
+    continues = isinstance(adapter, dict) and adapter.get("continue_from") is not None
+    return given if continues else given | {"router": router | {"rank": 8}}

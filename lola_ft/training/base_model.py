@@ -18,7 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from lola_ft.adapters import AdapterSettings
 from lola_ft.adapters.layouts import grown_vocabulary
 from lola_ft.adapters.selection import check_selection, read_selection
+from lola_ft.adapters.stored_settings import settings_of
+from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
+from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
 from lola_ft.data import PromptTemplate, Template, chat_source
@@ -27,6 +30,9 @@ from lola_ft.errors import UserError
 from lola_ft.families import Architecture
 from lola_ft.files import write_text
 from lola_ft.recipe import Recipe
+from lola_ft.repo_id import is_repo_id
+from lola_ft.training.continued_recipe import continued
+from lola_ft.training.starting_adapter import StartingAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +50,7 @@ class OpenBase:
         revision: The recipe's; of a base on the Hub the commit that it stands for today.
         folder: Where its config, its tokenizer and, if they were asked for, its weights are.
         checkpoint: Its weights, checked; None if they were not asked for.
+        start: The adapter that training goes on from, if it is not a fresh one.
     """
 
     name: str
@@ -51,6 +58,7 @@ class OpenBase:
     folder: Path
     architecture: Architecture
     checkpoint: BaseCheckpoint | None = None
+    start: StartingAdapter | None = None
 
     def tokenizer(self, special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
         """Load the tokenizer, checked against the vocabulary, with these special tokens added where it lacks them."""
@@ -93,6 +101,45 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
     checkpoint = BaseCheckpoint.open(folder) if weights else None
     architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
     return OpenBase(name, commit_of(name, folder) or revision, folder, architecture, checkpoint)
+
+
+def continue_recipe(recipe: Recipe, base: OpenBase) -> Recipe:
+    """Fit a recipe to the adapter that it goes on from, which must be one of this base; pin the adapter to its commit.
+
+    Raises:
+        UserError: The adapter is of another base, does not fit this one, or was trained with other settings.
+    """
+    if (start := base.start) is None:
+        return recipe
+    weights = start.weights(base.architecture)
+    _refuse_other_base(start, weights, base)
+    recipe = continued(recipe, settings_of(weights), base.architecture.num_experts, start.special_tokens())
+    if weights.token_ids != base.trained_tokens(recipe.data.special_tokens)[0]:
+        raise UserError(
+            f"adapter.continue_from: {start.name} has trained rows for tokens that the tokenizer of {base.name} has "
+            "other ids for. Give base.model the adapter's own base, with its tokenizer."
+        )
+    if start.revision is None:
+        return recipe
+    adapter = recipe.adapter.model_copy(update={"revision": start.revision})
+    return recipe.model_copy(update={"adapter": adapter})
+
+
+def _refuse_other_base(start: StartingAdapter, weights: AdapterWeights, base: OpenBase) -> None:
+    """Compare fingerprints; where the adapter has none, the names on the Hub, or else nothing is known."""
+    own, named = weights.base_fingerprint, weights.base
+    if own and base.checkpoint and (found := fingerprint(base.checkpoint)) != own:
+        raise UserError(
+            f"adapter.continue_from: {start.name} was trained on base {own}{f' ({named})' if named else ''}; "
+            f"{base.name} is {found}. Give base.model the adapter's own base."
+        )
+    on_hub = is_repo_id(named) and is_repo_id(base.name) and not Path(base.name).exists()
+    if not own and on_hub and named != base.name:
+        raise UserError(
+            f"adapter.continue_from: {start.name} was trained on base {named}, and base.model is {base.name}. Give "
+            "base.model the adapter's own base; if both are the same weights, change base_model_name_or_path in its "
+            "adapter_config.json."
+        )
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
@@ -182,8 +229,13 @@ def adapter_settings(recipe: Recipe, token_ids: Sequence[int] | None = None) -> 
 def load_with_adapter(
     base: OpenBase, recipe: Recipe, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple["PeftModel", SizesByPart]:
-    """Load a base with a fresh adapter on it, all else frozen; returns the base's sizes in memory by part, too."""
+    """Load a base with a fresh adapter on it, or the one to go on from, all else frozen.
+
+    Returns:
+        The model, and the base's sizes in memory by part.
+    """
     from lola_ft.adapters import add_adapter
+    from lola_ft.adapters.load_save import add_reference, put_weights
     from lola_ft.adapters.loftq import start_at_rounding_error
     from lola_ft.adapters.peft_model import identity_of
     from lola_ft.adapters.token_rows import grow_embeddings, start_at_mean
@@ -200,6 +252,12 @@ def load_with_adapter(
         console.print(f"The embeddings grow from {base.architecture.sizes.vocab:,} to {rows:,} rows for new tokens.")
         identity_of(model)
         grow_embeddings(model, rows)
+    if base.start:
+        weights, dropouts = base.start.weights(base.architecture), settings.dropout_by_target(base.architecture.family)
+        with_adapter = put_weights(model, weights, "default", trainable=True, dropouts=dropouts)
+        if recipe.train.reference == "adapter":
+            add_reference(with_adapter, weights)
+        return with_adapter, sizes
     with_adapter = add_adapter(model, settings)
     start_at_mean(with_adapter, new_ids)
     if settings.init == "loftq":

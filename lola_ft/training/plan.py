@@ -109,6 +109,8 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
         optimizer=train.optimizer,
         router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
         row_sequences=2 if recipe.objective == "dpo" else 1,
+        continues=recipe.adapter.continue_from is not None,
+        reference=recipe.train.reference == "adapter",
         least_micro_batch=LEAST_MICRO_BATCH.get(train.loss_type or "", 1),
     )
 

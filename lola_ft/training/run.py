@@ -29,6 +29,7 @@ from lola_ft.training.reports.manifest import manifest_of, routing_results, timi
 from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
 from lola_ft.training.setup import Prepared, facts_of, prepare_run
+from lola_ft.training.starting_adapter import keep_start
 from lola_ft.training.trainers.build import build_trainer
 from lola_ft.training.trainers.run_trainer import RunTrainer
 
@@ -51,7 +52,7 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
     with StopRequest() as stop, contextlib.ExitStack() as held:
         earlier = processes.on_main(lambda: earlier_run(recipe, resume, allow_changed))
         if earlier and not earlier.finished and not dry_run:
-            earlier = processes.on_main(lambda: lock_run(output, held))
+            earlier = processes.on_main(lambda: lock_run(recipe, held))
         if earlier and earlier.finished:
             console.print(f"The run in {output} is finished; nothing is left to do.")
             return output
@@ -67,8 +68,9 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
             console.print("Dry run: everything is in order; nothing was trained or written.")
             return output
         if earlier is None:
-            processes.on_main(lambda: run_folder.take_folder(output, held))
-        checkpoint = find_restart(earlier, facts_of(prepared), allow_changed, console) if earlier else None
+            processes.on_main(lambda: _begin(prepared, output, held))
+        facts, wanted = facts_of(prepared), prepared.recipe
+        checkpoint = find_restart(earlier, wanted, facts, allow_changed, console) if earlier else None
         text = render_recipe(prepared.recipe)
         processes.on_main(lambda: write_text(output / RECIPE_FILE, text))
         prepare_s = time.perf_counter() - began
@@ -86,6 +88,13 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
     console.print(f"Done. The adapter is in {output / ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
     console.print(f"Merge it into the base with: python merge.py {output}")
     return output
+
+
+def _begin(prepared: Prepared, output: Path, held: contextlib.ExitStack) -> None:
+    """Take the folder of a new run, and keep the adapter that it goes on from."""
+    run_folder.take_folder(output, held)
+    if prepared.start:
+        keep_start(prepared.start, output)
 
 
 def _fit(
@@ -139,6 +148,8 @@ def _finish(
     if routing := routing_results(metrics):
         results["routing"] = routing
     manifest = manifest_of(prepared, model.get_base_model(), results, measured) | {"layout": layout}
+    if trainer.run.extensions:
+        manifest["extensions"] = trainer.run.extensions
     write_manifest(output, manifest)
     objective = prepared.recipe.objective
     plot_run(metrics, output, *([] if objective == "sft" else [objective]))

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lola_ft.errors import UserError
-from lola_ft.file_names import CARD_FILE, MANIFEST_FILE, RECIPE_FILE
+from lola_ft.file_names import CARD_FILE, MANIFEST_FILE, RECIPE_FILE, START_FOLDER
 
 LOCK_FILE = ".lock"
 
-_NOTHING_YET = (LOCK_FILE, f".{RECIPE_FILE}.partial")
+_NOTHING_YET = (LOCK_FILE, f".{RECIPE_FILE}.partial", START_FOLDER, f".{START_FOLDER}.partial")
 """The files of a run that was killed before its recipe was there."""
 
 

@@ -26,6 +26,8 @@ class RunState:
         tokens_seen: Tokens of all training batches of all processes, without padding; counted after each step.
         own_tokens: This process's tokens since the last step.
         evaluation_due: An evaluation was left because the run was asked to stop; it is done on resuming.
+        extensions: Changes of the run's length, oldest first: the `step` at which it went from so many steps to
+            so many (`from`, `to`), and what became of the `schedule`.
         best: Follows the evaluations, if the recipe wants to know the best.
         kept: By name, everything else with a state that checkpoints hold, such as guards.
     """
@@ -34,6 +36,7 @@ class RunState:
     tokens_seen: int = 0
     own_tokens: int = 0
     evaluation_due: bool = False
+    extensions: list[dict[str, Any]] = field(default_factory=list)
     best: BestEvaluation | None = None
     kept: dict[str, Stateful] = field(default_factory=dict)
     _began: float = field(default_factory=time.perf_counter)
@@ -59,11 +62,15 @@ class RunState:
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
             "evaluation_due": self.evaluation_due,
+            "extensions": self.extensions,
             "kept": {name: thing.state_dict() for name, thing in self.kept.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put a checkpoint's values back; what this run does not keep is left out."""
+        """Put a checkpoint's values back, but for the extensions, which the schedule needs before.
+
+        What this run does not keep is left out.
+        """
         self.tokens_seen, self._seconds_before = state["tokens_seen"], state["train_seconds"]
         self.evaluation_due = state["evaluation_due"]
         for name, stored in state.get("kept", {}).items():

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from lola_ft.training.optional_packages import refuse_missing_packages
 from lola_ft.training.precision import Precision, choose_precision
 from lola_ft.training.reports.metrics import BY_LANGUAGE
 from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
+from lola_ft.training.starting_adapter import StartingAdapter, find_start, warn_of_other_template
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,6 +44,7 @@ class Prepared:
         recipe: Fitted to the base, its data pinned to commits.
         audit: The sizes of the base's parts as they are held in memory.
         trained: Tensors and parameters that are trained, by group.
+        start: The adapter that training goes on from, if it is not a fresh one.
     """
 
     recipe: Recipe
@@ -52,6 +55,7 @@ class Prepared:
     model: "PeftModel"
     audit: SizesByPart
     trained: dict[str, tuple[int, int]]
+    start: StartingAdapter | None = None
 
 
 def prepare_run(
@@ -61,7 +65,7 @@ def prepare_run(
     earlier: "EarlierRun | None" = None,
     allow_changed: Sequence[str] = (),
 ) -> Prepared:
-    """Check everything that the user gave, read the data and load the base with a fresh adapter.
+    """Check everything that the user gave, read the data and load the base with its adapter.
 
     The recipe may differ from that of an `earlier` run, which goes on, in `allow_changed` alone.
     """
@@ -73,7 +77,7 @@ def prepare_run(
         console.print(precision.note)
     if earlier:
         recipe = with_stored_commits(recipe, earlier.recipe)
-    recipe, base = fit_to_base(recipe, console, weights=True)
+    recipe, base = fit_to_base(recipe, console, weights=True, run=earlier.folder if earlier else None)
     recipe, tokenizer, data = read_data(recipe, base, earlier, allow_changed)
     refuse_unknown_metric(recipe.train, data, recipe.objective)
     print_report(data, console)
@@ -81,12 +85,23 @@ def prepare_run(
     model, sizes = base_model.load_with_adapter(base, recipe, precision.dtype, device, console)
     trained = count_trainable(model)
     console.print(trainable_table(trained, base_model.adapter_settings(recipe).ranks(), base.architecture.features))
-    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained)
+    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained, base.start)
 
 
-def fit_to_base(recipe: Recipe, console: Console, weights: bool = False) -> tuple[Recipe, OpenBase]:
-    """Find the recipe's base, once, checking its weights too if asked, and hold the recipe to it."""
-    base = base_model.open_base(recipe.base.model, recipe.base.revision, weights)
+def fit_to_base(
+    recipe: Recipe, console: Console, weights: bool = False, run: Path | None = None
+) -> tuple[Recipe, OpenBase]:
+    """Find the recipe's base and the adapter to go on from, once, and hold the recipe to both.
+
+    Args:
+        weights: Check the base's weights, too.
+        run: The folder of the run to resume.
+    """
+    start = find_start(recipe.adapter, run)  # first: a damaged adapter is found before anything large is fetched
+    base = replace(base_model.open_base(recipe.base.model, recipe.base.revision, weights), start=start)
+    recipe = base_model.continue_recipe(recipe, base)
+    if start:
+        warn_of_other_template(start, recipe.data.template, console)
     return base_model.fit_recipe(recipe, base, console), base
 
 

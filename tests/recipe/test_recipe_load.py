@@ -209,6 +209,7 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
         "max_steps",
         "beta",
         "loss_type",
+        "reference",
         "early_stopping",
         "energy",
     }

@@ -6,7 +6,7 @@ facts              what must be the same for a run to go on exactly: base, data,
 weights            every trained tensor by name
 optimizer, scheduler, scaler     their `state_dict`s; the scaler's is None but for float16
 processes          per process: `rng` (the states of its random number generators) and `loop` (sums of losses)
-tokens_seen, train_seconds, evaluation_due, kept    the `RunState`; `kept` has the guards' states by name
+tokens_seen, train_seconds, evaluation_due, extensions, kept    the `RunState`; `kept` has the guards' states by name
 """
 
 import shutil
@@ -154,6 +154,9 @@ def _put_optimizer_back(trainer: "RunTrainer", state: dict[str, Any], folder: Pa
         if decay is not None:
             group["weight_decay"] = decay
     scheduler.base_lrs = [rate for rate, _ in asked]
+    if trainer.length_changed:  # the next step's, by the schedule of the new length
+        for group, rate, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what is logged
 
 

@@ -8,6 +8,7 @@ from lola_ft.errors import UserError
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.schema import Source
 from lola_ft.repo_id import is_commit
+from lola_ft.training.continued_recipe import keys_left_out
 
 # These do not decide any number that is trained.
 _FREE = (
@@ -23,6 +24,9 @@ _FREE = (
     "output",
 )
 _OPTIMIZER = "train.optimizer"
+_LENGTH = ("train.max_steps", "train.epochs")
+_EXTENDED = "train.extended_schedule"  # acts at the moment at which the length changes
+_START = "adapter.continue_from"
 _FITTED = ("max_length", "packing")  # of the data section, to what the base can do
 _NOTHING = object()
 
@@ -35,14 +39,19 @@ def with_stored_commits(recipe: Recipe, stored: Recipe) -> Recipe:
     base = recipe.base
     if base.model == stored.base.model and not is_commit(base.revision) and is_commit(stored.base.revision):
         base = base.model_copy(update={"revision": stored.base.revision})
-    return recipe.model_copy(update={"data": data, "base": base})
+    adapter = recipe.adapter
+    same_start = adapter.continue_from is not None and adapter.continue_from == stored.adapter.continue_from
+    if same_start and not is_commit(adapter.revision) and is_commit(stored.adapter.revision):
+        adapter = adapter.model_copy(update={"revision": stored.adapter.revision})
+    return recipe.model_copy(update={"data": data, "base": base, "adapter": adapter})
 
 
 def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterable[str], fitted: bool = True) -> None:
     """Refuse a recipe that differs from the run's own in anything that decides its numbers.
 
     Args:
-        allowed: Keys that may differ; `data` stands for everything in that section.
+        allowed: Keys that may differ; `data` stands for everything in that section, and either key of the length for
+            both.
         fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
 
     Raises:
@@ -59,8 +68,17 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
             f"{recipe.train.optimizer} now: one optimiser's state is nothing to another. Take the change back, or "
             "choose another `output`."
         )
+    if recipe.adapter.continue_from != stored.adapter.continue_from:
+        raise UserError(
+            f"{folder}: {_START} was {stored.adapter.continue_from or 'not set'} when this run was started and is "
+            f"{recipe.adapter.continue_from or 'not set'} now: a run starts once. Take the change back (the adapter "
+            "itself need not be there any more), or choose another `output`."
+        )
     free = [*_FREE, *allowed]
+    if any(covers(key, name) for key in allowed for name in _LENGTH):  # one of them takes the other's place
+        free += [*_LENGTH, *([_EXTENDED] if length_of(recipe) != length_of(stored) else [])]
     if not fitted:
+        free += keys_left_out(recipe) if recipe.adapter.continue_from else []
         free += [f"data.{key}" for key in _FITTED if key not in recipe.data.model_fields_set]
     changed = [
         f"  {key}: {_shown(old.get(key, _NOTHING))} there, {_shown(new.get(key, _NOTHING))} now"
@@ -72,6 +90,12 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
             f"{folder}: the recipe has changed since this run was started.\n" + "\n".join(changed) + "\n"
             "Take the changes back, allow each with --allow-changed KEY, or choose another `output`."
         )
+
+
+def length_of(recipe: Recipe) -> tuple[str, float]:
+    """Return the key that says how long a run is, and its value."""
+    steps = recipe.train.max_steps
+    return (_LENGTH[1], recipe.train.epochs) if steps is None else (_LENGTH[0], steps)
 
 
 def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:

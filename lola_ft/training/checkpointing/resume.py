@@ -14,7 +14,8 @@ from lola_ft.files import write_text
 from lola_ft.recipe import Recipe, load_recipe
 from lola_ft.training import processes, run_folder
 from lola_ft.training.checkpointing.checkpoint import Checkpoint, checkpoints, newest_whole, remove_leftovers
-from lola_ft.training.checkpointing.recipe_changes import covers, refuse_changes, with_stored_commits
+from lola_ft.training.checkpointing.longer import is_longer, refuse_shorter, reopen
+from lola_ft.training.checkpointing.recipe_changes import covers, length_of, refuse_changes, with_stored_commits
 from lola_ft.training.checkpointing.state_file import read_state
 
 
@@ -25,15 +26,21 @@ class EarlierRun:
     Attributes:
         recipe: The resolved recipe that the run was started with.
         finished: Whether nothing is left to do.
+        longer: Whether it was finished, and the recipe makes it longer.
     """
 
     folder: Path
     recipe: Recipe
     finished: bool
+    longer: bool = False
 
 
-def find_run(output: Path) -> EarlierRun | None:
-    """Read the run in a folder; returns None if nothing is there, raises UserError for anything that is not a run."""
+def find_run(output: Path, wanted: Recipe) -> EarlierRun | None:
+    """Read the run in a folder; returns None if nothing is there, raises UserError for anything that is not a run.
+
+    Args:
+        wanted: The recipe to go on with, which may make the run longer.
+    """
     stored = output / RECIPE_FILE
     if not stored.is_file():
         run_folder.refuse_taken(output)
@@ -42,7 +49,9 @@ def find_run(output: Path) -> EarlierRun | None:
         recipe = load_recipe(stored)
     except RecipeError as error:
         raise UserError(f"{output}: this run's recipe cannot be read, so it cannot go on.\n{error}") from error
-    return EarlierRun(output, recipe, run_folder.is_finished(output))
+    finished = run_folder.is_finished(output)
+    longer = finished and is_longer(wanted, recipe, output)
+    return EarlierRun(output, recipe, finished and not longer, longer)
 
 
 def earlier_run(recipe: Recipe, resume: bool, allow_changed: Sequence[str]) -> EarlierRun | None:
@@ -53,23 +62,28 @@ def earlier_run(recipe: Recipe, resume: bool, allow_changed: Sequence[str]) -> E
             raise UserError("--allow-changed is for going on with a run. Add --resume, or leave it out.")
         run_folder.refuse_taken(output)
         return None
-    earlier = find_run(output)
+    earlier = find_run(output, recipe)
     if earlier:
         given = with_stored_commits(recipe, earlier.recipe)
         refuse_changes(given, earlier.recipe, output, allow_changed, fitted=False)
     return earlier
 
 
-def lock_run(output: Path, held: ExitStack) -> EarlierRun | None:
+def lock_run(recipe: Recipe, held: ExitStack) -> EarlierRun | None:
     """Lock a run's folder, and read it again: the process that held the lock until now may have finished the run."""
+    output = Path(recipe.output)
     held.enter_context(run_folder.lock_folder(output))
-    return find_run(output)
+    return find_run(output, recipe)
 
 
 def find_restart(
-    earlier: EarlierRun, facts: dict[str, Any], allow_changed: Sequence[str], console: Console
+    earlier: EarlierRun, recipe: Recipe, facts: dict[str, Any], allow_changed: Sequence[str], console: Console
 ) -> Checkpoint | None:
-    """Find the checkpoint to go on from, whose facts must be these, and rewind the metrics; None: the beginning."""
+    """Find the checkpoint to go on from, whose facts must be these, and rewind the metrics; None: the beginning.
+
+    Raises:
+        UserError: The recipe, which may change the run's length, ends before that checkpoint.
+    """
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -78,9 +92,13 @@ def find_restart(
         checkpoint = restart_point(earlier.folder, say)
         if checkpoint:
             refuse_other_facts(checkpoint, facts, allow_changed, say)
+            if length_of(recipe) != length_of(earlier.recipe):
+                refuse_shorter(recipe, checkpoint.folder)
             say(f"Going on from step {checkpoint.step} ({checkpoint.folder}).")
         else:
             say(f"The run in {earlier.folder} has no checkpoint yet; it starts from its beginning.")
+        if earlier.longer:
+            reopen(earlier.folder, checkpoint, recipe, say)
         rewind_metrics(earlier.folder, checkpoint)
         found.append(checkpoint)
         return checkpoint.folder if checkpoint else None

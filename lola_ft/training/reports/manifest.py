@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lola_ft.adapters.on_disk import read_adapter
 from lola_ft.card import CardFacts, render_card
+from lola_ft.card.stages import stage_of
 from lola_ft.environment import hardware, library_versions
 from lola_ft.families import recorded_family
 from lola_ft.file_names import ADAPTER_FOLDER, CARD_FILE, MANIFEST_FILE
@@ -52,9 +53,17 @@ def manifest_of(
             for group, (tensors, parameters) in prepared.trained.items()
         },
         "data": prepared.data.as_dict(),
+        "stages": _stages(prepared, results),
         "results": results,
         **measured,
     }
+
+
+def _stages(prepared: Prepared, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the stages that led to this run's adapter, this run the last."""
+    start = prepared.start
+    own = stage_of(prepared.recipe.model_dump(mode="json"), results, start.as_dict() if start else None)
+    return [*(start.stages if start else ()), own]
 
 
 def timings_of(prepare_s: float, train_s: float, tokens: int, resumed_from: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lola_ft.training.callbacks.progress import Progress
 from lola_ft.training.callbacks.resources import EnergyMeter, PeakMemory
 from lola_ft.training.callbacks.stop_request import StopRequest
 from lola_ft.training.checkpointing.contents import EvaluationDue
+from lola_ft.training.checkpointing.longer import SaysLonger
 from lola_ft.training.dataset import training_examples
 from lola_ft.training.packing import ready
 from lola_ft.training.reports.metrics import MetricsFile
@@ -59,6 +60,7 @@ def build_trainer(
         metrics_file=output / METRICS_FILE,
         facts=facts_of(prepared),
         lora_plus_ratio=recipe.train.lora_plus_ratio,
+        extended_schedule=recipe.train.extended_schedule,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -70,6 +72,7 @@ def build_trainer(
         run.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, run)
         trainer.add_callback(meter)
     add_guards(trainer, recipe, metrics)
+    trainer.add_callback(SaysLonger(trainer, say))
     trainer.add_callback(LongestBatchFirst(trainer, recipe.train.optimizer, say))
     trainer.add_callback(EvaluationDue(trainer))
     return trainer

@@ -1,6 +1,8 @@
-"""TRL's DPO and KTO on LOLA: judged answers that are already token ids, the base without its adapter as reference.
+"""TRL's DPO and KTO: judged answers that are already token ids, held to a reference.
 
-Both form log-probabilities a tile of rows at a time (TRL's fused head), so the logits of a batch never exist.
+The reference is the base without its adapter, or the adapter that the run goes on from, of which a frozen copy lies
+beside the one that is trained. Log-probabilities are formed a tile of rows at a time (TRL's fused head), so the logits
+of a batch never exist.
 """
 
 import contextlib
@@ -16,14 +18,15 @@ from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
 class PreferenceTrainer(RunTrainer):
-    """The common part of DPO and KTO: the base as reference, and rows that are encoded already."""
+    """The common part of DPO and KTO: the reference, and rows that are encoded already."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        assert isinstance(model, PeftModel), "the reference is the model without its adapter"
+        assert isinstance(model, PeftModel), "the reference is the model without its adapter, or with another"
+        before = list(model.peft_config)
         with _no_copy_of_adapter(model):
             super().__init__(*args, **kwargs)
-        assert list(model.peft_config) == ["default"], f"adapters {list(model.peft_config)}"
+        assert list(model.peft_config) == before, f"adapters {list(model.peft_config)}"
 
     def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:  # noqa: ARG002
         """Return the rows as they are trained on (`name` is `train`) or evaluated."""
@@ -62,8 +65,9 @@ def _with_others_answers(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _no_copy_of_adapter(model: PeftModel) -> Iterator[None]:
-    """TRL 1.16 would add a frozen copy of the adapter as reference. A fresh adapter changes nothing, so the reference
-    is the model without it, which takes no memory: TRL falls back on that where no adapter is called `ref`."""
+    """TRL 1.16 would add a frozen copy of every adapter as reference, made without our LoRA on experts. A fresh adapter
+    changes nothing, so the reference is the model without it, which takes no memory: TRL falls back on that where no
+    adapter is called `ref`. One that a run goes on from has its copy already."""
 
     def get_parameter(name: str) -> Tensor:  # what TRL would copy the adapter into: its own weights
         parameter: Tensor = nn.Module.get_parameter(model, name.replace(".ref.", ".default."))

@@ -7,6 +7,7 @@ ours between a trainer and TRL's. What a subclass adds to a run, it adds in two 
 `docs/internals.md`; a test holds the list to the code.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lola_ft.training import processes
 from lola_ft.training.callbacks.stop_request import EvaluationStopped, Stopped
 from lola_ft.training.checkpointing import contents
 from lola_ft.training.checkpointing.checkpoint import Checkpoint, read_whole, step_folder, write_checkpoint
+from lola_ft.training.checkpointing.longer import planned_steps
 from lola_ft.training.checkpointing.rng import untouched_rng
 from lola_ft.training.run_state import RunState
 from lola_ft.training.trainers.nonfinite_steps import NonFiniteSteps
@@ -35,6 +37,7 @@ class RunTrainer(Trainer):
         metrics_file: The run's metrics, of which each checkpoint has a copy.
         resumed: The checkpoint that training goes on from.
         saved_step: The step of the newest checkpoint.
+        length_changed: Whether the run has another length than when it was stopped.
     """
 
     def __init__(
@@ -46,15 +49,21 @@ class RunTrainer(Trainer):
         metrics_file: Path | None = None,
         facts: dict[str, Any] | None = None,
         lora_plus_ratio: float = 1.0,
+        extended_schedule: str = "stretch",
         **kwargs: Any,
     ) -> None:
-        """Take what TRL's trainer takes, what the attributes say, and how many times faster LoRA's B learns than A."""
+        """Take what TRL's trainer takes, what the attributes say, and how many times faster LoRA's B learns than A.
+
+        Args:
+            extended_schedule: What becomes of the schedule where the run is made longer: `stretch` or `restart`.
+        """
         super().__init__(*args, **kwargs)
         self.run = run or RunState()
         self.nonfinite = nonfinite or NonFiniteSteps()
         self.run.kept["skipped"] = self.nonfinite.skipped
         self.keep_checkpoints, self.metrics_file, self.facts = keep_checkpoints, metrics_file, facts or {}
-        self.lora_plus_ratio = lora_plus_ratio
+        self.lora_plus_ratio, self.extended_schedule = lora_plus_ratio, extended_schedule
+        self.length_changed = False
         self.resumed: Checkpoint | None = None
         self.saved_step = 0
         self.add_callback(self.run.stop)
@@ -104,6 +113,28 @@ class RunTrainer(Trainer):
         if fresh and self.lora_plus_ratio != 1:
             raise_rate_of_b(optimizer, self.model, self.lora_plus_ratio)
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Make the schedule of the whole run; one that was restarted begins where the run was made longer."""
+        if self.resumed is not None:
+            self._note_length(self.resumed, num_training_steps)
+        begins = max((change["step"] for change in self.run.extensions if change["schedule"] == "restart"), default=0)
+        steps, warmup = num_training_steps - begins, self.args.warmup_steps
+        self.args.warmup_steps = round(warmup * steps / num_training_steps)
+        scheduler = super().create_scheduler(steps, optimizer)
+        self.args.warmup_steps = warmup
+        if begins:
+            scheduler.lr_lambdas = [_later(factor, begins) for factor in scheduler.lr_lambdas]
+        return scheduler
+
+    def _note_length(self, checkpoint: Checkpoint, steps: int) -> None:
+        """Take the changes of the run's length over from a checkpoint, and add the one that is made now, if any."""
+        before = planned_steps(checkpoint.folder)
+        self.length_changed = steps != before
+        change = {"step": checkpoint.step, "from": before, "to": steps, "schedule": self.extended_schedule}
+        self.run.extensions = [*checkpoint.state.get("extensions", []), *([change] if self.length_changed else [])]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Return no batches after the last step: transformers would do one more when a run that has ended resumes."""
@@ -159,6 +190,8 @@ class RunTrainer(Trainer):
             super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         except EvaluationStopped:
             self.run.evaluation_due = True
+        if self.control.should_training_stop:  # now, for the loop's end clears sums that a longer run goes on from
+            self._save_checkpoint(self.model, None)
         if processes.total(self.run.stop.requested):  # one was asked, all stop
             self._save_checkpoint(self.model, None)
             raise Stopped
@@ -179,6 +212,11 @@ class RunTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Leave the weights as they are: they are put back with everything else, when training begins."""
+
+
+def _later(factor: Callable[[int], float], begins: int) -> Callable[[int], float]:
+    """Return a schedule that begins at a step."""
+    return lambda step: factor(max(0, step - begins))
 
 
 def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
