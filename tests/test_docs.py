@@ -16,7 +16,7 @@ FOLDERS_OF_OUTPUT = ("runs/", "reports/", ".cache/", "nano-report/")
 """Beginnings of folders that commands make when a reader runs them."""
 EXAMPLES = ("recipes/sw.yaml",)
 """A reader's own files, in examples of messages."""
-PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/")
+PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/", "start/")
 """Folders inside a run."""
 NEIGHBOURS = {
     "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files

@@ -86,6 +86,8 @@ OTHER_TOOLS = {
     "load_in_4bit": "base.quantization",
     "torch_dtype": "base.dtype",
     "output_dir": "output",
+    "adapter_name_or_path": "adapter.continue_from",
+    "lora_model_dir": "adapter.continue_from",
 }
 """What other fine-tuning tools call a setting that a recipe has."""
 
