@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.data import Template
 from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
@@ -70,7 +69,7 @@ def evaluate_rows(
         console.print(table)
     if trained:
         console.print(transfer_table(comparison, trained))
-    console.print(NOTE, highlight=False, markup=False)
+    console.print(NOTE)
     if out:
         settings = {"rows": asdict(rows), "task": asdict(options)}
         _write(Path(out), task, comparison, measured, {"models": facts, "settings": settings})
@@ -79,7 +78,7 @@ def evaluate_rows(
             write_text(Path(out) / "transfer.json", f"{matrix}\n")
             plot_transfer(comparison, trained, Path(out) / "transfer.png")
         written = f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl."
-        console.print(written, highlight=False, soft_wrap=True)
+        console.print(written)
     return comparison
 
 

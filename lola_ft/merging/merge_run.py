@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, MERGED_FOLDER
 from lola_ft.merging.effects import advice, effects_table

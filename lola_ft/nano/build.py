@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.files import replace_folder
 from lola_ft.model import LolaConfig, LolaForCausalLM

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
 from lola_ft.adapters import AdapterSettings
@@ -17,6 +16,7 @@ from lola_ft.adapters.selection import read_selection
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.families import Architecture
 from lola_ft.recipe import Recipe

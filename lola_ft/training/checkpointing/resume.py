@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.errors import RecipeError, UserError
 from lola_ft.file_names import CHECKPOINTS_FOLDER, METRICS_FILE, RECIPE_FILE
 from lola_ft.files import write_text
@@ -71,8 +70,7 @@ def find_restart(
 ) -> Checkpoint | None:
     """Find the checkpoint to go on from, whose facts must be these, and rewind the metrics; None: the beginning."""
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say = console.print
 
     def find() -> Path | None:
         checkpoint = restart_point(earlier.folder, say)
