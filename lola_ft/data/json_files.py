@@ -68,7 +68,7 @@ def _whole(path: Path, lines: Lines, source: Source, findings: Findings) -> Rows
     parser, start = _Parser(), 0
     while (start := _skip_blanks(text, start)) < len(text):
         where = f"{path}:{text.count(chr(10), 0, start) + 1}"
-        value, end = parser.parse_at(text, start, str(path))
+        value, end = parser.parse_at(text, start, where, path)
         rest = _skip_blanks(text, end)
         if start == _skip_blanks(text, 0) and rest == len(text):
             yield from _rows_of(value, path, source, findings, parser)
@@ -172,17 +172,17 @@ class _Parser:
             raise DataError(f"{where}: broken JSON at column {end + 1}: extra data.")
         return value
 
-    def parse_at(self, text: str, start: int, where: str) -> tuple[Any, int]:
+    def parse_at(self, text: str, start: int, where: str, file: Path | None = None) -> tuple[Any, int]:
         """Parse the value that begins at a place; returns it and the place behind it.
 
         Args:
-            where: A line's place, or a file whose whole text this is: a mistake then gets its line.
+            file: Whose whole text it is: a mistake then gets its own line.
         """
         self._repeats.clear()
         try:
             return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise DataError(_broken(error, text, where)) from None
+            raise DataError(_broken(error, text, f"{file}:{error.lineno}" if file else where)) from None
         except RecursionError:
             raise DataError(f"{where}: nested too deeply.") from None
         except ValueError as error:
@@ -205,10 +205,9 @@ class _Parser:
 def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
     if text.startswith("\ufeff"):
         return f"{where}: begins with a byte order mark, which only the beginning of a file may have. Remove it."
-    line = f":{error.lineno}" if "\n" in text else ""
     what = f"{error.msg[:1].lower()}{error.msg[1:]}"
     hint = " It looks like Python's own notation: write rows with json.dumps." if text[error.pos :][:1] == "'" else ""
-    return f"{where}{line}: broken JSON at column {error.colno}: {what}.{hint}"
+    return f"{where}: broken JSON at column {error.colno}: {what}.{hint}"
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -82,7 +82,7 @@ BAD_FILES = [
         b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
         "a.jsonl:2: begins with a byte order mark, which only the beginning of a file may have. Remove it.",
     ),
-    ("a.jsonl", b"[" * 100_000, "a.jsonl: nested too deeply."),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: nested too deeply."),
     ("a.jsonl", b'[{"text": "a"}]\n{}', 'a.jsonl:1: expected an object such as {"instruction": …}; found a list.'),
     ("a.jsonl", b"\n3\n", 'a.jsonl:2: expected an object such as {"instruction": …}; found a number.'),
     ("a.jsonl", b"null\n", 'a.jsonl:1: expected an object such as {"instruction": …}; found null.'),

@@ -105,7 +105,7 @@ def test_colours_reach_the_terminal(recipe_file: Callable[..., Path]) -> None:
         ({"base": {"model": "./nowhere"}}, "./nowhere: no such folder"),
         ({"data": {"max_length": 4000}}, "128 learned positions"),
         ({"data": {"max_length": 256}}, "128 learned positions"),
-        ({"data": {"sources": [{"path": "nowhere.csv", "format": "text"}]}}, "nowhere.csv: no such file."),
+        ({"data": {"sources": [{"path": "nowhere.csv", "format": "text"}]}}, "nowhere.csv: no such file in"),
         ({"data": {"template": "nothing"}}, "template 'nothing' is unknown"),
     ],
 )
