@@ -43,6 +43,10 @@ class CheckpointError(UserError):
     """A base model folder or file that cannot be used; names the file and the tensor."""
 
 
+class NoCheckpointError(CheckpointError):
+    """A base model that is neither a folder here nor, as far as can be told, on the Hub."""
+
+
 class AdapterError(UserError):
     """An adapter that does not fit its base or its declared layout; names the tensors."""
 

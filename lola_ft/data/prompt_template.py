@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lola_ft.data.example import Example, Fields, prompt_fields
 from lola_ft.errors import DataError
+from lola_ft.files import missing
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -113,7 +114,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such template.") from None
+        raise DataError(missing(path, "template")) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text. Save the template as UTF-8.") from None
     except OSError as error:

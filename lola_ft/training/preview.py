@@ -87,7 +87,7 @@ def judged(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, plain: bool 
     text = _run(row["prompt_ids"], tokenizer, READ)
     for name, ids, style in answers:
         text.append(f"\n{name}, {len(ids)} tokens: ", style="bold")
-        text.append(_run(ids, tokenizer, style, brackets=plain))
+        text.append(_run(ids, tokenizer, style, brackets=plain and style == LEARNED))
     return text
 
 
@@ -104,8 +104,8 @@ def _run(ids: list[int], tokenizer: PreTrainedTokenizerFast, style: str, bracket
 def _legend(tokenizer: PreTrainedTokenizerFast, objective: str, plain: bool) -> Text:
     names = {"sft": ("learned",), "dpo": ("chosen", "rejected"), "kto": ("good", "bad")}[objective]
     kinds = zip(names, (LEARNED, WORSE), strict=False)
-    marks = [*((f"⟦{name}⟧" if plain else name, style) for name, style in kinds), ("read only", READ)]
-    marks.append((tokenizer.eos_token, END))
+    marks = [(f"⟦{name}⟧" if plain and style == LEARNED else name, style) for name, style in kinds]
+    marks += [("read only", READ), (tokenizer.eos_token, END)]
     return Text("  ").join([Text(words, style=style) for words, style in marks])
 
 
