@@ -185,6 +185,10 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base, write the Hub's layout, and check the result."""
+    if out:
+        from lola_ft.files import check_folder_target
+
+        check_folder_target(out)
     from lola_ft.merging.merge_run import merge_command
 
     merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
@@ -212,6 +216,10 @@ def generate(
     out: Annotated[str | None, Option(help="A .jsonl file to write, one object per prompt.")] = None,
 ) -> None:
     """Generate answers to a prompt, to a file of prompts, or in a conversation."""
+    if out:
+        from lola_ft.files import check_file_target
+
+        check_file_target(out)
     from lola_ft.generation import Sampling
     from lola_ft.generation.generate import generate_command
 
@@ -273,6 +281,10 @@ def evaluate(
         of_suite = SuiteOptions(suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size)
         evaluate_suite(models, of_suite, out, base, quantization)
         return
+    if out:
+        from lola_ft.files import check_folder_target
+
+        check_folder_target(out)
     from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
     from lola_ft.evaluation.held_out_rows import RowOptions
 
@@ -345,9 +357,10 @@ def quantize(
 def routing_texts(out: Annotated[str, Option(help="Folder to write.")]) -> None:
     """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
     from lola_ft.files import check_folder_target
-    from lola_ft.nano.corpus import write_texts
 
     check_folder_target(out)
+    from lola_ft.nano.corpus import write_texts
+
     files = write_texts(Path(out))
     print(f"{len(files)} languages in {out}.")
 
@@ -372,10 +385,11 @@ def routing_profile(
 ) -> None:
     """Count which experts the tokens of each language are routed to, in every MoE layer."""
     from lola_ft.files import check_file_target
+
+    check_file_target(out)
     from lola_ft.routing.profile import save_profile
     from lola_ft.routing.profiling import profile_routing
 
-    check_file_target(out)
     began = time.perf_counter()
     profile = profile_routing(
         model, data, base, revision, quantization, format, language_column, unit, template,

@@ -21,14 +21,14 @@ JSON_FILES, TEXT_TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 ROWS_OF_THEIR_OWN = (*JSON_FILES, *TEXT_TABLES, ".parquet", ".arrow")
 """Kinds of files that no `unit` divides into rows."""
 
-COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-"""Endings behind that of a text file: how it is packed."""
+_PACKED = (".gz", ".zst")
+"""Endings of packed files, behind that of the file inside."""
 
 
 def kind_of_file(path: str) -> str:
     """Return the ending that says what a file holds, in small letters: `.jsonl` of `a.JSONL.gz`; "" without one."""
     name = PurePath(path)
-    if name.suffix.lower() in COMPRESSED:
+    if name.suffix.lower() in _PACKED:
         name = name.with_suffix("")
         return "" if name.suffix.lower() in (".parquet", ".arrow") else name.suffix.lower()  # not read from a stream
     return name.suffix.lower()

@@ -84,6 +84,26 @@ def test_an_output_that_cannot_be_is_told_at_once(name: str, recipe: Callable[..
     assert not packages_imported(done.stderr) & HEAVY
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "run", "--out", "FILE/merged"],
+        ["generate", "base", "--prompt", "x", "--out", "FILE/a.jsonl"],
+        ["evaluate", "base", "--data", "a.jsonl", "--out", "FILE/report"],
+        ["routing", "profile", "base", "--data", "a.txt", "--out", "FILE/p.safetensors"],
+    ],
+)
+def test_every_verb_looks_where_it_will_write_first(command: list[str], tmp_path: Path) -> None:
+    from tests.test_startup import HEAVY, packages_imported, python
+
+    (tmp_path / "file").write_text("")
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in command]
+    done = python(["-X", "importtime", "-m", "lola_ft", *words])
+    assert done.returncode == 2
+    assert_says(done.stderr.splitlines()[-1], f"{tmp_path / 'file'} is no folder")
+    assert not packages_imported(done.stderr) & HEAVY
+
+
 @pytest.mark.slow
 def test_the_commonest_mistakes_show_in_half_the_time_of_importing_torch(
     recipe: Callable[..., Path], tmp_path: Path

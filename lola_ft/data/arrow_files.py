@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lola_ft.data.rows import Findings, Row, Rows, Source
+from lola_ft.data.text_lines import refuse_other_content
 from lola_ft.errors import DataError, first_line
 
 _BATCH = 1000
@@ -38,6 +39,9 @@ def _rows(path: Path, kind: str, batches: Callable[[], Iterable[Any]]) -> Rows:
 
     if path.stat().st_size == 0:
         return
+    with path.open("rb") as file:
+        if not (start := file.read(32)).startswith(b"PAR1"):
+            refuse_other_content(path, start)
     try:
         index = 0
         for batch in batches():

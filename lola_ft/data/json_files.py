@@ -65,9 +65,10 @@ def object_lines(name: str, lines: Lines) -> Rows:
 def _whole(path: Path, lines: Lines, source: Source, findings: Findings) -> Rows:
     """Read all values of a file: many objects one after another, or one that holds the rows."""
     text = "".join(decode(line, f"{path}:{number}") for number, line in _with_gaps(lines))
-    parser, start = _Parser(), 0
+    parser, start, counted, number = _Parser(), 0, 0, 1
     while (start := _skip_blanks(text, start)) < len(text):
-        where = f"{path}:{text.count(chr(10), 0, start) + 1}"
+        number += text.count("\n", counted, start)
+        counted, where = start, f"{path}:{number}"
         value, end = parser.parse_at(text, start, where, path)
         rest = _skip_blanks(text, end)
         if start == _skip_blanks(text, 0) and rest == len(text):
@@ -109,11 +110,12 @@ def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser:
         if key is None:
             yield _row(parser, value, f"{path}:1")
             return
-        if not isinstance(value.get(key), list):
+        under = _under(value, key)
+        if not isinstance(under, list):
             raise DataError(f"{path}: has no list under '{key}' (found: {', '.join(value)}).")
         if source.rows_under is None:
             findings.note(f"{path}: the rows are those of the list under '{key}'.")
-        value, place = value[key], f"{path}:{key}"
+        value, place = under, f"{path}:{key}"
     if not isinstance(value, list):
         raise DataError(f"{path}: expected objects or a list of objects; found {in_words(value)}.")
     for index, row in enumerate(value):
@@ -121,25 +123,49 @@ def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser:
 
 
 def _wrapping_key(value: dict[str, Any], path: Path, source: Source) -> str | None:
-    """Return the key under which an object holds the list of rows; None if the object is a row itself.
+    """Return the key, or keys with dots, under which an object has the list of rows; None if it is a row itself.
 
     Raises:
         DataError: Several lists of rows, or a table in columns.
     """
     wanted = wanted_fields(source)
     if wanted & value.keys():
-        if value and all(isinstance(column, dict) and column for column in value.values()):
-            raise DataError(
-                f"{path}: one object of columns, as pandas' to_json writes a table. Write one object a row: "
-                "df.to_json(path, orient='records', lines=True, force_ascii=False)."
-            )
+        if len(value) > 1 and all(_is_column(column) for column in value.values()):
+            raise DataError(f"{path}: one object of columns, as pandas' to_json writes a table. {_RECORDS}")
         return None
-    lists = {key: rows for key, rows in value.items() if _is_list_of_rows(rows)}
+    if len(value) > 1 and all(isinstance(row, dict) and wanted & row.keys() for row in value.values()):
+        raise DataError(f"{path}: one object with a row under each key. {_RECORDS}")
+    lists = {key: rows for key, rows in value.items() if _is_list_of_rows(rows)} or {
+        f"{key}.{inner}": rows
+        for key, part in value.items()
+        if isinstance(part, dict)
+        for inner, rows in part.items()
+        if _is_list_of_rows(rows)
+    }
     fitting = [key for key, rows in lists.items() if wanted & rows[0].keys()] or list(lists)
     if len(fitting) > 1:
         choice = source.setting("rows_under", fitting[0])
         raise DataError(f"{path}: one object with several lists of rows ({', '.join(fitting)}). Choose one: {choice}.")
     return fitting[0] if fitting else None
+
+
+_RECORDS = "Write one object a row; in pandas: df.to_json(path, orient='records', lines=True, force_ascii=False)."
+
+
+def _under(value: dict[str, Any], key: str) -> Any:
+    """Return what lies under a key, or under keys with dots between them; None if nothing does."""
+    if key in value:
+        return value[key]
+    first, _, rest = key.partition(".")
+    inner = value.get(first)
+    return _under(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _is_column(value: Any) -> bool:
+    """Tell whether a value can be a column of a table: its cells in a list, or under their numbers."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdigit() for key in value)
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
 
 
 def _is_list_of_rows(value: Any) -> bool:

@@ -49,7 +49,7 @@ def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
                 yield BadRow(problem)
             elif cells and not table.columns:
                 table.read_header(cells, where)
-            elif cells:
+            elif any(map(str.strip, cells)):  # a spreadsheet writes its empty rows, too
                 yield table.row(cells, where, first, last)
     finally:
         for note in table.notes(path):
@@ -158,6 +158,8 @@ class _Table:
     def read_header(self, cells: list[str], where: str) -> None:
         """Take the columns' names; raises DataError if two are the same, or none has one."""
         names = [cell.strip() for cell in cells]
+        if not self.layout.quoting and all(len(name) > 1 and name[0] == name[-1] == '"' for name in names):
+            raise DataError(f"{where}: the columns' names stand in quotation marks. Set {self.layout.advice}.")
         if not any(names):
             raise DataError(f"{where}: no column has a name. The first line names the columns.")
         for index, name in enumerate(names):
@@ -173,8 +175,10 @@ class _Table:
             cells.pop()
         least = max(place for place, name in enumerate(self.columns, start=1) if name not in self.unnamed)
         if not least <= len(cells) <= count:
-            what = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}; the header has {count}"
-            return BadRow(f"{where}: {what}.{self.layout.hint}")
+            between = NAMES.get(self.layout.delimiter, repr(self.layout.delimiter))
+            what = f"{len(cells)} cell{'' if len(cells) == 1 else 's'} between {between}; the header has {count}"
+            only = f" ({self.columns[0][:60]})" if count == 1 else ""
+            return BadRow(f"{where}: {what}{only}.{self.layout.hint}")
         self._look(cells, first, last)
         found = zip(self.columns, cells, strict=False)
         return Row({name: cell for name, cell in found if cell.strip() or name not in self.unnamed}, where)

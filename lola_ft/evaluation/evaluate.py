@@ -18,7 +18,7 @@ from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_
 from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
-from lola_ft.files import check_folder_target, write_text
+from lola_ft.files import write_text
 
 TASKS = ("loss", "generate", "choice")
 _LONGEST_ANSWER = 128
@@ -56,8 +56,6 @@ def evaluate_rows(
 ) -> Comparison:
     """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder."""
     console = console or Console()
-    if out:
-        check_folder_target(out)
     opening = Opening(base, quantization, Template.load(template) if template else None)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)

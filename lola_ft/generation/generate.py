@@ -12,7 +12,7 @@ from lola_ft.console import Console
 from lola_ft.data import Template
 from lola_ft.data.example import prompt_fields
 from lola_ft.errors import UserError
-from lola_ft.files import check_file_target, write_text
+from lola_ft.files import write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
 from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
@@ -45,8 +45,6 @@ def generate_command(
         raise UserError("Give one of --prompt TEXT, --file FILE and --chat.")
     if out and chat:
         raise UserError("--out does nothing with --chat. Leave it out.")
-    if out:
-        check_file_target(out)
     if prompt == STANDARD_INPUT:
         prompt = prompt_from_standard_input()
     sampling = sampling or Sampling()

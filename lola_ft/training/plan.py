@@ -54,7 +54,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
     merged = merged_files(base.folder, job.architecture)
     if as_json:
-        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
+        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged) | {"notes": notes}, indent=2))
         return
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"

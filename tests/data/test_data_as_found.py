@@ -143,6 +143,24 @@ def test_tables_are_unpacked(tmp_path: Path, name: str) -> None:
     assert read(tmp_path / name) == (ANSWERS, [])
 
 
+def test_what_is_packed_is_told_from_the_content(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(SHAPES["lines"](ROWS).encode()))
+    assert len(read(tmp_path / "a.jsonl")[0]) == 3
+    (tmp_path / "a.jsonl.gz").write_text(SHAPES["lines"](ROWS))  # as some programs leave it after a download
+    assert len(read(tmp_path / "a.jsonl.gz")[0]) == 3
+
+
+def test_line_ends_of_old_programs_and_empty_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"instruction,output\ra,1\r,\rb,2\r")
+    assert read(tmp_path / "a.csv") == (["1", "2"], [])
+
+
+def test_a_quoted_header_in_a_tsv_asks_for_quoting(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('"instruction"\t"output"\n"a"\t"b"\n')
+    assert_says(failure(tmp_path / "a.tsv"), "a.tsv:1: … names stand in quotation marks. Set `quoting: true`")
+    assert read(tmp_path / "a.tsv", quoting=True) == (["b"], [])
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst"])
 def test_a_packed_file_cut_short_is_refused(tmp_path: Path, name: str) -> None:
     write_packed(tmp_path / name, b'{"text": "a"}\n' * 1000)
@@ -160,6 +178,14 @@ def test_a_list_under_one_key_is_read_and_said(tmp_path: Path, key: str) -> None
     assert lines == [f"a.json: the rows are those of the list under '{key}'."]
     [first, *_] = read_rows(Source("alpaca", str(path)))
     assert first.where == f"{path}:{key}[0]"
+
+
+def test_a_list_two_keys_deep_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"about": "x", "data": {"train": ROWS}}))
+    assert read(tmp_path / "a.json")[1] == ["a.json: the rows are those of the list under 'data.train'."]
+    (tmp_path / "a.json").write_text(json.dumps({"data": {"train": ROWS, "test": ROWS}}))
+    assert_says(failure(tmp_path / "a.json"), "(data.train, data.test) … `rows_under: data.train`")
+    assert len(read(tmp_path / "a.json", rows_under="data.test")[0]) == 3
 
 
 def test_of_several_lists_the_key_chooses(tmp_path: Path) -> None:

@@ -72,7 +72,14 @@ BAD_FILES = [
         "a line, .jsonl.",
     ),
     ("a.xlsx", b"PK", f"a.xlsx: unknown kind of file '.xlsx'. This version reads {KINDS}. Save the sheet as .csv."),
-    ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz: cannot be read: zlib inflate failed: incorrect header check."),
+    ("a.jsonl", b"PAR1...", "a.jsonl: a Parquet file by its content. Name it .parquet."),
+    ("a.csv", b"PK\x03\x04", "a.csv: a zip archive, as spreadsheets are, too. Unpack it, or save the sheet as .csv."),
+    ("a.json", b"<!DOCTYPE html><html>", "a.json: a web page, not data. Download the file itself."),
+    (
+        "a.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "a.parquet: a pointer of Git LFS, not the file itself. Fetch that with `git lfs pull`.",
+    ),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: broken JSON at column 13: expecting ',' delimiter."),
     ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
     ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "a.jsonl:1: broken JSON at column 15: extra data."),
@@ -105,7 +112,13 @@ BAD_FILES = [
     (
         "a.json",
         b'{"text": {"0": "a", "1": "b"}, "lang": {"0": "sw", "1": "de"}}',
-        "a.json: one object of columns, as pandas' to_json writes a table. Write one object a row: "
+        "a.json: one object of columns, as pandas' to_json writes a table. Write one object a row; in pandas: "
+        "df.to_json(path, orient='records', lines=True, force_ascii=False).",
+    ),
+    (
+        "a.json",
+        b'{"a": {"text": "a"}, "b": {"text": "b"}}',
+        "a.json: one object with a row under each key. Write one object a row; in pandas: "
         "df.to_json(path, orient='records', lines=True, force_ascii=False).",
     ),
     ("a.json", b'"a"', "a.json: expected objects or a list of objects; found text."),

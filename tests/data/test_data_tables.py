@@ -56,7 +56,7 @@ def test_a_broken_row_of_a_table_is_skipped_alone(tmp_path: Path) -> None:
         "3: not UTF-8",
         "4: broken ta",
         "6: not UTF-8",
-        "7: 3 cells; ",
+        "7: 3 cells b",
     ]
 
 
@@ -156,13 +156,15 @@ BAD_FILES = [
     (
         "a.csv",
         b"text\nHello, world\n",
-        'a.csv:2: 2 cells; the header has 1. Put cells that hold the separator, quotes or line breaks in "quotes", '
+        "a.csv:2: 2 cells between commas; the header has 1 (text). Put cells that hold the separator, quotes or line "
+        'breaks in "quotes", '
         "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
     ),
     (
         "a.csv",
         b"text,lang\na,sw\nb\n",
-        'a.csv:3: 1 cell; the header has 2. Put cells that hold the separator, quotes or line breaks in "quotes", '
+        "a.csv:3: 1 cell between commas; the header has 2. Put cells that hold the separator, quotes or line breaks in "
+        '"quotes", '
         "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
     ),
     (
@@ -175,9 +177,10 @@ BAD_FILES = [
     (
         "a.tsv",
         b"text\tlang\na\tb\tc\n",
-        "a.tsv:2: 3 cells; the header has 2. Every one of the tabs divides; for quoted cells set `quoting: true`.",
+        "a.tsv:2: 3 cells between tabs; the header has 2. Every one of the tabs divides; for quoted cells set "
+        "`quoting: true`.",
     ),
-    ("a.csv", b"text\n \n", "a.csv:2: field 'text' is empty. Fill it, or remove the row."),
+    ("a.csv", b"text,n\n ,1\n", "a.csv:2: field 'text' is empty. Fill it, or remove the row."),
     (
         "a.tsv",
         b"body\nx\n",

@@ -50,7 +50,12 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "header alone": ("r.csv", b"instruction,output\n", "alpaca", "holds no rows"),
     "two equal columns": ("r.csv", b"output,output\na,b\n", "alpaca", "two columns are named 'output'"),
     "nameless columns": ("r.csv", b",,\na,b,c\n", "alpaca", "no column has a name"),
-    "too many cells": ("r.csv", b"instruction,output\na,b,c\n", "alpaca", "r.csv:2: 3 cells; the header has 2"),
+    "too many cells": (
+        "r.csv",
+        b"instruction,output\na,b,c\n",
+        "alpaca",
+        "r.csv:2: 3 cells between commas; the header has 2",
+    ),
     "open quote": ("r.csv", b'instruction,output\na,"b\n', "alpaca", "broken table"),
     "two delimiters": ("r.tsv", b"instruction;output|x\na;b|c\n", "alpaca", "semicolons or bars"),
     "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "not a Parquet file that can be read"),
