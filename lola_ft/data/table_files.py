@@ -49,7 +49,7 @@ def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
                 yield BadRow(problem)
             elif cells and not table.columns:
                 table.read_header(cells, where)
-            elif any(map(str.strip, cells)):  # a spreadsheet writes its empty rows, too
+            elif any(cells):  # a spreadsheet writes its empty rows, too
                 yield table.row(cells, where, first, last)
     finally:
         for note in table.notes(path):

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from lola_ft.errors import DataError, first_line
 from lola_ft.row_formats import kind_of_file
@@ -75,7 +75,7 @@ def decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _unpacked(path: Path) -> io.BufferedReader:
+def _unpacked(path: Path) -> "io.BufferedReader[Any]":
     """Open a file, and unpack what its first bytes say is packed, whatever its name."""
     file = io.BufferedReader(io.FileIO(path), _START)
     start = file.peek(4)
@@ -86,7 +86,7 @@ def _unpacked(path: Path) -> io.BufferedReader:
 
     file.close()
     packed: Any = pyarrow.CompressedInputStream(str(path), compression)
-    return io.BufferedReader(cast(IO[bytes], packed), _START)  # type: ignore[arg-type]
+    return io.BufferedReader(packed, _START)
 
 
 def _encoding(start: bytes) -> str:
