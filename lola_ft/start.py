@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from types import FrameType
 
 from lola_ft.errors import UserError
@@ -20,7 +21,8 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    first = threading.current_thread() is threading.main_thread()
+    if first and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 

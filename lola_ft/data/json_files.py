@@ -27,7 +27,7 @@ def json_rows(path: Path, source: Source, findings: Findings) -> Rows:
     lines = enumerate(lines_of(path), start=1)
     beginning = [*_next_full(lines), *_next_full(lines)]
     everything = chain(beginning, lines)
-    if beginning and _is_one_value(beginning, path):
+    if beginning and (source.rows_under or _is_one_value(beginning, path)):
         yield from _whole(path, everything, source, findings)
     else:
         yield from object_lines(str(path), everything)

@@ -18,7 +18,7 @@ from lola_ft.recipe import preference_rules, unsupported
 from lola_ft.recipe.allowed_values import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.recipe.document import KeyPath
 from lola_ft.repo_id import is_repo_id
-from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN, TEXT_TABLES, kind_of_file
+from lola_ft.row_formats import FORMAT_FIELDS, JSON_FILES, ROWS_OF_THEIR_OWN, TEXT_TABLES, kind_of_file
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -227,7 +227,7 @@ class Source(Section):
                 yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
         if self.unit is not None and (self.path is None or kind_of_file(self.path) in ROWS_OF_THEIR_OWN):
             yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
-        for key, kinds in (("delimiter", TEXT_TABLES), ("quoting", TEXT_TABLES), ("rows_under", (".json",))):
+        for key, kinds in (("delimiter", TEXT_TABLES), ("quoting", TEXT_TABLES), ("rows_under", JSON_FILES)):
             other = self.path is None or kind_of_file(self.path) in {*ROWS_OF_THEIR_OWN, ".txt"} - {*kinds}
             if getattr(self, key) is not None and other:
                 yield (key,), f"is for {' and '.join(kinds)} files; this source has none. Remove it"

@@ -192,6 +192,9 @@ def test_of_several_lists_the_key_chooses(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"train": ROWS, "test": ROWS[:1]}))
     assert len(read(tmp_path / "a.json", rows_under="train")[0]) == 3
     assert len(read(tmp_path / "a.json", rows_under="test")[0]) == 1
+    (tmp_path / "a.json").rename(tmp_path / "a.jsonl")
+    assert len(read(tmp_path / "a.jsonl", rows_under="test")[0]) == 1
+    (tmp_path / "a.jsonl").rename(tmp_path / "a.json")
     assert_says(failure(tmp_path / "a.json", rows_under="dev"), "a.json: has no list under 'dev' (found: train, test)")
 
 
@@ -272,6 +275,15 @@ def test_an_id_or_address_in_path_is_pointed_at_the_hub(path: str, message: str)
     with pytest.raises(DataError) as caught:
         list(read_examples([Source("alpaca", path)]))
     assert message.lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize("hub", ["FILE", "https://huggingface.co/datasets/a/b"])
+def test_a_file_or_address_in_hub_is_pointed_back(hub: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    hub = hub.replace("FILE", str(tmp_path / "a.jsonl"))
+    with pytest.raises(DataError) as caught:
+        list(read_examples([Source("alpaca", hub=hub)]))
+    assert_says(str(caught.value), f"{hub}: … Write … {'path' if 'jsonl' in hub else 'hub: owner/name'}")
 
 
 def test_a_missing_file_names_the_folder_it_was_looked_for_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
