@@ -665,5 +665,7 @@ def test_those_keys_go_with_their_files(tmp_path: Path) -> None:
     ):
         (tmp_path / "r.yaml").write_text(with_source(source))
         load_recipe(tmp_path / "r.yaml")
-    (tmp_path / "r.yaml").write_text(with_source("path: a.csv, format: classification, instruction: 'Is ${text} right?'"))
+    (tmp_path / "r.yaml").write_text(
+        with_source("path: a.csv, format: classification, instruction: 'Is ${text} right?'")
+    )
     load_recipe(tmp_path / "r.yaml")
