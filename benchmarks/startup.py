@@ -17,6 +17,12 @@ import time
 from pathlib import Path
 
 MISTAKE = "model:\n  base: some/base\nadapter:\n  rnak: 8\n"
+RIGHT = """\
+base: {{model: some/base}}
+adapter: {{attention: {{rank: 8}}}}
+data: {{sources: [{{path: rows.jsonl, format: alpaca}}]}}
+output: {output}
+"""
 
 
 def main() -> None:
@@ -24,7 +30,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "mistake.yaml"
         recipe.write_text(MISTAKE, encoding="utf-8")
-        seconds = measure(commands(args.checkout, str(recipe)), args.checkout, args.repeats)
+        taken, run = Path(folder) / "taken.yaml", Path(folder) / "run"
+        taken.write_text(RIGHT.format(output=run), encoding="utf-8")
+        run.mkdir()
+        (run / "recipe.yaml").touch()
+        seconds = measure(commands(args.checkout, str(recipe), str(taken)), args.checkout, args.repeats)
     torch = statistics.median(seconds.pop("import torch"))
     result = {
         "import_torch_s": round(torch, 3),
@@ -34,13 +44,14 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def commands(checkout: Path, recipe: str) -> dict[str, list[str]]:
+def commands(checkout: Path, recipe: str, taken: str) -> dict[str, list[str]]:
     """Return what is timed, by name."""
     return {
         "import torch": ["-c", "import torch"],
         "--help": ["-m", "lola_ft", "--help"],
         "recipes list": ["-m", "lola_ft", "recipes", "list"],
         "a mistake, train": ["-m", "lola_ft", "train", recipe],
+        "already holds a run": ["-m", "lola_ft", "train", taken],
         "a mistake, preview": ["-m", "lola_ft", "preview", recipe],
         "a mistake, finetune.py": [str(checkout / "finetune.py"), recipe],
     }

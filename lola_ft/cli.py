@@ -18,6 +18,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 
 from lola_ft.errors import UserError
+from lola_ft.start import checked_arguments, prepare_process
 
 
 class _Verbs(TyperGroup):
@@ -26,7 +27,9 @@ class _Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if type(stop) is KeyboardInterrupt:  # a run that saved itself has said so
+                print("\nStopped.", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -45,8 +48,20 @@ _Base = Annotated[
 _Quantization = Annotated[str, Option(help="nf4, none, or auto: as the run was trained, else none.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"lola-ft {version('lola-ft')}")
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Fine-tune LOLA, a multilingual mixture-of-experts model, and other language models, on one GPU."""
 
 
@@ -65,6 +80,10 @@ def train(
     from lola_ft.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    from lola_ft.training.run_folder import refuse_bad_output
+
+    if not resume and loaded.train.resume == "never" and os.environ.get("RANK", "0") == "0":
+        refuse_bad_output(Path(loaded.output))
     from lola_ft.training import train as run
 
     hub = loaded.hub
@@ -166,6 +185,10 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base, write the Hub's layout, and check the result."""
+    if out:
+        from lola_ft.files import check_folder_target
+
+        check_folder_target(out)
     from lola_ft.merging.merge_run import merge_command
 
     merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
@@ -174,8 +197,12 @@ def merge(
 @app.command()
 def generate(
     model: Annotated[str, Argument(help="A base, a run, an adapter or a merged model.")],
-    prompt: Annotated[str | None, Option(help="Prompt to answer, printed token by token.")] = None,
-    file: Annotated[str | None, Option(help="File of prompts, one per line: .txt or .jsonl.")] = None,
+    prompt: Annotated[
+        str | None, Option(help="Prompt to answer, printed token by token; - reads it from standard input.")
+    ] = None,
+    file: Annotated[
+        str | None, Option(help="File of prompts, one per line: .txt or .jsonl; - reads lines from standard input.")
+    ] = None,
     chat: Annotated[bool, Option("--chat", help="Hold a conversation at the terminal.")] = False,
     base: _Base = None,
     adapter: Annotated[str | None, Option(help="Run or adapter to load onto the base.")] = None,
@@ -189,6 +216,10 @@ def generate(
     out: Annotated[str | None, Option(help="A .jsonl file to write, one object per prompt.")] = None,
 ) -> None:
     """Generate answers to a prompt, to a file of prompts, or in a conversation."""
+    if out:
+        from lola_ft.files import check_file_target
+
+        check_file_target(out)
     from lola_ft.generation import Sampling
     from lola_ft.generation.generate import generate_command
 
@@ -215,6 +246,11 @@ def evaluate(
     source_language: Annotated[str | None, Option(help="Source language of format translation.")] = None,
     target_language: Annotated[str | None, Option(help="Target language of format translation.")] = None,
     unit: Annotated[str | None, Option(help="What one row of a .txt file is: paragraph, line or file.")] = None,
+    delimiter: Annotated[str | None, Option(help="Character between the cells of a .csv or .tsv file.")] = None,
+    quoting: Annotated[
+        bool | None, Option("--quoting/--no-quoting", help="Whether cells may stand in quotation marks.")
+    ] = None,
+    rows_under: Annotated[str | None, Option(help="Key under which a .json file has its list of rows.")] = None,
     max_rows: Annotated[int | None, Option(min=1, help="Rows per language, the first ones.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Rows per batch.")] = 8,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Longest answer of task generate. Default: 128.")] = None,
@@ -245,6 +281,10 @@ def evaluate(
         of_suite = SuiteOptions(suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size)
         evaluate_suite(models, of_suite, out, base, quantization)
         return
+    if out:
+        from lola_ft.files import check_folder_target
+
+        check_folder_target(out)
     from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
     from lola_ft.evaluation.held_out_rows import RowOptions
 
@@ -258,6 +298,9 @@ def evaluate(
         instruction=instruction,
         max_rows=max_rows,
         unit=unit,
+        delimiter=delimiter,
+        quoting=quoting,
+        rows_under=rows_under,
         source_language=source_language,
         target_language=target_language,
     )
@@ -314,9 +357,10 @@ def quantize(
 def routing_texts(out: Annotated[str, Option(help="Folder to write.")]) -> None:
     """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
     from lola_ft.files import check_folder_target
-    from lola_ft.nano.corpus import write_texts
 
     check_folder_target(out)
+    from lola_ft.nano.corpus import write_texts
+
     files = write_texts(Path(out))
     print(f"{len(files)} languages in {out}.")
 
@@ -341,10 +385,11 @@ def routing_profile(
 ) -> None:
     """Count which experts the tokens of each language are routed to, in every MoE layer."""
     from lola_ft.files import check_file_target
+
+    check_file_target(out)
     from lola_ft.routing.profile import save_profile
     from lola_ft.routing.profiling import profile_routing
 
-    check_file_target(out)
     began = time.perf_counter()
     profile = profile_routing(
         model, data, base, revision, quantization, format, language_column, unit, template,
@@ -465,8 +510,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a verb and exit with its code; a user's mistake is one message on stderr."""
     # transformers 5.23 renames gradient checkpointing to activation checkpointing; PEFT 0.21 knows only the old name.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+    prepare_process()
     try:
-        app(args=arguments, prog_name="lola-ft")
+        app(args=checked_arguments(sys.argv[1:] if arguments is None else arguments), prog_name="lola-ft")
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") in ("0", "-1"):  # of several processes only the first
             print(f"error: {error}", file=sys.stderr)

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 import lola_ft
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.evaluation import ExactMatch, best_constant_answer, exact_match_by_language
 from lola_ft.file_names import ADAPTER_FOLDER, LOSS_PLOT, MERGED_FOLDER, RECIPE_FILE

@@ -5,6 +5,8 @@ A message says where, what, what would be right and how to fix it, in that order
     data/sw.jsonl:381: field 'output' is missing (found: instruction, answer). Map it with `fields: {output: answer}`.
 """
 
+from numbers import Number
+
 
 class UserError(Exception):
     """A mistake in what the user gave us: shown as one message on stderr, exit code 2."""
@@ -41,6 +43,10 @@ class CheckpointError(UserError):
     """A base model folder or file that cannot be used; names the file and the tensor."""
 
 
+class NoCheckpointError(CheckpointError):
+    """A base model that is neither a folder here nor, as far as can be told, on the Hub."""
+
+
 class AdapterError(UserError):
     """An adapter that does not fit its base or its declared layout; names the tensors."""
 
@@ -57,3 +63,11 @@ def first_line(error: BaseException) -> str:
 def printable(text: object) -> str:
     """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
+
+
+def in_words(value: object) -> str:
+    """Name the kind of a value in JSON's words, for a message: "a list", "a number", "null"."""
+    names = {dict: "an object", list: "a list", tuple: "a list", str: "text", bool: "true or false", type(None): "null"}
+    if type(value) in names:
+        return names[type(value)]
+    return "a number" if isinstance(value, Number) else type(value).__name__

@@ -117,6 +117,18 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
         raise WriteError(target, str(error)) from error
 
 
+def missing(name: str | Path, kind: str = "file") -> str:
+    """Say that nothing is at a path, where a relative one was looked for, and where it would be found."""
+    path = Path(name)
+    if path.is_absolute():
+        at_all = "" if path.parent.is_dir() else f" There is no folder '{path.parent}' either."
+        return f"{name}: no such {kind}.{at_all}"
+    here = Path.cwd()
+    above = next((folder for folder in here.parents if (folder / path).exists()), None)
+    found = f" It is there from {above}." if above else ""
+    return f"{name}: no such {kind} in {here}, where the command runs and relative paths count from.{found}"
+
+
 def similar_file(path: Path) -> Path | None:
     """Return the file of the same folder whose name is nearly `path`'s, or the same but for a missing ending."""
     try:

@@ -17,7 +17,7 @@ from lola_ft.families import Architecture, Sizes, architecture_of
 from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.quantization.cache import is_cache
 from lola_ft.quantization.load import default_device, known_dtype, load_base, load_checkpoint
-from lola_ft.subject import Subject, find_subject
+from lola_ft.subject import Subject, find_subject, naming_base_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def open_subject(
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
     held = known_dtype(_possible(dtype, target))
-    base = subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
+    with naming_base_of(subject):
+        base = subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
     if is_cache(base):
         model = load_base(base, wanted, held, target, quiet=quiet)
     else:

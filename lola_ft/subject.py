@@ -1,13 +1,15 @@
 """The thing that a user points at, recognised as a base, a run, an adapter or a merged model: for every verb."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lola_ft.adapters.on_disk import CONFIG_FILE, read_adapter
 from lola_ft.checkpoints.folder import commit_of, resolve_folder
-from lola_ft.errors import AdapterError, UserError
+from lola_ft.errors import AdapterError, NoCheckpointError, UserError
 from lola_ft.file_names import ADAPTER_FOLDER, MANIFEST_FILE, MERGE_REPORT_FILE, MERGED_FOLDER, RECIPE_FILE
 
 
@@ -74,6 +76,17 @@ def find_subject(
         return Subject(name, "base", folder, name, commit_of(path, folder) or revision, None)
     run, manifest = run_around(folder)
     return Subject(name, "merged", folder, name, commit_of(path, folder) or revision, None, run, manifest)
+
+
+@contextlib.contextmanager
+def naming_base_of(subject: Subject) -> Iterator[None]:
+    """Say of a base that is not found which run or adapter names it, and how to give another place."""
+    try:
+        yield
+    except NoCheckpointError as error:
+        if subject.adapter is None:
+            raise
+        raise NoCheckpointError(f"{error} It is the base of {subject.name}; give its place with --base.") from error
 
 
 def is_adapted(folder: Path) -> bool:

@@ -36,6 +36,8 @@ LEVELS = {
     "file_names": 10,
     "files": 10,
     "after_import": 10,
+    "console": 10,
+    "start": 10,
     "language_codes": 10,
     "lazy_attributes": 10,
     "memory": 10,

@@ -145,8 +145,8 @@ def refuse_merge() -> NoReturn:
         AdapterError: Always, naming what merges instead.
     """
     raise AdapterError(
-        "Merging into 4-bit weights in memory would round the adapter away. Use merge.py (lola_ft.merge): it merges "
-        "into the original weights on disk."
+        "Merging into 4-bit weights in memory would round the adapter away. Use `lola-ft merge` (lola_ft.merge): it "
+        "merges into the original weights on disk."
     )
 
 

@@ -24,7 +24,7 @@ from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.checkpoints.base_checkpoint import WEIGHT_KINDS
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
-from lola_ft.errors import AdapterError, CheckpointError, UserError
+from lola_ft.errors import AdapterError, CheckpointError, UserError, in_words
 from lola_ft.families import Architecture, Family
 from lola_ft.files import replace_folder
 
@@ -138,7 +138,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     except (OSError, ValueError, SafetensorError, CheckpointError) as error:
         raise AdapterError(f"{folder}: the adapter is damaged or incomplete ({error}).") from error
     if not isinstance(config, dict):
-        raise AdapterError(f"{folder / CONFIG_FILE}: holds {type(config).__name__}, not an object.")
+        raise AdapterError(f"{folder / CONFIG_FILE}: holds {in_words(config)}, not an object.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder}: peft_type is {config.get('peft_type')}; lola_ft reads LoRA adapters.")
     for key, plain in _PLAIN_CONFIG.items():

@@ -95,7 +95,7 @@ class TrainedBias(AuxiliaryTrainingWrapper):
         return {"trained_bias": f"trained_bias.{adapter_name}"} if adapter_name in self._adapters else {}
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ARG002
-        raise AdapterError("PEFT cannot unload trained biases. Merge with merge.py (lola_ft.merge).")
+        raise AdapterError("PEFT cannot unload trained biases. Merge with `lola-ft merge` (lola_ft.merge).")
 
 
 def bias_names(architecture: Architecture, selection: Selection | None, norms: bool) -> list[str]:

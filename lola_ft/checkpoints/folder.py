@@ -7,8 +7,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from lola_ft.errors import CheckpointError
+from lola_ft.errors import CheckpointError, NoCheckpointError, first_line, in_words
 from lola_ft.file_names import WEIGHTS_FILE, WEIGHTS_INDEX_FILE
+from lola_ft.files import missing
 from lola_ft.repo_id import is_commit, is_repo_id
 
 CONFIG_FILE = "config.json"
@@ -27,7 +28,8 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint; a Hub id is downloaded or found in the cache.
 
     Raises:
-        CheckpointError: If there is no such folder and no such repository.
+        NoCheckpointError: There is no such folder and no such repository.
+        CheckpointError: It is a file.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -35,15 +37,22 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     text = str(path)
     if folder.exists():
         raise CheckpointError(f"{text}: is a file; give the checkpoint's folder.")
+    if "://" in text:
+        raise NoCheckpointError(
+            f"{text}: no such folder; an address. Give a folder, or only the Hub id like owner/name."
+        )
     if not is_repo_id(text):
-        raise CheckpointError(f"{text}: no such folder. Give a checkpoint's folder or a Hub id like owner/name.")
+        raise NoCheckpointError(f"{missing(text, 'folder')} Give a checkpoint's folder or a Hub id like owner/name.")
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=list(_WANTED_FILES)))
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CheckpointError(f"{text}: no such folder here, and no such repository on the Hub ({error}).") from error
+        raise NoCheckpointError(
+            f"{text}: no such folder in {Path.cwd()}, and no such repository on the Hub ({first_line(error)})."
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{text}: not a folder here, and the Hub cannot be reached ({reason}).") from error
+        raise NoCheckpointError(
+            f"{text}: not a folder in {Path.cwd()}, and the Hub cannot be reached ({first_line(error)})."
+        ) from error
 
 
 def commit_of(path: str | Path, folder: Path) -> str | None:
@@ -65,8 +74,9 @@ def text_folder(model: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_TEXT_FILES)))
     except Exception as error:  # whatever the network raises
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{model}: not a folder here, and not found on the Hub ({reason}).") from error
+        raise NoCheckpointError(
+            f"{model}: not a folder in {Path.cwd()}, and not found on the Hub ({first_line(error)})."
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -109,5 +119,5 @@ def read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {type(content).__name__}, not an object.")
+        raise CheckpointError(f"{file}: holds {in_words(content)}, not an object.")
     return content

@@ -12,7 +12,7 @@ from lola_ft.data.formats import read_examples, to_example
 from lola_ft.data.hub_rows import commit_of
 from lola_ft.data.mixing import Mixed, MixSettings, mix
 from lola_ft.data.prompt_template import Template
-from lola_ft.data.rows import Row, Source
+from lola_ft.data.rows import Findings, Row, Source
 from lola_ft.data.source_rows import files_of, read_rows
 from lola_ft.data.turns import encode_texts
 
@@ -24,6 +24,7 @@ __all__ = [
     "Encoded",
     "EncodingReport",
     "Example",
+    "Findings",
     "LeakCheck",
     "MixSettings",
     "Mixed",

@@ -1,6 +1,7 @@
 """Rows held out by a hash of their content, and rows that say the same, in training or in training and validation."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -85,14 +86,24 @@ def is_validation(example: Example, share: float, seed: int) -> bool:
         share: Part held out, from 0 to 1.
         seed: Another seed holds out other rows.
     """
+    return _draw(example, seed) < share * _DRAWS
+
+
+_DRAWS = 2**64
+
+
+def _draw(example: Example, seed: int) -> int:
+    """Return a row's number below `_DRAWS`; the row is held out by every share of them above it."""
     digest = hashlib.sha256(f"{seed}\n{example.split_key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(digest[:8], "big")
 
 
 def hold_out(examples: Iterable[Example], share: float, seed: int, validation: list[Example]) -> Iterator[Example]:
     """Yield the training rows, and put the others into `validation`, in their order; no side may end up empty."""
-    training = 0
+    training, least, most = 0, _DRAWS, 0
     for example in examples:
+        draw = _draw(example, seed)
+        least, most = min(least, draw), max(most, draw)
         if is_validation(example, share, seed):
             validation.append(example)
         else:
@@ -101,7 +112,18 @@ def hold_out(examples: Iterable[Example], share: float, seed: int, validation: l
     rows = training + len(validation)
     if share > 0 and rows and not (training and validation):
         side = "validation" if training else "training"
+        if least == most:
+            advice = "No share divides them, since all say the same"
+        elif training:
+            advice = f"The smallest share that holds one out is {_above(least / _DRAWS):g}"
+        else:
+            advice = f"The largest share that leaves one is {most / _DRAWS:.4g}"
         raise DataError(
-            f"data.validation {share:g} of {rows} rows leaves no {side} row. "
-            "Change the share, or give validation sources of its own."
+            f"data.validation {share:g} of {rows} rows leaves no {side} row. {advice}. Or give validation sources."
         )
+
+
+def _above(number: float) -> float:
+    """Return the next number with two digits, such as 0.043 above 0.0421."""
+    step = 10.0 ** (math.floor(math.log10(number or 1e-9)) - 1)
+    return float(f"{(math.floor(number / step) + 1) * step:.2g}")

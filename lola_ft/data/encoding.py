@@ -83,36 +83,44 @@ def encode(
     """
     assert max_length >= 2, f"max_length {max_length} leaves no room for a token and its EOS"
     eos_of(tokenizer)
-    report, shortest = EncodingReport(), list[int]()
+    report, shortest, texts = EncodingReport(), list[int](), True
     encoder = Encoder(tokenizer, template, max_length, overlong)
     with TableSink(file) as sink:
         for batch in map_in_order(encoder, batches(examples), workers):
             report.add(batch.report)
             shortest.append(batch.shortest)
+            texts = texts and batch.texts
             sink.write(batch.table)
             if progress:
                 progress(batch.report.total.rows)
-    refuse_nothing_left(report, min(shortest, default=0), max_length)
+    refuse_nothing_left(report, min(shortest, default=0), max_length, texts)
     return encoded_of(sink.table, report)
 
 
-def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int) -> None:
-    """Refuse data of which no row is left; `shortest` is the tokens of the shortest one."""
+def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int, texts: bool = False) -> None:
+    """Refuse data of which no row is left; `shortest` is the tokens of the shortest one, `texts` says that none has a
+    prompt."""
     if not report.languages:
         raise DataError("there are no rows to encode.")
     if not report.total.kept:
         raise DataError(
             f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
-            f"{max_length}. Raise data.max_length, or set data.overlong to truncate."
+            f"{max_length}. "
+            + (
+                "Set data.overlong to split, which learns all of a long text in pieces."
+                if texts
+                else "Raise data.max_length, or set data.overlong to truncate."
+            )
         )
 
 
 class EncodedBatch(NamedTuple):
-    """Some examples' sequences, what became of the rows, and the tokens of the shortest row."""
+    """Some examples' sequences, what became of the rows, the tokens of the shortest one, and whether all are texts."""
 
     table: "pyarrow.Table"
     report: EncodingReport
     shortest: int
+    texts: bool
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ class Encoder:
             sequences += fitted
             languages += [row.example.language] * len(fitted)
             lengths.append(row.length)
-        return EncodedBatch(_arrow(sequences, languages), report, min(lengths))
+        texts = all(example.prompt is None for example in batch)
+        return EncodedBatch(_arrow(sequences, languages), report, min(lengths), texts)
 
 
 def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
@@ -209,9 +218,10 @@ def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequenc
 
 def too_long(example: Example, length: int, max_length: int) -> DataError:
     """The error for a row over the limit, where that is an error."""
+    policies = "split" if example.prompt is None else "drop or truncate"
     return DataError(
         f"{example.where}: {length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
-        "data.max_length, or set data.overlong to drop or truncate."
+        f"data.max_length, or set data.overlong to {policies}."
     )
 
 

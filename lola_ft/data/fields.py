@@ -1,11 +1,12 @@
 """One field of a row as text, or the message that says what is wrong with it and how to map it."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lola_ft.data.rows import Row, Source
-from lola_ft.errors import DataError
-from lola_ft.row_formats import FORMAT_FIELDS
+from lola_ft.errors import DataError, in_words
+from lola_ft.row_formats import FORMAT_FIELDS, MESSAGE_KEYS
 
 _ABSENT = object()
 
@@ -20,7 +21,7 @@ def text_field(row: Row, source: Source, standard: str, optional: bool = False) 
 
 def raw_field(row: Row, source: Source, standard: str, optional: bool = False) -> Any:
     """The value of a standard field, whatever its type; None for an optional one that is missing and not mapped."""
-    value = _value_at(row.fields, field_name(source, standard))
+    value = _value_at(row, field_name(source, standard))
     if value is not _ABSENT:
         return value
     if optional and standard not in source.fields:
@@ -36,7 +37,7 @@ def field_name(source: Source, standard: str) -> str:
 def checked_text(value: Any, what: str, where: str) -> str:
     """Return text that can be learned; a DataError calls what is empty or no text `what`, such as `field 'output'`."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {what} must be text; found {type(value).__name__}.")
+        raise DataError(f"{where}: {what} must be text; found {in_words(value)}.")
     if not value.strip():
         raise DataError(f"{where}: {what} is empty. Fill it, or remove the row.")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -46,10 +47,18 @@ def checked_text(value: Any, what: str, where: str) -> str:
 
 def language_of(row: Row, column: str) -> str:
     """Return a row's language code; raises DataError if it is missing, empty, or not text."""
-    code = _value_at(row.fields, column)
+    code = _value_at(row, column)
     if code is _ABSENT:
-        raise DataError(f"{row.where}: language_column '{column}' is missing (found: {found_fields(row)}).")
+        raise DataError(f"{row.where}: language column '{column}' is missing (found: {found_fields(row)}).")
     return checked_text(code, f"field '{column}'", row.where)
+
+
+def whole_number(text: str) -> str:
+    """Return a whole number without the `.0` that pandas and spreadsheets give it; other text as it is."""
+    return text.partition(".")[0] if _WHOLE_FLOAT.fullmatch(text) else text
+
+
+_WHOLE_FLOAT = re.compile(r"-?[0-9]+\.0+")
 
 
 def found_fields(row: Row) -> str:
@@ -57,10 +66,35 @@ def found_fields(row: Row) -> str:
     return ", ".join(map(str, row.fields)) or "no fields"
 
 
-def _value_at(fields: Mapping[str, Any], name: str) -> Any:
+def wanted_fields(source: Source) -> set[str]:
+    """Return the names of the fields that a source's format reads, as the file has them."""
+    names = [source.fields.get(name, name) for name in FORMAT_FIELDS.get(source.format, ())]
+    return {*names, *(name.partition(".")[0] for name in names)}
+
+
+def unused_fields(row: Row) -> list[str]:
+    """Name the fields that hold something and were not looked at, those of messages as `messages[].name`."""
+    unused = [name for name, value in row.fields.items() if name not in row.read and not _is_blank(value)]
+    for name in row.read & row.fields.keys():
+        messages = row.fields[name]
+        if isinstance(messages, list):
+            turns = [item for item in messages if isinstance(item, Mapping) and MESSAGE_KEYS & item.keys()]
+            inside = {key for turn in turns for key in turn if not _is_blank(turn[key])}
+            unused += [f"{name}[].{key}" for key in sorted(map(str, inside - MESSAGE_KEYS))]
+    return unused
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _value_at(row: Row, name: str) -> Any:
     """A field by its name, or by a path such as `translation.sw` or `answers.text.0` into objects and lists."""
+    fields = row.fields
     if name in fields:
+        row.read.add(name)
         return fields[name]
+    row.read.add(name.partition(".")[0])
     value: Any = fields
     for part in name.split("."):
         if isinstance(value, Mapping) and part in value:
@@ -77,7 +111,7 @@ def _missing(row: Row, source: Source, standard: str) -> str:
     spare = [other for other in row.fields if other not in taken]
     return (
         f"{row.where}: field '{field_name(source, standard)}' is missing (found: {found_fields(row)}). "
-        f"Map it with `fields: {{{standard}: {_likely(standard, spare)}}}`."
+        f"Map it with {source.entry('fields', standard, _likely(standard, spare))}."
     )
 
 

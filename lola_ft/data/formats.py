@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from lola_ft.data.bad_rows import BadRows
 from lola_ft.data.conversations import Message, conversation, read_conversation, read_tools, with_system
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Example, Exchange, Fields, is_learned, prompt_fields
-from lola_ft.data.fields import checked_text, field_name, language_of, raw_field, text_field
+from lola_ft.data.fields import checked_text, field_name, language_of, raw_field, text_field, unused_fields
 from lola_ft.data.preferences import read_answer, read_chosen, read_label, read_rejected
-from lola_ft.data.rows import BadRow, Row, Source
+from lola_ft.data.rows import BadRow, Findings, Row, Source
 from lola_ft.data.source_rows import scan_rows
 from lola_ft.data.task_formats import (
     alphabetical,
@@ -27,6 +27,7 @@ def read_examples(
     bad_rows: BadRows | None = None,
     normalize: str = "none",
     learn: str = "all_answers",
+    findings: dict[str, Findings] | None = None,
 ) -> Iterator[Example]:
     """The examples of all sources, in their order.
 
@@ -34,14 +35,16 @@ def read_examples(
         bad_rows: Collects the rows that cannot be used, which are then skipped; None refuses them.
         learn: `last_answer` learns the last answer of a conversation only; `all_answers` learns each.
         normalize: `nfc` composes characters (Unicode's form C); `none` leaves every character as it is.
+        findings: Takes what was found in each source, by the source's name.
 
     Raises:
         DataError: A source that cannot be read; without `bad_rows`, the first row that cannot be used. It names file
             and line.
     """
     for source in sources:
+        found = Findings() if findings is None else findings.setdefault(source.name, Findings())
         usable = 0
-        for row in scan_rows(source):
+        for row in scan_rows(source, found):
             try:
                 if isinstance(row, BadRow):
                     raise DataError(row.message)
@@ -53,6 +56,8 @@ def read_examples(
                 continue
             usable += 1
             example = last_answer_only(example) if learn == "last_answer" else example
+            found.rows += 1
+            found.unused.update(unused_fields(row))
             yield composed(example) if normalize == "nfc" else example
         if not usable and bad_rows is not None:
             raise DataError(f"{source.name}: no row can be used. The first: {bad_rows.first(source)}")

@@ -25,9 +25,15 @@ def commit_of(hub: str, revision: str | None) -> str | None:
 
 def hub_rows(source: Source) -> Rows:
     """Load the rows of a split: after a download or, with streaming, as they are needed."""
+    assert source.hub is not None, "a source of the Hub has an id"
+    if Path(source.hub).is_file():
+        raise DataError(
+            f"{source.hub}: a file here, not a dataset on the Hub. Write `path: {source.hub}` in place of `hub`."
+        )
+    if "://" in source.hub:
+        raise DataError(f"{source.hub}: an address. Write the dataset's id: `hub: owner/name`.")
     import datasets
 
-    assert source.hub is not None, "a source of the Hub has an id"
     try:
         rows = datasets.load_dataset(
             source.hub,

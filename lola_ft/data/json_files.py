@@ -1,43 +1,178 @@
-"""Rows of .jsonl files, one object a line, and of .json files, one list of objects."""
+"""Rows of .jsonl, .ndjson and .json files.
+
+One object a line is the common form. A file whose first line does not end what it begins is read as a whole: objects
+that go over several lines, one list of objects, or one object that holds such a list (`{"data": […]}`).
+"""
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
-from lola_ft.errors import DataError, printable
+from lola_ft.data.fields import wanted_fields
+from lola_ft.data.rows import BadRow, Findings, Row, Rows, Source
+from lola_ft.data.text_lines import decode, lines_of
+from lola_ft.errors import DataError, in_words, printable
+from lola_ft.row_formats import kind_of_file
 
 
-def jsonl_rows(path: Path) -> Rows:
-    """One object a line. Lines end with a newline byte only, so that U+2028 may stand in a text."""
+def json_rows(path: Path, source: Source, findings: Findings) -> Rows:
+    """Read a file's objects.
+
+    Raises:
+        DataError: A file that is broken as a whole, or one whose rows cannot be told from the rest.
+    """
+    lines = enumerate(lines_of(path), start=1)
+    beginning = [*_next_full(lines), *_next_full(lines)]
+    everything = chain(beginning, lines)
+    if beginning and (source.rows_under or _is_one_value(beginning, path)):
+        yield from _whole(path, everything, source, findings)
+    else:
+        yield from object_lines(str(path), everything)
+
+
+Lines = Iterator[tuple[int, bytes]]
+
+
+def _next_full(lines: Lines) -> list[tuple[int, bytes]]:
+    """Return the next line that is not blank, with its number, in a list; none at the end."""
+    return next(([(number, line)] for number, line in lines if line.strip()), [])
+
+
+def _is_one_value(beginning: list[tuple[int, bytes]], path: Path) -> bool:
+    """Tell from a file's first line whether rows go over several lines, or all lie in one list or object."""
+    text = beginning[0][1].decode("utf-8", errors="replace").strip()
+    if len(beginning) == 1:
+        return text.startswith("[") or kind_of_file(str(path)) == ".json"
+    return text.startswith(("{", "[")) and text.endswith(("{", "[", ",", ":"))
+
+
+def object_lines(name: str, lines: Lines) -> Rows:
+    """Read one object a line; a broken line spoils no other."""
     parser = _Parser()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                text = decode(line.removeprefix(BOM) if number == 1 else line, where).strip(" \t\r\n")
-                if text:
-                    yield Row(parser.row(parser.parse(text, where), where), where)
-            except DataError as error:
-                yield BadRow(str(error))
-
-
-def json_rows(path: Path) -> Rows:
-    """One list of objects; a file that is not such a list is refused as a whole."""
-    text = decode(path.read_bytes().removeprefix(BOM), str(path))
-    if not text.strip():
-        return
-    parser = _Parser()
-    rows = parser.parse(text, str(path))
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of objects; found {_kind(rows)}.")
-    for index, row in enumerate(rows):
-        where = f"{path}:[{index}]"
+    for number, line in lines:
+        where = f"{name}:{number}"
         try:
-            yield Row(parser.row(row, where), where)
+            text = decode(line, where).strip(" \t\r\n")
+            if text:
+                yield Row(parser.row(parser.parse(text, where), where), where)
         except DataError as error:
             yield BadRow(str(error))
+
+
+def _whole(path: Path, lines: Lines, source: Source, findings: Findings) -> Rows:
+    """Read all values of a file: many objects one after another, or one that holds the rows."""
+    text = "".join(decode(line, f"{path}:{number}") for number, line in _with_gaps(lines))
+    parser, start, counted, number = _Parser(), 0, 0, 1
+    while (start := _skip_blanks(text, start)) < len(text):
+        number += text.count("\n", counted, start)
+        counted, where = start, f"{path}:{number}"
+        value, end = parser.parse_at(text, start, where, path)
+        rest = _skip_blanks(text, end)
+        if start == _skip_blanks(text, 0) and rest == len(text):
+            yield from _rows_of(value, path, source, findings, parser)
+            return
+        if text[rest : rest + 1] == ",":
+            raise DataError(f"{path}: objects with commas between them. Put them in [ and ] to make it one list.")
+        yield _row(parser, value, where)
+        start = end
+
+
+def _with_gaps(lines: Lines) -> Lines:
+    """Put an empty line in place of each blank one that was passed over, so that numbers stay right."""
+    last = 0
+    for number, line in lines:
+        yield from ((gap, b"\n") for gap in range(last + 1, number))
+        yield number, line
+        last = number
+
+
+def _skip_blanks(text: str, start: int) -> int:
+    while start < len(text) and text[start] in " \t\r\n":
+        start += 1
+    return start
+
+
+def _row(parser: "_Parser", value: Any, where: str) -> Row | BadRow:
+    try:
+        return Row(parser.row(value, where), where)
+    except DataError as error:
+        return BadRow(str(error))
+
+
+def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser: "_Parser") -> Rows:
+    """Rows of a file that is one value: a list, an object that holds the list, or an object that is the only row."""
+    place = str(path)
+    if isinstance(value, dict):
+        key = source.rows_under or _wrapping_key(value, path, source)
+        if key is None:
+            yield _row(parser, value, f"{path}:1")
+            return
+        under = _under(value, key)
+        if not isinstance(under, list):
+            raise DataError(f"{path}: has no list under '{key}' (found: {', '.join(value)}).")
+        if source.rows_under is None:
+            findings.note(f"{path}: the rows are those of the list under '{key}'.")
+        value, place = under, f"{path}:{key}"
+    if not isinstance(value, list):
+        raise DataError(f"{path}: expected objects or a list of objects; found {in_words(value)}.")
+    for index, row in enumerate(value):
+        yield _row(parser, row, f"{place}[{index}]" if place != str(path) else f"{path}:[{index}]")
+
+
+def _wrapping_key(value: dict[str, Any], path: Path, source: Source) -> str | None:
+    """Return the key, or keys with dots, under which an object has the list of rows; None if it is a row itself.
+
+    Raises:
+        DataError: Several lists of rows, or a table in columns.
+    """
+    wanted = wanted_fields(source)
+    if wanted & value.keys():
+        if len(value) > 1 and all(_is_column(column) for column in value.values()):
+            raise DataError(f"{path}: one object of columns, as pandas' to_json writes a table. {_RECORDS}")
+        return None
+    if len(value) > 1 and all(isinstance(row, dict) and wanted & row.keys() for row in value.values()):
+        raise DataError(f"{path}: one object with a row under each key. {_RECORDS}")
+    lists = {key: rows for key, rows in value.items() if _is_list_of_rows(rows)} or {
+        f"{key}.{inner}": rows
+        for key, part in value.items()
+        if isinstance(part, dict)
+        for inner, rows in part.items()
+        if _is_list_of_rows(rows)
+    }
+    fitting = [key for key, rows in lists.items() if wanted & rows[0].keys()] or list(lists)
+    if len(fitting) > 1:
+        choice = source.setting("rows_under", fitting[0])
+        raise DataError(f"{path}: one object with several lists of rows ({', '.join(fitting)}). Choose one: {choice}.")
+    return fitting[0] if fitting else None
+
+
+_RECORDS = "Write one object a row; in pandas: df.to_json(path, orient='records', lines=True, force_ascii=False)."
+
+
+def _under(value: dict[str, Any], key: str) -> Any:
+    """Return what lies under a key, or under keys with dots between them; None if nothing does."""
+    if key in value:
+        return value[key]
+    first, _, rest = key.partition(".")
+    inner = value.get(first)
+    return _under(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _is_column(value: Any) -> bool:
+    """Tell whether a value can be a column of a table: its cells in a list, or under their numbers."""
+    if isinstance(value, dict):
+        return bool(value) and all(key.isdigit() for key in value)
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    """Tell whether a value can be a list of rows: objects, and not the turns of a conversation."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    return not any({role, content} <= value[0].keys() for role, content in (("role", "content"), ("from", "value")))
 
 
 class _Parser:
@@ -57,12 +192,23 @@ class _Parser:
         self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=make)
 
     def parse(self, text: str, where: str) -> Any:
-        """Parse one text; raises DataError if it is no JSON."""
+        """Parse a line; raises DataError if it is no JSON."""
+        value, end = self.parse_at(text, 0, where)
+        if (end := _skip_blanks(text, end)) < len(text):
+            raise DataError(f"{where}: broken JSON at column {end + 1}: extra data.")
+        return value
+
+    def parse_at(self, text: str, start: int, where: str, file: Path | None = None) -> tuple[Any, int]:
+        """Parse the value that begins at a place; returns it and the place behind it.
+
+        Args:
+            file: Whose whole text it is: a mistake then gets its own line.
+        """
         self._repeats.clear()
         try:
-            return self._decoder.decode(text)
+            return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise DataError(_broken(error, text, where)) from None
+            raise DataError(_broken(error, text, f"{file}:{error.lineno}" if file else where)) from None
         except RecursionError:
             raise DataError(f"{where}: nested too deeply.") from None
         except ValueError as error:
@@ -71,7 +217,7 @@ class _Parser:
     def row(self, value: Any, where: str) -> dict[str, Any]:
         """Return a value out of what was parsed last as a row: an object in which no key comes twice, at any depth."""
         if not isinstance(value, dict):
-            raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {_kind(value)}.')
+            raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {in_words(value)}.')
         inside: list[Any] = [value] if self._repeats else []
         while inside:
             part = inside.pop()
@@ -85,19 +231,10 @@ class _Parser:
 def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
     if text.startswith("\ufeff"):
         return f"{where}: begins with a byte order mark, which only the beginning of a file may have. Remove it."
-    if where.endswith(".json"):  # the whole file was read, so the line is the error's own
-        where = f"{where}:{error.lineno}"
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return f"{where}: more than one object. A file with one object a line is named .jsonl."
-    if text.strip() in ("[", "[{") and where.endswith(":1"):
-        return f"{where}: a list that goes over several lines. A file that is one JSON list is named .json."
-    return f"{where}: broken JSON at column {error.colno}: {error.msg[:1].lower()}{error.msg[1:]}."
+    what = f"{error.msg[:1].lower()}{error.msg[1:]}"
+    hint = " It looks like Python's own notation: write rows with json.dumps." if text[error.pos :][:1] == "'" else ""
+    return f"{where}: broken JSON at column {error.colno}: {what}.{hint}"
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")

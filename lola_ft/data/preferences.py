@@ -10,7 +10,7 @@ from typing import Any
 
 from lola_ft.data.conversations import Message, content_text, conversation, messages_of, with_system
 from lola_ft.data.example import Exchange, prompt_fields
-from lola_ft.data.fields import field_name, raw_field
+from lola_ft.data.fields import field_name, raw_field, whole_number
 from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
@@ -43,7 +43,7 @@ def read_answer(row: Row, source: Source) -> list[Exchange]:
 def read_label(row: Row, source: Source) -> bool:
     """Tell whether the answer was judged good; raises DataError if it is neither true nor false."""
     value = raw_field(row, source, "label")
-    word = str(value).strip().lower()
+    word = whole_number(str(value).strip().lower())
     if word not in _WORDS:
         name = field_name(source, "label")
         raise DataError(f"{row.where}: field '{name}' must be true (a good answer) or false; found {value!r}.")

@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lola_ft.data.example import Example, Fields, is_learned, messages_before, prompt_fields
 from lola_ft.data.turns import Turn, encode_texts, eos_of, pattern_of, refuse_marks, special_tokens
 from lola_ft.errors import DataError
+from lola_ft.files import missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -175,7 +176,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such template.") from None
+        raise DataError(missing(path, "template")) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text. Save the template as UTF-8.") from None
     except OSError as error:

@@ -1,21 +1,22 @@
 """Rows as readers yield them, each with its place in a file; rows that cannot be used; the source of rows."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lola_ft.errors import DataError
-
-BOM = b"\xef\xbb\xbf"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it was found, and its place: `file:line`, `file:[index]` or `dataset[split]:[index]`."""
+    """A row as it was found, and its place: `file:line`, `file:[index]` or `dataset[split]:[index]`.
+
+    Attributes:
+        read: Names of the fields that were looked at; `fields.py` adds to them.
+    """
 
     fields: dict[str, Any]
     where: str
+    read: set[str] = field(default_factory=set, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +29,40 @@ class BadRow:
 Rows = Iterator[Row | BadRow]
 
 
-def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8 text, or raise a DataError that says which byte is not UTF-8."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if data.startswith(_UTF16_MARKS):
-            raise DataError(f"{where}: the file is UTF-16, not UTF-8. Save it as UTF-8.") from None
-        raise DataError(
-            f"{where}: not UTF-8 text (byte {error.start + 1} is 0x{data[error.start]:02x}). Save the file as UTF-8."
-        ) from None
+@dataclass
+class Findings:
+    """What a user should know of how a source was read.
+
+    Attributes:
+        rows: Rows that became examples.
+        unused: How many of these hold something in a field that nothing looked at, by the field's name.
+        notes: Choices that the reader made, each a sentence with its file.
+    """
+
+    rows: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Add a sentence, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, for `restored`."""
+        return {"rows": self.rows, "unused": dict(self.unused), "notes": self.notes}
+
+    @classmethod
+    def restored(cls, stored: dict[str, Any]) -> "Findings":
+        """Rebuild findings from what `as_dict` returned."""
+        return cls(stored["rows"], Counter(stored["unused"]), stored["notes"])
+
+    def lines(self, name: str) -> list[str]:
+        """Return the notes, and a line with the unused fields of the source `name`."""
+        if not self.unused:
+            return self.notes
+        counts = ", ".join(f"{field} ({count:,} of {self.rows:,} rows)" for field, count in self.unused.most_common())
+        return [*self.notes, f"{name}: fields not used: {counts}."]
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,12 @@ class Source:
     """Rows that are read; None reads all."""
     unit: str | None = None
     """What a row of a .txt file is: `paragraph` (None too), `line` or `file`."""
+    delimiter: str | None = None
+    """The character between the cells of a .csv or .tsv file; None finds it."""
+    quoting: bool | None = None
+    """Whether a cell of a .csv or .tsv file may stand in quotation marks; None: in .csv."""
+    rows_under: str | None = None
+    """The key under which a .json file has the list of its rows; None finds it."""
     language: str | None = None
     language_column: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +104,17 @@ class Source:
     target_language: str | None = None
     instruction: str | None = None
     """Classification and translation: the request, with the format's fields in braces. Alpaca: every row's request."""
+
+    by_options: bool = False
+    """Whether the user gave this source by options of a verb; messages then advise options, not keys of a recipe."""
+
+    def setting(self, key: str, value: str) -> str:
+        """Return a setting of the source as the user would write it."""
+        return f"`--{key.replace('_', '-')} {value}`" if self.by_options else f"`{key}: {value}`"
+
+    def entry(self, key: str, name: str, value: str) -> str:
+        """Return an entry of `fields` or `labels` as the user would write it."""
+        return f"`--{key.removesuffix('s')} {name}={value}`" if self.by_options else f"`{key}: {{{name}: {value}}}`"
 
     @property
     def name(self) -> str:

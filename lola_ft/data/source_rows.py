@@ -1,47 +1,65 @@
 """Rows of a source: of local files, folders and globs, or of a dataset on the Hub. Every row knows its place."""
 
 import glob
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
+from lola_ft.data.arrow_files import arrow_rows, parquet_rows, saved_files
 from lola_ft.data.hub_rows import hub_rows
-from lola_ft.data.json_files import json_rows, jsonl_rows
-from lola_ft.data.rows import BadRow, Row, Rows, Source
-from lola_ft.data.table_files import csv_rows, parquet_rows, tsv_rows
+from lola_ft.data.json_files import json_rows
+from lola_ft.data.rows import BadRow, Findings, Row, Rows, Source
+from lola_ft.data.table_files import table_rows
 from lola_ft.data.text_files import text_rows
 from lola_ft.errors import DataError
-from lola_ft.files import similar_file
+from lola_ft.files import missing, similar_file
+from lola_ft.repo_id import is_repo_id
+from lola_ft.row_formats import JSON_FILES, TEXT_TABLES, kind_of_file
 
-_READERS = {
-    ".jsonl": jsonl_rows,
-    ".json": json_rows,
-    ".csv": csv_rows,
-    ".tsv": tsv_rows,
+_READERS: dict[str, Callable[[Path, Source, Findings], Rows]] = {
+    **dict.fromkeys(JSON_FILES, json_rows),
+    **dict.fromkeys(TEXT_TABLES, table_rows),
     ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
     ".txt": text_rows,
 }
 KINDS = f"{', '.join(list(_READERS)[:-1])} and {list(_READERS)[-1]}"
 
+_ABOUT_DATA = re.compile(
+    r"(readme|licen[cs]e|notice|changelog)(\.\w+)*|(dataset_infos?|dataset_dict|state)\.json", re.IGNORECASE
+)
+"""Names of files that describe a folder of data and hold no rows."""
+_SAVE_AS = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as .csv."),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z"), "Unpack it first."),
+    **dict.fromkeys((".md", ".text", ".log", ""), "If it is text, name it .txt; if it has one object a line, .jsonl."),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "Save it as .parquet or .jsonl."),
+}
+
 
 def read_rows(source: Source) -> Iterator[Row]:
     """Return the rows of a source, as `scan_rows` does; the first that cannot be read raises DataError."""
-    return map(_usable, scan_rows(source))
+    return map(usable, scan_rows(source))
 
 
-def scan_rows(source: Source) -> Rows:
+def scan_rows(source: Source, findings: Findings | None = None) -> Rows:
     """The rows of a source, good and bad; what is missing altogether is found before the first one.
+
+    Args:
+        findings: Takes the choices that readers make.
 
     Raises:
         DataError: No such file, an unknown kind of file, a file broken as a whole, or no rows at all.
     """
-    rows = hub_rows(source) if source.path is None else _rows_of(files_of(source.path), source.unit or "paragraph")
+    findings = findings or Findings()
+    rows = hub_rows(source) if source.path is None else _rows_of(files_of(source.path, findings), source, findings)
     return islice(_at_least_one(rows, source.name), source.limit)
 
 
-def files_of(path: str) -> list[Path]:
+def files_of(path: str, findings: Findings | None = None) -> list[Path]:
     """Return the files that a path stands for, sorted by name; all can be opened and are of a known kind."""
-    place = Path(path)
+    findings, place = findings or Findings(), Path(path)
     try:
         folder = place.is_dir()
         pattern = not folder and glob.has_magic(path) and not place.exists()
@@ -49,19 +67,23 @@ def files_of(path: str) -> list[Path]:
         folder = pattern = False
     if folder:
         nothing = f"{path}: the folder holds no {KINDS.replace(' and ', ' or ')} file."
-        return _matching(f"{glob.escape(path)}/**", nothing)
+        return saved_files(place) or _matching(f"{glob.escape(path)}/**", nothing, findings)
     if pattern:
-        return _matching(path, f"{path}: no file of a kind that can be read matches ({KINDS}).")
-    _check_opens(place)
-    if place.suffix.lower() not in _READERS:
-        raise DataError(f"{path}: unknown kind of file '{place.suffix}'. This version reads {KINDS}.")
+        return _matching(path, f"{path}: no file of a kind that can be read matches ({KINDS}).", findings)
+    _check_opens(place, path)
+    if kind_of_file(path) not in _READERS:
+        advice = _SAVE_AS.get(place.suffix.lower(), "")
+        raise DataError(f"{path}: unknown kind of file '{place.suffix}'. This version reads {KINDS}. {advice}".rstrip())
     return [place]
 
 
-def _matching(pattern: str, nothing: str) -> list[Path]:
-    """Files of known kinds, sorted; wildcards match no hidden file or folder."""
+def _matching(pattern: str, nothing: str, findings: Findings) -> list[Path]:
+    """Files of known kinds, sorted; wildcards match no hidden file or folder, and none that describes the others."""
     found = (Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob finds hidden ones
-    files = sorted(file for file in found if file.suffix.lower() in _READERS and file.is_file())
+    known = [file for file in sorted(found) if kind_of_file(str(file)) in _READERS and file.is_file()]
+    files = [file for file in known if not _ABOUT_DATA.fullmatch(file.name)]
+    for file in sorted(set(known) - set(files)):
+        findings.note(f"{file}: left alone, as its name says that it is about the data.")
     if not files:
         raise DataError(nothing)
     for file in files:
@@ -70,22 +92,36 @@ def _matching(pattern: str, nothing: str) -> list[Path]:
     return files
 
 
-def _check_opens(path: Path) -> None:
+def _check_opens(path: Path, given: str) -> None:
     try:
         path.open("rb").close()
     except FileNotFoundError:
-        similar = similar_file(path)
-        hint = f" Did you mean '{similar}'?" if similar else ""
-        hint = hint if path.parent.is_dir() else f" There is no folder '{path.parent}' either."
-        raise DataError(f"{path}: no such file.{hint}") from None
+        raise DataError(_not_there(path, given)) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
 
 
-def _rows_of(files: list[Path], unit: str) -> Rows:
+_DATASET_PAGE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([^/]+/[^/?#]+).*|hf://datasets/([^/]+/[^/@]+).*"
+)
+
+
+def _not_there(path: Path, given: str) -> str:
+    """The message for a path at which there is nothing: what was probably meant, or where it was looked for."""
+    if page := _DATASET_PAGE.fullmatch(given):
+        return f"{given}: an address on the Hub, not a path. Write `hub: {page[1] or page[2]}` in place of `path`."
+    if "://" in given:
+        return f"{given}: an address, not a path. Download the file and give its path."
+    if similar := similar_file(path):
+        return f"{path}: no such file. Did you mean '{similar}'?"
+    if is_repo_id(given) and not path.parent.is_dir() and kind_of_file(given) not in _READERS:
+        return f"{missing(path)} If it is a dataset on the Hub, write `hub: {given}` in place of `path`."
+    return missing(path)
+
+
+def _rows_of(files: list[Path], source: Source, findings: Findings) -> Rows:
     for file in files:
-        kind = file.suffix.lower()
-        yield from text_rows(file, unit) if kind == ".txt" else _READERS[kind](file)
+        yield from _READERS[kind_of_file(str(file))](file, source, findings)
 
 
 def _at_least_one(rows: Iterable[Row | BadRow], name: str) -> Rows:
@@ -97,7 +133,8 @@ def _at_least_one(rows: Iterable[Row | BadRow], name: str) -> Rows:
         raise DataError(f"{name} holds no rows. Give a file with at least one, or remove this source.")
 
 
-def _usable(row: Row | BadRow) -> Row:
+def usable(row: Row | BadRow) -> Row:
+    """Return a good row; raises DataError for a bad one."""
     if isinstance(row, BadRow):
         raise DataError(row.message)
     return row

@@ -1,98 +1,231 @@
-"""Rows of tables: .csv, .tsv and .parquet. The first line of a text table names its columns."""
+"""Rows of .csv and .tsv files, whose first line names the columns: as spreadsheets, pandas and databases write them."""
 
 import csv
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
-from lola_ft.errors import DataError, first_line
+from lola_ft.data.rows import BadRow, Findings, Row, Rows, Source
+from lola_ft.data.text_lines import decode, lines_of
+from lola_ft.errors import DataError
+from lola_ft.row_formats import kind_of_file
 
-_BATCH = 1000
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+"""Characters that are looked for between cells, and their names in messages."""
 
-
-def csv_rows(path: Path) -> Rows:
-    """Cells between commas, quoted with `"` where they hold commas, quotes or line breaks; all cells are text."""
-    return _cells(path, ",")
-
-
-def tsv_rows(path: Path) -> Rows:
-    """Read a file as `csv_rows` does, with tabs between the cells."""
-    return _cells(path, "\t")
+_SAMPLE = 100
+"""Lines from which the delimiter is found."""
+_SEP_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""Excel's first line that names the delimiter."""
 
 
-def _cells(path: Path, delimiter: str) -> Rows:
-    """Rows of cells. A row that is broken on one line is bad; one that may have swallowed others ends the reading."""
+def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
+    """Read a table; all cells are text.
+
+    A row that is broken on one line is bad; one that may have swallowed others ends the reading.
+    """
     csv.field_size_limit(sys.maxsize)  # its default refuses a document of 128 kB
-    undecoded = list[str]()
-    with path.open("rb") as file:
-        reader = csv.reader(_lines(file, path, undecoded), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
+    undecoded = dict[int, str]()
+    lines, layout = _layout(_decoded(path, undecoded), path, source, findings)
+    table, reader = _Table(layout), layout.reader(lines)
+    try:
         while True:
-            first = reader.line_num + 1
+            first = reader.line_num + layout.skipped + 1
             where, problem = f"{path}:{first}", ""
             try:
                 if (cells := next(reader, None)) is None:
                     return
             except csv.Error as error:
-                cells, problem = [], f"{where}: broken table: {str(error).rstrip('?.')}.{_HINT}"
-            problem = next(iter(undecoded), problem)
-            undecoded.clear()
-            if problem and (header is None or (not cells and reader.line_num > first)):
+                cells, problem = [], f"{where}: broken table: {str(error).rstrip('?.')}.{layout.hint}"
+            last = reader.line_num + layout.skipped
+            problem = next((undecoded[line] for line in range(first, last + 1) if line in undecoded), problem)
+            if problem and (not table.columns or (not cells and last > first)):
                 raise DataError(problem)
             if problem:
                 yield BadRow(problem)
-            elif cells:
-                if header is None:
-                    header = _header(cells, where)
-                else:
-                    yield _row(header, cells, where)
+            elif cells and not table.columns:
+                table.read_header(cells, where)
+            elif any(cells):  # a spreadsheet writes its empty rows, too
+                yield table.row(cells, where, first, last)
+    finally:
+        for note in table.notes(path):
+            findings.note(note)
 
 
-def _row(header: list[str], cells: list[str], where: str) -> Row | BadRow:
-    if len(cells) == len(header):
-        return Row(dict(zip(header, cells, strict=True)), where)
-    count = f"{len(cells)} cell{'' if len(cells) == 1 else 's'}"
-    return BadRow(f"{where}: {count}; the header has {len(header)}.{_HINT}")
+@dataclass(frozen=True)
+class _Layout:
+    """How a table is written.
+
+    Attributes:
+        skipped: Lines in front of the header.
+    """
+
+    delimiter: str
+    quoting: bool
+    skipped: int
+    advice: str
+
+    def reader(self, lines: Iterable[str], strict: bool = True) -> Any:
+        """Return a `csv.reader`."""
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoting else csv.QUOTE_NONE
+        return csv.reader(lines, delimiter=self.delimiter, strict=strict, quoting=quoting)
+
+    @property
+    def hint(self) -> str:
+        """Advice for a row that does not fit the header."""
+        if self.quoting:
+            return (
+                ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside; '
+                f"where a quotation mark is an ordinary character, set {self.advice}."
+            )
+        name = NAMES.get(self.delimiter, self.delimiter)
+        return f" Every one of the {name} divides; for quoted cells set {self.advice}."
 
 
-_HINT = ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside.'
+def _layout(lines: Iterator[str], path: Path, source: Source, findings: Findings) -> tuple[Iterator[str], _Layout]:
+    """Find how a table is written; returns all its lines from the header on, too."""
+    own = "\t" if kind_of_file(str(path)) == ".tsv" else ","
+    quoting = own == "," if source.quoting is None else source.quoting
+    advice = source.setting("quoting", "false" if quoting else "true")
+    if source.by_options:
+        advice = "`--no-quoting`" if quoting else "`--quoting`"
+    sample = list(islice(lines, _SAMPLE))
+    named = _SEP_LINE.fullmatch(sample[0]) if sample else None
+    sample, skipped = (sample[1:], 1) if named else (sample, 0)
+    delimiter = source.delimiter or (named[1] if named else None)
+    if delimiter is None:
+        delimiter = _found_delimiter(sample, own, quoting, path, source)
+        if delimiter != own:
+            findings.note(f"{path}: read with {NAMES[delimiter]} between its cells.")
+    return chain(sample, lines), _Layout(delimiter, quoting, skipped, advice)
 
 
-def _lines(file: Iterator[bytes], path: Path, undecoded: list[str]) -> Iterator[str]:
-    """The lines as text. Of one that is not UTF-8 the message goes into `undecoded`; it is given with its odd bytes."""
-    for number, line in enumerate(file, start=1):
-        text = line.removeprefix(BOM) if number == 1 else line
-        try:
-            yield decode(text, f"{path}:{number}")
-        except DataError as error:
-            undecoded.append(str(error))
-            yield text.decode("utf-8", errors="surrogateescape")
+def _found_delimiter(sample: list[str], own: str, quoting: bool, path: Path, source: Source) -> str:
+    """Return the character that divides the header and as many rows of a sample as can be; by default the kind's own.
+
+    Raises:
+        DataError: Two characters divide the rows equally well.
+    """
+    fits: dict[str, float] = {}
+    for delimiter in NAMES:
+        widths = _widths(_Layout(delimiter, quoting, 0, "").reader(sample, strict=False), len(sample) == _SAMPLE)
+        if widths and widths[0] > 1:
+            fits[delimiter] = sum(width == widths[0] for width in widths[1:]) / max(len(widths) - 1, 1)
+    if fits.get(own) == 1 or not fits:
+        return own
+    best = max(fits.values())
+    candidates = [delimiter for delimiter, share in fits.items() if share == best]
+    if own in candidates or (best < 0.5 and own not in fits and len(sample) > 1):
+        return own
+    if len(candidates) > 1:
+        names = " or ".join(NAMES[delimiter] for delimiter in candidates)
+        choice = source.setting("delimiter", f'"{candidates[0]}"')
+        raise DataError(f"{path}: {names} may divide its cells. Say which, such as {choice}.")
+    return candidates[0]
 
 
-def _header(cells: list[str], where: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    for index, name in enumerate(names):
-        if not name:
-            raise DataError(f"{where}: column {index + 1} has no name. The first line names the columns.")
-        if name in names[:index]:
-            raise DataError(f"{where}: two columns are named '{name}'. Rename one of them.")
-    return names
-
-
-def parquet_rows(path: Path) -> Rows:
-    """A Parquet file, read a thousand rows at a time."""
-    import pyarrow
-    from pyarrow import parquet
-
-    if path.stat().st_size == 0:
-        return
+def _widths(reader: Iterable[list[str]], cut: bool) -> list[int]:
+    """Count the cells of each row, without empty ones at the end; the last row of a cut sample may be half a row."""
+    widths = list[int]()
     try:
-        with parquet.ParquetFile(path) as file:
-            index = 0
-            for batch in file.iter_batches(_BATCH):
-                for fields in batch.to_pylist():
-                    yield Row(fields, f"{path}:[{index}]")
-                    index += 1
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read: {first_line(error)}.") from None
+        for cells in reader:
+            width = max((place for place, cell in enumerate(cells, start=1) if cell.strip()), default=0)
+            widths += [max(width, widths[0] if widths and len(cells) >= widths[0] else 0)] if cells else []
+    except csv.Error:
+        return widths
+    return widths[:-1] if cut else widths
+
+
+@dataclass
+class _Table:
+    """The columns of a table, and what was seen in its cells.
+
+    Attributes:
+        columns: Names; a column without one gets its number, as `column 1`.
+        unnamed: Names of the columns without one.
+        seen: Cells that may not be what their writer meant: kind, first line and number of rows.
+    """
+
+    layout: _Layout
+    columns: list[str] = field(default_factory=list)
+    unnamed: set[str] = field(default_factory=set)
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def read_header(self, cells: list[str], where: str) -> None:
+        """Take the columns' names; raises DataError if two are the same, or none has one."""
+        names = [cell.strip() for cell in cells]
+        if not self.layout.quoting and all(len(name) > 1 and name[0] == name[-1] == '"' for name in names):
+            raise DataError(f"{where}: the columns' names stand in quotation marks. Set {self.layout.advice}.")
+        if not any(names):
+            raise DataError(f"{where}: no column has a name. The first line names the columns.")
+        for index, name in enumerate(names):
+            if name and name in names[:index]:
+                raise DataError(f"{where}: two columns are named '{name}'. Rename one of them.")
+        self.columns = [name or f"column {index + 1}" for index, name in enumerate(names)]
+        self.unnamed = {self.columns[index] for index, name in enumerate(names) if not name}
+
+    def row(self, cells: list[str], where: str, first: int, last: int) -> Row | BadRow:
+        """Make a row of its cells, which stand on these lines of the file."""
+        count = len(self.columns)
+        while len(cells) > count and not cells[-1].strip():  # a spreadsheet's empty columns
+            cells.pop()
+        least = max(place for place, name in enumerate(self.columns, start=1) if name not in self.unnamed)
+        if not least <= len(cells) <= count:
+            between = NAMES.get(self.layout.delimiter, repr(self.layout.delimiter))
+            what = f"{len(cells)} cell{'' if len(cells) == 1 else 's'} between {between}; the header has {count}"
+            only = f" ({self.columns[0][:60]})" if count == 1 else ""
+            return BadRow(f"{where}: {what}{only}.{self.layout.hint}")
+        self._look(cells, first, last)
+        found = zip(self.columns, cells, strict=False)
+        return Row({name: cell for name, cell in found if cell.strip() or name not in self.unnamed}, where)
+
+    def _look(self, cells: list[str], first: int, last: int) -> None:
+        if not self.layout.quoting:
+            if any(cell.startswith('"') for cell in cells):
+                self._see("opened", first)
+        elif last > first:
+            self._see("swallowed" if self._swallows(cells) else "over lines", first)
+        elif self.layout.delimiter == "\t" and any("\t" in cell for cell in cells):
+            self._see("separated", first)
+
+    def _swallows(self, cells: list[str]) -> bool:
+        """Tell whether the lines inside of a cell would be rows by themselves."""
+        between = len(self.columns) - 1
+        for place, cell in enumerate(cells):
+            start, *others = [line.count(self.layout.delimiter) for line in cell.split("\n")]
+            if between and others and (start == between - place > 0 or between in others[:-1]):
+                return True
+        return False
+
+    def _see(self, what: str, line: int) -> None:
+        first, count = self.seen.get(what, (line, 0))
+        self.seen[what] = first, count + 1
+
+    def notes(self, path: Path) -> Iterator[str]:
+        """Say what a user should look at."""
+        for what, (line, count) in self.seen.items():
+            rows = "this row has" if count == 1 else f"this row and {count - 1:,} more have"
+            yield f"{path}:{line}: {rows} {_SEEN[what].format(advice=self.layout.advice)}."
+
+
+_SEEN = {
+    "opened": "a cell that begins with a quotation mark, which is kept as it is. If cells are quoted, set {advice}",
+    "over lines": "a cell that goes over several lines",
+    "separated": "a cell with a tab inside",
+    "swallowed": "a cell that looks like several rows: an opening quotation mark may have swallowed lines. If it is an "
+    "ordinary character, set {advice}",
+}
+
+
+def _decoded(path: Path, undecoded: dict[int, str]) -> Iterator[str]:
+    """The lines as text. Of one that is not UTF-8 the message goes into `undecoded`; it is given with its odd bytes."""
+    for number, line in enumerate(lines_of(path), start=1):
+        try:
+            yield decode(line, f"{path}:{number}")
+        except DataError as error:
+            undecoded[number] = str(error)
+            yield line.decode("utf-8", errors="surrogateescape")

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from lola_ft.data.example import Fields, prompt_fields
-from lola_ft.data.fields import checked_text, field_name, raw_field, text_field
+from lola_ft.data.fields import checked_text, field_name, raw_field, text_field, whole_number
 from lola_ft.data.rows import Row, Source
 from lola_ft.errors import DataError
 
@@ -81,17 +81,21 @@ def _label(row: Row, source: Source) -> str:
     if source.labels is None:
         if isinstance(value, int | float):
             key = _key(value)
-            raise DataError(f"{row.where}: {what} is {key}. Say what it means with `labels: {{{key}: …}}`.")
+            raise DataError(f"{row.where}: {what} is {key}. Say what it means with {source.entry('labels', key, '…')}.")
         return checked_text(value, what, row.where)
-    if _key(value) not in source.labels:
-        known = ", ".join(source.labels)
-        raise DataError(f"{row.where}: {what} is {_key(value)!r}, which is not among `labels` ({known}).")
-    return source.labels[_key(value)]
+    key = str(value) if str(value) in source.labels else _key(value)
+    if key in source.labels:
+        return source.labels[key]
+    if value is None or not key.strip():
+        raise DataError(f"{row.where}: {what} is empty. Fill it, or remove the row.")
+    raise DataError(f"{row.where}: {what} is {key!r}, which is not among the labels ({', '.join(source.labels)}).")
 
 
 def _key(value: Any) -> str:
-    """A label as a recipe writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """Return a label as a recipe writes it: a whole number without the `.0` of a spreadsheet or of pandas."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return whole_number(str(value).strip())
 
 
 def _side(row: Row, source: Source, side: str) -> str:

@@ -3,27 +3,26 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lola_ft.data.rows import BOM, BadRow, Row, Rows, decode
+from lola_ft.data.rows import BadRow, Findings, Row, Rows, Source
+from lola_ft.data.text_lines import decode, lines_of
 from lola_ft.errors import DataError
 
 
-def text_rows(path: Path, unit: str = "paragraph") -> Rows:
-    """The documents of a file.
+def text_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - as every reader
+    """Read the documents of a file.
 
-    Args:
-        unit: What a document is: a `paragraph` (blank lines divide them, other line breaks stay), a `line`, or the
-            whole `file`.
+    By the source's `unit`, a document is a `paragraph` (blank lines divide them, other line breaks stay; the default),
+    a `line`, or the whole `file`.
     """
-    with path.open("rb") as file:
-        for number, lines in _READERS[unit](file):
-            where = f"{path}:{number}"
-            try:
-                text = decode(lines, where).replace("\r\n", "\n").strip("\n")
-            except DataError as error:
-                yield BadRow(str(error))
-                continue
-            if text.strip():
-                yield Row({"text": text}, where)
+    for number, lines in _READERS[source.unit or "paragraph"](lines_of(path)):
+        where = f"{path}:{number}"
+        try:
+            text = decode(lines, where).replace("\r\n", "\n").strip("\n")
+        except DataError as error:
+            yield BadRow(str(error))
+            continue
+        if text.strip():
+            yield Row({"text": text}, where)
 
 
 Units = Iterator[tuple[int, bytes]]
@@ -32,7 +31,7 @@ Units = Iterator[tuple[int, bytes]]
 def _paragraphs(file: Iterator[bytes]) -> Units:
     """Runs of lines that are not blank, each with the number of its first line."""
     first, lines = 0, list[bytes]()
-    for number, line in _lines(file):
+    for number, line in enumerate(file, start=1):
         if line.strip():
             first = first if lines else number
             lines.append(line)
@@ -44,12 +43,11 @@ def _paragraphs(file: Iterator[bytes]) -> Units:
 
 
 def _lines(file: Iterator[bytes]) -> Units:
-    for number, line in enumerate(file, start=1):
-        yield number, line.removeprefix(BOM) if number == 1 else line
+    yield from enumerate(file, start=1)
 
 
 def _whole(file: Iterator[bytes]) -> Units:
-    yield 1, b"".join(file).removeprefix(BOM)
+    yield 1, b"".join(file)
 
 
 _READERS: dict[str, Callable[[Iterator[bytes]], Units]] = {"paragraph": _paragraphs, "line": _lines, "file": _whole}

@@ -7,10 +7,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lola_ft.console import Console
 from lola_ft.doctor import probes
 from lola_ft.doctor.check import Check, MissingError, examine
 from lola_ft.environment import PACKAGES, cpu_name, library_versions, usable_cores, version_of
@@ -99,16 +99,15 @@ def _extras() -> list[Check]:
 
 def _show(facts: dict[str, Any], checks: list[Check], works: bool, console: Console) -> None:
     versions = library_versions()
-    console.print(f"lola_ft {versions['lola-ft']}, Python {versions['python']}, {facts['system']}", highlight=False)
+    console.print(f"lola_ft {versions['lola-ft']}, Python {versions['python']}, {facts['system']}")
     units = "with" if facts["cpu_bfloat16"] else "without"
     console.print(
         f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gb']} GB, {units} bfloat16 units"
         + ("" if facts["cpu_bfloat16"] else " (computes in float32)"),
-        highlight=False,
     )
     if gpu := facts["gpu"]:
         bfloat16 = "with" if gpu["bfloat16"] else "without"
-        console.print(f"{gpu['name']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {bfloat16} bfloat16", highlight=False)
+        console.print(f"{gpu['name']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {bfloat16} bfloat16")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("", "", "seen"):
         table.add_column(heading, overflow="fold")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
 
+from lola_ft.console import Console
 from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
@@ -49,7 +49,7 @@ def ask_each(
     common = None if opening.template else _common_template(subjects)
     answers, facts = list[T](), list[dict[str, Any]]()
     for model, subject in zip(models, subjects, strict=True):
-        console.print(f"{model} ({subject.kind}) …", highlight=False, markup=False)
+        console.print(f"{model} ({subject.kind}) …")
         opened = open_subject(subject, opening.quantization)
         template = template_of(opened, opening.template, common)
         answers.append(ask(opened, template))
@@ -63,7 +63,6 @@ def ask_each(
         console.print(
             "Some models were read in 4 bit and others not: differences are also rounding. --quantization nf4 (or "
             "none) reads all alike.",
-            highlight=False,
         )
     return answers, facts
 

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.data import check_template
 from lola_ft.environment import hardware, library_versions
 from lola_ft.errors import UserError
@@ -19,7 +18,7 @@ from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_
 from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
-from lola_ft.files import check_folder_target, write_text
+from lola_ft.files import write_text
 
 TASKS = ("loss", "generate", "choice")
 _LONGEST_ANSWER = 128
@@ -57,8 +56,6 @@ def evaluate_rows(
 ) -> Comparison:
     """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder."""
     console = console or Console()
-    if out:
-        check_folder_target(out)
     if template:
         check_template(template)
     opening = Opening(base, quantization, template)
@@ -72,7 +69,7 @@ def evaluate_rows(
         console.print(table)
     if trained:
         console.print(transfer_table(comparison, trained))
-    console.print(NOTE, highlight=False, markup=False)
+    console.print(NOTE)
     if out:
         settings = {"rows": asdict(rows), "task": asdict(options)}
         _write(Path(out), task, comparison, measured, {"models": facts, "settings": settings})
@@ -81,7 +78,7 @@ def evaluate_rows(
             write_text(Path(out) / "transfer.json", f"{matrix}\n")
             plot_transfer(comparison, trained, Path(out) / "transfer.png")
         written = f"Written to {out}: {task.name}.json, {task.name}.png, {task.name}_rows.jsonl."
-        console.print(written, highlight=False, soft_wrap=True)
+        console.print(written)
     return comparison
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lola_ft.data import Example, Row, Source, read_examples, read_rows
@@ -13,7 +12,7 @@ from lola_ft.data.formats import FORMATS, row_language
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.choice_task import Question
-from lola_ft.row_formats import ROWS_OF_THEIR_OWN
+from lola_ft.row_formats import ROWS_OF_THEIR_OWN, kind_of_file
 
 CHOICES = "choices"
 """A format only for evaluation: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
@@ -41,6 +40,9 @@ class RowOptions:
     instruction: str | None = None
     max_rows: int | None = None
     unit: str | None = None
+    delimiter: str | None = None
+    quoting: bool | None = None
+    rows_under: str | None = None
     source_language: str | None = None
     target_language: str | None = None
 
@@ -60,7 +62,7 @@ class RowOptions:
 
     def _source(self, file: str, language: str | None) -> Source:
         known = (*FORMATS, CHOICES)
-        format = self.format or ("text" if Path(file).suffix.lower() == ".txt" else None)
+        format = self.format or ("text" if kind_of_file(file) == ".txt" else None)
         if format not in known:
             given = f"--format '{format}' is unknown" if format else f"{file}: say what its rows are with --format"
             raise UserError(f"{given}; there are {', '.join(known)}.")
@@ -70,8 +72,10 @@ class RowOptions:
             raise UserError(f"--field {unknown[0]}: format {format} has no such field; it has {', '.join(standard)}.")
         if self.unit is not None and self.unit not in UNITS:
             raise UserError(f"--unit {self.unit}: there is {', '.join(UNITS)}.")
-        if self.unit is not None and Path(file).suffix.lower() in ROWS_OF_THEIR_OWN:
+        if self.unit is not None and kind_of_file(file) in ROWS_OF_THEIR_OWN:
             raise UserError(f"--unit divides .txt files; {file} has rows of its own. Leave it out.")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
+            raise UserError(f"--delimiter {self.delimiter!r}: give one character, such as ';'.")
         labels = _pairs(self.labels, "--label") or None
         for option, value, formats in (
             ("--label", labels, ("classification",)),
@@ -85,6 +89,10 @@ class RowOptions:
             format,
             path=file,
             unit=self.unit,
+            delimiter=self.delimiter,
+            quoting=self.quoting,
+            rows_under=self.rows_under,
+            by_options=True,
             language=language,
             language_column=self.language_column,
             fields=fields,

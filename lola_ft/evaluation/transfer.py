@@ -43,7 +43,7 @@ def transfer_table(comparison: Comparison, trained: dict[str, list[str]]) -> Tab
     for heading in ("trained on", "run"):
         table.add_column(heading, overflow="fold")
     for language in tested:
-        table.add_column(language, justify="right")
+        table.add_column(Text(language), justify="right")
     for place, (run, languages) in enumerate(trained.items(), start=1):
         cells = (shown(line.differences[place], percent=False, signed=True) for line in tested.values())
         table.add_row(Text(few(languages)), Text(run), *cells)

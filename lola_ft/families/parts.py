@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from rich.table import Table
+from rich.text import Text
 
 PARTS = (
     *("embeddings", "attention", "dense mlp", "shared experts", "experts", "router", "norms", "head", "other"),
@@ -42,7 +43,7 @@ class Audit:
         }
 
     def table(self, title: str) -> Table:
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         for heading in ("part", "format"):
             table.add_column(heading)
         for heading in ("parameters", "bytes"):

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 
+from lola_ft.console import Console
 from lola_ft.data import PromptTemplate, check_template
 from lola_ft.data.example import Example, prompt_fields
 from lola_ft.errors import UserError
-from lola_ft.files import check_file_target, write_text
+from lola_ft.files import write_text
 from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
 from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
-from lola_ft.generation.prompts import read_prompts, request, template_of
+from lola_ft.generation.prompts import STANDARD_INPUT, prompt_from_standard_input, read_prompts, request, template_of
 from lola_ft.open_model import OpenModel, open_model
 
 
@@ -38,8 +38,8 @@ def generate_command(
         raise UserError("Give one of --prompt TEXT, --file FILE and --chat.")
     if out and chat:
         raise UserError("--out does nothing with --chat. Leave it out.")
-    if out:
-        check_file_target(out)
+    if prompt == STANDARD_INPUT:
+        prompt = prompt_from_standard_input()
     sampling = sampling or Sampling()
     asked = read_prompts(file) if file else []
     if template:

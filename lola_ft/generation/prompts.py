@@ -1,17 +1,20 @@
 """Prompts as a model learned to read them: written by its template, tokenised as in training."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lola_ft.data import ChatTemplate, Example, PromptTemplate, Row, Source, Template, load_template, read_rows
 from lola_ft.data.conversations import read_conversation
 from lola_ft.data.example import UNKNOWN_LANGUAGE, Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, found_fields
+from lola_ft.data.json_files import object_lines
+from lola_ft.data.source_rows import usable
+from lola_ft.data.text_lines import decode
 from lola_ft.errors import DataError
 from lola_ft.open_model import OpenModel
+from lola_ft.row_formats import kind_of_file
 
 ADDED = ("answer", "ended", "tokens")
 """What an output line has beside the row's own fields."""
@@ -35,19 +38,43 @@ def request(fields: Fields, where: str = "The prompt", earlier: Sequence[Exchang
     return Example(fields, "", UNKNOWN_LANGUAGE, where, tuple(earlier))
 
 
+STANDARD_INPUT = "-"
+
+
+def prompt_from_standard_input() -> str:
+    """Read a prompt: all that comes, without the line break at its end."""
+    return decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
+
+
 def read_prompts(path: str) -> list[Asked]:
-    """The requests of a .txt file, one a line, or of a .jsonl file, one an object.
+    """The requests of a .txt file, one a line, or of a .jsonl file, one an object; `-` is standard input, of either.
 
     An object has `prompt`; or `instruction` and perhaps `input`; or `messages`, the last one the user's.
 
     Raises:
         DataError: Naming file and line.
     """
-    if Path(path).suffix.lower() not in (".txt", ".jsonl"):
+    rows: Iterable[Row]
+    if path == STANDARD_INPUT:
+        given = sys.stdin.buffer.read()
+        lines = not given.lstrip().startswith(b"{")
+        rows = _rows_of_input(given, lines)
+    elif (kind := kind_of_file(path)) in (".txt", ".jsonl", ".ndjson"):
+        lines = kind == ".txt"
+        rows = read_rows(Source("text", path=path, unit="line" if lines else None))
+    else:
         raise DataError(f"{path}: prompts are read from .txt (one a line) or .jsonl (one an object).")
-    lines = Path(path).suffix.lower() == ".txt"
-    rows = read_rows(Source("text", path=path, unit="line" if lines else None))
     return [Asked(row.fields, _request(row, "text" if lines else "prompt")) for row in rows]
+
+
+def _rows_of_input(given: bytes, lines: bool) -> Iterator[Row]:
+    """Rows of standard input: lines of text, or objects."""
+    numbered, name = enumerate(given.splitlines(), start=1), "standard input"
+    if lines:
+        rows = [Row({"text": decode(line, f"{name}:{number}")}, f"{name}:{number}") for number, line in numbered]
+        yield from (row for row in rows if row.fields["text"].strip())
+    else:
+        yield from map(usable, object_lines(name, numbered))
 
 
 def _request(row: Row, prompt: str) -> Example:

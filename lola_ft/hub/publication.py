@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from lola_ft.adapters.layouts import CONFIG_FILE
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
-from lola_ft.errors import AdapterError, PublishError, UserError
+from lola_ft.errors import AdapterError, PublishError, UserError, in_words
 from lola_ft.file_names import MERGE_REPORT_FILE, RECIPE_FILE
 from lola_ft.repo_id import is_commit, is_repo_id
 from lola_ft.subject import find_subject
@@ -75,7 +75,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PublishError(f"{file}: cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise PublishError(f"{file}: holds {type(content).__name__}, not an object.")
+        raise PublishError(f"{file}: holds {in_words(content)}, not an object.")
     return content
 
 

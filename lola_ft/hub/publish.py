@@ -5,10 +5,11 @@ import time
 from pathlib import Path
 
 from huggingface_hub import get_token
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lola_ft.adapters.layouts import LAYOUTS
+from lola_ft.console import Console
 from lola_ft.errors import PublishError, UserError
 from lola_ft.file_names import CARD_FILE
 from lola_ft.hub.publication import Base, Source, find_base, find_source
@@ -57,7 +58,7 @@ def publish(
         staged = stage(source, its_base, repo, layout, Path(temporary) / repo.partition("/")[2])
         own = [source.folder, *([source.run] if source.run else []), *([its_base.folder] if its_base.folder else [])]
         refuse_private(staged.folder, staged.files, own)
-        console.print(_check(source, staged, its_base, skip_check), soft_wrap=True, highlight=False)
+        console.print(_check(source, staged, its_base, skip_check))
         if dry_run:
             _show(staged, repo, console)
             return
@@ -65,9 +66,9 @@ def publish(
         done = upload(staged, repo, private, f"Publish {what} with lola_ft", wait)
     deleted = f"; deleted {', '.join(done.deleted)}, which an earlier publication had left" if done.deleted else ""
     visible = "private" if done.private else "public"
-    console.print(f"{len(staged.files)} files sent{deleted}.", soft_wrap=True, highlight=False)
+    console.print(f"{len(staged.files)} files sent{deleted}.")
     _say_left_out(staged, console)
-    console.print(f"Published: {done.url} ({visible}, commit {done.commit}).", soft_wrap=True, highlight=False)
+    console.print(f"Published: {done.url} ({visible}, commit {done.commit}).")
 
 
 def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
@@ -108,14 +109,14 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
     table.add_column("file")
     table.add_column("bytes", justify="right")
     for name in staged.files:
-        table.add_row(name, f"{(staged.folder / name).stat().st_size:,}")
+        table.add_row(Text(name), f"{(staged.folder / name).stat().st_size:,}")
     console.print(table)
     _say_left_out(staged, console)
     card = (staged.folder / CARD_FILE).read_text(encoding="utf-8")
-    console.print(card, markup=False, highlight=False, soft_wrap=True)
+    console.print(card)
     console.print("Dry run: nothing was sent.")
 
 
 def _say_left_out(staged: Staged, console: Console) -> None:
     if staged.left_out:
-        console.print(f"Left out: {', '.join(staged.left_out)}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Left out: {', '.join(staged.left_out)}.")

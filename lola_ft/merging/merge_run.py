@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, MERGED_FOLDER
+from lola_ft.files import missing
 from lola_ft.merging.effects import advice, effects_table
 from lola_ft.merging.merge import merge
 from lola_ft.merging.merge_report import MergeReport
 from lola_ft.merging.proof import WeightProof
 from lola_ft.merging.verify import Verification
-from lola_ft.subject import find_subject, is_adapted
+from lola_ft.subject import find_subject, is_adapted, naming_base_of
 
 
 def merge_command(
@@ -26,14 +26,15 @@ def merge_command(
     """Merge a run's or a folder's adapter; see `lola_ft.merge` for the options."""
     folder = Path(run_or_adapter)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give a run folder or an adapter's folder.")
+        raise UserError(f"{missing(folder, 'folder')} Give a run folder or an adapter's folder.")
     if not is_adapted(folder):
         raise UserError(f"{folder}: is neither a run's folder nor an adapter's. A base is named with --base.")
     subject = find_subject(folder, base)
     if not out and subject.kind != "run":
         raise UserError("Give the folder to write with --out. (Only a run has a default, RUN/merged.)")
     target = Path(out) if out else folder / MERGED_FOLDER
-    report = merge(subject.base, subject.folder, target, dtype, rounding, subject.revision, allow_other_base, check)
+    with naming_base_of(subject):
+        report = merge(subject.base, subject.folder, target, dtype, rounding, subject.revision, allow_other_base, check)
     _say(report, target)
 
 

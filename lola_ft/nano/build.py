@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.families import LOLA, Architecture, Family, find_family
 from lola_ft.files import replace_folder

@@ -19,7 +19,7 @@ from lola_ft.kernels.precision import DTYPES
 
 
 def merged_files(folder: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Return the bytes of each file that `merge.py` will write, headers included.
+    """Return the bytes of each file that `lola-ft merge` will write, headers included.
 
     Args:
         architecture: Of the merged model.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +18,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import commit_of
 from lola_ft.checkpoints.safetensors_file import read_ahead
+from lola_ft.console import Console
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
 from lola_ft.families.routers import score_in_weight_dtype

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,13 +69,18 @@ def find_recipe(name: str) -> BundledRecipe:
 
 
 def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
-    """Copy a recipe, its samples and the schema to `OUT/recipes/`, where its command finds them, or nothing at all."""
+    """Copy a recipe, its samples and the schema to `OUT/recipes/`, or nothing at all.
+
+    Paths in the copy begin with OUT, and its command is `lola-ft train`: it runs where it was copied from.
+    """
     recipe = find_recipe(name)
     root = recipe.path.parents[1]
     names = [f"recipes/{recipe.path.name}", *recipe.data_files]
     if (recipe.path.parent / SCHEMA_FILE).is_file():
         names.append(f"recipes/{SCHEMA_FILE}")
     texts = {Path(out) / name: (root / name).read_text(encoding="utf-8") for name in names}
+    copied = Path(out) / names[0]
+    texts[copied] = _moved(texts[copied], Path(out))
     for target, text in texts.items():
         if target.exists() and target.read_text(encoding="utf-8") != text:
             raise RecipeError(f"{target}: exists already and differs. Move it away, or copy to another folder.")
@@ -85,6 +91,18 @@ def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
         except OSError as error:
             raise RecipeError(f"{target}: cannot be written: {error.strerror}.") from None
     return list(texts)
+
+
+_BUNDLED_PATH = re.compile(r"(?<![\w./])recipes/[\w./-]+")
+
+
+def _moved(text: str, out: Path) -> str:
+    """Return a recipe's text with the paths and the command of a copy in another folder.
+
+    Quotes of the shell are quotes of YAML as well.
+    """
+    text = text.replace("# python finetune.py ", "# lola-ft train ", 1)
+    return text if out == Path() else _BUNDLED_PATH.sub(lambda path: shlex.quote(f"{out.as_posix()}/{path[0]}"), text)
 
 
 def schema_text() -> str:

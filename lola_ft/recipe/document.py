@@ -79,6 +79,8 @@ def _bad_yaml(error: YAMLError, text: str) -> BadYaml:
         place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
     hint = ". Indent with spaces, not tabs" if "'\\t'" in problem else ""
+    if place and "${" in "".join(text.split("\n")[place.line - 1 : place.line]):
+        hint = ". Variables such as ${X} are not replaced in a recipe: write the value out"
     return BadYaml(f"not valid YAML: {problem}{hint}", place)
 
 

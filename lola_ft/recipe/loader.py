@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from lola_ft.errors import RecipeError, printable
-from lola_ft.files import similar_file
+from lola_ft.files import missing, similar_file
 from lola_ft.recipe import unsupported
 from lola_ft.recipe.document import MAX_BYTES, BadYaml, Document, KeyPath, Place, parse_document
 from lola_ft.recipe.keys import own_key
@@ -20,7 +21,7 @@ from lola_ft.recipe.messages import broken_rules, explain, shown, unknown_keys, 
 from lola_ft.recipe.overrides import Overridden, apply_overrides
 from lola_ft.recipe.schema import Recipe
 
-_HEADER = "# Every setting of the run, defaults included; python finetune.py runs it again.\n"
+_HEADER = "# Every setting of the run, defaults included; `lola-ft train` runs it again.\n"
 _LAST = Place(sys.maxsize, 0)
 
 
@@ -28,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
-        path: A YAML file. Paths inside it are taken from the working directory, as on the command line.
+        path: A YAML file. Relative paths inside it count from the working directory, as on the command line.
         overrides: Settings such as `train.max_steps=20`; the later one wins.
 
     Raises:
@@ -55,8 +56,9 @@ def _parse(path: str | Path) -> Document:
         text = _content(Path(path)).decode("utf-8-sig")
     except FileNotFoundError:
         similar = similar_file(Path(path))
-        hint = f" Did you mean '{similar}'?" if similar else ""
-        raise RecipeError(f"{path}: no such recipe.{hint}") from None
+        raise RecipeError(
+            f"{path}: no such recipe. Did you mean '{similar}'?" if similar else missing(Path(path), "recipe")
+        ) from None
     except IsADirectoryError:
         raise RecipeError(f"{path}: is a folder; expected a recipe file.") from None
     except UnicodeDecodeError as error:
@@ -85,7 +87,7 @@ def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath
     are left out in a second and a third look. What these then find missing in the same section, or wrong with the
     value itself, is only another sign of them.
     """
-    mistakes = list(unsupported.find(overridden.data))
+    mistakes = [*unsupported.find(overridden.data), *_variables(overridden.data, ())]
     try:
         return Recipe.model_validate(overridden.data), mistakes
     except ValidationError as error:
@@ -103,6 +105,21 @@ def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath
     except ValidationError as error:
         mistakes += [(path, text) for path, text in broken_rules(error) if not _leads_to(path, [*unknown, *paths])]
     return None, mistakes
+
+
+_VARIABLE = re.compile(r"\$\{\w+\}|^\$\w+(?=/|$)")
+_FREE_TEXT = ("instruction", "labels")
+
+
+def _variables(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    """Yield the values that name a variable of the shell: nothing would replace it."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if key not in _FREE_TEXT:
+                yield from _variables(inner, (*path, key))
+    elif isinstance(value, str) and (found := _VARIABLE.search(value)):
+        key = printable(".".join(map(str, path)))
+        yield path, f"{found[0]} is not replaced in a recipe. Write the value out, or add `{key}=…` to the command"
 
 
 def _leads_to(path: KeyPath, keys: list[KeyPath]) -> bool:

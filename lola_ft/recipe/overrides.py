@@ -14,7 +14,10 @@ from lola_ft.recipe.document import BadYaml, KeyPath, parse_document
 EXCLUSIVE = {("train", "max_steps"): ("train", "epochs"), ("train", "epochs"): ("train", "max_steps")}
 """Overriding one of such a pair takes the other out of the file: a short trial of a recipe needs one word."""
 
-PLACES = {"path": ("hub", "subset", "split", "revision", "streaming"), "hub": ("path", "unit")}
+PLACES = {
+    "path": ("hub", "subset", "split", "revision", "streaming"),
+    "hub": ("path", "unit", "delimiter", "quoting", "rows_under"),
+}
 """In a source, overriding `path` takes out what belongs to a Hub dataset, and the other way round."""
 
 

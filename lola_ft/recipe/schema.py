@@ -5,19 +5,20 @@ numbers; a whole number may stand for a decimal). Rules that tie keys together l
 names the key to blame, so that the loader can point at its line.
 """
 
+import os.path
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from lola_ft.recipe import preference_rules, unsupported
 from lola_ft.recipe.allowed_values import INSTRUCTION_FIELDS, OPTIMIZERS, PREFERENCE_LOSS_TYPES, SCHEDULERS, Format
 from lola_ft.recipe.document import KeyPath
 from lola_ft.repo_id import is_repo_id
-from lola_ft.row_formats import FORMAT_FIELDS, ROWS_OF_THEIR_OWN
+from lola_ft.row_formats import FORMAT_FIELDS, JSON_FILES, ROWS_OF_THEIR_OWN, TEXT_TABLES, kind_of_file
 
 Rank = Annotated[int, Field(ge=1, le=1024)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -25,6 +26,18 @@ BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 Interval = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _without_tilde(path: str) -> str:
+    """Put the home folder in place of a `~` at the beginning of a path, here and nowhere else."""
+    whole = os.path.expanduser(path)  # noqa: PTH111 - a name or Hub id must stay the text that it is
+    if whole.startswith("~"):
+        raise PydanticCustomError("no_home", "no home folder is known for the `~` at its beginning. Write the path out")
+    return whole
+
+
+PathName = Annotated[Name, AfterValidator(_without_tilde)]
+"""A path, or a name that may stand in its place; relative paths count from the folder where the command runs."""
 
 UNION_TAGS = ("<name>", "<layers>", "<share>", "<sources>")
 """Names of the alternatives of a value, which pydantic puts into the place of a mistake."""
@@ -69,7 +82,7 @@ class Section(BaseModel):
 class Base(Section):
     """The model that is fine-tuned; its weights stay as they are."""
 
-    model: Name = Field(description="Hub id or folder of the base model")
+    model: PathName = Field(description="Hub id or folder of the base model")
     revision: Name = Field(default="main", description="branch, tag or commit of the base on the Hub")
     quantization: Literal["nf4", "none"] = Field(default="nf4", description="how frozen weights are stored")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
@@ -89,7 +102,7 @@ class ExpertLora(GroupLora):
     """LoRA on the experts, one pair of matrices for each."""
 
     select: Annotated[
-        Annotated[Name, Tag("<name>")] | Annotated[list[list[int]], Tag("<layers>")],
+        Annotated[PathName, Tag("<name>")] | Annotated[list[list[int]], Tag("<layers>")],
         Discriminator(
             lambda value: {str: "<name>", list: "<layers>"}.get(type(value)),
             custom_error_type="expert_selection",
@@ -164,9 +177,9 @@ class Router(Section):
 class Source(Section):
     """A source of rows: local files or a dataset on the Hub."""
 
-    path: Name | None = Field(
+    path: PathName | None = Field(
         default=None,
-        description="local .jsonl, .json, .csv, .tsv, .parquet or .txt file, a folder of them, or a glob",
+        description="local .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt file, a folder of them, or a glob",
     )
     hub: Name | None = Field(default=None, description="dataset id on the Hub")
     subset: Name | None = Field(default=None, description="configuration of the Hub dataset, often a language")
@@ -176,6 +189,15 @@ class Source(Section):
     limit: Count | None = Field(default=None, description="read only so many rows")
     unit: Literal["paragraph", "line", "file"] | None = Field(
         default=None, description="what a row of a .txt file is (paragraph: blank lines divide)"
+    )
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        default=None, description="character between the cells of a .csv or .tsv file, if it is not found by itself"
+    )
+    quoting: bool | None = Field(
+        default=None, description="whether cells may stand in quotation marks (true for .csv, false for .tsv)"
+    )
+    rows_under: Name | None = Field(
+        default=None, description="key under which a .json file has its list of rows, if it is not found by itself"
     )
     format: Format = Field(description="what a row's fields mean")
     language: Name | None = Field(default=None, description="language code of every row")
@@ -211,8 +233,14 @@ class Source(Section):
         for key in ("subset", "split", "revision", "streaming"):
             if self.hub is None and self.path is not None and getattr(self, key) not in (None, False):
                 yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
-        if self.unit is not None and (self.path is None or Path(self.path).suffix.lower() in ROWS_OF_THEIR_OWN):
+        if self.unit is not None and (self.path is None or kind_of_file(self.path) in ROWS_OF_THEIR_OWN):
             yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
+        for key, kinds in (("delimiter", TEXT_TABLES), ("quoting", TEXT_TABLES), ("rows_under", JSON_FILES)):
+            other = self.path is None or kind_of_file(self.path) in {*ROWS_OF_THEIR_OWN, ".txt"} - {*kinds}
+            if getattr(self, key) is not None and other:
+                yield (key,), f"is for {' and '.join(kinds)} files; this source has none. Remove it"
+        if self.delimiter is not None and self.delimiter in '"\r\n':
+            yield ("delimiter",), "cannot be a quotation mark or a line break"
         if self.language is not None and self.language_column is not None:
             yield ("language_column",), "give `language` or `language_column`, not both"
         known = FORMAT_FIELDS[self.format]
@@ -261,7 +289,7 @@ def _kind_of_validation(value: Any) -> str | None:
 class Data(Section):
     """The data that the model learns from."""
 
-    template: Name = Field(
+    template: PathName = Field(
         default="alpaca",
         description="bundled prompt template, chat (the tokenizer's own chat template), or a path that ends in .jinja",
     )
@@ -452,7 +480,7 @@ class Recipe(Section):
     train: Train = Field(default=Train(), description="how long, how fast, in which portions")
     guards: Guards = Field(default=Guards(), description="what is watched while training")
     hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
-    output: Name = Field(description="folder of the run")
+    output: PathName = Field(description="folder of the run")
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from lola_ft.data import Example, PromptTemplate, Source, encode_texts, files_of
 from lola_ft.data.formats import FORMATS
 from lola_ft.data.text_files import UNITS
 from lola_ft.errors import DataError
-from lola_ft.row_formats import ROWS_OF_THEIR_OWN
+from lola_ft.row_formats import ROWS_OF_THEIR_OWN, kind_of_file
 
 _BATCH = 256
 # "sw", "sw_part_0", "zh_Hans", "pt-BR.train": the code and, if it is one, the script behind it.
@@ -90,7 +90,7 @@ def sources_of(
         if value not in known:
             raise DataError(f"--{option} {value}: there is {', '.join(known)}.")
     files = [file for path in paths for file in files_of(str(path))]
-    if unit is not None and all(file.suffix.lower() in ROWS_OF_THEIR_OWN for file in files):
+    if unit is not None and all(kind_of_file(str(file)) in ROWS_OF_THEIR_OWN for file in files):
         raise DataError("--unit divides .txt files, and there is none. Leave it out.")
     return [
         Source(

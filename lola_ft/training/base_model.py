@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from rich.console import Console
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, commit_of, resolve_folder, text_folder
 from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.console import Console
 from lola_ft.data import PromptTemplate, Template, chat_source
 from lola_ft.data.turns import eos_of, special_tokens
 from lola_ft.errors import UserError

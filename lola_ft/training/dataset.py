@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.console import Console
 from lola_ft.data import (
     BadRows,
     Encoded,
     Example,
+    Findings,
     LeakCheck,
     Mixed,
     MixSettings,
@@ -54,6 +55,7 @@ class RunData:
         bad_rows: What was skipped; None where a bad row is an error.
         duplicates: Training rows left out, by language; None where they stay.
         leaks: The comparison with validation sources; None if there are none.
+        findings: How each source was read, by its name.
         note: Where the encoded rows come from, if not from the sources themselves.
     """
 
@@ -66,7 +68,12 @@ class RunData:
     bad_rows: BadRows | None
     duplicates: Counter[str] | None
     leaks: LeakCheck | None
+    findings: dict[str, Findings]
     note: str = ""
+
+    def findings_lines(self) -> list[str]:
+        """Return what a user should know of how the sources were read."""
+        return [line for name, found in self.findings.items() for line in found.lines(name)]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section of the manifest."""
@@ -100,8 +107,21 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     duplicates = Counter(facts["duplicates"]) if facts["duplicates"] is not None else None
     leaks = LeakCheck([], **facts["leaks"]) if facts["leaks"] else None
     mixed = mix(stored.train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
+    findings = {name: Findings.restored(found) for name, found in facts["findings"].items()}
     commits = {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
-    return RunData(stored.train, mixed, stored.validation, template, hashes, commits, bad_rows, duplicates, leaks, note)
+    return RunData(
+        stored.train,
+        mixed,
+        stored.validation,
+        template,
+        hashes,
+        commits,
+        bad_rows,
+        duplicates,
+        leaks,
+        findings,
+        note,
+    )
 
 
 def _judged(data: Data) -> bool:
@@ -123,10 +143,11 @@ def _encode(
 ) -> StoredRows:
     """Read, split and encode the rows, and keep them under a key."""
     bad_rows = BadRows() if data.on_bad_row == "skip" else None
+    findings = dict[str, Findings]()
     workers = min(usable_cores(), _MOST_THREADS)
 
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
-        return read_examples(map(_source, sources), bad_rows, data.normalize, data.learn)
+        return read_examples(map(_source, sources), bad_rows, data.normalize, data.learn, findings)
 
     with new_folder() as (folder, keepable), shown_progress() as progress:
 
@@ -153,6 +174,7 @@ def _encode(
             "bad_rows": bad_rows.stored() if bad_rows else None,
             "duplicates": None if duplicates is None else dict(duplicates),
             "leaks": leaks.as_dict() if leaks else None,
+            "findings": {name: found.as_dict() for name, found in findings.items()},
         }
         rows = StoredRows(train, validation, facts)
         if key is not None and keepable:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from rich.console import Console
 
+from lola_ft.console import Console
 from lola_ft.families import Architecture
 from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, predict, show_size
 from lola_ft.planning.merged_sizes import merged_files
@@ -16,7 +16,7 @@ from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.base_model import OpenBase, adapter_settings
 from lola_ft.training.precision import choose_precision
-from lola_ft.training.setup import estimate_steps, fit_to_base, read_data
+from lola_ft.training.setup import estimate_steps, fit_to_base, read_data, short_data_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,20 +47,20 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     console = Console()
     device, limit = target_machine(gpu)
     recipe, base = fit_to_base(recipe, Console(stderr=True))
-    facts, note = _facts_of_data(recipe, base) if with_data else (None, "The data was not read (--no-data).")
+    facts, notes = _facts_of_data(recipe, base) if with_data else (None, ["The data was not read (--no-data)."])
     job = job_of(recipe, base.trained_architecture(recipe), device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
     merged = merged_files(base.folder, job.architecture)
     if as_json:
-        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged), indent=2))
+        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged) | {"notes": notes}, indent=2))
         return
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
-    lengths = _length_lines(job, steps, facts, note)
+    lengths = _length_lines(job, steps, facts, notes)
     for line in [*lengths, f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line)
 
 
 def advice(recipe: Recipe, architecture: Architecture, longest: int | None = None) -> str:
@@ -115,17 +115,18 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
     )
 
 
-def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, str]:
-    """Return the data's numbers; or None, and why."""
+def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, list[str]]:
+    """Return the data's numbers and what was found in it; or None, and why."""
     data = recipe.data
     validation = data.validation if isinstance(data.validation, list) else []
     if remote := [source.hub for source in [*data.sources, *validation] if source.hub]:
-        return None, f"The data was not read: {remote[0]} is on the Hub."
+        return None, [f"The data was not read: {remote[0]} is on the Hub."]
     if not any(base.folder.glob("tokenizer*")):
-        return None, f"The data was not read: {base.folder} holds no tokenizer."
-    mixed = read_data(recipe, base)[2].mix
+        return None, [f"The data was not read: {base.folder} holds no tokenizer."]
+    read = read_data(recipe, base)[2]
+    mixed = read.mix
     longest = mixed.tokens if data.packing else _longest(mixed.dataset)
-    return DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length)), ""
+    return DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length)), read.findings_lines()
 
 
 def _longest(dataset: "Dataset") -> int:
@@ -136,13 +137,16 @@ def _longest(dataset: "Dataset") -> int:
     return max(len(prompt) + max(map(len, pair)) for prompt, pair in zip(dataset["prompt_ids"], answers, strict=True))
 
 
-def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, note: str) -> list[str]:
+def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, notes: list[str]) -> list[str]:
     tokens = _tokens_per_step(job, facts)
     count = f"{steps:,} steps" if steps else "An unknown number of steps"
     lines = [f"{count} of about {tokens:,} tokens ({job.grad_accum_steps} times {shape(job)})."]
     if facts:
         lines.append(f"An epoch has {facts.sequences:,} sequences, {facts.tokens:,} tokens.")
-    return lines + [note] * bool(note)
+        step = job.micro_batch_size * job.grad_accum_steps
+        rows = -(-facts.tokens // job.length) if job.packing else facts.sequences
+        lines += [short_data_line(rows, step)] * (rows < step)
+    return lines + notes
 
 
 def _tokens_per_step(job: Job, facts: DataFacts | None) -> int:

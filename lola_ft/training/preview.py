@@ -4,12 +4,12 @@ import unicodedata
 from collections import Counter
 from itertools import groupby, islice
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.console import Console
 from lola_ft.data.encoding import MASKED
 from lola_ft.recipe import Recipe
 from lola_ft.training.reports.tables import print_report
@@ -18,7 +18,7 @@ from lola_ft.training.setup import fit_to_base, read_data
 if TYPE_CHECKING:
     from lola_ft.data import Encoded
 
-LEARNED, READ, END = "black on green", "dim", "bold white on red"
+LEARNED, READ, END, WORSE = "black on green", "dim", "bold white on red", "black on yellow"
 _BINS = 10
 _BAR = 40
 _RUN_SHOWN = 1200
@@ -36,18 +36,23 @@ def preview(recipe: Recipe, examples: int, languages: int, console: Console | No
         UserError: As a run would, for anything wrong with the recipe's data or the base's tokenizer.
     """
     console = console or Console()
+    plain = console.color_system is None
     recipe, tokenizer, data = read_data(*fit_to_base(recipe, console))
     print_report(data, console)
     for line in length_lines(data.train, recipe.data.max_length):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
     for language, count in Counter(data.train.languages).most_common(languages):
         places = (place for place, code in enumerate(data.train.languages) if code == language)
         for place in islice(places, min(examples, count)):
             row = data.train.dataset[place]
-            learned = sum(label != MASKED for label in row["labels"])
-            console.rule(Text(f"{language}: {len(row['input_ids'])} tokens, {learned} learned"), align="left")
-            console.print(shown(row["input_ids"], row["labels"], tokenizer, plain=console.color_system is None))
-    console.print(_legend(tokenizer, plain=console.color_system is None))
+            if recipe.objective == "sft":
+                learned = sum(label != MASKED for label in row["labels"])
+                console.rule(Text(f"{language}: {len(row['input_ids'])} tokens, {learned} learned"), align="left")
+                console.print(shown(row["input_ids"], row["labels"], tokenizer, plain))
+            else:
+                console.rule(Text(f"{language}: {len(row['prompt_ids'])} tokens of prompt"), align="left")
+                console.print(judged(row, tokenizer, plain))
+    console.print(_legend(tokenizer, recipe.objective, plain))
 
 
 def length_lines(encoded: "Encoded", max_length: int) -> list[str]:
@@ -68,18 +73,39 @@ def shown(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerFast,
     text = Text()
     for learned, tokens in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != MASKED):
         run = [token for token, _ in tokens]
-        start, end = ("⟦", "⟧") if learned and plain else ("", "")
-        text.append(start)
-        for is_end, part in groupby(run, key=lambda token: token == tokenizer.eos_token_id):
-            pieces = list(part)
-            words = tokenizer.eos_token * len(pieces) if is_end else _printable(tokenizer.decode(pieces))
-            text.append(words, style=(END if is_end else LEARNED) if learned else READ)
-        text.append(end)
+        text.append(_run(run, tokenizer, LEARNED if learned else READ, plain and learned))
     return text
 
 
-def _legend(tokenizer: PreTrainedTokenizerFast, plain: bool) -> Text:
-    marks = [("⟦learned⟧" if plain else "learned", LEARNED), ("read only", READ), (tokenizer.eos_token, END)]
+def judged(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, plain: bool = False) -> Text:
+    """Show a prompt and its answers, each behind the name of what it was judged to be; a worse one is never green."""
+    if "chosen_ids" in row:
+        answers = [("chosen", row["chosen_ids"], LEARNED), ("rejected", row["rejected_ids"], WORSE)]
+    else:
+        good = bool(row["label"][0])
+        answers = [("good" if good else "bad", row["completion_ids"], LEARNED if good else WORSE)]
+    text = _run(row["prompt_ids"], tokenizer, READ)
+    for name, ids, style in answers:
+        text.append(f"\n{name}, {len(ids)} tokens: ", style="bold")
+        text.append(_run(ids, tokenizer, style, brackets=plain and style == LEARNED))
+    return text
+
+
+def _run(ids: list[int], tokenizer: PreTrainedTokenizerFast, style: str, brackets: bool = False) -> Text:
+    """Show tokens in one style, EOS by its name, which has a style of its own where it is learned."""
+    text = Text("⟦" if brackets else "")
+    for is_end, part in groupby(ids, key=lambda token: token == tokenizer.eos_token_id):
+        pieces = list(part)
+        words = tokenizer.eos_token * len(pieces) if is_end else _printable(tokenizer.decode(pieces))
+        text.append(words, style=END if is_end and style != READ else style)
+    return text.append("⟧" if brackets else "")
+
+
+def _legend(tokenizer: PreTrainedTokenizerFast, objective: str, plain: bool) -> Text:
+    names = {"sft": ("learned",), "dpo": ("chosen", "rejected"), "kto": ("good", "bad")}[objective]
+    kinds = zip(names, (LEARNED, WORSE), strict=False)
+    marks = [(f"⟦{name}⟧" if plain and style == LEARNED else name, style) for name, style in kinds]
+    marks += [("read only", READ), (tokenizer.eos_token, END)]
     return Text("  ").join([Text(words, style=style) for words, style in marks])
 
 

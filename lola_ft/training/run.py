@@ -4,13 +4,13 @@
 """
 
 import contextlib
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.families import architecture_of
 from lola_ft.file_names import ADAPTER_FOLDER, METRICS_FILE, RECIPE_FILE
 from lola_ft.files import write_text
@@ -28,7 +28,7 @@ from lola_ft.training.plan import advice
 from lola_ft.training.reports.manifest import manifest_of, routing_results, timings_of, write_card, write_manifest
 from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
-from lola_ft.training.setup import Prepared, facts_of, prepare_run
+from lola_ft.training.setup import Prepared, facts_of, prepare_run, short_data_line
 from lola_ft.training.starting_adapter import keep_start
 from lola_ft.training.trainers.build import build_trainer
 from lola_ft.training.trainers.run_trainer import RunTrainer
@@ -86,7 +86,7 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         processes.on_main(lambda: _finish(prepared, trainer, output, results, measured))
         processes.leave()
     console.print(f"Done. The adapter is in {output / ADAPTER_FOLDER}, the plot in {output / 'loss.png'}.")
-    console.print(f"Merge it into the base with: python merge.py {output}")
+    console.print(f"Merge it into the base with: lola-ft merge {shlex.quote(str(output))}")
     return output
 
 
@@ -108,6 +108,10 @@ def _fit(
     """Train from a checkpoint or the beginning, and evaluate the adapter that is kept; returns the results, too."""
     trainer = build_trainer(prepared, output, stop, memory, console.print)
     console.print(filling_line(trainer.train_dataset, prepared.data, prepared.recipe))
+    settings, rows = prepared.recipe.train, len(trainer.train_dataset)
+    rows_per_step = processes.count() * settings.micro_batch_size * settings.grad_accum_steps
+    if rows < rows_per_step:
+        console.print(short_data_line(rows, rows_per_step))
     if prepared.device.type == "cpu":
         keep_freed_memory()
     with explained_out_of_memory(lambda: advice(prepared.recipe, architecture_of(prepared.model.config))):

@@ -31,6 +31,12 @@ def refuse_unwritable(output: Path) -> None:
         raise _unwritable(output, error) from error
 
 
+def refuse_bad_output(output: Path) -> None:
+    """Refuse an output folder that is taken or cannot be written to. Nothing heavy is needed to find out."""
+    refuse_taken(output)
+    refuse_unwritable(output)
+
+
 def refuse_taken(output: Path) -> None:
     """Refuse an output folder that holds anything, before any work is done, and say how to go on."""
     if output.exists() and not output.is_dir():

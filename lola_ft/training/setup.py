@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
+from lola_ft.console import Console
 from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
 from lola_ft.recipe import Recipe
@@ -142,6 +142,14 @@ def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int =
     rows = math.ceil(tokens / recipe.data.max_length) if recipe.data.packing else sequences
     rows_per_step = train.micro_batch_size * train.grad_accum_steps * processes
     return max(1, math.ceil(rows / rows_per_step * train.epochs))
+
+
+def short_data_line(rows: int, rows_per_step: int) -> str:
+    """Say what a step is where it takes more rows than there are."""
+    return (
+        f"A step takes {rows_per_step:,} rows (micro batch times accumulation) and the data has {rows:,}: each step is "
+        "a whole epoch. Lower train.grad_accum_steps or train.micro_batch_size for more steps per epoch."
+    )
 
 
 def facts_of(prepared: Prepared) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from lola_ft.adapters.layouts import CONFIG_FILE, to_state, token_ids_in
@@ -18,6 +17,7 @@ from lola_ft.adapters.shared_inputs import sharing_inputs
 from lola_ft.adapters.weights import AdapterWeights
 from lola_ft.card.stages import stages_in
 from lola_ft.checkpoints.folder import CHAT_TEMPLATE_FILE, TEMPLATE_FILE, TOKENIZER_FILES, commit_of, resolve_folder
+from lola_ft.console import Console
 from lola_ft.data import CHAT, Template
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.families import Architecture

@@ -197,7 +197,7 @@ def test_a_4_bit_base_is_not_merged_in_memory(
     model = randomize(add_adapter(fresh("nf4"), settings)).eval()
     expected, frozen = model(ids).logits, frozen_state(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(AdapterError, match=r"round the adapter away. Use merge.py"):
+        with pytest.raises(AdapterError, match=r"round the adapter away. Use `lola-ft merge`"):
             merge()
         assert torch.equal(model(ids).logits, expected)
         assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_state(model).items())

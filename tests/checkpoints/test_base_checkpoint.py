@@ -57,7 +57,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     "no config": (lambda f: f.config_file.unlink(), ["{config_file}: no such file"]),
     "config is not JSON": (lambda f: f.config_file.write_text("{'a'"), ["{config_file}: not valid JSON"]),
     "config is not UTF-8": (lambda f: f.config_file.write_bytes(b"\xff\xfe\xff"), ["{config_file}: not valid JSON"]),
-    "config is a list": (lambda f: f.config_file.write_text("[1]"), ["{config_file}: holds list, not an object"]),
+    "config is a list": (lambda f: f.config_file.write_text("[1]"), ["{config_file}: holds a list, not an object"]),
     "another model": (
         lambda f: f.set_config(model_type="t5"),
         ["{config_file}: model_type is 't5'", "lola_v1", "gpt2"],
@@ -157,7 +157,7 @@ def test_a_file_in_place_of_a_folder(folder: Any) -> None:
 
 
 def test_a_hub_id_that_breaks_the_rules() -> None:
-    with pytest.raises(CheckpointError, match=r"some one/none: no such folder. Give .* a Hub id like owner/name"):
+    with pytest.raises(CheckpointError, match=r"some one/none: no such folder in .* Give .* a Hub id like owner/name"):
         resolve_folder("some one/none")
 
 

@@ -195,8 +195,12 @@ def test_nothing_to_encode_and_nothing_left_are_errors(tokenizer: Any, plain: Te
         encode([text("one two three"), text("one two three four five")], tokenizer, plain, 3)
     assert str(caught.value) == (
         f"none of the 2 rows is left: the shortest has {length} tokens, data.max_length is 3. "
-        "Raise data.max_length, or set data.overlong to truncate."
+        "Set data.overlong to split, which learns all of a long text in pieces."
     )
+    with pytest.raises(DataError, match=r"Raise data.max_length, or set data.overlong to truncate\.$"):
+        encode([text("one two three four"), answer("one two three four", "five")], tokenizer, plain, 3)
+    with pytest.raises(DataError, match=r"or set data.overlong to split\.$"):
+        encode([text("one two three four")], tokenizer, plain, 3, "error")
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer: Any, plain: Template) -> None:

@@ -102,10 +102,10 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "field 'completion' is missing (found: prompt, lang, response). Map it with `fields: {completion: response}`.",
     ),
     ("text", {}, {}, "field 'text' is missing (found: no fields). Map it with `fields: {text: …}`."),
-    ("text", {"text": 3}, {}, "field 'text' must be text; found int."),
-    ("text", {"text": None}, {}, "field 'text' must be text; found NoneType."),
-    ("text", {"text": ["a"]}, {}, "field 'text' must be text; found list."),
-    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, {}, "field 'input' must be text; found int."),
+    ("text", {"text": 3}, {}, "field 'text' must be text; found a number."),
+    ("text", {"text": None}, {}, "field 'text' must be text; found null."),
+    ("text", {"text": ["a"]}, {}, "field 'text' must be text; found a list."),
+    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, {}, "field 'input' must be text; found a number."),
     ("text", {"text": ""}, {}, "field 'text' is empty. Fill it, or remove the row."),
     ("alpaca", {"instruction": "a", "output": " \n"}, {}, "field 'output' is empty. Fill it, or remove the row."),
     (
@@ -115,8 +115,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "field 'prompt' is empty. Fill it, or remove the row.",
     ),
     ("text", {"text": "a\ud83d"}, {}, "field 'text' holds half a surrogate pair, which is no text. Remove it."),
-    ("text", {"text": "a"}, {"language_column": "lang"}, "language_column 'lang' is missing (found: text)."),
-    ("text", {"text": "a", "lang": None}, {"language_column": "lang"}, "field 'lang' must be text; found NoneType."),
+    ("text", {"text": "a"}, {"language_column": "lang"}, "language column 'lang' is missing (found: text)."),
+    ("text", {"text": "a", "lang": None}, {"language_column": "lang"}, "field 'lang' must be text; found null."),
 ]
 
 

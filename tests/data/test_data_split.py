@@ -8,6 +8,7 @@ from lola_ft.data import Example, Row, Source, hold_out, is_validation, to_examp
 from lola_ft.data.example import prompt_fields
 from lola_ft.data.formats import composed
 from lola_ft.errors import DataError
+from tests.conftest import assert_says
 
 
 def split_validation(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -98,8 +99,14 @@ def test_no_share_holds_out_nothing() -> None:
 
 def test_a_share_that_leaves_a_side_empty_is_an_error() -> None:
     with pytest.raises(DataError) as caught:
-        split_validation(ROWS[:2], 0.001, seed=0)
-    assert str(caught.value) == (
-        "data.validation 0.001 of 2 rows leaves no validation row. "
-        "Change the share, or give validation sources of its own."
-    )
+        split_validation(ROWS[:20], 0.001, seed=0)
+    assert_says(str(caught.value), "data.validation 0.001 of 20 rows leaves no validation row. The smallest share")
+    least = float(str(caught.value).partition("holds one out is ")[2].partition(". ")[0])
+    assert len(split_validation(ROWS[:20], least, seed=0)[1]) == 1
+    with pytest.raises(DataError):
+        split_validation(ROWS[:20], least * 0.9, seed=0)
+    with pytest.raises(DataError) as caught:
+        split_validation(ROWS[:20], 0.9999, seed=0)
+    assert_says(str(caught.value), "leaves no training row. The largest share that leaves one is")
+    with pytest.raises(DataError, match="No share divides them"):
+        split_validation(ROWS[:1] * 3, 0.0001, seed=0)

@@ -56,7 +56,7 @@ def test_a_broken_row_of_a_table_is_skipped_alone(tmp_path: Path) -> None:
         "3: not UTF-8",
         "4: broken ta",
         "6: not UTF-8",
-        "7: 3 cells; ",
+        "7: 3 cells b",
     ]
 
 
@@ -146,28 +146,40 @@ def test_a_limit_stops_reading(folder: Path) -> None:
 BAD_FILES = [
     ("a.csv", b"", "a.csv holds no rows. Give a file with at least one, or remove this source."),
     ("a.csv", b"text\n", "a.csv holds no rows. Give a file with at least one, or remove this source."),
-    ("a.csv", b"text,,b\n", "a.csv:1: column 2 has no name. The first line names the columns."),
+    ("a.csv", b",,\na,b,c\n", "a.csv:1: no column has a name. The first line names the columns."),
+    (
+        "a.csv",
+        b"text;lang|a\nx;y|b\n",
+        'a.csv: semicolons or bars may divide its cells. Say which, such as `delimiter: ";"`.',
+    ),
     ("a.csv", b"text,b, text\n", "a.csv:1: two columns are named 'text'. Rename one of them."),
     (
         "a.csv",
         b"text\nHello, world\n",
-        'a.csv:2: 2 cells; the header has 1. Put cells that hold the separator, quotes or line breaks in "quotes", '
-        "and double quotes inside.",
+        "a.csv:2: 2 cells between commas; the header has 1 (text). Put cells that hold the separator, quotes or line "
+        'breaks in "quotes", '
+        "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
     ),
     (
         "a.csv",
         b"text,lang\na,sw\nb\n",
-        'a.csv:3: 1 cell; the header has 2. Put cells that hold the separator, quotes or line breaks in "quotes", '
-        "and double quotes inside.",
+        "a.csv:3: 1 cell between commas; the header has 2. Put cells that hold the separator, quotes or line breaks in "
+        '"quotes", '
+        "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
     ),
     (
         "a.csv",
         b'text\na\n"never closed\nb\n',
         "a.csv:3: broken table: unexpected end of data. Put cells that hold the separator, quotes or line breaks in "
-        '"quotes", and double quotes inside.',
+        '"quotes", and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.',
     ),
     ("a.csv", b"text\na\n\xe9\n", "a.csv:3: not UTF-8 text (byte 1 is 0xe9). Save the file as UTF-8."),
-    ("a.csv", "text\n".encode("utf-16"), "a.csv:1: the file is UTF-16, not UTF-8. Save it as UTF-8."),
+    (
+        "a.tsv",
+        b"text\tlang\na\tb\tc\n",
+        "a.tsv:2: 3 cells between tabs; the header has 2. Every one of the tabs divides; for quoted cells set "
+        "`quoting: true`.",
+    ),
     ("a.csv", b"text\n \n", "a.csv:2: field 'text' is empty. Fill it, or remove the row."),
     (
         "a.tsv",

@@ -199,7 +199,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "messages[1].content is empty. Fill it, or remove the row.",
     ),
-    ("messages", {"messages": [U, dict(A, content=3)]}, {}, "messages[1].content must be text; found int."),
+    ("messages", {"messages": [U, dict(A, content=3)]}, {}, "messages[1].content must be text; found a number."),
     (
         "messages",
         {"messages": [U, A, U]},
@@ -240,9 +240,9 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "classification",
         {"text": "a", "label": -1},
         {"labels": {"0": "no", "1": "yes"}},
-        "field 'label' is '-1', which is not among `labels` (0, 1).",
+        "field 'label' is '-1', which is not among the labels (0, 1).",
     ),
-    ("classification", {"text": "a", "label": None}, {}, "field 'label' must be text; found NoneType."),
+    ("classification", {"text": "a", "label": None}, {}, "field 'label' must be text; found null."),
     ("classification", {"text": "a", "label": ""}, {}, "field 'label' is empty. Fill it, or remove the row."),
     (
         "classification",

@@ -1,6 +1,7 @@
 """The recipes that come with lola_ft: found, named, copied so that they run, and known to editors."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,19 +48,32 @@ def test_an_unknown_recipe_gets_a_suggestion() -> None:
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_copy_runs_where_it_was_copied(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = copy_recipe(name, tmp_path)
     monkeypatch.chdir(tmp_path)
+    written = copy_recipe(name)
     recipe = load_recipe(f"recipes/{name}.yaml")
     local = {source.path for source in recipe.data.sources if source.path and source.path.startswith("recipes/")}
     local |= {word.rpartition("=")[2] for word in find_recipe(name).text.split() if "=recipes/data/" in word}
     assert local or name == "demo"
     assert all(Path(path).is_file() for path in local)
-    assert {path.relative_to(tmp_path).as_posix() for path in written} == {
+    assert {path.as_posix() for path in written} == {
         f"recipes/{name}.yaml",
         "recipes/schema.json",
         *local,
     }
-    assert copy_recipe(name, tmp_path) == written  # the same again is no conflict
+    assert copy_recipe(name) == written  # the same again is no conflict
+
+
+@pytest.mark.parametrize("out", ["mine", "a b/[c]", "ABSOLUTE"])
+def test_a_copy_in_another_folder_runs_from_where_it_was_made(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = out.replace("ABSOLUTE", str(tmp_path / "there"))
+    copied = copy_recipe("classification", out)[0]
+    [source] = load_recipe(copied).data.sources
+    assert source.path == f"{out}/recipes/data/classification_sample.jsonl"
+    assert Path(source.path).is_file()
+    assert copied.read_text().startswith(f"# lola-ft train {shlex.quote(str(copied))}\n")
 
 
 def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:

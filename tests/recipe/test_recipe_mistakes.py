@@ -639,3 +639,33 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is a folder; expected a recipe file"):
         load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("path: a.jsonl, format: text, delimiter: ','", "delimiter: is for .csv and .tsv files … Remove it"),
+        ("path: a.txt, format: text, quoting: true", "quoting: is for .csv and .tsv files … Remove it"),
+        ("hub: a/b, format: text, rows_under: data", "rows_under: is for .jsonl and .ndjson and .json files"),
+        ("path: a.csv, format: text, delimiter: ';;'", "delimiter"),
+        ("path: a.csv, format: text, delimiter: '\"'", "delimiter: cannot be a quotation mark"),
+        ("path: a.csv.gz, format: text, unit: line", "unit: divides .txt files"),
+        ("path: '${X}/a.csv', format: text", "path: ${X} is not replaced in a recipe"),
+        ("path: '~nobody-here/a.csv', format: text", "path: no home folder is known for the `~`"),
+    ],
+)
+def test_keys_of_how_files_are_written_and_where(tmp_path: Path, source: str, message: str) -> None:
+    assert_each_says(mistakes(tmp_path, with_source(source)), [f"r.yaml:3: data.sources.0.{message}"])
+
+
+def test_those_keys_go_with_their_files(tmp_path: Path) -> None:
+    for source in (
+        "path: a, format: text, delimiter: ';', quoting: false",
+        "path: a.json.gz, format: text, rows_under: a.b",
+    ):
+        (tmp_path / "r.yaml").write_text(with_source(source))
+        load_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text(
+        with_source("path: a.csv, format: classification, instruction: 'Is ${text} right?'")
+    )
+    load_recipe(tmp_path / "r.yaml")

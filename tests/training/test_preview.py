@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from lola_ft.data import Example, Template, encode
+from lola_ft.data import Example, Source, Template, encode, encode_judged, read_examples
 from lola_ft.recipe import load_recipe
-from lola_ft.training.preview import END, LEARNED, READ, length_lines, preview, shown
+from lola_ft.training.preview import END, LEARNED, READ, WORSE, judged, length_lines, preview, shown
+from tests.conftest import alpaca_rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,57 @@ def test_a_long_stretch_loses_its_middle(tokenizer: Any) -> None:
     text = shown(ids, [-100] * len(ids), tokenizer).plain
     assert " […] " in text
     assert len(text) < 1300
+
+
+JUDGED = {
+    "dpo": ("preference", {"prompt": "hi", "chosen": " four", "rejected": " two"}, ["chosen", "rejected"]),
+    "kto good": ("unpaired_preference", {"prompt": "hi", "completion": " four", "label": True}, ["good"]),
+    "kto bad": ("unpaired_preference", {"prompt": "hi", "completion": " two", "label": False}, ["bad"]),
+}
+
+
+@pytest.mark.parametrize("case", JUDGED)
+def test_judged_answers_are_named_and_a_worse_one_is_not_shown_as_learned(
+    case: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    format, fields, names = JUDGED[case]
+    file = write_rows(tmp_path / "rows.jsonl", [fields])
+    examples = read_examples([Source(format, str(file))])
+    row = encode_judged(examples, tokenizer, Template.load("plain"), 100).dataset[0]
+    text = judged(row, tokenizer)
+    shown_as = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    better, worse = {"dpo": (" four", " two"), "kto good": (" four", None), "kto bad": (None, " two")}[case]
+    assert {answer: shown_as[answer] for answer in (better, worse) if answer} == {
+        answer: style for answer, style in ((better, LEARNED), (worse, WORSE)) if answer
+    }
+    assert [name for name in ("chosen", "rejected", "good", "bad") if f"\n{name}, " in text.plain] == names
+    plain = judged(row, tokenizer, plain=True).plain
+    assert ("⟦ four<|endoftext|>⟧" in plain) == (better is not None)
+    assert "⟦ two" not in plain
+
+
+@pytest.mark.parametrize("verb_name", ["preview", "plan", "train"])
+def test_unused_fields_are_listed_before_training(
+    verb_name: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
+    rows = [row | {"history": [["a", "b"]] if place < 3 else []} for place, row in enumerate(alpaca_rows(8))]
+    file = write_rows(tmp_path / "a b.jsonl", rows)
+    recipe = recipe_file(data={"sources": [{"path": str(file), "format": "alpaca"}]})
+    for _ in range(2):  # from the file, and from the cache
+        outcome = verb(verb_name, recipe, *(["--dry-run"] if verb_name == "train" else []))
+        assert outcome.code == 0, outcome.err
+        assert f"{file}: fields not used: language (8 of 8 rows), history (3 of 8 rows).\n" in outcome.out
+
+
+def test_a_batch_larger_than_the_data_is_said(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
+    batch = {"max_steps": 1, "micro_batch_size": 50, "grad_accum_steps": 2}
+    recipe = recipe_file(data={"packing": False}, train=batch)
+    said = "A step takes 100 rows (micro batch times accumulation) and the data has 80: each step is a whole epoch."
+    for name in ("plan", "train"):
+        outcome = verb(name, recipe)
+        assert outcome.code == 0, outcome.err
+        assert said in outcome.out
+    assert "whole epoch" not in verb("plan", recipe_file(data={"packing": False})).out
 
 
 def test_the_histogram_counts_every_sequence(tokenizer: Any) -> None:
@@ -105,7 +157,7 @@ def test_colours_reach_the_terminal(recipe_file: Callable[..., Path]) -> None:
         ({"base": {"model": "./nowhere"}}, "./nowhere: no such folder"),
         ({"data": {"max_length": 4000}}, "128 learned positions"),
         ({"data": {"max_length": 256}}, "128 learned positions"),
-        ({"data": {"sources": [{"path": "nowhere.csv", "format": "text"}]}}, "nowhere.csv: no such file."),
+        ({"data": {"sources": [{"path": "nowhere.csv", "format": "text"}]}}, "nowhere.csv: no such file in"),
         ({"data": {"template": "nothing"}}, "template 'nothing' is unknown"),
     ],
 )

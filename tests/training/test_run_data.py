@@ -96,7 +96,7 @@ def test_everything_that_happened_is_printed_before_training(
     assert mixed[:6] == ["sw", "4", "10.0", "10", "25.0%", "2.50"]
     assert len(mixed) == 8  # planned and actual tokens
     assert "Skipped 1 row that cannot be used" in outcome.out
-    assert "en.jsonl:41: field 'text' must be text; found int." in outcome.out.replace("\n", "")
+    assert "en.jsonl:41: field 'text' must be text; found a number." in outcome.out
     assert "Left out of training: 4 rows that say the same as an earlier one." in outcome.out
     heading = " ".join(line for line in lines[:4]).split()
     assert {"byte", "word"} <= {word.strip("┃") for word in heading}

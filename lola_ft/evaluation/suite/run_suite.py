@@ -9,8 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError, first_line
 from lola_ft.evaluation.ask_models import Opening, ask_each, how_loaded
@@ -127,7 +126,7 @@ def _run_all(
             written = {"task": one.task, "settings": settings, **kept}
             write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
         else:
-            console.print(f"{one.task}: kept from {file}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{one.task}: kept from {file}")
         results[one.task] = kept
     return results, failed
 

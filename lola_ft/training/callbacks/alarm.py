@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.training import processes
 from lola_ft.training.reports.metrics import MetricsFile
 
@@ -25,9 +24,7 @@ class Alarm:
         if begins:
             self.on.add(what)
             self._metrics.write(step, {"warning": self.kind, "message": text})
-            Console(stderr=True, quiet=not processes.is_main()).print(
-                f"\nStep {step}: {text}", markup=False, highlight=False, soft_wrap=True
-            )
+            Console(stderr=True, quiet=not processes.is_main()).print(f"\nStep {step}: {text}")
         elif not happens:
             self.on.discard(what)
         return begins

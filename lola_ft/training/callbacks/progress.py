@@ -3,10 +3,10 @@
 import time
 from typing import Any
 
-from rich.console import Console
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from lola_ft.console import Console
 from lola_ft.training.callbacks.gradient_check import GradientCheck
 from lola_ft.training.callbacks.resources import memory_now
 from lola_ft.training.run_state import RunState

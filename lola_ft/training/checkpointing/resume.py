@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lola_ft.console import Console
 from lola_ft.errors import RecipeError, UserError
 from lola_ft.file_names import CHECKPOINTS_FOLDER, METRICS_FILE, RECIPE_FILE
 from lola_ft.files import write_text
@@ -85,8 +84,7 @@ def find_restart(
         UserError: The recipe, which may change the run's length, ends before that checkpoint.
     """
 
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say = console.print
 
     def find() -> Path | None:
         checkpoint = restart_point(earlier.folder, say)

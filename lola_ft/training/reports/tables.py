@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lola_ft.console import Console
 from lola_ft.data import Counts, EncodingReport, Mixed
 from lola_ft.families import architecture_of
 from lola_ft.training.dataset import RunData
@@ -22,14 +22,14 @@ _BAD_ROWS_SHOWN = 3
 def print_report(data: RunData, console: Console) -> None:
     """Print tables of training and validation data and of the mix, and a line for each kind of row left out."""
     if data.note:
-        console.print(data.note, markup=False, highlight=False, soft_wrap=True)
+        console.print(data.note)
     console.print(data_table(data.train.report, "Training data"))
     if data.mix.changed:
         console.print(mix_table(data.mix))
     if data.validation:
         console.print(data_table(data.validation.report, "Validation data"))
-    for line in _left_out(data):
-        console.print(line, markup=False, highlight=False)
+    for line in [*_left_out(data), *data.findings_lines()]:
+        console.print(line)
 
 
 def _left_out(data: RunData) -> Iterator[str]:
