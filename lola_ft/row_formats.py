@@ -14,7 +14,7 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The fields of each format by their standard names."""
 
-MESSAGE_KEYS = frozenset({"role", "content", "from", "value"})
+MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name"})
 """Keys of a message that the formats with messages read."""
 
 JSON_FILES, TEXT_TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")

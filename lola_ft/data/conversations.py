@@ -12,7 +12,7 @@ from typing import Any
 from lola_ft.data.example import Exchange, Fields, prompt_fields
 from lola_ft.data.fields import checked_text, field_name, raw_field, text_field
 from lola_ft.data.rows import Row, Source
-from lola_ft.errors import DataError
+from lola_ft.errors import DataError, in_words
 
 Message = dict[str, Any]
 
@@ -26,7 +26,9 @@ ROLES = {
 """Names of roles, in any capitals, and what they mean here. A source's `roles` adds others."""
 
 _KEYS = (("role", "content"), ("from", "value"))
-_BESIDE = ("tool_calls", "reasoning_content")
+THINKING = "reasoning_content"
+"""What a model thought before an answer; only a chat template that knows it writes it."""
+_BESIDE = ("tool_calls", THINKING)
 """What an assistant's message may hold beside its text, for chat templates that know it."""
 _OF_TOOLS = ("tool_call_id", "name")
 
@@ -111,7 +113,7 @@ def content_text(given: Any, what: str, where: str) -> str:
 
 def _message(item: Any, place: str, where: str, roles: Mapping[str, str]) -> Message:
     if not isinstance(item, Mapping):
-        raise DataError(f"{where}: {place} must be an object with role and content.")
+        raise DataError(f"{where}: {place} must be an object with role and content; found {in_words(item)}.")
     role_key, content_key = next((keys for keys in _KEYS if keys[0] in item), _KEYS[0])
     role = _role(item.get(role_key), place, where, roles)
     if content_key not in item and not item.get("tool_calls"):

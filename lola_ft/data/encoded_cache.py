@@ -24,7 +24,7 @@ from lola_ft.data.table_store import map_table
 from lola_ft.errors import UserError
 from lola_ft.files import cache_root, sha256_of
 
-VERSION = 3
+VERSION = 4
 """Version of the encoding; changing it discards every entry."""
 KEPT = 8
 _FACTS = "facts.json"

@@ -48,6 +48,10 @@ class Findings:
         if text not in self.notes:
             self.notes.append(text)
 
+    def take_out(self, ending: str) -> None:
+        """Take fields whose name ends so out of the unused ones: something uses them after all."""
+        self.unused = Counter({name: count for name, count in self.unused.items() if not name.endswith(ending)})
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, for `restored`."""
         return {"rows": self.rows, "unused": dict(self.unused), "notes": self.notes}

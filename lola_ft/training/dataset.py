@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from lola_ft.console import Console
 from lola_ft.data import (
     BadRows,
+    ChatTemplate,
     Encoded,
     Example,
     Findings,
@@ -32,6 +33,7 @@ from lola_ft.data import (
     read_examples,
     without_duplicates,
 )
+from lola_ft.data.conversations import THINKING
 from lola_ft.data.encoded_cache import Damaged, StoredRows, find_entry, keep, key_of, new_folder, table_file
 from lola_ft.environment import usable_cores, version_of
 from lola_ft.files import sha256_of
@@ -108,6 +110,9 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
     leaks = LeakCheck([], **facts["leaks"]) if facts["leaks"] else None
     mixed = mix(stored.train, MixSettings(data.language_temperature, data.max_per_language, data.max_repeats), seed)
     findings = {name: Findings.restored(found) for name, found in facts["findings"].items()}
+    if isinstance(template, ChatTemplate) and THINKING in template.source:
+        for found in findings.values():
+            found.take_out(f"[].{THINKING}")
     commits = {_source(source).name: source.revision for source in _all_sources(data) if source.hub and source.revision}
     return RunData(
         stored.train,

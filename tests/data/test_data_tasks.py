@@ -183,7 +183,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("messages", {"messages": "hi"}, {}, "field 'messages' must be a list of messages, each with role and content."),
     ("messages", {"messages": []}, {}, "field 'messages' must be a list of messages, each with role and content."),
-    ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content."),
+    ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content; found text."),
     (
         "messages",
         {"messages": [{"role": "narrator", "content": "a"}]},
