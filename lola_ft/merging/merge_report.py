@@ -1,6 +1,6 @@
 """The report of a merge, which `merge_report.json` keeps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lola_ft.merging.effects import Effects
 from lola_ft.merging.proof import WeightProof
@@ -30,6 +30,7 @@ class MergeReport:
         verification: Comparison of logits (`Verification`); None if it was skipped.
         effects: What rounding does to loss and logits (`Effects`); None if it was skipped.
         skipped: Why logits were not compared; "" if they were.
+        other_code: Python files of the base, kept beside our own code, which the config names; [] without code of ours.
     """
 
     base_fingerprint: str
@@ -50,3 +51,4 @@ class MergeReport:
     verification: Verification | None = None
     effects: Effects | None = None
     skipped: str = ""
+    other_code: list[str] = field(default_factory=list)
