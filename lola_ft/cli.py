@@ -323,6 +323,18 @@ def convert(
 
 
 @app.command()
+def export(
+    source: Annotated[str, Argument(metavar="BASE|MERGED", help="A base or a merged model, a folder or Hub id.")],
+    out: Annotated[str, Option(help="Folder to write.")],
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
+) -> None:
+    """Write a LOLA with the code that loads it, so that transformers 4.41 or later runs it without lola_ft."""
+    from lola_ft.standalone.export import export_command
+
+    export_command(source, out, revision)
+
+
+@app.command()
 def publish(
     source: Annotated[str, Argument(metavar="RUN|ADAPTER|MERGED", help="Folder to publish.")],
     repo: Annotated[str, Option(help="Repository on the Hub, owner/name; created if it does not exist.")],

@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lola_ft.card.facts import CardFacts
-from lola_ft.card.snippet import snippets
+from lola_ft.card.snippet import carries_code, snippets
 from lola_ft.card.stages import STAGE_HEADER, stage_rows, stages_in
 from lola_ft.file_names import RECIPE_FILE
 from lola_ft.repo_id import is_repo_id
@@ -141,11 +141,32 @@ def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _loading(facts: CardFacts) -> str:
     blocks = [f"{heading}:\n\n```python\n{code}```" for heading, code in snippets(facts)]
+    blocks += _limits(facts)
     if "prompt_template.jinja" in facts.files:
         blocks.append("It was trained on prompts written with `prompt_template.jinja`.")
     if "chat_template.jinja" in facts.files:
         blocks.append("The tokenizer's chat template renders conversations as training did.")
     return "## How to load it\n\n" + "\n\n".join(blocks)
+
+
+def _limits(facts: CardFacts) -> list[str]:
+    """Say what loads the model besides, or does not."""
+    family = facts.family
+    if family is None:
+        return []
+    if facts.kind == "merged":
+        if carries_code(facts):
+            return [
+                "The code beside the weights is all that they need; it is also read by `trust_remote_code` elsewhere."
+            ]
+        return [] if family.native else ["Nothing else is needed: transformers brings the class of this model."]
+    trains_experts = facts.recipe.get("adapter", {}).get("experts") or not facts.recipe
+    if family.auto_map and facts.layout == "peft" and trains_experts:
+        return [
+            f"This layout fits lola_ft's class of {family.title}. On other code stock PEFT finds no experts to adapt, "
+            "warns, and computes something else: for those, convert it with `lola-ft convert --layout per_expert`."
+        ]
+    return []
 
 
 def _licence(facts: CardFacts) -> str:

@@ -94,6 +94,8 @@ class Family:
         fully: What can be trained without LoRA: norms, biases.
         experts, routing: None for a dense family.
         hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
+        auto_map: Code of ours beside the weights, for transformers without lola_ft: by Auto class, `file.Class` of
+            `lola_ft/standalone`. Empty for families that transformers brings itself.
         licence, licence_name: The Hub's identifier and the name (Markdown), if all of its checkpoints have one licence.
         authors_url: Where the authors describe it.
         tags: For the Hub.
@@ -122,6 +124,7 @@ class Family:
     experts: ExpertLayout | None = None
     routing: Routing | None = None
     hub_class: str | None = None
+    auto_map: Mapping[str, str] = field(default_factory=dict)
     licence: str | None = None
     licence_name: str = ""
     authors_url: str | None = None

@@ -83,7 +83,14 @@ LOLA = Family(
     ignored=IGNORED,
     experts=ExpertLayout("moe.experts", {fused: (disk,) for disk, fused in EXPERT_PROJECTIONS.items()}),
     routing=Routing(balance="layer_sum"),
-    hub_class="LOLALMHeadModel",  # of the authors' code; `model_type` is enough for ours
+    hub_class="LolaForCausalLM",
+    auto_map={
+        "AutoConfig": "configuration_lola.LolaConfig",
+        "AutoModel": "modeling_lola.LolaModel",
+        "AutoModelForCausalLM": "modeling_lola.LolaForCausalLM",
+        # `transformers serve` (5.23) asks this Auto class first, and then knows only classes that transformers brings.
+        "AutoModelForDecision": "modeling_lola.LolaForCausalLM",
+    },
     licence="cc-by-4.0",
     licence_name="[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/)",
     authors_url="https://arxiv.org/abs/2409.11272",

@@ -6,6 +6,7 @@ from pathlib import Path
 from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_FILES, read_json
 from lola_ft.files import copy_files, write_text
 from lola_ft.merging.merge_base import MergeBase
+from lola_ft.standalone.own_code import config_for
 
 _OTHER_FILES = (GENERATION_FILE, "*.py")
 
@@ -14,19 +15,13 @@ def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None
     """Write the base's config with the dtype of the merged weights, fit for every class that loads them.
 
     Args:
-        origin: The Hub id, "" for a folder; remote code that the base names without one is looked for there.
+        origin: The base's Hub id, "" for a folder.
         dtype: Of the merged weights.
     """
-    config = dict(base.config_json)
+    config = config_for(base.architecture.family, base.config_json, origin)
     config["torch_dtype"] = dtype  # the name that transformers 4 and 5 read
     if "dtype" in config:  # transformers 5 prefers this one
         config["dtype"] = dtype
-    if base.architecture.family.hub_class:
-        config["architectures"] = [base.architecture.family.hub_class]
-    if "auto_map" in config and origin:
-        config["auto_map"] = {
-            name: code if "--" in code else f"{origin}--{code}" for name, code in config["auto_map"].items()
-        }
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ from lola_ft.merging.merged_card import write_card
 from lola_ft.merging.proof import prove
 from lola_ft.merging.stream import Written, write_weights
 from lola_ft.repo_id import is_repo_id
+from lola_ft.standalone.own_code import complete_folder
 from lola_ft.subject import run_around
 
 ROUNDINGS = ("base", "nf4")
@@ -74,6 +75,7 @@ def merge(
         _write_index(source, written, folder)
         write_config(source, folder, "" if Path(base).exists() else str(base), _written_dtype(source, dtype))
         copy_companions(source.folder, stored.folder, folder)
+        report = replace(report, other_code=complete_folder(source.architecture.family, folder))
         if checks != "none":
             report = replace(report, weights=prove(source, stored, folder, DTYPES.get(dtype), written.checksums))
         if checks == "full":

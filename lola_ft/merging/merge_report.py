@@ -32,6 +32,7 @@ class MergeReport:
         effects: What rounding does to loss and logits (`Effects`); None if it was skipped.
         stages: The runs that led to the adapter, oldest first, if their manifest is there.
         skipped: Why logits were not compared; "" if they were.
+        other_code: Python files of the base, kept beside our own code, which the config names; [] without code of ours.
     """
 
     base_fingerprint: str
@@ -53,3 +54,4 @@ class MergeReport:
     effects: Effects | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     skipped: str = ""
+    other_code: list[str] = field(default_factory=list)

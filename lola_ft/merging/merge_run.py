@@ -53,6 +53,8 @@ def _say(report: MergeReport, target: Path) -> None:
         console.print(f"{report.rounded} more were written as 4-bit rounding leaves them.")
     if report.dropped:
         console.print(f"Left out {len(report.dropped)} legacy tensors: {', '.join(report.dropped[:3])}.")
+    if report.other_code:
+        console.print(f"Kept the base's own {', '.join(report.other_code)}; config.json now names our code.")
     if report.weights:
         _say_weights(report.weights, report, console)
     if report.skipped:

@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from lola_ft.families import LOLA
 from lola_ft.merging import merge
 from lola_ft.model import LolaConfig
 
@@ -64,12 +65,11 @@ def test_the_card_names_a_base_of_the_hub(tiny_base: Path, adapter: Path, tmp_pa
 
 
 def test_the_config_is_fit_for_both_codes(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
-    auto_map = {"AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel"}
-    base = copy_base("base", auto_map=auto_map)
+    base = copy_base("base", auto_map={"AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel"})
     merge(base, adapter, tmp_path / "merged", dtype="bfloat16", check="none")
     stored = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert stored["architectures"] == ["LOLALMHeadModel"]
-    assert stored["auto_map"] == auto_map
+    assert stored["architectures"] == ["LolaForCausalLM"]
+    assert stored["auto_map"] == dict(LOLA.auto_map)
     assert stored["torch_dtype"] == "bfloat16"
     assert stored["model_type"] == "lola_v1"
     config = AutoConfig.from_pretrained(tmp_path / "merged")

@@ -19,6 +19,7 @@ from lola_ft.adapters import AdapterSettings, add_adapter, load_adapter, save_ad
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.errors import AdapterError, CheckpointError, UserError, WriteError
+from lola_ft.families import LOLA
 from lola_ft.merging import merge
 from lola_ft.merging.deltas import Deltas
 from lola_ft.merging.outputs import Models
@@ -28,6 +29,12 @@ from lola_ft.quantization import load_base
 
 # Float32: one merged weight against base and side path.
 ROUNDING = 1e-5
+# What a merged folder's config says of the code and the tokenizer beside it.
+OURS = {
+    "architectures": ["LolaForCausalLM"],
+    "auto_map": dict(LOLA.auto_map),
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
 
 
 def names(folder: Path) -> list[str]:
@@ -50,7 +57,9 @@ def test_it_loads_as_any_checkpoint_does(tiny_base: Path, adapter: Path, ids: Te
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     text = "Jina langu ni Amina"
     assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(tiny_base)(text)["input_ids"]
-    assert names(tmp_path / "merged") == sorted({*names(tiny_base), "merge_report.json", "README.md"})
+    assert names(tmp_path / "merged") == sorted(
+        {*names(tiny_base), "merge_report.json", "README.md", "configuration_lola.py", "modeling_lola.py"}
+    )
 
 
 def test_the_report_is_what_the_call_returns(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -77,9 +86,8 @@ def test_the_config_keeps_every_key(
     (base / "modeling_lola_gpt2.py").write_text("# remote code\n")
     merge(base, adapter, tmp_path / "merged", check=False)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged"))
-    # Beside the names that the authors' code knows: its class, and the dtype's older key.
-    assert after == before | {"architectures": ["LOLALMHeadModel"], "torch_dtype": "float32"}
-    assert after["auto_map"] == auto_map
+    # Beside them: our code and its class, the tokenizer's, and the dtype's older key.
+    assert after == before | OURS | {"torch_dtype": "float32"}
     assert (tmp_path / "merged" / "modeling_lola_gpt2.py").read_text() == "# remote code\n"
 
 
@@ -92,8 +100,8 @@ def test_the_config_says_the_dtype_that_was_written(
     config.pop("dtype", None)
     (base / "config.json").write_text(json.dumps(config | {key: "float32"}))
     merge(base, adapter, tmp_path / "merged", dtype="bfloat16", check=False)
-    written = {"architectures": ["LOLALMHeadModel"], "torch_dtype": "bfloat16", key: "bfloat16"}
-    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config | written
+    written = {"torch_dtype": "bfloat16", key: "bfloat16"}
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == config | OURS | written
 
 
 def test_a_sharded_base_stays_sharded(
@@ -155,9 +163,10 @@ def test_the_adapter_s_tokenizer_is_preferred_and_never_mixed_with_the_base_s(
     tokenizer.save_pretrained(adapter)
     merge(base, adapter, tmp_path / "merged", check=False)
     merged = tmp_path / "merged"
-    assert AutoTokenizer.from_pretrained(merged).convert_tokens_to_ids("<|answer|>") == len(tokenizer) - 1
-    for file in adapter.glob("tokenizer*"):
-        assert (merged / file.name).read_bytes() == file.read_bytes()
+    written = AutoTokenizer.from_pretrained(merged)
+    assert written.convert_tokens_to_ids("<|answer|>") == len(tokenizer) - 1
+    assert written.get_vocab() == tokenizer.get_vocab()
+    assert {file.name for file in adapter.glob("tokenizer*")} == {file.name for file in merged.glob("tokenizer*")}
     assert not {"added_tokens.json", "chat_template.jinja"} & set(names(merged))
     assert (merged / "generation_config.json").read_text() == '{"eos_token_id": 5}'
 
@@ -169,8 +178,9 @@ def test_without_its_own_the_base_s_tokenizer_comes_whole(
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (adapter / "README.md").write_text("a card")
     merge(base, adapter, tmp_path / "merged", check=False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "merged"))
+    assert after.get_vocab() == before.get_vocab()
+    assert after.chat_template == before.chat_template == "{{ messages }}"
     assert "a card" not in (tmp_path / "merged" / "README.md").read_text()
 
 

@@ -1,0 +1,90 @@
+"""The `export` verb: a folder with a checkpoint's weights, and beside them the code that loads them anywhere."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
+from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILES
+from lola_ft.errors import UserError
+from lola_ft.file_names import CARD_FILE, MERGE_REPORT_FILE, WEIGHTS_INDEX_FILE
+from lola_ft.files import copy_files, replace_folder, write_text
+from lola_ft.standalone.own_code import complete_folder, config_for
+from lola_ft.subject import find_subject, is_adapted
+
+_OTHER_FILES = ("generation_config.json", "*.py", TEMPLATE_FILE, MERGE_REPORT_FILE, CARD_FILE, "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        linked: Files of weights that take no further room on the disk: hard links.
+        copied: Files of weights that were copied, because the target is on another disk.
+        other_code: Python files of the checkpoint that were kept.
+    """
+
+    linked: list[str]
+    copied: list[str]
+    other_code: list[str]
+
+
+def export(source: str | Path, out: str | Path, revision: str | None = None) -> Export:
+    """Write a base or a merged model as a folder that loads without lola_ft.
+
+    The weights stay as they are, in the layout of the Hub, and are linked if the disk allows it.
+
+    Args:
+        source: A folder or a Hub id.
+        out: Folder to write; must not hold anything yet.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or asks for what the code does not do.
+        UserError: It needs no code of ours, it is an adapter, or `out` is taken.
+    """
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
+    if is_adapted(Path(source)):
+        raise UserError(
+            f"{source}: is a run or an adapter, without weights of a model. Merge it first: merge.py {source}"
+        )
+    checkpoint = BaseCheckpoint.open(find_subject(source, revision=revision).folder)
+    family = checkpoint.family
+    if not family.auto_map:
+        raise UserError(
+            f"{source}: transformers brings the class of {family.title} models ({family.model_type}), so this folder "
+            "loads without lola_ft as it is. Use it directly."
+        )
+    checkpoint.check_tied_head()
+    linked, copied = list[str](), list[str]()
+    with replace_folder(out) as folder:
+        for file in checkpoint.files:
+            (linked if _link_or_copy(file, folder / file.name) else copied).append(file.name)
+        copy_files(checkpoint.folder, folder, (WEIGHTS_INDEX_FILE, *_OTHER_FILES, *TOKENIZER_FILES))
+        config = config_for(family, checkpoint.config_json, "" if Path(source).exists() else str(source))
+        write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        return Export(linked, copied, complete_folder(family, folder))
+
+
+def _link_or_copy(file: Path, target: Path) -> bool:
+    """Tell whether the file could be linked; otherwise it is copied."""
+    try:
+        os.link(file.resolve(), target)  # resolved: the Hub's cache holds symbolic links
+    except OSError:
+        shutil.copyfile(file, target)
+        return False
+    return True
+
+
+def export_command(source: str, out: str, revision: str | None) -> None:
+    """Export, and print what was done."""
+    done = export(source, out, revision)
+    how = [f"{len(files)} {what}" for files, what in ((done.linked, "linked"), (done.copied, "copied")) if files]
+    print(f"Files of weights: {', '.join(how)}.")
+    if done.other_code:
+        print(f"Kept {', '.join(done.other_code)}; config.json now names our code.")
+    print(f'{out} loads without lola_ft: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)')
