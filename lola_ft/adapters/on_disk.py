@@ -75,6 +75,11 @@ class StoredAdapter:
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
 
+    @property
+    def rows(self) -> int:
+        """Return how many rows of embeddings the trained tokens need at least; 0 without any."""
+        return max(token_ids_in(self.config), default=-1) + 1
+
     def vocabulary(self, rows: int) -> int:
         """Return how many rows the embeddings have with this adapter on a base of `rows` rows.
 

@@ -18,6 +18,7 @@ class CardFacts:
         base_revision: The base's commit where that is known, else branch or tag.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
+        rows: Rows of embeddings that the adapter's special tokens need at least; 0 without any.
         manifest: The run's `manifest.json`, or as much of it as there is.
         merge_report: `merge_report.json` of merged weights.
         files: Names of the published files.
@@ -32,6 +33,7 @@ class CardFacts:
     base_revision: str | None = None
     layout: str | None = None
     stock_peft: bool = False
+    rows: int = 0
     manifest: dict[str, Any] = field(default_factory=dict)
     merge_report: dict[str, Any] = field(default_factory=dict)
     files: tuple[str, ...] = ()

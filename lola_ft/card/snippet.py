@@ -51,7 +51,7 @@ def _stock_peft(facts: CardFacts) -> str:
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({_base(facts)}, dtype="auto")
-model = PeftModel.from_pretrained(model, "{facts.location}")
+{_rows(facts)}model = PeftModel.from_pretrained(model, "{facts.location}")
 """
 
 
@@ -85,8 +85,13 @@ def _peft_on_code(facts: CardFacts, base: str) -> str:
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained({base}, torch_dtype="auto", trust_remote_code=True)
-model = PeftModel.from_pretrained(model, "{facts.location}")
+{_rows(facts)}model = PeftModel.from_pretrained(model, "{facts.location}")
 """
+
+
+def _rows(facts: CardFacts) -> str:
+    """Return the line that gives the embeddings the rows of an adapter's special tokens; "" for one without."""
+    return f"model.resize_token_embeddings(max({facts.rows}, model.config.vocab_size))\n" if facts.rows else ""
 
 
 def _registration(facts: CardFacts) -> str:

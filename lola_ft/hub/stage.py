@@ -72,6 +72,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     if source.run is not None and source.kind == "adapter":
         _stage_run(source.run, source.manifest, base, folder)
     names = {file.name for file in folder.iterdir()} | {CARD_FILE, LIST_FILE}
+    stored = read_adapter(folder) if source.kind == "adapter" else None
     facts = CardFacts(
         title=repo.partition("/")[2],
         kind=source.kind,
@@ -81,7 +82,8 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         family=_family_of(source, base),
         base_revision=base.revision,
         layout=(layout or source.layout) if source.kind == "adapter" else None,
-        stock_peft=source.kind == "adapter" and read_adapter(folder).loads_with_stock_peft,
+        stock_peft=stored is not None and stored.loads_with_stock_peft,
+        rows=stored.rows if stored else 0,
         manifest=source.manifest,
         merge_report=read_json(folder / MERGE_REPORT_FILE) if MERGE_REPORT_FILE in names else {},
         files=tuple(sorted(names)),

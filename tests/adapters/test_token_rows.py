@@ -195,6 +195,7 @@ def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading
     stock = PeftModel.from_pretrained(stock, run / "adapter")
     torch.testing.assert_close(stock(labels).logits, ours(labels).logits, atol=1e-5, rtol=1e-5)
     assert verb("generate", run, "--prompt", "one", "--max-new-tokens", "2").code == 0
+    assert f"model.resize_token_embeddings(max({rows + 2}, model.config.vocab_size))" in (run / "README.md").read_text()
 
 
 def test_tokens_that_a_base_has_no_rows_for_are_named_with_the_way_out(tmp_path: Path, tiny_base: Path) -> None:

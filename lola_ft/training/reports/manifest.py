@@ -96,7 +96,7 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
 
 def write_card(output: Path, manifest: dict[str, Any]) -> None:
     """Write the run's README from its manifest alone."""
-    base = manifest["recipe"]["base"]
+    base, stored = manifest["recipe"]["base"], read_adapter(output / ADAPTER_FOLDER)
     facts = CardFacts(
         title=output.name,
         kind="adapter",
@@ -106,7 +106,8 @@ def write_card(output: Path, manifest: dict[str, Any]) -> None:
         family=recorded_family(manifest["base"].get("family")),
         base_revision=base["revision"] if is_repo_id(base["model"]) else None,
         layout=manifest["layout"],
-        stock_peft=read_adapter(output / ADAPTER_FOLDER).loads_with_stock_peft,
+        stock_peft=stored.loads_with_stock_peft,
+        rows=stored.rows,
         manifest=manifest,
         files=tuple(sorted(file.name for file in (output / ADAPTER_FOLDER).iterdir())),
     )
