@@ -82,7 +82,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     from lola_ft.training.run_folder import refuse_bad_output
 
-    if not resume and loaded.train.resume == "never" and os.environ.get("RANK", "0") == "0":
+    if not resume and not allow_changed and loaded.train.resume == "never" and os.environ.get("RANK", "0") == "0":
         refuse_bad_output(Path(loaded.output))
     from lola_ft.training import train as run
 

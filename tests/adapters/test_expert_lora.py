@@ -91,5 +91,5 @@ def test_4_bit_experts_have_the_same_names_and_shapes_and_refuse_a_merge_in_memo
             {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()} for model in (ours, dense)
         )
         assert shapes == wanted
-        with pytest.raises(AdapterError, match=r"merge\.py"):
+        with pytest.raises(AdapterError, match="lola-ft merge"):
             ours.merge_adapter()

@@ -299,11 +299,11 @@ def test_a_missing_file_names_the_folder_it_was_looked_for_in(tmp_path: Path, mo
 def test_fields_that_nothing_used_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows = [
-        row | {"history": [["a", "b"]] * (i > 0), "system": "Be kind." * (i == 2), "input": ""}
+        row | {"sources": [["a", "b"]] * (i > 0), "mood": "Be kind." * (i == 2), "input": ""}
         for i, row in enumerate(ROWS)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read(path)[1] == ["a.jsonl: fields not used: history (2 of 3 rows), system (1 of 3 rows)."]
+    assert read(path)[1] == ["a.jsonl: fields not used: sources (2 of 3 rows), mood (1 of 3 rows)."]
     assert read(path, language_column="instruction")[1] == read(path)[1]
     assert "output" in read(path, fields={"output": "instruction"})[1][0]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok", "reasoning_content": "hm"}]

@@ -59,6 +59,7 @@ LLAMA = Family(
         "mlp": tuple(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
     },
     size_keys=(),
+    config_keys=lambda _sizes: {},
     embeddings=("model.embed_tokens.weight", "lm_head.weight"),
     sizes=sizes,
     places=places,

@@ -69,9 +69,9 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     "no messages": ("r.jsonl", b'{"messages": []}\n', "messages", "must be a list of messages"),
     "unknown role": (
         "r.jsonl",
-        b'{"messages": [{"role": "bot", "content": "a"}]}\n',
+        b'{"messages": [{"role": "narrator", "content": "a"}]}\n',
         "messages",
-        "role must be system",
+        "role 'narrator' is unknown",
     ),
     "no content": ("r.jsonl", b'{"messages": [{"role": "user"}]}\n', "messages", "messages[0] has no content"),
     "question last": (

@@ -85,13 +85,13 @@ def test_judged_answers_are_named_and_a_worse_one_is_not_shown_as_learned(
 def test_unused_fields_are_listed_before_training(
     verb_name: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
-    rows = [row | {"history": [["a", "b"]] if place < 3 else []} for place, row in enumerate(alpaca_rows(8))]
+    rows = [row | {"sources": [["a", "b"]] if place < 3 else []} for place, row in enumerate(alpaca_rows(8))]
     file = write_rows(tmp_path / "a b.jsonl", rows)
     recipe = recipe_file(data={"sources": [{"path": str(file), "format": "alpaca"}]})
     for _ in range(2):  # from the file, and from the cache
         outcome = verb(verb_name, recipe, *(["--dry-run"] if verb_name == "train" else []))
         assert outcome.code == 0, outcome.err
-        assert f"{file}: fields not used: language (8 of 8 rows), history (3 of 8 rows).\n" in outcome.out
+        assert f"{file}: fields not used: language (8 of 8 rows), sources (3 of 8 rows).\n" in outcome.out
 
 
 def test_a_batch_larger_than_the_data_is_said(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:

@@ -399,7 +399,7 @@ def test_stopped_before_anything_is_read(
 
     monkeypatch.setattr("lola_ft.recipe.load_recipe", stopped)
     outcome = verb("train", recipe_file())
-    assert (outcome.code, outcome.err) == (130, "")
+    assert (outcome.code, outcome.err) == (130, "\nStopped.\n")
 
 
 def test_killed_before_its_recipe_was_there(
