@@ -20,6 +20,7 @@ PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/", "start/")
 """Folders inside a run."""
 NEIGHBOURS = {
     "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files
+    "docs/publishing.md": "lola_ft/standalone",  # names the two files that lie beside the weights
     "docs/performance.md": "benchmarks",  # its first line says that all scripts are there
 }
 """A folder whose files a document names without it."""
