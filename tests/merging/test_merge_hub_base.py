@@ -66,5 +66,5 @@ def test_the_revision_that_the_adapter_names(
     assert base_of_merge("given", "--base", BASE_ID) == new
 
     config = json.loads((tmp_path / "own" / "config.json").read_text())
-    assert config["auto_map"] == {"AutoConfig": f"{BASE_ID}--configuration_lola_gpt2.LOLAConfig"}
+    assert config["auto_map"]["AutoConfig"] == "configuration_lola.LolaConfig"  # the folder's own code, not the base's
     assert BASE_ID in (tmp_path / "own" / "README.md").read_text()
