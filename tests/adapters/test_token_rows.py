@@ -20,6 +20,7 @@ from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from tests.families.conftest import write_recipe
 from tests.families.moe import make_moe
+from tests.grids import slow_but
 
 IDS = (310, 317)
 LABELS = torch.tensor([[3, 310, 8, 9, 317, 2], [310, 310, 4, 5, 6, 317]])
@@ -168,7 +169,7 @@ def test_a_run_trains_the_rows_of_its_special_tokens_and_no_others(verb: Callabl
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"][0] == ids[1]
 
 
-@pytest.mark.parametrize("family", ["lola", "olmoe"])
+@pytest.mark.parametrize("family", slow_but(["lola"], ["lola", "olmoe"]))
 def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading_know(
     bases: dict[str, Path], family: str, verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_base_run_and_merged_side_by_side(
     verb: Verb, tiny_base: Path, run: Path, merged: Path, texts: Path, tmp_path: Path

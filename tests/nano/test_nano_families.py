@@ -110,7 +110,7 @@ def test_the_base_of_another_family_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_languages")
-@pytest.mark.parametrize("family", slow_but([OLMOE, GPT2], POSSIBLE), ids=lambda family: family.model_type)
+@pytest.mark.parametrize("family", slow_but([OLMOE], POSSIBLE), ids=lambda family: family.model_type)
 def test_stock_transformers_loads_what_the_verb_builds(
     family: Family, verb: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

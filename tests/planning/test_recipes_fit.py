@@ -9,6 +9,7 @@ import pytest
 from transformers import MixtralConfig, OlmoeConfig, PretrainedConfig, Qwen3MoeConfig
 
 from lola_ft.recipe.bundled import find_recipe
+from tests.grids import slow_but
 
 # Sizes as in each base's config on the Hub; parameters as its authors give them.
 BASES: dict[str, tuple[PretrainedConfig, float, str]] = {
@@ -22,7 +23,7 @@ BASES: dict[str, tuple[PretrainedConfig, float, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("name", slow_but(["instruct_olmoe"], BASES))
 def test_it_fits_the_gpu_that_it_names(name: str, verb: Callable[..., Any], tmp_path: Path) -> None:
     config, parameters, gpu = BASES[name]
     config.save_pretrained(tmp_path / "base")

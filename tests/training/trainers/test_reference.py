@@ -132,7 +132,8 @@ def test_only_the_active_adapter_is_trained_and_saved(preference: Preference) ->
     assert trained == frozen
 
 
-@pytest.mark.parametrize("objective", slow_but(["dpo"], ["dpo", "kto"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_killed_run_resumes_to_the_same_bits_without_the_first_stage(objective: str, preference: Preference) -> None:
     """Its reference is still where it started, not where it was stopped."""
     first = preference.first()
