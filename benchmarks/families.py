@@ -61,19 +61,20 @@ def beside_stock(family: str, args: argparse.Namespace) -> dict[str, Any]:
         write_base(Path(folder), shaped)
         ways: dict[str, MakeStep] = {"ours": partial(ours, folder, shaped)}
         ways |= {name: partial(stock, folder, shaped, name) for name in fits}
-        seconds, memory = in_turns(ways, args.steps, args.warmup)
+        seconds, found = in_turns(ways, args.steps, args.warmup)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     best = min(fits, key=medians.__getitem__)
     faster = statistics.median(theirs / own for theirs, own in zip(seconds[best], seconds["ours"], strict=True))
     measured = "gpu" if args.device == "cuda" else "whole"
-    peak = {name: figures[measured] for name, figures in memory.items()}
-    above = {name: figures["whole"] - figures["after_imports"] for name, figures in memory.items()}
+    peak = {name: figures[measured] for name, figures in found.items()}
+    above = {name: figures["whole"] - figures["after_imports"] for name, figures in found.items()}
     return {
         "shape": SHAPES[family],
         "tokens_per_s": {name: round(args.batch * args.seq / value, 1) for name, value in medians.items()},
         "best_stock_way": best,
         "left_out": left_out,
         "times_faster": round(faster, 2),
+        "cpu_s_per_step": {name: figures["cpu_s"] for name, figures in found.items()},
         "peak_mb": peak,
         "peak_above_imports_mb": {name: round(value, 1) for name, value in above.items()},
         "share_of_their_memory": {
@@ -92,7 +93,7 @@ def against_top_1(args: argparse.Namespace) -> dict[str, Any]:
         for name, shaped in (("top_k", many), ("top_1", one)):
             write_base(Path(folder) / name, shaped)
             ways[name] = partial(ours, f"{folder}/{name}", shaped)
-        seconds, _ = in_turns(ways, args.steps, args.warmup)
+        seconds, found = in_turns(ways, args.steps, args.warmup)
     ratio = statistics.median(k / single for k, single in zip(seconds["top_k"], seconds["top_1"], strict=True))
     return {
         "shapes": {
@@ -102,6 +103,7 @@ def against_top_1(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": {
             name: round(args.batch * args.seq / statistics.median(values), 1) for name, values in seconds.items()
         },
+        "cpu_s_per_step": {name: figures["cpu_s"] for name, figures in found.items()},
         "times": round(ratio, 2),
     }
 

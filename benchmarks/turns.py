@@ -6,6 +6,8 @@ machine slows all of them alike.
 
 import gc
 import multiprocessing
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -31,7 +33,7 @@ def in_turns(
         warmup: First rounds, which are not counted.
 
     Returns:
-        Seconds of each counted step, and memory, by way; see `serve`.
+        Seconds of each counted step, and the figures of `serve`, by way.
     """
     with ExitStack() as running:
         started = {name: running.enter_context(_Way(make)) for name, make in ways.items()}
@@ -41,21 +43,21 @@ def in_turns(
                 taken = way.ask("step")
                 if round_ >= warmup:
                     seconds[name].append(taken)
-        return seconds, {name: way.ask("memory") for name, way in started.items()}
+        return seconds, {name: way.ask("figures") for name, way in started.items()}
 
 
 class _Way:
     """A process that does a way's steps when it is asked to."""
 
     def __init__(self, make: MakeStep) -> None:
-        context = multiprocessing.get_context("spawn")
+        self._make, context = make, multiprocessing.get_context("spawn")
         self._pipe, self._theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(self._theirs, make), daemon=True)
 
     def __enter__(self) -> "_Way":
         self._process.start()
         self._theirs.close()  # so that `ask` ends, and does not wait, if that process fails
-        self.ask("memory")  # the model is there; its loading disturbs nobody's steps
+        self.ask("figures")  # the model is there; its loading disturbs nobody's steps
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,26 +66,34 @@ class _Way:
         self._process.join()
 
     def ask(self, what: str) -> Any:
-        self._pipe.send(what)
-        return self._pipe.recv()
+        try:
+            self._pipe.send(what)
+            return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise SystemExit(f"The process of {self._make} ended; what it said is above.") from None
 
 
 def serve(pipe: Connection, make: MakeStep) -> None:
-    """Answer `step` with its seconds, and `memory` with these figures, MB.
+    """Answer `step` with its seconds, and `figures` with these.
 
-    after_imports: resident before the model is there; whole: the most that was resident; steps_anonymous: the most
-    anonymous memory in a step; gpu: the most that torch had of a GPU.
+    after_imports: MB resident before the model is there; whole: the most that was resident; steps_anonymous: the most
+    anonymous memory in a step; gpu: the most that torch had of a GPU; cpu_s: seconds of the processor that the median
+    step took on all threads, which a busy machine changes less than its duration (if threads sleep where they wait:
+    OMP_WAIT_POLICY=PASSIVE).
     """
-    memory = {"after_imports": peak_resident(), "steps_anonymous": 0.0}
-    step = make()
+    figures = {"after_imports": peak_resident(), "steps_anonymous": 0.0, "cpu_s": 0.0}
+    step, cpu_s = make(), []
     gc.collect()
     give_back_freed_memory()
     while (what := pipe.recv()) is not None:
-        if what == "memory":
+        if what == "figures":
             gpu = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
-            pipe.send(memory | {"whole": peak_resident(), "gpu": round(gpu, 1)})
+            figures["cpu_s"] = round(statistics.median(cpu_s), 3) if cpu_s else 0.0
+            pipe.send(figures | {"whole": peak_resident(), "gpu": round(gpu, 1)})
             continue
+        began = time.process_time()
         with Peak() as peak:
             seconds = step()
-        memory["steps_anonymous"] = max(memory["steps_anonymous"], peak.result()["anonymous"])
+        cpu_s.append(time.process_time() - began)
+        figures["steps_anonymous"] = max(figures["steps_anonymous"], peak.result()["anonymous"])
         pipe.send(seconds)
