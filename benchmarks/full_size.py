@@ -1,8 +1,10 @@
-"""LOLA's exact shapes with random weights, on this machine: load in NF4, a few tokens, one training step.
+"""A base's exact shapes with random weights, on this machine: load in NF4, a few tokens, one training step.
 
     python benchmarks/full_size.py [--source-dtype bfloat16|float32] [--folder DIR]
+    python benchmarks/full_size.py --family olmoe|qwen3_moe [--layers 8] [--folder DIR]
 
-Needs 20 GB of disk for bfloat16 shards, 35 GB for float32. Prints one JSON line last and removes what it wrote.
+LOLA's needs 20 GB of disk for bfloat16 shards, 35 GB for float32; what the others need and measure says
+`full_size_families.py`. Prints one JSON line last and removes what it wrote.
 """
 
 import argparse
@@ -12,15 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from load import measure_load, parse, print_result
+from full_size_families import SHAPES, measure_family
+from load import make_parser, measure_load, print_result
 from memory import Peak
 
 from lola_ft.adapters import AdapterSettings, add_adapter
 
 
 def main() -> None:
-    args = parse(layers=24)
-    print_result(args, lambda folder: measure(folder, args))
+    parser = make_parser(layers=24)
+    parser.add_argument("--family", choices=("lola", *SHAPES), default="lola")
+    parser.add_argument("--rank", type=int, default=8, help="of other families' adapter")
+    parser.add_argument("--small", action="store_true", help="narrow layers of another family, to try the script")
+    args = parser.parse_args()
+    run = measure if args.family == "lola" else measure_family
+    print_result(args, lambda folder: run(folder, args))
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from lola_ft.quantization.nf4 import quantize
 
 
 def main() -> None:
-    args = parse(layers=4)
+    args = make_parser(layers=4).parse_args()
     print_result(args, lambda folder: measure_load(folder, args)[1])
 
 
@@ -120,7 +120,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]
     return time.perf_counter() - began, result
 
 
-def parse(**defaults: int) -> argparse.Namespace:
+def make_parser(**defaults: int) -> argparse.ArgumentParser:
     """The command line; `full_size.py` takes the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source-dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -128,7 +128,7 @@ def parse(**defaults: int) -> argparse.Namespace:
     parser.add_argument("--folder", help="where to write the checkpoint; the system's temporary folder if left out")
     parser.add_argument("--layers", type=int, default=defaults["layers"], help=f"default: {defaults['layers']}")
     parser.add_argument("--seq", type=int, default=256, help="of the training step")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -30,8 +30,16 @@ class Peak:
 
 def read_memory() -> dict[str, float]:
     """Anonymous and resident memory of this process, MB (Linux)."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {
-        name: round(int(fields[key].split()[0]) * 1024 / 1e6, 1)
-        for name, key in (("anonymous", "RssAnon"), ("resident", "VmRSS"))
-    }
+    fields = _fields()
+    return {"anonymous": fields["RssAnon"], "resident": fields["VmRSS"]}
+
+
+def peak_resident() -> float:
+    """The most that has been resident of this process so far, MB (Linux)."""
+    return _fields()["VmHWM"]
+
+
+def _fields() -> dict[str, float]:
+    """What the kernel says of this process's memory, MB."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0][:-1]: round(int(words[1]) * 1024 / 1e6, 1) for words in lines if words[-1] == "kB"}

@@ -28,20 +28,22 @@ _KEYS = {
 
 
 def config_of(family: str, **sizes: Any) -> Any:
-    """A family's config, of sizes that LOLA's config names."""
+    """A family's config, of sizes that LOLA's config names, or by its own names."""
     if family == "lola":
         return LolaConfig(**sizes)
     config_class = CONFIG_MAPPING[family]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
     translated = {name: size for key, size in sizes.items() for name in _KEYS.get(key, (key,)) if name in known}
-    return config_class(**translated | {"head_dim": sizes["n_embd"] // sizes["n_head"]})
+    if "n_embd" in sizes:
+        translated["head_dim"] = sizes["n_embd"] // sizes["n_head"]
+    return config_class(**translated)
 
 
 def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, family: str = "lola", **sizes: Any) -> None:
     """Write random weights in the Hub's layout, shard by shard.
 
     Args:
-        sizes: Of the config, where they are others than LOLA's, by the names of LOLA's config.
+        sizes: Of the config, where they are others than the class's own, by the names of LOLA's config or its own.
     """
     config = config_of(family, n_layer=layers, **sizes)
     config.save_pretrained(folder)
@@ -73,7 +75,9 @@ def _start(name: str, place: Place, pool: Tensor, shift: int) -> Tensor:
         return torch.zeros(place.shape)
     if place.group == "norms":
         return torch.ones(place.shape)
-    numel = torch.Size(place.shape).numel()
+    numel, first = torch.Size(place.shape).numel(), -shift % pool.numel()
+    if first + numel <= pool.numel():  # a view: copying the pool for each of 1,536 experts would take minutes
+        return pool[first : first + numel].view(place.shape)
     return pool.roll(shift).repeat(-(-numel // pool.numel()))[:numel].view(place.shape)
 
 

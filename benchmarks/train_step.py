@@ -114,6 +114,10 @@ def train_steps(
 
 
 def parse(**defaults: int) -> argparse.Namespace:
+    return make_parser(**defaults).parse_args()
+
+
+def make_parser(**defaults: int) -> argparse.ArgumentParser:
     """The command line; other benchmarks take the same, with defaults of their own."""
     about = sys.modules["__main__"].__doc__
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -126,7 +130,7 @@ def parse(**defaults: int) -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -7,45 +7,31 @@ that each had in its steps. Prints one JSON line last.
 """
 
 import argparse
-import gc
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import Peak
 from peft import PeftModel
 from per_expert import per_expert_model
 from train_step import parse, train_steps, with_adapter, write_base
+from turns import Step, in_turns
 
 import lola_ft
-from lola_ft.memory import give_back_freed_memory
 from lola_ft.training.precision import choose_precision
-
-Step = Callable[[], float]
-"""Does one step; returns its seconds."""
 
 
 def main() -> None:
     args = parse()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+    with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), args)
-        ways = {name: running.enter_context(Way(name, folder, args)) for name in WAYS}
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for round_ in range(args.warmup + args.steps):
-            for name, way in ways.items():
-                seconds = way.ask("step")
-                if round_ >= args.warmup:
-                    times[name].append(seconds)
-        memory = {name: way.ask("memory") for name, way in ways.items()}
+        ways = {"ours": partial(ours, folder, args), "common": partial(common, folder, args)}
+        times, found = in_turns(ways, args.steps, args.warmup)
+    memory = {name: figures["steps_anonymous"] for name, figures in found.items()}
     medians = {name: statistics.median(values) for name, values in times.items()}
     faster = statistics.median(c / o for c, o in zip(times["common"], times["ours"], strict=True))
     print(
@@ -62,44 +48,6 @@ def main() -> None:
     )
 
 
-class Way:
-    """A process that does a way's steps when it is asked to."""
-
-    def __init__(self, name: str, folder: str, args: argparse.Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, name, folder, args))
-
-    def __enter__(self) -> "Way":
-        self._process.start()
-        self.ask("memory")  # the model is there; its loading disturbs nobody's steps
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.send(None)
-        self._process.join()
-
-    def ask(self, what: str) -> Any:
-        self._pipe.send(what)
-        return self._pipe.recv()
-
-
-def serve(pipe: Connection, name: str, folder: str, args: argparse.Namespace) -> None:
-    """Answer `step` with its seconds, and `memory` with the largest anonymous memory (MB) since the model is there."""
-    step = WAYS[name](folder, args)
-    gc.collect()
-    give_back_freed_memory()
-    largest = 0.0
-    while (what := pipe.recv()) is not None:
-        if what == "memory":
-            pipe.send(largest)
-            continue
-        with Peak() as peak:
-            seconds = step()
-        largest = max(largest, peak.result()["anonymous"])
-        pipe.send(seconds)
-
-
 def ours(folder: str, args: argparse.Namespace) -> Step:
     device, precision = torch.device(args.device), choose_precision("bfloat16", torch.device(args.device))
     base = lola_ft.load_base(folder, quantization_of(args), precision.dtype, device, quiet=True)
@@ -112,9 +60,6 @@ def common(folder: str, args: argparse.Namespace) -> Step:
     dense = lola_ft.load_base(folder, None, precision.dtype, device, quiet=True)
     model = per_expert_model(dense, args.rank, quantization_of(args) is not None)
     return lambda: common_step(model, args.batch, args.seq)
-
-
-WAYS: dict[str, Callable[[str, argparse.Namespace], Step]] = {"ours": ours, "common": common}
 
 
 def common_step(model: PeftModel, batch: int, seq: int) -> float:

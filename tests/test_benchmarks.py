@@ -1,19 +1,23 @@
 """The benchmarks run and print what they promise."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = "--layers 2 --hidden 64 --heads 4 --inner 128 --experts 4 --vocab 512 --seq 64 --batch 2 --rank 4 --steps 2"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 def test_train_step_prints_one_json_line_last(quantization: str) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
+    script = BENCHMARKS / "train_step.py"
     command = [sys.executable, str(script), *SMALL.split(), "--quantization", quantization, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(done.stdout.splitlines()[-1])
@@ -26,7 +30,7 @@ def test_train_step_prints_one_json_line_last(quantization: str) -> None:
 
 @pytest.mark.slow
 def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    script = BENCHMARKS / "gpu.py"
     small = "--layers 2 --hidden 64 --heads 4 --inner 128 --vocab 512 --seq 32 --steps 2 --decode 4 --ceiling 256"
     command = [sys.executable, str(script), *small.split(), "--tokens", "64", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -40,7 +44,7 @@ def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
 
 @pytest.mark.slow
 def test_merge_prints_one_json_line_last(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "merge.py"
+    script = BENCHMARKS / "merge.py"
     small = ["--layers", "2", "--hidden", "64", "--inner", "128", "--experts", "4", "--vocab", "512", "--rank", "4"]
     command = [sys.executable, str(script), *small, "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -50,3 +54,68 @@ def test_merge_prints_one_json_line_last(tmp_path: Path) -> None:
     assert result["ratio"] == pytest.approx(result["merge_s"] / (sum(result["copy_s"]) / 2), rel=0.5)
     assert result["memory_mb"]["merge"]["peak"]["anonymous"] < 300
     assert list(tmp_path.iterdir()) == []
+
+
+def test_random_weights_are_a_stretch_of_the_pool_each_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without copying the pool, whose copies for each of some thousand experts took minutes."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from random_checkpoint import _start
+
+    from lola_ft.families import Place
+
+    pool = torch.randn(1000)
+    for shift, shape in ((7, (4, 5)), (990, (3, 7)), (995, (2, 4)), (123, (40, 50))):
+        numel = torch.Size(shape).numel()
+        expected = pool.roll(shift).repeat(-(-numel // 1000))[:numel].view(shape)
+        made = _start("model.layers.0.mlp.experts.0.up_proj.weight", Place("p", shape, "experts"), pool, shift)
+        assert torch.equal(made, expected)
+    views = _start("w", Place("p", (4, 5), "experts"), pool, 1000 - 7)
+    assert views.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
+
+
+def test_ways_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS), prepend=os.pathsep)
+    from turns import in_turns
+
+    from tests.benchmark_ways import failing, sleeping
+
+    seconds, figures = in_turns({"short": partial(sleeping, 0.01), "long": partial(sleeping, 0.05)}, 3, 1)
+    assert seconds == {"short": [0.01] * 3, "long": [0.05] * 3}
+    assert all(found["whole"] >= found["after_imports"] > 10 for found in figures.values())
+    assert all(found["steps_anonymous"] > 10 for found in figures.values())
+    with pytest.raises(SystemExit, match="failing"):  # at once: it does not wait for a process that is gone
+        in_turns({"broken": failing}, 1, 0)
+
+
+@pytest.mark.slow
+def test_families_prints_ratios_beside_the_best_stock_way() -> None:
+    small = "--layers 2 --hidden 64 --heads 4 --vocab 512 --seq 32 --batch 2 --rank 4 --steps 2 --families olmoe"
+    command = [sys.executable, str(BENCHMARKS / "families.py"), *small.split(), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["olmoe"]
+    stock = {name: value for name, value in found["tokens_per_s"].items() if name != "ours"}
+    assert {"grouped_mm", "eager"} <= set(stock)
+    assert found["best_stock_way"] == max(stock, key=stock.__getitem__)
+    ratio = found["tokens_per_s"]["ours"] / stock[found["best_stock_way"]]
+    assert found["times_faster"] == pytest.approx(ratio, rel=0.8)  # a median of ratios, here of two rounds
+    assert set(found["left_out"]) | set(stock) == {"grouped_mm", "eager", "batched_mm"}
+    shapes = result["top_k_against_top_1"]["shapes"].values()
+    assert len({shape["top_k"] * shape["inner"] for shape in shapes}) == 1, "not the same active parameters"
+    assert len({shape["experts"] * shape["inner"] for shape in shapes}) == 1, "not the same parameters"
+
+
+@pytest.mark.slow
+def test_full_size_of_another_family_removes_what_it_wrote(tmp_path: Path) -> None:
+    small = ["--family", "qwen3_moe", "--small", "--layers", "2", "--seq", "32", "--folder", str(tmp_path)]
+    command = [sys.executable, str(BENCHMARKS / "full_size.py"), *small]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert list(tmp_path.iterdir()) == []
+    # q, k, v, o and three projections of eight experts in each of two layers, A and B.
+    assert result["adapter_tensors"] == 2 * (4 + 3 * 8)
+    assert result["whole"]["layers"] == 48
+    assert result["whole"]["train_step_s"] == pytest.approx(24 * result["train_step_s"], rel=0.02)
+    assert 5.5 < result["loss"] < 7.5  # ln(512) = 6.2
+    assert 0 < result["quantised_gb"] < result["base_gb"]

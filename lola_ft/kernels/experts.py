@@ -23,6 +23,7 @@ from lola_ft.kernels.loop_products import LoopProducts
 from lola_ft.kernels.precision import compute_dtype
 from lola_ft.kernels.products import Products, Side
 from lola_ft.kernels.stacks import Experts, LowRank, WeightStack
+from lola_ft.kernels.threads import in_blocks
 
 RANK_MULTIPLE = 8
 """Ranks are padded to it: rows of a grouped product's operand start at multiples of 16 bytes."""
@@ -86,15 +87,28 @@ class _Layer:
         if not self.has_gate:
             return self.activation.forward(pre_NO)
         gate_NF, up_NF = pre_NO.chunk(2, dim=1)
-        return self.activation.forward(gate_NF) * up_NF
+        act_NF = pre_NO.new_empty(gate_NF.shape)
+
+        def fill(n: slice) -> None:
+            torch.mul(self.activation.forward(gate_NF[n]), up_NF[n], out=act_NF[n])
+
+        in_blocks(fill, pre_NO.shape[0], pre_NO.device)
+        return act_NF
 
     def activated_backward(self, d_act_NF: Tensor, pre_NO: Tensor) -> Tensor:
         """(N, O): the gradient of what `activated` was given."""
         if not self.has_gate:
             return self.activation.backward(d_act_NF, pre_NO)
         gate_NF, up_NF = pre_NO.chunk(2, dim=1)
-        d_gate_NF = self.activation.backward(d_act_NF * up_NF, gate_NF)
-        return torch.cat([d_gate_NF, d_act_NF * self.activation.forward(gate_NF)], dim=1)
+        d_pre_NO = torch.empty_like(pre_NO)
+        d_gate_NF, d_up_NF = d_pre_NO.chunk(2, dim=1)
+
+        def fill(n: slice) -> None:
+            d_gate_NF[n] = self.activation.backward(d_act_NF[n] * up_NF[n], gate_NF[n])
+            torch.mul(d_act_NF[n], self.activation.forward(gate_NF[n]), out=d_up_NF[n])
+
+        in_blocks(fill, pre_NO.shape[0], pre_NO.device)
+        return d_pre_NO
 
     @property
     def keeps_activations(self) -> bool:
@@ -106,7 +120,7 @@ class _Layer:
 
 
 class _Experts(torch.autograd.Function):
-    """Saved for backward: inputs, pre-activations, unweighted outputs, rank-R intermediates; no dense weight.
+    """Saved for backward: inputs, pre-activations, rank-R intermediates; no dense weight and no output.
 
     Inputs are saved grouped, (N, D), where a token has one choice. With more choices they are saved as they came,
     (T, D), and grouped again. Activations are saved where `_Layer.keeps_activations`.
@@ -129,7 +143,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
         # Group: x (T, D) -> rows (N, D), a row for each choice.
-        rows_ND = _grouped(_repeated(x_TD, top_k), groups)
+        rows_ND = _grouped(x_TD, groups, top_k)
         # Into the experts: pre (N, O) = rows @ W_up + bias + dropped(rows) @ A_up.T @ B_up.T
         keep_ND = _keep(rows_ND, layer.up_dropout)
         h_up = _to_rank(rows_ND, keep_ND, layer.up_dropout, a_up, layer)
@@ -139,51 +153,48 @@ class _Experts(torch.autograd.Function):
         # Out of them: y (N, D) = act @ W_down + bias + dropped(act) @ A_down.T @ B_down.T
         keep_NF = _keep(act_NF, layer.down_dropout)
         h_down = _to_rank(act_NF, keep_NF, layer.down_dropout, a_down, layer)
-        # and back in the choices' order: y (C, D)
-        y_CD = products.times(act_NF, layer.down, groups, _side(h_down, b_down))[groups.row_of_choice_C]
+        y_ND = products.times(act_NF, layer.down, groups, _side(h_down, b_down))
         ctx.save_for_backward(
             rows_ND if top_k == 1 else x_TD,
             pre_NO,
             act_NF if layer.keeps_activations else None,
-            y_CD,
             probs_TK,
             *(a_up, b_up, a_down, b_down),
             *(h_up, h_down, keep_ND, keep_NF),
         )
         ctx.layer = layer
         # Weigh and sum: out (T, D) = sum over k of probs (T, K) * y (T, K, D)
-        return _summed_over_choices(y_CD * probs_TK.reshape(-1, 1), top_k)
+        return _summed_over_choices(y_ND, groups, probs_TK, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_out_TD, layer = grads[0], ctx.layer
-        inputs, pre_NO, act_NF, y_CD, probs_TK, *rest = ctx.saved_tensors
+        inputs, pre_NO, act_NF, probs_TK, *rest = ctx.saved_tensors
         a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF = rest
         groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
         wants_x, wants_probs, wants_up, wants_up_bias, wants_down, wants_down_bias, *wants_factors, _ = (
             ctx.needs_input_grad
         )
-        # Weights of the sum: d_probs (T, K) = d_out . y
-        d_out_CD = _repeated(d_out_TD, top_k)
-        d_probs_TK = None
-        if wants_probs:
-            d_probs_C = (d_out_CD * y_CD).sum(-1, dtype=torch.float32)
-            d_probs_TK = d_probs_C.to(probs_TK.dtype).view_as(probs_TK)
-        # Group: d_y (N, D) = probs * d_out
-        d_y_ND = _grouped(d_out_CD * probs_TK.reshape(-1, 1), groups)
-        # Out of the experts: d_W_down = act.T @ d_y; d_act (N, F) = d_y @ W_down.T + kept((d_y @ B_down) @ A_down)
+        # Group: d_out (N, D), not weighted yet, and the weight of each row, probs (N, 1), zero between groups
+        d_out_ND = _grouped(d_out_TD, groups, top_k)
+        probs_N1 = F.pad(probs_TK.flatten(), (0, 1))[groups.choice_of_row()][:, None]
+        # Out of the experts: d_W_down = act.T @ (probs * d_out); and before it is weighted,
+        # d_act (N, F) = d_out @ W_down.T + kept((d_out @ B_down) @ A_down)
         if act_NF is None:
             act_NF = layer.activated(pre_NO)
-        d_down = _weight_gradient(act_NF, d_y_ND, layer.down, layer) if wants_down else None
-        d_down_bias = _bias_gradient(d_y_ND, layer.down, groups) if wants_down_bias else None
+        d_down = _weight_gradient(act_NF, d_out_ND * probs_N1, layer.down, layer) if wants_down else None
+        d_down_bias = _bias_gradient(d_out_ND * probs_N1, layer.down, groups) if wants_down_bias else None
         d_a_down, d_b_down, side = _side_backward(
-            d_y_ND, act_NF, keep_NF, layer.down_dropout, h_down, a_down, b_down, wants_factors[2:], layer
+            d_out_ND, act_NF, keep_NF, layer.down_dropout, h_down, a_down, b_down, wants_factors[2:], layer, probs_N1
         )
-        d_act_NF = products.times_transposed(d_y_ND, layer.down, groups, side)
+        d_act_NF = products.times_transposed(d_out_ND, layer.down, groups, side)
+        # Weights of the sum: d_probs (T, K) = d_out . y = d_act . act + d_out . bias, without y; then weigh d_act
+        d_probs_TK = _weight_of_sum_gradient(d_out_TD, d_act_NF, act_NF, layer, probs_TK) if wants_probs else None
+        d_act_NF *= probs_N1
         # Activation: d_pre (N, O)
         d_pre_NO = layer.activated_backward(d_act_NF, pre_NO)
         # Into the experts: d_W_up = rows.T @ d_pre; d_rows (N, D) = d_pre @ W_up.T + kept((d_pre @ B_up) @ A_up)
-        rows_ND = inputs if top_k == 1 else _grouped(_repeated(inputs, top_k), groups)
+        rows_ND = inputs if top_k == 1 else _grouped(inputs, groups, top_k)
         d_up = _weight_gradient(rows_ND, d_pre_NO, layer.up, layer) if wants_up else None
         d_up_bias = _bias_gradient(d_pre_NO, layer.up, groups) if wants_up_bias else None
         d_a_up, d_b_up, side = _side_backward(
@@ -192,25 +203,47 @@ class _Experts(torch.autograd.Function):
         # Back to tokens: d_x (T, D) = sum over k of d_rows
         d_x_TD = None
         if wants_x:
-            d_x_CD = products.times_transposed(d_pre_NO, layer.up, groups, side)[groups.row_of_choice_C]
-            d_x_TD = _summed_over_choices(d_x_CD, top_k)
+            d_rows_ND = products.times_transposed(d_pre_NO, layer.up, groups, side)
+            d_x_TD = _summed_over_choices(d_rows_ND, groups, None, top_k)
         factors = (d_a_up, d_b_up, d_a_down, d_b_down)
         return d_x_TD, d_probs_TK, d_up, d_up_bias, d_down, d_down_bias, *factors, None
 
 
-def _repeated(x_TD: Tensor, top_k: int) -> Tensor:
-    """(C, D): each token once for each of its choices."""
-    return x_TD if top_k == 1 else x_TD.repeat_interleave(top_k, 0)
+def _grouped(x_TD: Tensor, groups: Grouping, top_k: int) -> Tensor:
+    """(N, D): each token in the row of each of its choices, zeros in the rows between."""
+    return F.pad(x_TD, (0, 0, 0, 1))[groups.choice_of_row() // top_k]
 
 
-def _grouped(x_CD: Tensor, groups: Grouping) -> Tensor:
-    """(N, D): each choice in its row of the buffer, zeros in the rows between."""
-    return x_CD.new_zeros(groups.num_rows, x_CD.shape[1]).index_copy_(0, groups.row_of_choice_C, x_CD)
+def _summed_over_choices(y_ND: Tensor, groups: Grouping, probs_TK: Tensor | None, top_k: int) -> Tensor:
+    """(T, D): each token's rows, weighted where weights are given, in the order of its choices on every machine."""
+    rows_TK = groups.row_of_choice_C.view(-1, top_k)
+    out_TD = y_ND.new_empty(rows_TK.shape[0], y_ND.shape[1])
+
+    def fill(t: slice) -> None:
+        y_TKD = y_ND[rows_TK[t]]
+        if probs_TK is not None:
+            y_TKD *= probs_TK[t, :, None]
+        torch.sum(y_TKD, 1, out=out_TD[t])
+
+    in_blocks(fill, out_TD.shape[0], out_TD.device)
+    return out_TD
 
 
-def _summed_over_choices(x_CD: Tensor, top_k: int) -> Tensor:
-    """(T, D): each token's rows summed in the order of its choices, which no machine changes."""
-    return x_CD if top_k == 1 else x_CD.unflatten(0, (x_CD.shape[0] // top_k, top_k)).sum(1)
+def _weight_of_sum_gradient(
+    d_out_TD: Tensor, d_act_NF: Tensor, act_NF: Tensor, layer: _Layer, probs_TK: Tensor
+) -> Tensor:
+    """(T, K): d_out . y, where y = act @ W + bias and d_act = d_out @ W.T, so that y itself is not needed."""
+    dots_N = torch.empty(act_NF.shape[0], device=act_NF.device)
+
+    def fill(n: slice) -> None:
+        torch.sum(d_act_NF[n] * act_NF[n], -1, dtype=torch.float32, out=dots_N[n])
+
+    in_blocks(fill, act_NF.shape[0], act_NF.device)
+    d_probs_TK = dots_N[layer.groups.row_of_choice_C].view_as(probs_TK)
+    if layer.down.bias is not None:
+        of_all_TE = d_out_TD.float() @ layer.down.bias.detach().float().t()
+        d_probs_TK += of_all_TE.gather(1, layer.groups.expert_ids_C.view_as(probs_TK))
+    return d_probs_TK.to(probs_TK.dtype)
 
 
 def _to_rank(
@@ -234,14 +267,22 @@ def _side_backward(
     b_EOR: Tensor | None,
     wants: list[bool],
     layer: _Layer,
+    weight_N1: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Side | None]:
-    """Gradients of a side path's A and B where they are wanted, and what the path adds to the gradient of x."""
+    """Gradients of a side path's A and B where they are wanted, and what the path adds to the gradient of x.
+
+    Args:
+        weight_N1: What `d_out` is yet to be multiplied by, and the gradient of x, too.
+    """
     if hidden_NR is None or a_ERI is None or b_EOR is None:
         return None, None, None
     products, groups = layer.products, layer.groups
     # d_hidden (N, R) = d_out @ B; d_A = d_hidden.T @ dropped(x); d_B = d_out.T @ hidden
     d_hidden_NR = products.to_rank(d_out_NO, b_EOR.transpose(1, 2), groups)
-    d_a = products.outer(d_hidden_NR, _dropped(x_NI, keep_NI, dropout), groups) if wants[0] else None
+    weighted_NR = d_hidden_NR if weight_N1 is None else d_hidden_NR * weight_N1
+    d_a = products.outer(weighted_NR, _dropped(x_NI, keep_NI, dropout), groups) if wants[0] else None
+    if weight_N1 is not None:
+        hidden_NR = hidden_NR * weight_N1
     d_b = products.outer(hidden_NR, d_out_NO, groups).transpose(1, 2) if wants[1] else None
     return d_a, d_b, Side(d_hidden_NR, a_ERI.transpose(1, 2), keep_NI, 1 / (1 - dropout))
 

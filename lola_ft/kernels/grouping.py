@@ -42,6 +42,12 @@ class Grouping:
     num_rows: int
     tile_rows: int
 
+    def choice_of_row(self) -> Tensor:
+        """Of each row, int64; the number of choices for rows between groups."""
+        choices = self.row_of_choice_C.numel()
+        empty_N = torch.full((self.num_rows,), choices, device=self.row_of_choice_C.device)
+        return empty_N.scatter_(0, self.row_of_choice_C, torch.arange(choices, device=empty_N.device))
+
     def expert_of_row(self) -> Tensor:
         """Of each row, int64; the last expert for rows that nobody uses."""
         last = self.ends_E.numel() - 1

@@ -219,7 +219,7 @@ class Walk:
         return saved
 
     def _experts(self, chosen: int) -> int:
-        """Inputs, pre-activations and outputs; of LoRA its factors, its rank-R intermediates and dropout masks.
+        """Inputs and pre-activations; of LoRA its factors, its rank-R intermediates and dropout masks.
 
         Args:
             chosen: How many experts have LoRA.
@@ -227,7 +227,7 @@ class Walk:
         settings, sizes, rows = self.settings, self.sizes, grouped_rows(self.job)
         hidden, inner, inputs = sizes.hidden, sizes.expert_inner, expert_inputs(self.job)
         kept_inputs = rows if sizes.top_k == 1 else self.tokens  # grouped, or as they came
-        saved = (kept_inputs * hidden + rows * inputs * inner + self.tokens * sizes.top_k * hidden) * self.width
+        saved = (kept_inputs * hidden + rows * inputs * inner) * self.width
         if not self.cuda and inputs == 1:  # a GPU, and every machine for gated experts, computes it again
             saved += rows * inner * self.width
         if chosen:

@@ -135,20 +135,14 @@ RANKS: list[dict[str, int]] = [
 ]
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["a call for each", "joint"])
 @pytest.mark.parametrize("ranks", RANKS, ids=str)
 @pytest.mark.parametrize("load", LOADS)
-def test_output_and_every_gradient_equal_the_loop(
-    load: str, ranks: dict[str, int], joint: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop_products, "_is_joint", lambda *_: joint)
+def test_output_and_every_gradient_equal_the_loop(load: str, ranks: dict[str, int]) -> None:
     equals_the_loop(make_case(LOADS[load], ranks))
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["a call for each", "joint"])
 @pytest.mark.parametrize("load", LOADS)
-def test_every_form_equals_the_loop(load: str, form: Form, joint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop_products, "_is_joint", lambda *_: joint)
+def test_every_form_equals_the_loop(load: str, form: Form) -> None:
     equals_the_loop(make_case(LOADS[load], {"up_proj": 3, "down_proj": 5}, form=form))
 
 
@@ -308,14 +302,10 @@ def test_two_runs_are_bit_equal(form: Form) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["a call for each", "joint"])
 @pytest.mark.parametrize("load", ["spread", "more than a bucket"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_padded_rows_never_count(
-    poison: float, load: str, joint: bool, form: Form, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_padded_rows_never_count(poison: float, load: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever memory held before (`new_empty` is filled with NaN here) reaches neither output nor gradient."""
-    monkeypatch.setattr(loop_products, "_is_joint", lambda *_: joint)
     case = make_case(LOADS[load], {"up_proj": 3, "down_proj": 2}, form=form)
     expected = case.run()
     wanted = case.gradients(expected)
@@ -422,7 +412,6 @@ def test_exactly_what_backward_needs_is_saved(name: str, recomputes: bool, monke
         (rows, 24) if top_k == 1 else (9, 24),  # inputs
         (rows, pre),
         *([] if gated or recomputes else [(rows, 40)]),  # activations
-        (9 * top_k, 24),  # outputs before they are weighted
         (9, top_k),
         *[(experts, 8, 24), (experts, pre, 8), (experts, 8, 40), (experts, 24, 8)],  # A and B, padded to rank 8
         *[(rows, 8), (rows, 8), (rows, 24), (rows, 40)],  # rank-R intermediates and dropout's masks
@@ -543,16 +532,3 @@ def test_two_forwards_before_backward_keep_their_own_masks(form: Form) -> None:
     for out, expected in ((second, single[1]), (first, single[0])):
         got = case.gradients(out)
         assert all(torch.equal(got[name], expected[name]) for name in expected)
-
-
-@pytest.mark.parametrize(
-    ("rows", "rank", "dtype", "joint"),
-    [
-        (2048, 8, "bfloat16", True),
-        (2048, 64, "bfloat16", False),
-        (2048, 8, "float32", False),
-        (1, 64, "bfloat16", True),
-    ],
-)
-def test_one_product_for_all_experts_only_where_that_is_quicker(rows: int, rank: int, dtype: str, joint: bool) -> None:
-    assert loop_products._is_joint(torch.empty(rows, 2048, dtype=getattr(torch, dtype)), rank) is joint

@@ -1,0 +1,99 @@
+"""Several ways to do the same step, each in a process of its own, their steps in turn.
+
+What a way leaves in its process (kernels of the matrix library, memory) is not for the others to meet, and a busy
+machine slows all of them alike.
+"""
+
+import gc
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from memory import Peak, peak_resident
+
+from lola_ft.memory import give_back_freed_memory
+
+Step = Callable[[], float]
+"""Does one step; returns its seconds."""
+MakeStep = Callable[[], Step]
+"""Loads a model and returns its step; a function of a module or a `partial` of one, for it goes to another process."""
+
+
+def in_turns(
+    ways: Mapping[str, MakeStep], rounds: int, warmup: int
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Let every way do its steps in turn.
+
+    Args:
+        warmup: First rounds, which are not counted.
+
+    Returns:
+        Seconds of each counted step, and the figures of `serve`, by way.
+    """
+    with ExitStack() as running:
+        started = {name: running.enter_context(_Way(make)) for name, make in ways.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for round_ in range(warmup + rounds):
+            for name, way in started.items():
+                taken = way.ask("step")
+                if round_ >= warmup:
+                    seconds[name].append(taken)
+        return seconds, {name: way.ask("figures") for name, way in started.items()}
+
+
+class _Way:
+    """A process that does a way's steps when it is asked to."""
+
+    def __init__(self, make: MakeStep) -> None:
+        self._make, context = make, multiprocessing.get_context("spawn")
+        self._pipe, self._theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(self._theirs, make), daemon=True)
+
+    def __enter__(self) -> "_Way":
+        self._process.start()
+        self._theirs.close()  # so that `ask` ends, and does not wait, if that process fails
+        self.ask("figures")  # the model is there; its loading disturbs nobody's steps
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.is_alive():
+            self._pipe.send(None)
+        self._process.join()
+
+    def ask(self, what: str) -> Any:
+        try:
+            self._pipe.send(what)
+            return self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise SystemExit(f"The process of {self._make} ended; what it said is above.") from None
+
+
+def serve(pipe: Connection, make: MakeStep) -> None:
+    """Answer `step` with its seconds, and `figures` with these.
+
+    after_imports: MB resident before the model is there; whole: the most that was resident; steps_anonymous: the most
+    anonymous memory in a step; gpu: the most that torch had of a GPU; cpu_s: seconds of the processor that the median
+    step took on all threads, which a busy machine changes less than its duration (if threads sleep where they wait:
+    OMP_WAIT_POLICY=PASSIVE).
+    """
+    figures = {"after_imports": peak_resident(), "steps_anonymous": 0.0, "cpu_s": 0.0}
+    step, cpu_s = make(), []
+    gc.collect()
+    give_back_freed_memory()
+    while (what := pipe.recv()) is not None:
+        if what == "figures":
+            gpu = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
+            figures["cpu_s"] = round(statistics.median(cpu_s), 3) if cpu_s else 0.0
+            pipe.send(figures | {"whole": peak_resident(), "gpu": round(gpu, 1)})
+            continue
+        began = time.process_time()
+        with Peak() as peak:
+            seconds = step()
+        cpu_s.append(time.process_time() - began)
+        figures["steps_anonymous"] = max(figures["steps_anonymous"], peak.result()["anonymous"])
+        pipe.send(seconds)
