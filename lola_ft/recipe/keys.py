@@ -88,8 +88,10 @@ OTHER_TOOLS = {
     "output_dir": "output",
     "adapter_name_or_path": "adapter.continue_from",
     "lora_model_dir": "adapter.continue_from",
+    "base.adapter": "adapter.continue_from",
+    "adapter.start": "adapter.continue_from",
 }
-"""What other fine-tuning tools call a setting that a recipe has."""
+"""What others call a setting that a recipe has; with a section where the name alone means something else."""
 
 
 def suggest_word(given: object, words: Sequence[str]) -> str:
@@ -105,6 +107,8 @@ def suggest_key(path: Sequence[str | int]) -> str:
     siblings = list(section.model_fields) if section else []
     if "." in str(key) and str(key) in all_keys():
         return f" Dots work on the command line only; write {_nested(str(key))}."
+    if meant := OTHER_TOOLS.get(".".join([*parents, str(key)])) if parents else None:
+        return f" Did you mean '{meant}'?"
     if meant := _belongs(str(key), parents):
         leaf = meant.rpartition(".")[2]
         return f" Did you mean '{leaf if meant == '.'.join([*parents, leaf]) else meant}'?"

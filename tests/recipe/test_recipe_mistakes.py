@@ -157,6 +157,7 @@ CHOICES = [
 
 KEYS = [
     (2, "adapter: {attention: {rnak: 4}}", "adapter.attention.rnak: unknown key. Did you mean 'rank'?"),
+    (2, "adapter: {start: runs/a}", "adapter.start: unknown key. Did you mean 'adapter.continue_from'?"),
     (2, "adapter: {rnak: 4}", "adapter.rnak: unknown key. Did you mean 'rank'? It belongs in adapter.attention."),
     (2, "adapter: {experts: {rank: 2, r: 4}}", "adapter.experts.r: unknown key. Did you mean 'rank'?"),
     (4, "rank: 4", "rank: unknown key. Did you mean 'adapter.attention.rank'?"),
