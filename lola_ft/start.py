@@ -1,6 +1,7 @@
 """The beginning of a command: streams that take any character, Ctrl-C while libraries load, arguments as meant."""
 
 import io
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # bitsandbytes (0.50) says of a kernel that our 4-bit layers do not use that it is not installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     first = threading.current_thread() is threading.main_thread()
     if first and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
