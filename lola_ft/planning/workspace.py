@@ -3,6 +3,7 @@
 Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 """
 
+import torch
 from transformers.activations import ACT2FN
 
 from lola_ft.kernels.nf4_sizes import BLOCK
@@ -62,14 +63,15 @@ def _activation_work(job: Job) -> int:
 def _experts_work(job: Job) -> int:
     """Gradients of grouped rows and of LoRA's factors; copies of the inner rows; what is dense of the weights.
 
-    A CPU makes one expert's weight dense at a time; a GPU all, if it finds that faster than decoding on the way.
+    A CPU makes one expert's weight dense at a time on each thread; a GPU all, if it finds that faster than decoding on
+    the way.
     """
     sizes, inputs = job.architecture.sizes, expert_inputs(job)
     hidden, inner = sizes.hidden, sizes.expert_inner
     factors = sizes.num_experts * expert_factors(job, job.settings.expert_rank or 0) * (job.width + _FLOAT)
     rows = grouped_rows(job) * (3 * hidden + (2 + 2 * inputs) * inner) * job.width
     if not job.on_cuda:
-        return rows + factors + linear_tile(job)
+        return rows + factors + torch.get_num_threads() * linear_tile(job)
     weights = sizes.num_experts * hidden * inner * inputs if job.quantization == "nf4" else 0
     return rows + factors + weights * job.width + _scales(weights)
 
