@@ -73,6 +73,7 @@ def test_random_weights_are_a_stretch_of_the_pool_each_elsewhere(monkeypatch: py
     assert views.untyped_storage().data_ptr() == pool.untyped_storage().data_ptr()
 
 
+@pytest.mark.slow
 def test_ways_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS), prepend=os.pathsep)

@@ -159,7 +159,10 @@ KINDS = {
         ("attention", "shared_experts", "experts", "router"),
     ),
 }
-SLOW_KINDS = ("deepseek_v2", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe")
+SLOW_KINDS = (
+    *("qwen3_moe", "granitemoe", "ernie4_5_moe"),
+    *("deepseek_v2", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe"),
+)
 """Tested by `make test-slow`: their parts are those of others."""
 
 

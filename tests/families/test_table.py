@@ -18,7 +18,7 @@ from tests.families.moe import COMMON, KINDS
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "lola_ft"
-NAMES_ALLOWED = ("families", "model")  # the native model is LOLA's own
+NAMES_ALLOWED = ("families", "model", "standalone")  # the native model and the code beside a merged one are LOLA's own
 SMALL: dict[str, dict[str, Any]] = {
     "lola_v1": {"n_layer": 2},
     "gpt2": {"n_layer": 2},

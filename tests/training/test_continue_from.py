@@ -359,6 +359,7 @@ def test_a_revision_belongs_to_an_adapter_on_the_hub(stages: Stages, made: Calla
 # An adapter on the Hub
 
 
+@pytest.mark.slow
 def test_an_adapter_on_the_hub_is_pinned_to_its_commit(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

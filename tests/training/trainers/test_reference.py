@@ -72,7 +72,7 @@ def preference(tmp_path: Path, tiny_base: Path, rows_file: Path, verb: Callable[
 @pytest.mark.parametrize(
     ("objective", "kind"),
     slow_but(
-        [("dpo", "trained too"), ("kto", "lora")],
+        [("kto", "lora")],
         [("dpo", "trained too"), ("kto", "lora"), *(("dpo", kind) for kind in KINDS if kind != "trained too")],
     ),
 )
