@@ -34,7 +34,8 @@ def main() -> None:
         taken.write_text(RIGHT.format(output=run), encoding="utf-8")
         run.mkdir()
         (run / "recipe.yaml").touch()
-        seconds = measure(commands(args.checkout, str(recipe), str(taken)), args.checkout, args.repeats)
+        (run / "merged" / "earlier").mkdir(parents=True)
+        seconds = measure(commands(args.checkout, str(recipe), str(taken), str(run)), args.checkout, args.repeats)
     torch = statistics.median(seconds.pop("import torch"))
     result = {
         "import_torch_s": round(torch, 3),
@@ -44,7 +45,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def commands(checkout: Path, recipe: str, taken: str) -> dict[str, list[str]]:
+def commands(checkout: Path, recipe: str, taken: str, run: str) -> dict[str, list[str]]:
     """Return what is timed, by name."""
     return {
         "import torch": ["-c", "import torch"],
@@ -52,6 +53,7 @@ def commands(checkout: Path, recipe: str, taken: str) -> dict[str, list[str]]:
         "recipes list": ["-m", "lola_ft", "recipes", "list"],
         "a mistake, train": ["-m", "lola_ft", "train", recipe],
         "already holds a run": ["-m", "lola_ft", "train", taken],
+        "merged already": ["-m", "lola_ft", "merge", run],
         "a mistake, preview": ["-m", "lola_ft", "preview", recipe],
         "a mistake, finetune.py": [str(checkout / "finetune.py"), recipe],
     }

@@ -185,10 +185,12 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter into its base, write the Hub's layout, and check the result."""
-    if out:
-        from lola_ft.files import check_folder_target
+    from lola_ft.file_names import MERGED_FOLDER, RECIPE_FILE
+    from lola_ft.files import check_new_folder
 
-        check_folder_target(out)
+    given = Path(run_or_adapter)
+    if out or (given / RECIPE_FILE).is_file():
+        check_new_folder(out or given / MERGED_FOLDER)
     from lola_ft.merging.merge_run import merge_command
 
     merge_command(run_or_adapter, base, out, dtype, rounding, allow_other_base, check)
@@ -316,6 +318,9 @@ def convert(
     out: Annotated[str, Option(help="Folder to write.")],
 ) -> None:
     """Rewrite an adapter in the other layout without changing its numbers."""
+    from lola_ft.files import check_new_folder
+
+    check_new_folder(out)
     from lola_ft.adapters.convert import convert_adapter
 
     result = convert_adapter(adapter, base, layout, out)
@@ -329,6 +334,9 @@ def export(
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the Hub.")] = None,
 ) -> None:
     """Write a LOLA with the code that loads it, so that transformers 4.41 or later runs it without lola_ft."""
+    from lola_ft.files import check_new_folder
+
+    check_new_folder(out)
     from lola_ft.standalone.export import export_command
 
     export_command(source, out, revision)

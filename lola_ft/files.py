@@ -68,6 +68,18 @@ def check_folder_target(path: str | Path) -> None:
         raise UserError(f"{path}: nothing can be written there, {place} is closed to you. Choose another place.")
 
 
+def check_new_folder(path: str | Path) -> None:
+    """Refuse, before any work is done, to write a folder where something lies already, or where none can be.
+
+    Raises:
+        UserError: It is a file, or a folder that is not empty; or nothing can be written there.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{path}: already there and not empty. Choose another --out, or remove it first.")
+    check_folder_target(path)
+
+
 def cache_root() -> Path:
     """`$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
     own = os.environ.get("LOLA_FT_CACHE")

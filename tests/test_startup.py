@@ -27,6 +27,10 @@ COMMANDS = {
     "mistake, preview": (2, ["-m", "lola_ft", "preview", "MISTAKE"]),
     "mistake, plan": (2, ["-m", "lola_ft", "plan", "MISTAKE"]),
     "mistake, finetune.py": (2, [str(ROOT / "finetune.py"), "MISTAKE"]),
+    "taken, merge": (2, ["-m", "lola_ft", "merge", "TAKEN"]),
+    "taken, merge --out": (2, ["-m", "lola_ft", "merge", "adapter", "--out", "TAKEN"]),
+    "taken, convert": (2, ["-m", "lola_ft", "convert", "a", "--base", "b", "--layout", "peft", "--out", "TAKEN"]),
+    "taken, export": (2, ["-m", "lola_ft", "export", "base", "--out", "TAKEN"]),
     "import": (0, ["-c", "import lola_ft"]),
 }
 
@@ -37,6 +41,15 @@ def mistake(tmp_path: Path) -> Path:
     path = tmp_path / "mistake.yaml"
     path.write_text("base: {model: some/base}\nadapter: {rnak: 8}\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def taken(tmp_path: Path) -> Path:
+    """A run that is merged already."""
+    run = tmp_path / "run"
+    (run / "merged" / "earlier").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
+    return run
 
 
 def python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -51,16 +64,19 @@ def packages_imported(stderr: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
 
 
-FAST = ("help", "recipes list", "mistake, train", "mistake, finetune.py", "import")
+FAST = ("help", "recipes list", "mistake, train", "mistake, finetune.py", "taken, merge", "import")
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, COMMANDS))
-def test_imports_nothing_heavy(name: str, mistake: Path) -> None:
+def test_imports_nothing_heavy(name: str, mistake: Path, taken: Path) -> None:
     code, arguments = COMMANDS[name]
-    done = python(["-X", "importtime", *[str(mistake) if word == "MISTAKE" else word for word in arguments]])
+    places = {"MISTAKE": str(mistake), "TAKEN": str(taken)}
+    done = python(["-X", "importtime", *[places.get(word, word) for word in arguments]])
     assert done.returncode == code, done.stderr
     if "MISTAKE" in arguments:
         assert "rnak" in done.stderr
+    if "TAKEN" in arguments:
+        assert "already there and not empty" in done.stderr
     imported = packages_imported(done.stderr)
     assert "lola_ft" in imported
     assert not imported & HEAVY

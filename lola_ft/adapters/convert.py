@@ -6,8 +6,7 @@ from pathlib import Path
 from lola_ft.adapters.on_disk import read_adapter, write_adapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import GENERATION_FILE, TOKENIZER_FILES
-from lola_ft.errors import UserError
-from lola_ft.files import copy_files
+from lola_ft.files import check_new_folder, copy_files
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     Raises:
         AdapterError: If the adapter does not fit the base, or the layout cannot hold it.
     """
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UserError(f"{out}: already there and not empty. Choose another --out.")
+    check_new_folder(out)
     checkpoint = BaseCheckpoint.open(base)
     stored = read_adapter(adapter)
     weights = stored.weights(checkpoint.architecture)

@@ -10,7 +10,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
 from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.file_names import MERGE_REPORT_FILE, WEIGHTS_FILE, WEIGHTS_INDEX_FILE
-from lola_ft.files import replace_folder, write_text
+from lola_ft.files import check_new_folder, replace_folder, write_text
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.merging.companions import copy_companions, write_config
 from lola_ft.merging.deltas import Deltas
@@ -94,8 +94,7 @@ def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path
         raise UserError(f"dtype '{dtype}' is not known; use auto or one of {', '.join(DTYPES)}.")
     if check not in CHECKS:
         raise UserError(f"check '{check}' is not known; use one of {', '.join(CHECKS)}.")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
+    check_new_folder(out)
 
 
 def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:

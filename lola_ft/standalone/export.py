@@ -10,7 +10,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILES
 from lola_ft.errors import UserError
 from lola_ft.file_names import CARD_FILE, MERGE_REPORT_FILE, WEIGHTS_INDEX_FILE
-from lola_ft.files import copy_files, replace_folder, write_text
+from lola_ft.files import check_new_folder, copy_files, replace_folder, write_text
 from lola_ft.standalone.own_code import complete_folder, config_for
 from lola_ft.subject import find_subject, is_adapted
 
@@ -46,8 +46,7 @@ def export(source: str | Path, out: str | Path, revision: str | None = None) -> 
         CheckpointError: The checkpoint is damaged, or asks for what the code does not do.
         UserError: It needs no code of ours, it is an adapter, or `out` is taken.
     """
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise UserError(f"{out}: already there and not empty. Choose another --out, or remove it first.")
+    check_new_folder(out)
     if is_adapted(Path(source)):
         raise UserError(
             f"{source}: is a run or an adapter, without weights of a model. Merge it first: merge.py {source}"
