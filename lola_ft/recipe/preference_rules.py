@@ -24,7 +24,8 @@ def with_defaults(given: Any) -> Any:
     if isinstance(train, dict):
         continues = isinstance(adapter, dict) and adapter.get("continue_from") is not None
         first = PREFERENCE_LOSSES[given["objective"]][0]
-        defaults = {"beta": 0.1, "loss_type": first, "reference": "adapter" if continues else "base"}
+        reference = {"reference": "adapter" if continues else "base", "reference_pass": "auto"}
+        defaults = {"beta": 0.1, "loss_type": first, **reference}
         given = given | {"train": defaults | {key: value for key, value in train.items() if value is not None}}
     return given
 
@@ -34,7 +35,7 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     objective, train = recipe["objective"], recipe["train"]
     yield from _formats(recipe["data"], objective)
     if objective not in OBJECTIVE_FORMATS:
-        for key in ("beta", "loss_type", "reference"):
+        for key in ("beta", "loss_type", "reference", "reference_pass"):
             if train[key] is not None:
                 yield ("train", key), "belongs to objective dpo or kto. Remove it, or set `objective`"
         return

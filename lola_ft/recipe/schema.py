@@ -404,6 +404,11 @@ class Train(Section):
         description="dpo and kto: what the model is held to; the adapter of adapter.continue_from if there is one, "
         "else the base",
     )
+    reference_pass: Literal["auto", "before", "beside"] | None = Field(
+        default=None,
+        description="dpo and kto: when the reference is computed; before: once before the first step, kept in the run; "
+        "beside: in every step; auto: whichever costs less",
+    )
     loss_type: Literal[PREFERENCE_LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
         default=None, description="dpo: sigmoid, hinge, ipo, ...; kto: kto or apo_zero_unpaired"
     )

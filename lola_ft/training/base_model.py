@@ -255,7 +255,7 @@ def load_with_adapter(
     if base.start:
         weights, dropouts = base.start.weights(base.architecture), settings.dropout_by_target(base.architecture.family)
         with_adapter = put_weights(model, weights, "default", trainable=True, dropouts=dropouts)
-        if recipe.train.reference == "adapter":
+        if (recipe.train.reference, recipe.train.reference_pass) == ("adapter", "beside"):
             add_reference(with_adapter, weights)
         return with_adapter, sizes
     with_adapter = add_adapter(model, settings)

@@ -234,9 +234,9 @@ def rows_key(
 
 
 @contextlib.contextmanager
-def shown_progress() -> Iterator[Callable[[int], None]]:
+def shown_progress(doing: str = "Encoding rows") -> Iterator[Callable[[int], None]]:
     """Show a bar on a terminal's stderr: rows, and the time."""
-    columns = (TextColumn("Encoding rows"), BarColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    columns = (TextColumn(doing), BarColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)

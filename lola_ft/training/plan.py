@@ -16,6 +16,7 @@ from lola_ft.recipe import Recipe
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.base_model import OpenBase, adapter_settings
 from lola_ft.training.precision import choose_precision
+from lola_ft.training.reference_choice import choose_reference_pass
 from lola_ft.training.setup import estimate_steps, fit_to_base, read_data, short_data_line
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class DataFacts:
     tokens: int
     sequences: int
     longest: int
+    validation_rows: int = 0
 
 
 def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True) -> None:
@@ -48,17 +50,21 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     device, limit = target_machine(gpu)
     recipe, base = fit_to_base(recipe, Console(stderr=True))
     facts, notes = _facts_of_data(recipe, base) if with_data else (None, ["The data was not read (--no-data)."])
+    steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
+    rows, held_out = (facts.sequences, facts.validation_rows) if facts else (None, 0)
+    recipe, passes = choose_reference_pass(recipe, base, rows, held_out, steps or 0)
     job = job_of(recipe, base.trained_architecture(recipe), device, facts.longest if facts else None)
     prediction = predict(job)
     change = None if prediction.total <= limit else first_fit(job, limit)
-    steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
     merged = merged_files(base.folder, job.architecture)
+    chosen = recipe.train.reference_pass if recipe.train.reference_pass != "auto" else None
     if as_json:
-        print(json.dumps(_as_dict(prediction, limit, change, steps, facts, merged) | {"notes": notes}, indent=2))
+        found = _as_dict(prediction, limit, change, steps, facts, merged) | {"notes": notes}
+        print(json.dumps(found | ({"reference_pass": passes.as_dict(chosen)} if passes else {}), indent=2))
         return
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
-    lengths = _length_lines(job, steps, facts, notes)
+    lengths = [*_length_lines(job, steps, facts, notes), *([passes.line(chosen)] if passes else [])]
     for line in [*lengths, f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
         console.print(line)
 
@@ -110,7 +116,7 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
         router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
         row_sequences=2 if recipe.objective == "dpo" else 1,
         continues=recipe.adapter.continue_from is not None,
-        reference=recipe.train.reference == "adapter",
+        reference=(recipe.train.reference, recipe.train.reference_pass) == ("adapter", "beside"),
         least_micro_batch=LEAST_MICRO_BATCH.get(train.loss_type or "", 1),
     )
 
@@ -126,7 +132,9 @@ def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, li
     read = read_data(recipe, base)[2]
     mixed = read.mix
     longest = mixed.tokens if data.packing else _longest(mixed.dataset)
-    return DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length)), read.findings_lines()
+    held_out = len(read.validation.dataset) if read.validation else 0
+    facts = DataFacts(mixed.tokens, len(mixed.dataset), min(longest, data.max_length), held_out)
+    return facts, read.findings_lines()
 
 
 def _longest(dataset: "Dataset") -> int:

@@ -28,9 +28,11 @@ from lola_ft.training.plan import advice
 from lola_ft.training.reports.manifest import manifest_of, routing_results, timings_of, write_card, write_manifest
 from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
-from lola_ft.training.setup import Prepared, facts_of, prepare_run, short_data_line
+from lola_ft.training.setup import Prepared, facts_of, prepare_run, reference_facts, short_data_line
 from lola_ft.training.starting_adapter import keep_start
 from lola_ft.training.trainers.build import build_trainer
+from lola_ft.training.trainers.preference import PreferenceTrainer
+from lola_ft.training.trainers.reference_pass import compute_before_training
 from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
@@ -80,6 +82,8 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         timings = timings_of(
             prepare_s, trainer.run.train_seconds, trainer.run.tokens_seen, checkpoint.step if checkpoint else None
         )
+        if isinstance(trainer, PreferenceTrainer) and trainer.reference_seconds:
+            timings["reference_s"] = round(trainer.reference_seconds, 1)
         measured = {"timings": timings, "memory": memory.as_dict()}
         if isinstance(meter := trainer.run.kept.get("energy"), EnergyMeter):
             measured["energy"] = meter.as_dict()
@@ -115,6 +119,9 @@ def _fit(
     if prepared.device.type == "cpu":
         keep_freed_memory()
     with explained_out_of_memory(lambda: advice(prepared.recipe, architecture_of(prepared.model.config))):
+        if prepared.recipe.train.reference_pass == "before":
+            assert isinstance(trainer, PreferenceTrainer), "only preferences have a reference"
+            compute_before_training(trainer, output, reference_facts(prepared), console.print)
         try:
             trainer.train_from(checkpoint)
         except Stopped:

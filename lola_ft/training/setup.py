@@ -18,14 +18,16 @@ from transformers import PreTrainedTokenizerFast
 from lola_ft.console import Console
 from lola_ft.environment import library_versions
 from lola_ft.errors import UserError
+from lola_ft.planning.reference_passes import ReferencePasses
 from lola_ft.recipe import Recipe
 from lola_ft.recipe.schema import Train
 from lola_ft.training import base_model, processes
 from lola_ft.training.base_model import OpenBase, SizesByPart
-from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_stored_commits
+from lola_ft.training.checkpointing.recipe_changes import refuse_changes, with_stored_choices
 from lola_ft.training.dataset import RunData, pin, prepare
 from lola_ft.training.optional_packages import refuse_missing_packages
 from lola_ft.training.precision import Precision, choose_precision
+from lola_ft.training.reference_choice import choose_reference_pass
 from lola_ft.training.reports.metrics import BY_LANGUAGE
 from lola_ft.training.reports.tables import count_trainable, print_report, trainable_table
 from lola_ft.training.starting_adapter import StartingAdapter, find_start, warn_of_other_template
@@ -45,6 +47,7 @@ class Prepared:
         audit: The sizes of the base's parts as they are held in memory.
         trained: Tensors and parameters that are trained, by group.
         start: The adapter that training goes on from, if it is not a fresh one.
+        reference: What the reference of preferences costs; None for other objectives.
     """
 
     recipe: Recipe
@@ -56,6 +59,7 @@ class Prepared:
     audit: SizesByPart
     trained: dict[str, tuple[int, int]]
     start: StartingAdapter | None = None
+    reference: ReferencePasses | None = None
 
 
 def prepare_run(
@@ -76,16 +80,21 @@ def prepare_run(
     if precision.note:
         console.print(precision.note)
     if earlier:
-        recipe = with_stored_commits(recipe, earlier.recipe)
+        recipe = with_stored_choices(recipe, earlier.recipe)
     recipe, base = fit_to_base(recipe, console, weights=True, run=earlier.folder if earlier else None)
     recipe, tokenizer, data = read_data(recipe, base, earlier, allow_changed)
     refuse_unknown_metric(recipe.train, data, recipe.objective)
     print_report(data, console)
+    steps = estimate_steps(recipe, data.mix.tokens, len(data.mix.dataset), processes.count())
+    validation_rows = len(data.validation.dataset) if data.validation else 0
+    recipe, passes = choose_reference_pass(recipe, base, len(data.mix.dataset), validation_rows, steps)
+    if passes:
+        console.print(passes.line(recipe.train.reference_pass))
     set_seed(recipe.train.seed)
     model, sizes = base_model.load_with_adapter(base, recipe, precision.dtype, device, console)
     trained = count_trainable(model)
     console.print(trainable_table(trained, base_model.adapter_settings(recipe).ranks(), base.architecture.features))
-    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained, base.start)
+    return Prepared(recipe, device, precision, tokenizer, data, model, sizes, trained, base.start, passes)
 
 
 def fit_to_base(
@@ -162,4 +171,17 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
         "processes": processes.count(),
+    }
+
+
+def reference_facts(prepared: Prepared) -> dict[str, str]:
+    """Return what the reference's log-probabilities depend on beside the rows."""
+    recipe, start = prepared.recipe, prepared.start
+    of_adapter = recipe.train.reference == "adapter" and start is not None
+    return {
+        "reference": "adapter" if of_adapter else "base",
+        "adapter": start.as_dict()["sha256"] if of_adapter and start else "",
+        "base": prepared.model.get_base_model().base_fingerprint,
+        "quantization": recipe.base.quantization,
+        "dtype": str(prepared.precision.dtype),
     }

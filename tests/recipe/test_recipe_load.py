@@ -210,6 +210,7 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
         "beta",
         "loss_type",
         "reference",
+        "reference_pass",
         "early_stopping",
         "energy",
     }

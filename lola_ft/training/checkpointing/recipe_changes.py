@@ -31,8 +31,11 @@ _FITTED = ("max_length", "packing")  # of the data section, to what the base can
 _NOTHING = object()
 
 
-def with_stored_commits(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Return the recipe with the commits that the run was started with, where it names none itself."""
+def with_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
+    """Return the recipe with what was chosen when the run was started, where it leaves the choice.
+
+    That is each commit, and when the reference of preferences is computed.
+    """
     data = recipe.data.model_copy(update={"sources": _at_commits(recipe.data.sources, stored.data.sources)})
     if isinstance(data.validation, list) and isinstance(stored.data.validation, list):
         data = data.model_copy(update={"validation": _at_commits(data.validation, stored.data.validation)})
@@ -43,7 +46,10 @@ def with_stored_commits(recipe: Recipe, stored: Recipe) -> Recipe:
     same_start = adapter.continue_from is not None and adapter.continue_from == stored.adapter.continue_from
     if same_start and not is_commit(adapter.revision) and is_commit(stored.adapter.revision):
         adapter = adapter.model_copy(update={"revision": stored.adapter.revision})
-    return recipe.model_copy(update={"data": data, "base": base, "adapter": adapter})
+    train = recipe.train
+    if train.reference_pass == "auto" and stored.train.reference_pass is not None:
+        train = train.model_copy(update={"reference_pass": stored.train.reference_pass})
+    return recipe.model_copy(update={"data": data, "base": base, "adapter": adapter, "train": train})
 
 
 def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterable[str], fitted: bool = True) -> None:

@@ -14,7 +14,7 @@ from lola_ft.recipe import Recipe, load_recipe
 from lola_ft.training import processes, run_folder
 from lola_ft.training.checkpointing.checkpoint import Checkpoint, checkpoints, newest_whole, remove_leftovers
 from lola_ft.training.checkpointing.longer import is_longer, refuse_shorter, reopen
-from lola_ft.training.checkpointing.recipe_changes import covers, length_of, refuse_changes, with_stored_commits
+from lola_ft.training.checkpointing.recipe_changes import covers, length_of, refuse_changes, with_stored_choices
 from lola_ft.training.checkpointing.state_file import read_state
 
 
@@ -48,6 +48,8 @@ def find_run(output: Path, wanted: Recipe) -> EarlierRun | None:
         recipe = load_recipe(stored)
     except RecipeError as error:
         raise UserError(f"{output}: this run's recipe cannot be read, so it cannot go on.\n{error}") from error
+    if recipe.train.reference_pass == "auto":  # written when there was one way only
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"reference_pass": "beside"})})
     finished = run_folder.is_finished(output)
     longer = finished and is_longer(wanted, recipe, output)
     return EarlierRun(output, recipe, finished and not longer, longer)
@@ -63,7 +65,7 @@ def earlier_run(recipe: Recipe, resume: bool, allow_changed: Sequence[str]) -> E
         return None
     earlier = find_run(output, recipe)
     if earlier:
-        given = with_stored_commits(recipe, earlier.recipe)
+        given = with_stored_choices(recipe, earlier.recipe)
         refuse_changes(given, earlier.recipe, output, allow_changed, fitted=False)
     return earlier
 

@@ -54,6 +54,7 @@ def manifest_of(
         },
         "data": prepared.data.as_dict(),
         "stages": _stages(prepared, results),
+        **({"reference": prepared.reference.as_dict(recipe.train.reference_pass)} if prepared.reference else {}),
         "results": results,
         **measured,
     }

@@ -18,7 +18,16 @@ from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
 class PreferenceTrainer(RunTrainer):
-    """The common part of DPO and KTO: the reference, and rows that are encoded already."""
+    """The common part of DPO and KTO: the reference, and rows that are encoded already.
+
+    Attributes:
+        reference_columns: Columns in which TRL looks for the reference's log-probabilities, if they are computed
+            beforehand.
+        reference_seconds: Time that computing them took; 0 where they are computed beside the steps.
+    """
+
+    reference_columns: tuple[str, ...]
+    reference_seconds = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -39,6 +48,8 @@ class PreferenceTrainer(RunTrainer):
 class DpoTrainer(PreferenceTrainer, DPOTrainer):
     """Raises the chosen answers' probability over that of the rejected ones (arXiv 2305.18290)."""
 
+    reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
+
 
 class KtoTrainer(PreferenceTrainer, KTOTrainer):
     """Raises good answers' probability and lowers that of bad ones (arXiv 2402.01306).
@@ -46,6 +57,10 @@ class KtoTrainer(PreferenceTrainer, KTOTrainer):
     Each micro batch pairs its prompts with its own answers in turn, to estimate how far the model has moved. So the
     order of the rows is drawn once, and is the same in every epoch.
     """
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("ref_logps", "ref_KL_logps") if self.calculate_KL else ("ref_logps",)
 
     def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:
         rows = dataset.shuffle(seed=args.seed, keep_in_memory=True) if name == "train" else dataset

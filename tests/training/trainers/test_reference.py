@@ -122,7 +122,7 @@ def batch_of_all(preference: Preference) -> dict[str, torch.Tensor]:
 
 def test_only_the_active_adapter_is_trained_and_saved(preference: Preference) -> None:
     first = preference.first(**KINDS["trained too"])
-    recipe = load_recipe(preference.recipe("dpo", first))
+    recipe = load_recipe(preference.recipe("dpo", first, reference_pass="beside"))
     recipe, base = fit_to_base(recipe, Console(quiet=True), weights=True)
     model, _ = load_with_adapter(base, recipe, torch.float32, torch.device("cpu"), Console(quiet=True))
     assert isinstance(model, PeftModel)
@@ -168,7 +168,7 @@ def test_a_reference_without_meaning_is_refused(overrides: list[str], message: s
 
 
 def test_a_plan_counts_the_reference(preference: Preference) -> None:
-    recipe = preference.recipe("dpo", preference.first())
+    recipe = preference.recipe("dpo", preference.first(), reference_pass="beside")
     with_adapter, with_base = (
         json.loads(preference.verb("plan", str(recipe), "--json", f"train.reference={reference}").out)
         for reference in ("adapter", "base")
