@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 from lola_ft.training.trainers.run_trainer import RunTrainer
+from lola_ft.training.trainers.trained_head import score_trained_rows
 
 
 class PreferenceTrainer(RunTrainer):
@@ -36,6 +37,7 @@ class PreferenceTrainer(RunTrainer):
         with _no_copy_of_adapter(model):
             super().__init__(*args, **kwargs)
         assert list(model.peft_config) == before, f"adapters {list(model.peft_config)}"
+        score_trained_rows(model)
 
     def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:  # noqa: ARG002
         """Return the rows as they are trained on (`name` is `train`) or evaluated."""
