@@ -14,7 +14,9 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """The fields of each format by their standard names."""
 
-MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name"})
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "from", "value", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
+)
 """Keys of a message that the formats with messages read."""
 
 JSON_FILES, TEXT_TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")

@@ -67,9 +67,14 @@ def with_system(messages: list[Message], row: Row, source: Source) -> list[Messa
 
 
 def messages_of(given: Any, name: str, where: str, source: Source) -> list[Message]:
-    """Return a field's messages with one spelling of roles and keys; raises DataError if it is no list of messages."""
-    if not isinstance(given, list) or not given:
-        raise DataError(f"{where}: field '{name}' must be a list of messages, each with role and content.")
+    """Return a field's messages with one spelling of roles and keys; raises DataError if it is no list of messages.
+
+    A list as JSON text, which tables hold, is read too.
+    """
+    listed = _parsed(given)
+    if not isinstance(listed, list) or not listed:
+        raise DataError(_no_messages(given, name, where))
+    given = listed
     messages = [_message(item, f"{name}[{index}]", where, source.roles) for index, item in enumerate(given)]
     if source.trim_last_turn:
         while messages and messages[-1]["role"] != "assistant":
@@ -77,6 +82,14 @@ def messages_of(given: Any, name: str, where: str, source: Source) -> list[Messa
     if not messages:
         raise DataError(f"{where}: {name} holds no answer of the assistant, so there is nothing to learn.")
     return _joined(messages) if source.join_turns else messages
+
+
+def _no_messages(given: Any, name: str, where: str) -> str:
+    hint = ""
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        hint = " It looks like Python's own notation, as pandas writes lists to CSV: write the column with json.dumps."
+    found = "an empty list" if given == [] else in_words(given)
+    return f"{where}: field '{name}' must be a list of messages, each with role and content; found {found}.{hint}"
 
 
 def conversation(messages: list[Message], name: str, where: str) -> list[Exchange]:
@@ -116,9 +129,11 @@ def _message(item: Any, place: str, where: str, roles: Mapping[str, str]) -> Mes
         raise DataError(f"{where}: {place} must be an object with role and content; found {in_words(item)}.")
     role_key, content_key = next((keys for keys in _KEYS if keys[0] in item), _KEYS[0])
     role = _role(item.get(role_key), place, where, roles)
-    if content_key not in item and not item.get("tool_calls"):
+    if content_key not in item and not (item.get("tool_calls") or item.get("function_call")):
         raise DataError(f"{where}: {place} has no {content_key} (found: {', '.join(map(str, item))}).")
     content = item.get(content_key)
+    if item.get("function_call") and not item.get("tool_calls"):  # OpenAI's earlier name for a single call
+        item = {**item, "tool_calls": [{"function": item["function_call"]}]}
     extra = _beside(item, place, where, role)
     if "tool_calls" in extra and content in (None, "", []):
         return {"role": role, "content": "", **extra}

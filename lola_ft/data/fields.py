@@ -109,14 +109,17 @@ def _value_at(row: Row, name: str) -> Any:
 def _missing(row: Row, source: Source, standard: str) -> str:
     taken = {*FORMAT_FIELDS[source.format], *source.fields.values(), source.language_column}
     spare = [other for other in row.fields if other not in taken]
+    within = [f"{name}.{key}" for name in spare if isinstance(row.fields[name], Mapping) for key in row.fields[name]]
     return (
         f"{row.where}: field '{field_name(source, standard)}' is missing (found: {found_fields(row)}). "
-        f"Map it with {source.entry('fields', standard, _likely(standard, spare))}."
+        f"Map it with {source.entry('fields', standard, _likely(standard, spare, within))}."
     )
 
 
-def _likely(standard: str, spare: list[str]) -> str:
-    """The row's field that probably holds `standard`."""
+def _likely(standard: str, spare: list[str], within: list[str]) -> str:
+    """The row's field that probably holds `standard`, or the path `within` one that ends in that name."""
+    if exact := [path for path in within if path.endswith(f".{standard}")]:
+        return exact[0]
     for word in _ALSO_CALLED.get(standard, ()):
         for name in spare:
             if word in name.lower():

@@ -195,7 +195,8 @@ class _Parser:
         """Parse a line; raises DataError if it is no JSON."""
         value, end = self.parse_at(text, 0, where)
         if (end := _skip_blanks(text, end)) < len(text):
-            raise DataError(f"{where}: broken JSON at column {end + 1}: extra data.")
+            hint = " Give each object a line of its own." if text[end] == "{" else ""
+            raise DataError(f"{where}: broken JSON at column {end + 1}: extra data.{hint}")
         return value
 
     def parse_at(self, text: str, start: int, where: str, file: Path | None = None) -> tuple[Any, int]:
@@ -237,4 +238,4 @@ def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise ValueError(f"{name} is not JSON; write null, or leave the field out")

@@ -1,6 +1,6 @@
 """Formats `preference` and `unpaired_preference`: answers that were judged, against each other or each by itself.
 
-A text, a list with one message of the assistant, or a whole conversation with the request in it may stand for an
+A text, a message of the assistant, a list with one, or a whole conversation with the request in it may stand for an
 answer; a text or messages for the prompt.
 """
 
@@ -75,6 +75,8 @@ def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
 
 def _messages(given: Any, name: str, role: str, row: Row, source: Source) -> list[Message]:
     """A text, or text in parts, as one message of its role, or messages as they are."""
+    if isinstance(given, Mapping) and given.keys() & {"role", "from"}:
+        given = [given]
     if isinstance(given, list) and not _is_parts(given):
         return messages_of(given, name, row.where, replace(source, trim_last_turn=False))
     return [{"role": role, "content": content_text(given, f"field '{name}'", row.where)}]

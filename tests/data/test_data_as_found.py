@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 
 from lola_ft.data import Findings, Source, read_examples, read_rows
+from lola_ft.data.conversations import read_conversation
 from lola_ft.data.source_rows import files_of, scan_rows
 from lola_ft.errors import DataError
 from tests.conftest import assert_says
@@ -345,3 +346,47 @@ def test_messages_speak_of_kinds_of_values_as_json_does(tmp_path: Path, value: A
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": value}))
     assert failure(path, "text") == f"a.jsonl:1: field 'text' must be text; found {word}."
+
+
+SAID = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
+
+
+def test_messages_in_a_cell_of_a_table_are_json_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    cell = json.dumps(SAID).replace('"', '""')
+    path.write_text(f'messages,n\n"{cell}",1\n')
+    assert read(path, "messages")[0] == ["1"]
+    path.write_text(f'messages,n\n"{SAID}",1\n')  # as pandas writes a column of lists
+    assert_says(failure(path, "messages"), "a.csv:2: field 'messages' … found text … json.dumps")
+
+
+def test_a_judged_answer_may_be_one_message(tmp_path: Path) -> None:
+    """As LLaMA-Factory's rows have it: a conversation, and two messages that could come next."""
+    path = tmp_path / "a.jsonl"
+    row = {
+        "conversations": [{"from": "human", "value": "one"}],
+        "chosen": {"from": "gpt", "value": "1"},
+        "rejected": {"from": "gpt", "value": "2"},
+    }
+    path.write_text(json.dumps(row) + "\n")
+    assert read(path, "preference", fields={"prompt": "conversations"})[0] == ["1"]
+
+
+def test_a_call_under_its_earlier_name_is_a_tool_call(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    call = {"role": "assistant", "content": None, "function_call": {"name": "count", "arguments": '{"to": 1}'}}
+    result = {"role": "function", "name": "count", "content": "1"}
+    path.write_text(json.dumps({"messages": [SAID[0], call, result, SAID[1]]}) + "\n")
+    [row] = read_rows(Source("messages", str(path)))
+    exchanges = read_conversation(row, Source("messages", str(path)))
+    function = exchanges[0][0]["reply"]["tool_calls"][0]["function"]
+    assert function == {"name": "count", "arguments": {"to": 1}}
+    assert read(path, "messages")[1] == []  # nothing is called unused
+
+
+def test_a_field_inside_another_is_pointed_at(tmp_path: Path) -> None:
+    """As the Hub's viewer gives rows."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"rows": [{"row_idx": 0, "row": {"instruction": "one", "output": "1"}}]}))
+    assert_says(failure(path), "field 'instruction' is missing … `fields: {instruction: row.instruction}`")
+    assert read(path, fields={"instruction": "row.instruction", "output": "row.output"})[0] == ["1"]

@@ -82,8 +82,12 @@ BAD_FILES = [
     ),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: broken JSON at column 13: expecting ',' delimiter."),
     ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
-    ("a.jsonl", b'{"text": "a"} {"text": "b"}\n', "a.jsonl:1: broken JSON at column 15: extra data."),
-    ("a.jsonl", b'{"text": NaN}\n', "a.jsonl:1: broken JSON: NaN is not JSON."),
+    (
+        "a.jsonl",
+        b'{"text": "a"} {"text": "b"}\n',
+        "a.jsonl:1: broken JSON at column 15: extra data. Give each object a line of its own.",
+    ),
+    ("a.jsonl", b'{"text": NaN}\n', "a.jsonl:1: broken JSON: NaN is not JSON; write null, or leave the field out."),
     (
         "a.jsonl",
         b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',

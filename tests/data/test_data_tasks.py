@@ -174,6 +174,7 @@ def test_a_field_may_be_a_path_into_lists_and_objects() -> None:
 
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+NO_LIST = "field 'messages' must be a list of messages, each with role and content; found"
 BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     (
         "messages",
@@ -181,8 +182,15 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "field 'messages' is missing (found: conversation). Map it with `fields: {messages: conversation}`.",
     ),
-    ("messages", {"messages": "hi"}, {}, "field 'messages' must be a list of messages, each with role and content."),
-    ("messages", {"messages": []}, {}, "field 'messages' must be a list of messages, each with role and content."),
+    ("messages", {"messages": "hi"}, {}, f"{NO_LIST} text."),
+    ("messages", {"messages": []}, {}, f"{NO_LIST} an empty list."),
+    (
+        "messages",
+        {"messages": "[{'role': 'user'}]"},
+        {},
+        f"{NO_LIST} text. It looks like Python's own notation, as pandas writes lists to CSV: write the column with "
+        "json.dumps.",
+    ),
     ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content; found text."),
     (
         "messages",
