@@ -12,6 +12,9 @@ DEV    := $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/lola-ft demo
 
+# Where Python is told to keep no bytecode, every process would compile for half a minute.
+export PYTHONDONTWRITEBYTECODE =
+
 # Two processes of tests have two threads each. Waiting threads sleep: spinning ones would keep the others from work.
 # A file stays in one process, so that what its tests share is made once.
 test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
@@ -34,21 +37,19 @@ format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What a user needs, then what the tests need besides.
+# What a user needs; with what the tests need besides.
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(call install,torch==2.13.0)
-	$(call install,-e .)
+	$(call install,.)
 	touch $@
 
-$(DEV): $(READY)
-	$(call install,-e '.[dev]')
-	touch $@
+$(DEV): pyproject.toml constraints.txt
+	$(call install,'.[dev]')
+	touch $(READY) $@
 
-# Compiled on all cores, and also where Python keeps no bytecode: else every process compiles for half a minute.
+# A module is compiled when it is first imported, not all of them here: a tenth of them is ever used.
 define install
-	$(BIN)/pip install --quiet --no-compile -c constraints.txt $(1)
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt torch==2.13.0 -e $(1)
 endef
 
 clean:

@@ -83,7 +83,8 @@ def test_ways_take_turns_in_processes_of_their_own(monkeypatch: pytest.MonkeyPat
 
     seconds, figures = in_turns({"short": partial(sleeping, 0.01), "long": partial(sleeping, 0.05)}, 3, 1)
     assert seconds == {"short": [0.01] * 3, "long": [0.05] * 3}
-    assert all(found["whole"] >= found["after_imports"] > 10 for found in figures.values())
+    # The kernel's peak is summed over processors, and not exact to the page.
+    assert all(found["whole"] > found["after_imports"] - 1 > 10 for found in figures.values())
     assert all(found["steps_anonymous"] > 10 for found in figures.values())
     with pytest.raises(SystemExit, match="failing"):  # at once: it does not wait for a process that is gone
         in_turns({"broken": failing}, 1, 0)

@@ -87,3 +87,4 @@ def compute_by_row(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.token_adapter.__class__ = TrainedRows
+            module.bias = getattr(module.token_adapter.get_base_layer(), "bias", None)  # TRL's head asks the wrapper

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lola_ft.card.terms import BaseTerms
 from lola_ft.families import Family
 
 
@@ -15,6 +16,7 @@ class CardFacts:
         published: Whether `location` is a repository.
         base: The base's Hub id; in a draft, the recipe's `base.model`.
         family: The base's; None if it is not known.
+        terms: The base's, from its own card.
         base_revision: The base's commit where that is known, else branch or tag.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
@@ -30,6 +32,7 @@ class CardFacts:
     published: bool
     base: str
     family: Family | None
+    terms: BaseTerms = field(default_factory=BaseTerms)
     base_revision: str | None = None
     layout: str | None = None
     stock_peft: bool = False

@@ -45,20 +45,27 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base if has_base else None,
         base_model_relation=("adapter" if adapter else "finetune") if has_base else None,
         library_name="peft" if adapter else "transformers",
-        license=facts.family.licence if facts.family else None,
+        license=facts.terms.licence or (facts.family.licence if facts.family else None),
+        license_name=facts.terms.name,
+        license_link=_licence_link(facts),
         language=[code for code in codes if re.fullmatch(r"[a-z]{2,3}", code)] or None,
         datasets=facts.datasets or None,
         pipeline_tag="text-generation",
         tags=[*sorted(["lola_ft", *(facts.family.tags if facts.family else ())]), *(["lora"] if adapter else [])],
+        **facts.terms.gate,  # unused until the new repository has a gate, too
     )
 
 
 def _introduction(facts: CardFacts) -> str:
-    base = f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
+    base = _base(facts)
     if facts.kind == "merged":
         return f"{base}, fine-tuned with LoRA and merged into the weights, made with lola_ft."
     recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe else ""
     return f"A LoRA adapter for {base}, trained with lola_ft{recipe}."
+
+
+def _base(facts: CardFacts) -> str:
+    return f"[{facts.base}](https://huggingface.co/{facts.base})" if facts.published else facts.base
 
 
 def _summary(facts: CardFacts) -> list[list[str]]:
@@ -170,14 +177,40 @@ def _limits(facts: CardFacts) -> list[str]:
 
 
 def _licence(facts: CardFacts) -> str:
-    family = facts.family
-    if family is None or not family.licence_name:
-        return "## Licence\n\nThe base's licence holds for what is made from it."
+    family, terms = facts.family, facts.terms
     change = "adds low-rank updates to" if facts.kind == "adapter" else "changes"
-    return (
-        f"## Licence\n\n[{family.title}]({family.authors_url}) is published by its authors under "
-        f"{family.licence_name}. This model {change} its weights and is under the same licence."
-    )
+    if terms.licence:
+        text = f"The card of {_base(facts)} names {_named_licence(facts)} as its licence. This model {change} its "
+        text += "weights: that licence holds for it too."
+    elif family is not None and family.licence_name:
+        text = f"[{family.title}]({family.authors_url}) is published by its authors under {family.licence_name}. "
+        text += f"This model {change} its weights and is under the same licence."
+    else:
+        text = "The base's licence holds for what is made from it."
+    return f"## Licence\n\n{text}{_gate(facts)}"
+
+
+def _named_licence(facts: CardFacts) -> str:
+    terms = facts.terms
+    name = terms.name or terms.licence
+    link = _licence_link(facts)
+    return f"[{name}]({link})" if link else f"`{name}`"
+
+
+def _licence_link(facts: CardFacts) -> str | None:
+    """Return the address of the licence's text; a file's name is one in the base's repository."""
+    link = facts.terms.link
+    if link is None or "://" in link:
+        return link
+    known = facts.published or is_repo_id(facts.base)
+    return f"https://huggingface.co/{facts.base}/blob/main/{link.removeprefix('./')}" if known else None
+
+
+def _gate(facts: CardFacts) -> str:
+    if not facts.terms.gate:
+        return ""
+    said = f" Its authors ask:\n\n> {facts.terms.request}" if facts.terms.request else ""
+    return f"\n\nThe base is gated: who wants its weights has to accept its authors' terms on the Hub first.{said}"
 
 
 def _table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:

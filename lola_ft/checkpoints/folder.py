@@ -19,7 +19,18 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILE = "prompt_template.jinja"
 """The prompt template that training used, beside an adapter or a merged model."""
 
-_WANTED_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model")
+# With its card and its terms, which a merge and a publication pass on.
+_WANTED_FILES = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.model",
+    "*.md",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth")
 

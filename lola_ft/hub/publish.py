@@ -58,6 +58,7 @@ def publish(
         staged = stage(source, its_base, repo, layout, Path(temporary) / repo.partition("/")[2])
         own = [source.folder, *([source.run] if source.run else []), *([its_base.folder] if its_base.folder else [])]
         refuse_private(staged.folder, staged.files, own)
+        _say_terms(staged, its_base, console)
         console.print(_check(source, staged, its_base, skip_check))
         if dry_run:
             _show(staged, repo, console)
@@ -115,6 +116,18 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
     card = (staged.folder / CARD_FILE).read_text(encoding="utf-8")
     console.print(card)
     console.print("Dry run: nothing was sent.")
+
+
+def _say_terms(staged: Staged, base: Base, console: Console) -> None:
+    """Print what the base's card says of its licence, and warn of a gate, which the new repository will not have."""
+    terms = staged.terms
+    if terms.licence:
+        console.print(f"Licence of {base.id}, by its card: {terms.name or terms.licence}; the new card names it.")
+    if terms.gate:
+        console.print(
+            f"Warning: {base.id} is gated: its weights are for those who accepted its authors' terms. Check that these "
+            "let you share what is made from it. The card says so; the new repository has no gate unless you set one."
+        )
 
 
 def _say_left_out(staged: Staged, console: Console) -> None:

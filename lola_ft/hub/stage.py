@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
-from lola_ft.card import CardFacts, render_card
+from lola_ft.card import TERMS_FILES, BaseTerms, CardFacts, read_terms, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
 from lola_ft.checkpoints.folder import TEMPLATE_FILE, weight_files
 from lola_ft.errors import PublishError
@@ -38,7 +38,7 @@ _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "prompt_template.jinja"),
 )
-_MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", MERGE_REPORT_FILE)
+_MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", MERGE_REPORT_FILE, *TERMS_FILES)
 _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
 # What libraries leave in these files of where they were made; nobody reads it.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
@@ -54,11 +54,13 @@ class Staged:
     Attributes:
         files: Names of all its files.
         left_out: Names in the source that are not sent.
+        terms: The base's.
     """
 
     folder: Path
     files: tuple[str, ...]
     left_out: tuple[str, ...]
+    terms: BaseTerms
 
 
 def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Path) -> Staged:
@@ -73,6 +75,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         _stage_run(source.run, source.manifest, base, folder)
     names = {file.name for file in folder.iterdir()} | {CARD_FILE, LIST_FILE}
     stored = read_adapter(folder) if source.kind == "adapter" else None
+    terms = terms_of(source, base)
     facts = CardFacts(
         title=repo.partition("/")[2],
         kind=source.kind,
@@ -80,6 +83,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         published=True,
         base=base.id,
         family=_family_of(source, base),
+        terms=terms,
         base_revision=base.revision,
         layout=(layout or source.layout) if source.kind == "adapter" else None,
         stock_peft=stored is not None and stored.loads_with_stock_peft,
@@ -90,7 +94,13 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     )
     (folder / CARD_FILE).write_text(render_card(facts), encoding="utf-8")
     _write_json(folder / LIST_FILE, {"made_with": "lola_ft", "files": sorted(names)})
-    return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)))
+    return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)), terms)
+
+
+def terms_of(source: Source, base: Base) -> BaseTerms:
+    """Return the base's terms from its card, or as the card of merged weights repeats them."""
+    terms = read_terms(base.folder)
+    return read_terms(source.folder) if terms == BaseTerms() and source.kind == "merged" else terms
 
 
 def _family_of(source: Source, base: Base) -> Family | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lola_ft.adapters.on_disk import StoredAdapter, read_adapter
+from lola_ft.card import read_terms
 from lola_ft.card.stages import stages_in
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import resolve_folder
@@ -82,7 +83,8 @@ def merge(
             report = _compare_models(report, source, stored, folder)
         origin = "" if Path(base).exists() else str(base)
         family = source.architecture.family
-        write_card(report, origin or _base_id(stored), family, record, folder)
+        terms = read_terms(source.folder)
+        write_card(report, origin or _base_id(stored), family, terms, record, folder)
         write_text(folder / MERGE_REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 

@@ -4,14 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lola_ft.card import CardFacts, render_card
+from lola_ft.card import BaseTerms, CardFacts, render_card
 from lola_ft.families import Family
 from lola_ft.file_names import CARD_FILE
 from lola_ft.files import write_text
 from lola_ft.merging.merge_report import MergeReport
 
 
-def write_card(report: MergeReport, base: str, family: Family, record: dict[str, Any], folder: Path) -> None:
+def write_card(
+    report: MergeReport, base: str, family: Family, terms: BaseTerms, record: dict[str, Any], folder: Path
+) -> None:
     """Write `README.md`.
 
     Args:
@@ -21,6 +23,7 @@ def write_card(report: MergeReport, base: str, family: Family, record: dict[str,
     facts = CardFacts(
         title=f"{base.rpartition('/')[2] or family.title}, fine-tuned and merged",
         family=family,
+        terms=terms,
         kind="merged",
         location="path/to/this/folder",
         published=False,

@@ -57,6 +57,7 @@ class LolaConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
+        kwargs.pop("auto_map", None)  # names code beside a checkpoint, which does not go where this class is saved
         self.vocab_size = vocab_size
         self.n_positions = n_positions
         self.n_embd = n_embd

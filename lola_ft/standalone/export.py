@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lola_ft.card import TERMS_FILES
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILES
 from lola_ft.errors import UserError
@@ -14,7 +15,7 @@ from lola_ft.files import check_new_folder, copy_files, replace_folder, write_te
 from lola_ft.standalone.own_code import complete_folder, config_for
 from lola_ft.subject import find_subject, is_adapted
 
-_OTHER_FILES = ("generation_config.json", "*.py", TEMPLATE_FILE, MERGE_REPORT_FILE, CARD_FILE, "LICENSE*")
+_OTHER_FILES = ("generation_config.json", "*.py", TEMPLATE_FILE, MERGE_REPORT_FILE, CARD_FILE, *TERMS_FILES)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ def test_training_a_frozen_adapter_is_an_error(
         train(model, tiny_base, tmp_path, gradient_checkpointing=checkpointing)
 
 
+@pytest.mark.slow
 def test_another_family(tmp_path: Path) -> None:
     base = make_moe(tmp_path / "olmoe", "olmoe")
     settings = AdapterSettings(attention_rank=2, expert_rank=4)

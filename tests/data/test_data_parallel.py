@@ -61,6 +61,7 @@ def test_the_first_mistake_is_the_one_that_is_raised(workers: int) -> None:
         list(map_in_order(late_first, items(), workers))
 
 
+@pytest.mark.slow
 def test_one_thread_two_threads_and_a_file_give_equal_rows(tmp_path: Path) -> None:
     tokenizer, template = train_tokenizer(["one two three four"], 320, 128), Template.load("alpaca")
     rows = [

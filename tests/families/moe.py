@@ -160,7 +160,7 @@ KINDS = {
     ),
 }
 SLOW_KINDS = (
-    *("qwen3_moe", "granitemoe", "ernie4_5_moe"),
+    *("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "ernie4_5_moe"),
     *("deepseek_v2", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe"),
 )
 """Tested by `make test-slow`: their parts are those of others."""

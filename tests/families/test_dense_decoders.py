@@ -20,6 +20,7 @@ from lola_ft.planning.saved_for_backward import activations
 from lola_ft.quantization import NF4Linear, load_base
 from lola_ft.quantization.nf4 import quantize
 from tests.families.moe import COMMON, TEXT
+from tests.grids import slow_but
 from tests.planning.conftest import Batch, adapted, job_of, saved_bytes
 
 __all__ = ["saved_bytes"]
@@ -34,7 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=slow_but(["qwen3"], KINDS))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     name, sizes = KINDS[request.param]

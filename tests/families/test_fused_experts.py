@@ -39,6 +39,7 @@ def test_a_merge_writes_the_tensors_of_the_file(moe_bases: dict[str, Path], tmp_
     assert merged_files(config_alone, architecture) == {FILE: size}
 
 
+@pytest.mark.slow
 def test_a_base_in_several_files_is_merged_file_by_file(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(moe_bases[KIND], dtype=torch.float32)
     stock.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")

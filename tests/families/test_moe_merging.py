@@ -119,6 +119,7 @@ def test_an_update_of_one_expert_changes_that_expert_only(moe_bases: dict[str, P
     assert report.adapter_tensors == 6
 
 
+@pytest.mark.slow
 def test_a_base_in_16_bit_and_several_files_is_merged_file_by_file(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(moe_bases["olmoe"], base)

@@ -145,6 +145,7 @@ def test_its_routing_counts_every_choice_and_selects_experts(
     assert all(0 < len(ids) < profiles[0].num_experts for ids in selected)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(
     run: tuple[Path, str], moe_bases: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert (again / FILE).read_bytes() == (folder / FILE).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_frozen_router_is_not_in_the_adapter(moe_bases: dict[str, Path], rows_file: Path, tmp_path: Path) -> None:
     router = {"mode": "frozen", "aux_loss": 0.0, "z_loss": 0.0}
     file = moe_recipe(
@@ -177,6 +179,7 @@ def test_more_experts_than_there_are_cannot_be_selected(
         train(load_recipe(file), dry_run=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "mixtral" else []) for kind in KINDS]
 )

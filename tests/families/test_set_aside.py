@@ -18,6 +18,7 @@ from lola_ft.planning.merged_sizes import merged_files
 from lola_ft.quantization import audit, load_base, quantize_base
 from tests.families.conftest import random_adapter
 from tests.families.moe import KINDS, make_moe
+from tests.grids import slow_but
 
 IDS = torch.randint(6, 320, (2, 13), generator=torch.Generator().manual_seed(1))
 FILE = "model.safetensors"
@@ -28,7 +29,7 @@ NAMES = {
 CORRECTED = [kind for kind in KINDS if kind in ("deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "minimax_m2")]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=slow_but(["deepseek_v3"], NAMES))
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A base with layers that predict further tokens."""
     folder = make_moe(tmp_path / "base", request.param)

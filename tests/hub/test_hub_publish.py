@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lola_ft.card import read_terms
 from lola_ft.errors import PublishError
 from lola_ft.hub.publish import publish
+from lola_ft.merging import merge
+from tests.card.test_terms import GATED, card_in
 from tests.tiny import TINY
 
 REPO = "tester/model"
@@ -217,3 +220,22 @@ def test_an_adapter_whose_base_is_not_here_is_not_sent_unchecked(
     with pytest.raises(PublishError, match=r"base other/base .*--base.*--skip-check"):
         publish(adapter, REPO, wait=no_wait)
     assert hub.requests == []
+
+
+def test_a_merge_passes_them_on_and_publishing_warns_of_a_gate(
+    hub: Any, tmp_path: Path, tiny_base: Path, tiny_adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = card_in(Path(shutil.copytree(tiny_base, tmp_path / "gated")), GATED)
+    (base / "LICENSE.txt").write_text("Do no harm.\n")
+    merge(base, tiny_adapter, tmp_path / "merged", check="weights")
+    assert (tmp_path / "merged" / "LICENSE.txt").read_text() == "Do no harm.\n"
+    assert read_terms(tmp_path / "merged").name == "open-moe"
+    shutil.rmtree(base)  # the merged folder is all that there is
+    publish(tmp_path / "merged", "tester/model", base_id="org/base", skip_check=True, wait=lambda _: None)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Licence of org/base, by its card: open-moe" in said
+    assert "Warning: org/base is gated" in said
+    files = hub.repos["tester/model"].files
+    assert files["LICENSE.txt"] == b"Do no harm.\n"
+    assert b"license_name: open-moe" in files["README.md"]
+    assert b"The base is gated" in files["README.md"]

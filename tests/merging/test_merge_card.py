@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from lola_ft.families import LOLA
 from lola_ft.merging import merge
 from lola_ft.model import LolaConfig
+from tests.grids import slow_but
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -100,7 +101,7 @@ def test_the_chat_template_comes_with_the_tokenizer_of_training(
     assert merged.chat_template == (TEMPLATE if beside else None)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", slow_but(["none"], ["nf4", "none"]))
 def test_4_bit_is_left_out_where_training_saw_none(
     quantization: str, tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,7 @@ def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Pat
     assert "the original ones were not used" in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_trained_biases_in_a_base_of_4_bit(biased_base: Path, tmp_path: Path) -> None:
     """Experts' biases are rows of a stack there; those of experts that were left out stay what they are."""
     four_bit = quantize_base(biased_base, "float32", quiet=True)

@@ -153,6 +153,7 @@ def test_dtype_options(
     assert model.dtype == dtype
 
 
+@pytest.mark.slow
 def test_rounding_nf4_is_the_adapter_on_the_4_bit_base(
     weights: AdapterWeights,
     adapter: Path,

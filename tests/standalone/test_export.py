@@ -68,6 +68,12 @@ def test_with_lola_ft_the_native_class_is_used(golden_export: Path) -> None:
         assert type(model.config) is LolaConfig
 
 
+def test_what_the_native_class_saves_names_no_code_that_is_not_there(golden_export: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(golden_export).save_pretrained(tmp_path)
+    assert "auto_map" not in config_of(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LolaForCausalLM
+
+
 def test_export_links_the_weights_of_every_shard(folder: Folder, tmp_path: Path, verb: Callable[..., Any]) -> None:
     tensors = folder.tensors
     shards = folder.shard(3)

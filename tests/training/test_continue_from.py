@@ -129,6 +129,7 @@ def test_the_second_stage_starts_where_the_first_ended(kind: str, stages: Stages
     assert now["router"] == was["router"]
 
 
+@pytest.mark.slow
 def test_a_stage_trains_all_that_the_first_has_trained(stages: Stages) -> None:
     first = stages.train(stages.write("first", **KINDS["trained too"]))
     second = stages.train(stages.next("second", first))
@@ -408,6 +409,7 @@ def test_a_killed_stage_resumes_without_the_first(kind: str, stages: Stages) -> 
     assert manifest(stages.folder / "cut")["stages"][0] == manifest(stages.folder / "whole")["stages"][0]
 
 
+@pytest.mark.slow
 def test_a_run_starts_once(stages: Stages, made: Callable[[str], Path]) -> None:
     recipe = stages.next("second", made("lora"))
     stages.train(recipe)

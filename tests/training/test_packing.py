@@ -78,6 +78,7 @@ def test_packed_rows_go_to_another_process() -> None:
     assert pickle.loads(pickle.dumps(packed)).to_dict() == packed.to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packs", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_trains_and_evaluates_on_mapped_rows(
     recipe_file: Callable[..., Path],

@@ -73,6 +73,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert results["mean_loss"] == pytest.approx(statistics.mean(lines[n]["loss"] for n in (1, 3)), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mean_of_several_steps_leaves_the_skipped_ones_out(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

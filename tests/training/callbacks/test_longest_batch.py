@@ -77,6 +77,7 @@ JUDGED_ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", slow_but(["kto"], JUDGED_ROWS))
 def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
     objective: str, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -299,6 +299,7 @@ def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
     before = snapshot(killed)
     changes = ("train.learning_rate=0.5", "adapter.mlp.rank=2", "train.keep=7", f"output={killed}")
@@ -323,6 +324,7 @@ def test_allowed_changes_name_keys_and_need_resume(killed_run: Path, killed: Pat
     assert "Add --resume" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_allowed_change_is_carried_out(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -372,6 +374,7 @@ def test_a_second_process_is_refused(
     assert not (killed / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_stopped_after_the_last_step_nothing_is_lost(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

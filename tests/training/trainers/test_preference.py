@@ -72,6 +72,7 @@ def test_dpo_starts_at_ln_2_and_raises_the_margin(
     assert (tmp_path / "dpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_kto_starts_at_a_half_and_moves_good_from_bad(
     recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:

@@ -1,0 +1,64 @@
+"""The terms under which a base may be used, as its own card and the files beside it state them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.repocard import metadata_load
+
+from lola_ft.file_names import CARD_FILE
+
+TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Texts of terms that go with the weights, and with what is made from them."""
+
+_GATE = "extra_gated_"
+_LONGEST = 300  # letters of an authors' request that are quoted
+
+
+@dataclass(frozen=True)
+class BaseTerms:
+    """What the header of a base's card says of its terms.
+
+    Attributes:
+        licence: The Hub's identifier; None if the card has none.
+        name: What `other` stands for.
+        link: Address of the text, or the name of a file in the base's repository.
+        gate: The header's keys `extra_gated_…`: what the Hub asks before it hands out the weights. Empty without a
+            gate.
+    """
+
+    licence: str | None = None
+    name: str | None = None
+    link: str | None = None
+    gate: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def request(self) -> str:
+        """What is asked at the gate, in the authors' words, as a line to quote; "" if the card does not say."""
+        words = " ".join(_text(self.gate.get(f"{_GATE}{key}")) or "" for key in ("heading", "prompt")).split()
+        text = " ".join(words)
+        return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} …"
+
+
+def read_terms(folder: Path | None) -> BaseTerms:
+    """Read the terms from the card in a checkpoint's folder; empty where there is no card or it cannot be read."""
+    header = _header(folder / CARD_FILE) if folder else {}
+    return BaseTerms(
+        licence=_text(header.get("license")),
+        name=_text(header.get("license_name")),
+        link=_text(header.get("license_link")),
+        gate={key: value for key, value in header.items() if str(key).startswith(_GATE)},
+    )
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        return (metadata_load(file) if file.is_file() else None) or {}
+    except Exception:  # somebody else's card: whatever is wrong with it, it states no terms
+        return {}
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list):  # the Hub also takes several licences
+        value = ", ".join(str(one) for one in value)
+    return str(value).strip() or None if value is not None else None
