@@ -160,4 +160,4 @@ def extrapolated(found: dict[str, Any], whole: int) -> dict[str, Any]:
 
 
 def gigabytes(size: int) -> float:
-    return round(size / 1e9, 3)
+    return round(size / 1e9, 6)

@@ -116,7 +116,7 @@ def test_full_size_of_another_family_removes_what_it_wrote(tmp_path: Path) -> No
     result = json.loads(done.stdout.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
     # q, k, v, o and three projections of eight experts in each of two layers, A and B.
-    assert result["adapter_tensors"] == 2 * (4 + 3 * 8)
+    assert result["adapter_tensors"] == 2 * 2 * (4 + 3 * 8)
     assert result["whole"]["layers"] == 48
     assert result["whole"]["train_step_s"] == pytest.approx(24 * result["train_step_s"], rel=0.02)
     assert 5.5 < result["loss"] < 7.5  # ln(512) = 6.2
