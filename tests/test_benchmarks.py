@@ -121,3 +121,15 @@ def test_full_size_of_another_family_removes_what_it_wrote(tmp_path: Path) -> No
     assert result["whole"]["train_step_s"] == pytest.approx(24 * result["train_step_s"], rel=0.02)
     assert 5.5 < result["loss"] < 7.5  # ln(512) = 6.2
     assert 0 < result["quantised_gb"] < result["base_gb"]
+
+
+@pytest.mark.slow
+def test_standalone_code_gives_the_native_logits() -> None:
+    small = "--layers 2 --hidden 64 --heads 4 --experts 4 --vocab 512 --tokens 4 --rounds 1"
+    command = [sys.executable, str(BENCHMARKS / "standalone.py"), *small.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    [own] = result["with_its_own_code"]
+    assert own["largest_logit_difference"] < 1e-4
+    assert own["tokens_per_s"] > 0
+    assert set(result["bytes"]) == {"configuration_lola.py", "modeling_lola.py"}
