@@ -18,6 +18,7 @@ from lola_ft.training.checkpointing.resume import find_run
 from tests.conftest import Outcome, assert_says
 from tests.grids import slow_but
 from tests.training.checkpointing.test_resume import run_child
+from tests.training.test_processes import TWO, launch
 from tests.training.trainers.test_preference import metrics, without_times
 from tests.training.trainers.test_reference import STARTS, Preference
 
@@ -191,3 +192,20 @@ def test_the_log_probabilities_are_those_of_the_start(preference: Preference) ->
     ]
     assert lines[0]["loss"] == lines[1]["loss"]
     assert abs(lines[0]["loss"] - math.log(2)) > 0.001
+
+
+@pytest.mark.slow
+def test_two_processes_compute_each_their_own_rows(preference: Preference) -> None:
+    """Each needs the rows of its own micro batches; all get all, and one writes."""
+    first = preference.first()
+    ways = dict[str, list[dict[str, Any]]]()
+    for way in ("before", "beside"):
+        recipe = preference.recipe("dpo", first, way, reference_pass=way, max_steps=4, micro_batch_size=2)
+        done = launch(TWO, recipe, "data.validation=0.3")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("The reference has read") == (way == "before")
+        ways[way] = metrics(preference.folder / way)
+    assert ways["before"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    before, beside = ([line["loss"] for line in ways[way] if "loss" in line] for way in ("before", "beside"))
+    assert before == pytest.approx(beside, rel=1e-4)
+    assert not any(tensor.isnan().any() for tensor in load_file(preference.folder / "before" / FILE).values())
