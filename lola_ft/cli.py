@@ -254,6 +254,10 @@ def evaluate(
     max_rows: Annotated[int | None, Option(min=1, help="Rows per language, the first ones.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Rows per batch.")] = 8,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Longest answer of task generate. Default: 128.")] = None,
+    overlong: Annotated[
+        str | None,
+        Option(help="Prompts of task generate that are too long: error, skip or truncate. Default: error."),
+    ] = None,
     stride: Annotated[
         int | None, Option(help="Stride of windows over long texts. Default: half the positions.")
     ] = None,
@@ -304,7 +308,7 @@ def evaluate(
         source_language=source_language,
         target_language=target_language,
     )
-    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed, transfer)
+    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed, transfer, overlong)
     evaluate_rows(models, rows, options, base, quantization, template, out)
 
 
