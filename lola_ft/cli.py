@@ -370,15 +370,23 @@ def quantize(
 
 
 @routing_app.command("texts")
-def routing_texts(out: Annotated[str, Option(help="Folder to write.")]) -> None:
-    """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
+def routing_texts(
+    out: Annotated[str, Option(help="Folder to write.")],
+    text: Annotated[str, Option(help="names, declaration, or all.")] = "all",
+    languages: Annotated[str | None, Option(help="Tags separated by commas, such as sw,sr-Latn. Default: all.")] = None,
+) -> None:
+    """Write one text file per language, data for `routing profile`.
+
+    The text is names from Unicode CLDR in 144 languages, and the Universal Declaration of Human Rights in 197 languages
+    and scripts.
+    """
     from lola_ft.files import check_folder_target
 
     check_folder_target(out)
     from lola_ft.nano.corpus import write_texts
 
-    files = write_texts(Path(out))
-    print(f"{len(files)} languages in {out}.")
+    files = write_texts(Path(out), kind=text, languages=_listed(languages) if languages else None)
+    print(f"{len(files)} languages and scripts in {out}.")
 
 
 @routing_app.command("profile")
