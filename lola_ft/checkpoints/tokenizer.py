@@ -34,7 +34,7 @@ def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) ->
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load a folder's tokenizer as it is; raises CheckpointError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{folder}: no tokenizer can be loaded from here ({reason}).") from error

@@ -48,10 +48,8 @@ def ask_each(
     Raises:
         UserError: A model that is not there, before any is loaded; one given twice; a base that none needs.
     """
-    if len(set(models)) < len(models):
-        raise UserError("The same model is given twice. Give each once.")
-    if opening.base and not any(is_adapted(Path(model)) for model in models):
-        raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
+    refuse_twice(models)
+    refuse_needless_base(models, opening.base)
     subjects = [find_subject(model, _base_for(model, opening.base)) for model in models]
     common = None if opening.template else _common_template(subjects)
     readers = [prompt_reader(subject) for subject in subjects]
@@ -75,6 +73,18 @@ def ask_each(
             "none) reads all alike.",
         )
     return answers, facts
+
+
+def refuse_twice(models: Sequence[str]) -> None:
+    """Refuse a model that is given twice: results are kept by name."""
+    if len(set(models)) < len(models):
+        raise UserError("The same model is given twice. Give each once.")
+
+
+def refuse_needless_base(models: Sequence[str], base: str | None) -> None:
+    """Refuse a base where no run or adapter needs it."""
+    if base and not any(is_adapted(Path(model)) for model in models):
+        raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
 
 
 def _common_template(subjects: Sequence[Subject]) -> PromptTemplate | None:

@@ -18,12 +18,17 @@ from lola_ft.evaluation.generate_task import GenerateTask
 from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_questions
 from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.evaluation.overlong_prompts import POLICIES
+from lola_ft.evaluation.suite.other_model import is_encoder_decoder
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
 from lola_ft.files import write_text
 
 TASKS = ("loss", "generate", "choice")
 _LONGEST_ANSWER = 128
+WHY_NOT_ROWS = (
+    "its decoder predicts an answer to what the encoder reads, so it has no loss or bits per byte of a text that could "
+    "be compared. Compare it on benchmarks: --suite lola-paper."
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ def evaluate_rows(
     console = console or Console()
     if template:
         check_template(template)
+    if encoders := [model for model in models if is_encoder_decoder(model)]:
+        raise UserError(f"{encoders[0]}: is an encoder-decoder, which rows are not scored with: {WHY_NOT_ROWS}")
     opening = Opening(base, quantization, template)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
