@@ -18,7 +18,7 @@ from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
 from lola_ft.routing.descent import ALL_LAYERS, MIN_LANGUAGES, describe_descent, follow_descent, routing_distances
 from lola_ft.routing.drift import Drift, compare
-from lola_ft.routing.language_families import describe
+from lola_ft.routing.language_families import describe, find_language
 from lola_ft.routing.profile import Profile
 from lola_ft.routing.summary import ROUNDING, describe_drift, summarise, summarise_drift
 
@@ -147,7 +147,12 @@ def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mean": lambda values: sum(values) / len(values), "number": _number, "name": describe}
+    environment.filters |= {
+        "mean": lambda values: sum(values) / len(values),
+        "number": _number,
+        "name": describe,
+        "known": find_language,
+    }
     template = environment.get_template("report.html.jinja")
     return template.render(
         **numbers, pictures=pictures, all_layers=ALL_LAYERS, min_languages=MIN_LANGUAGES, rounding=ROUNDING

@@ -60,7 +60,7 @@ def test_code_and_pickles_are_refused(neox: Path, tmp_path: Path) -> None:
     own_code = tmp_path / "own"
     own_code.mkdir()
     (own_code / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoModel": "code.Mine"}}))
-    with pytest.raises(CheckpointError, match="no language model of this type.* It brings code of its own"):
+    with pytest.raises(CheckpointError, match=r"no language model of this type.* It brings code of its own"):
         find_other_model(str(own_code))
 
 
