@@ -282,7 +282,7 @@ def evaluate(
     if suite is not None:
         from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
 
-        of_suite = SuiteOptions(suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size)
+        of_suite = SuiteOptions(suite, _listed(tasks), _languages(languages), limit, shots, include_path, batch_size)
         evaluate_suite(models, of_suite, out, base, quantization)
         return
     if out:
@@ -385,7 +385,7 @@ def routing_texts(
     check_folder_target(out)
     from lola_ft.nano.corpus import write_texts
 
-    files = write_texts(Path(out), kind=text, languages=_listed(languages) if languages else None)
+    files = write_texts(Path(out), kind=text, languages=_languages(languages) or None)
     print(f"{len(files)} languages and scripts in {out}.")
 
 
@@ -461,7 +461,7 @@ def routing_select(
     if seed is not None and not random:
         raise UserError("--seed is for --random; the choice by coverage has nothing random.")
     draw = (seed or 0) if random else None
-    choice = select_experts(read_profile(profile), _listed(languages), coverage, by, draw, rank)
+    choice = select_experts(read_profile(profile), _languages(languages), coverage, by, draw, rank)
     save_choice(choice, out)
     print(f"{describe_choice(choice)}\nThe selection is in {out}.")
 
@@ -523,6 +523,14 @@ def _refuse_other_kind(context: typer.Context, of_suite: bool) -> None:
         if given and name not in _OF_BOTH and (name in _OF_SUITE) != of_suite:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} does nothing {'with' if of_suite else 'without'} --suite. Leave it out.")
+
+
+def _languages(text: str | None) -> list[str]:
+    """Split the value of --languages; [] if it is not given. An empty language is refused."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"--languages '{text}': a language is empty. Write codes with commas between, such as sw,rw.")
+    return parts
 
 
 def _listed(text: str | None) -> list[str]:

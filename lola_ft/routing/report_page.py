@@ -18,7 +18,7 @@ from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
 from lola_ft.routing.descent import ALL_LAYERS, MIN_LANGUAGES, describe_descent, follow_descent, routing_distances
 from lola_ft.routing.drift import Drift, compare
-from lola_ft.routing.language_families import describe, find_language
+from lola_ft.routing.language_families import describe, find_language, not_in_table, unknown_languages
 from lola_ft.routing.profile import Profile
 from lola_ft.routing.summary import ROUNDING, describe_drift, summarise, summarise_drift
 
@@ -56,6 +56,8 @@ class Report:
                 f"{one['profile']['model']}: {len(one['languages'])} languages; entropy of the load "
                 f"{min(entropies):.3f} to {max(entropies):.3f}; {dead} dead experts"
             )
+            if unknown := unknown_languages(list(one["languages"])):
+                lines.append(f"  {not_in_table(unknown)}")
             lines += describe_descent(one["descent"]) if one["descent"] else []
         return lines + (describe_drift(self.numbers["drift"]) if self.numbers["drift"] else [])
 
@@ -152,6 +154,8 @@ def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
         "number": _number,
         "name": describe,
         "known": find_language,
+        "unknown": unknown_languages,
+        "not_in_table": not_in_table,
     }
     template = environment.get_template("report.html.jinja")
     return template.render(

@@ -206,6 +206,7 @@ def test_bad_choices_are_named(verb: Verb, tiny_base: Path, tmp_path: Path, row:
         (("--data", "rows.jsonl", "--format", "alpaca", "--task", "choice", "--stride", "3"), "--stride does nothing"),
         (("--data", "a.txt", "--data", "b.txt", "--language", "a", "--language", "b", "--language", "c"), "3 times"),
         (("--data", "a.txt", "--language", "a", "--language-column", "b"), "not both"),
+        (("--data", "a.txt", "--language", " "), "--language is empty"),
         (("--data", "a.txt", "--task", "generate"), "a text has no prompt to answer"),
         (("--data", "a.txt", "--overlong", "skip"), "--overlong does nothing in --task loss"),
         (("--data", "a.txt", "--task", "generate", "--overlong", "drop"), "there are error, skip, truncate"),

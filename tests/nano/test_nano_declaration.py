@@ -142,6 +142,8 @@ def test_the_verb_writes_a_file_per_language(verb: Callable[..., Outcome], tmp_p
 
 
 REFUSED = {
+    "an empty language": (["--languages", "sw,"], "--languages 'sw,': a language is empty … sw,rw"),
+    "no language": (["--languages", ""], "--languages '': a language is empty"),
     "a language": (
         ["--text", "declaration", "--languages", "sw,tlh"],
         "--languages tlh: there is no text in it. … sr-Latn, ss, st",
