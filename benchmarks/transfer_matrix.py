@@ -1,9 +1,9 @@
 """What does training on one language do to relatives and strangers? `python benchmarks/transfer_matrix.py --help`
 
-On the nano base: an adapter for each of some widespread languages, trained on the declaration's articles 1 to 25 in it.
-Then bits per byte of articles 26 to 30 in these languages, in small relatives of theirs and in strangers, against the
-base. Prints the matrix and the mean change by kinship, then one JSON line; writes the matrix as a picture. Languages
-are named with their branch, so that relatives stand side by side.
+On the nano base, or another one: an adapter for each of some widespread languages, trained on the declaration's
+articles 1 to 25 in it. Then bits per byte of articles 26 to 30 in these languages, in small relatives of theirs and in
+strangers, against the base. Prints the matrix and the mean change by kinship, then one JSON line; writes the matrix as
+a picture. Languages are named with their branch, so that relatives stand side by side.
 """
 
 import argparse
@@ -35,7 +35,7 @@ KINSHIP = ("itself", "same branch", "same family", "stranger")
 def main() -> None:
     args = parse()
     sources, others = args.sources.split(), [*args.relatives.split(), *args.strangers.split()]
-    base = build_nano(args.base)
+    base = Path(args.base) if args.base else build_nano()
     out = Path(args.out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -43,9 +43,11 @@ def main() -> None:
         runs = [run(base, folder, code, args) for code in sources]
         models = [str(base), *map(str, runs)]
         rows = RowOptions(files=[str(folder / "held_out.jsonl")], format="text", language_column="language")
-        evaluate_rows(models, rows, TaskOptions(batch_size=32, transfer=True), quantization="none", out=str(out))
+        options, silent = TaskOptions(batch_size=32, transfer=True), Console(quiet=True)
+        evaluate_rows(models, rows, options, quantization="none", out=str(out), console=silent)
     cells = matrix(json.loads((out / "transfer.json").read_text(encoding="utf-8")))
     result = by_kinship(cells)
+    print(*matrix_lines(cells), sep="\n")
     Console().print(table(result))
     print(f"The picture is {out / 'transfer.png'}.")
     print(json.dumps({"kinship": result, "cells": cells, "shape": vars(args)}, ensure_ascii=False))
@@ -106,6 +108,18 @@ def matrix(transfer: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cells
 
 
+def matrix_lines(cells: list[dict[str, Any]]) -> list[str]:
+    """Write a line for each language trained on, a column for each tested one; * where the interval excludes zero."""
+    first = cells[0]["trained"]
+    lines = ["trained  " + "".join(f"{cell['tested']:>7} " for cell in cells if cell["trained"] == first)]
+    for trained in dict.fromkeys(cell["trained"] for cell in cells):
+        own = [cell for cell in cells if cell["trained"] == trained]
+        stars = ("*" if cell["low"] > 0 or cell["high"] < 0 else " " for cell in own)
+        values = (f"{cell['value']:+7.3f}{star}" for cell, star in zip(own, stars, strict=True))
+        lines.append(f"{trained:9}" + "".join(values))
+    return lines
+
+
 def kinship(one: Language, other: Language) -> str:
     if one.code == other.code:
         return "itself"
@@ -146,7 +160,7 @@ def table(result: dict[str, dict[str, Any]]) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default=".cache/nano", help="built there if it is not")
+    parser.add_argument("--base", help="any base's folder; the nano base if left out, built if it is not there")
     parser.add_argument("--sources", default=SOURCES, help="to train on, one adapter each")
     parser.add_argument("--relatives", default=RELATIVES, help="to test, beside the sources")
     parser.add_argument("--strangers", default=STRANGERS, help="to test, too")
