@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.nano import build_nano
 from lola_ft.nano.build import NanoSettings
-from lola_ft.nano.corpus import write_texts
+from lola_ft.nano.corpus import KINDS, write_texts
 from lola_ft.nano.pretrain import PretrainSettings
 from lola_ft.routing import follow_descent, profile_routing
 
@@ -30,7 +30,7 @@ def main() -> None:
     args = parse()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        write_texts(Path(temporary) / "texts")
+        write_texts(Path(temporary) / "texts", kind=args.text)
         for seed in range(args.seeds):
             settings = NanoSettings(pretrain=PretrainSettings(seed=seed))
             trained = build_nano(f"{args.base}-{seed}" if seed else args.base, settings)
@@ -74,6 +74,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default=".cache/nano", help="of seed 0; built there if it is not, others beside it")
+    parser.add_argument("--text", default="declaration", choices=KINDS, help="that is profiled (declaration)")
     parser.add_argument("--seeds", type=int, default=3, help="bases to train (3)")
     parser.add_argument("--permutations", type=int, default=9999, help="(9999)")
     return parser.parse_args()

@@ -256,6 +256,10 @@ def evaluate(
     max_rows: Annotated[int | None, Option(min=1, help="Rows per language, the first ones.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Rows per batch.")] = 8,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Longest answer of task generate. Default: 128.")] = None,
+    overlong: Annotated[
+        str | None,
+        Option(help="Prompts of task generate that are too long: error, skip or truncate. Default: error."),
+    ] = None,
     stride: Annotated[
         int | None, Option(help="Stride of windows over long texts. Default: half the positions.")
     ] = None,
@@ -280,7 +284,7 @@ def evaluate(
     if suite is not None:
         from lola_ft.evaluation.suite import SuiteOptions, evaluate_suite
 
-        of_suite = SuiteOptions(suite, _listed(tasks), _listed(languages), limit, shots, include_path, batch_size)
+        of_suite = SuiteOptions(suite, _listed(tasks), _languages(languages), limit, shots, include_path, batch_size)
         evaluate_suite(models, of_suite, out, base, quantization)
         return
     if out:
@@ -306,7 +310,7 @@ def evaluate(
         source_language=source_language,
         target_language=target_language,
     )
-    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed, transfer)
+    options = TaskOptions(task, batch_size, max_new_tokens, stride, resamples, seed, transfer, overlong)
     evaluate_rows(models, rows, options, base, quantization, template, out)
 
 
@@ -374,15 +378,23 @@ def quantize(
 
 
 @routing_app.command("texts")
-def routing_texts(out: Annotated[str, Option(help="Folder to write.")]) -> None:
-    """Write names from Unicode CLDR in 144 languages, one text file per language: data for `routing profile`."""
+def routing_texts(
+    out: Annotated[str, Option(help="Folder to write.")],
+    text: Annotated[str, Option(help="names, declaration, or all.")] = "all",
+    languages: Annotated[str | None, Option(help="Tags separated by commas, such as sw,sr-Latn. Default: all.")] = None,
+) -> None:
+    """Write one text file per language, data for `routing profile`.
+
+    The text is names from Unicode CLDR in 144 languages, and the Universal Declaration of Human Rights in 197 languages
+    and scripts.
+    """
     from lola_ft.files import check_folder_target
 
     check_folder_target(out)
     from lola_ft.nano.corpus import write_texts
 
-    files = write_texts(Path(out))
-    print(f"{len(files)} languages in {out}.")
+    files = write_texts(Path(out), kind=text, languages=_languages(languages) or None)
+    print(f"{len(files)} languages and scripts in {out}.")
 
 
 @routing_app.command("profile")
@@ -457,7 +469,7 @@ def routing_select(
     if seed is not None and not random:
         raise UserError("--seed is for --random; the choice by coverage has nothing random.")
     draw = (seed or 0) if random else None
-    choice = select_experts(read_profile(profile), _listed(languages), coverage, by, draw, rank)
+    choice = select_experts(read_profile(profile), _languages(languages), coverage, by, draw, rank)
     save_choice(choice, out)
     print(f"{describe_choice(choice)}\nThe selection is in {out}.")
 
@@ -519,6 +531,14 @@ def _refuse_other_kind(context: typer.Context, of_suite: bool) -> None:
         if given and name not in _OF_BOTH and (name in _OF_SUITE) != of_suite:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} does nothing {'with' if of_suite else 'without'} --suite. Leave it out.")
+
+
+def _languages(text: str | None) -> list[str]:
+    """Split the value of --languages; [] if it is not given. An empty language is refused."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"--languages '{text}': a language is empty. Write codes with commas between, such as sw,rw.")
+    return parts
 
 
 def _listed(text: str | None) -> list[str]:

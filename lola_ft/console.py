@@ -1,5 +1,8 @@
-"""The console that all messages are printed on."""
+"""The console that all messages are printed on, and the bar of work that takes a while."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rich.console
@@ -16,3 +19,45 @@ class Console(rich.console.Console):
         if all(isinstance(part, str) for part in objects):
             options = {"markup": False, "highlight": False, "soft_wrap": True} | options
         super().print(*objects, **options)
+
+
+Advance = Callable[[float], None]
+"""Tells a bar how much more is done."""
+
+
+@contextmanager
+def shown_progress(what: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+    """Show a bar with the time left on standard error while the block runs; nothing in a pipe or a file.
+
+    Args:
+        what: What is done, in front of the bar, such as "Merging".
+        total: How much there is to do; None if that is not known, which shows the time used instead.
+        unit: What is counted, such as "rows"; "" shows a percentage only.
+    """
+    with progress_bar(what, unit, timed=total is not None) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> Any:
+    """Return rich's display of progress as every verb shows it; the caller enters it and adds a task.
+
+    Args:
+        more: Further columns of rich's.
+        timed: Show the time left; otherwise the time used.
+    """
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    counted = TextColumn(f"{{task.completed:,.0f}}{' of {task.total:,.0f}' if timed else ''} {unit}")
+    time = (TextColumn("time left"), TimeRemainingColumn()) if timed else (TextColumn("time used"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    shown = console.is_terminal and os.environ.get("LOCAL_RANK", "0") in ("0", "-1")  # of several processes the first
+    columns = (TextColumn(what), BarColumn(), counted if unit else TaskProgressColumn(), *more, *time)
+    return Progress(*columns, console=console, transient=True, disable=not shown)

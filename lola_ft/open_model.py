@@ -8,9 +8,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lola_ft.adapters import load_adapter
-from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
+from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.folder import CHAT_TEMPLATE_FILE, TEMPLATE_FILE, resolve_folder
-from lola_ft.checkpoints.tokenizer import load_tokenizer
+from lola_ft.checkpoints.tokenizer import load_tokenizer, read_tokenizer
 from lola_ft.data.chat_template import ChatTemplate, PromptTemplate
 from lola_ft.data.prompt_template import Template
 from lola_ft.families import Architecture, Sizes, architecture_of
@@ -18,6 +18,28 @@ from lola_ft.kernels.precision import has_bfloat16
 from lola_ft.quantization.cache import is_cache
 from lola_ft.quantization.load import default_device, known_dtype, load_base, load_checkpoint
 from lola_ft.subject import Subject, find_subject, naming_base_of
+
+
+@dataclass(frozen=True)
+class PromptReader:
+    """How a model reads prompts, known before its weights are loaded.
+
+    Attributes:
+        template: As of an OpenModel.
+        positions: Tokens that the model reads and writes at most, together.
+    """
+
+    subject: Subject
+    tokenizer: PreTrainedTokenizerFast
+    template: PromptTemplate | None
+    positions: int
+
+
+def prompt_reader(subject: Subject) -> PromptReader:
+    """Read a model's tokenizer, template and number of positions."""
+    base = _base_folder(subject)
+    tokenizer = read_tokenizer(_tokenizer_folder(subject, base))
+    return PromptReader(subject, tokenizer, saved_template(subject), open_config(base)[1].sizes.positions)
 
 
 @dataclass(frozen=True)
@@ -91,8 +113,7 @@ def open_subject(
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
     held = known_dtype(_possible(dtype, target))
-    with naming_base_of(subject):
-        base = subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
+    base = _base_folder(subject)
     if is_cache(base):
         model = load_base(base, wanted, held, target, quiet=quiet)
     else:
@@ -100,8 +121,7 @@ def open_subject(
     fingerprint = model.base_fingerprint
     if subject.adapter:
         model = load_adapter(model, subject.adapter)
-    texts = subject.folder if any(subject.folder.glob("tokenizer*")) else base
-    tokenizer = load_tokenizer(texts, model.config)
+    tokenizer = load_tokenizer(_tokenizer_folder(subject, base), model.config)
     return OpenModel(subject, model.eval(), tokenizer, saved_template(subject), fingerprint)
 
 
@@ -115,6 +135,16 @@ def saved_template(subject: Subject) -> PromptTemplate | None:
         return Template.load(str(own))
     trained = subject.adapter is not None or subject.kind == "merged"
     return ChatTemplate(chat.read_text(encoding="utf-8")) if trained and chat.is_file() else None
+
+
+def _base_folder(subject: Subject) -> Path:
+    """Return the folder with the weights that an adapter belongs to, or a model's own."""
+    with naming_base_of(subject):
+        return subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
+
+
+def _tokenizer_folder(subject: Subject, base: Path) -> Path:
+    return subject.folder if any(subject.folder.glob("tokenizer*")) else base
 
 
 def _fitting(subject: Subject) -> str | None:

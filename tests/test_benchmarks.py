@@ -109,6 +109,26 @@ def test_families_prints_ratios_beside_the_best_stock_way() -> None:
 
 
 @pytest.mark.slow
+def test_the_routing_ablation_trains_every_kind_on_the_same_text() -> None:
+    small = "--languages|de nl sw zu ru uk|--steps|2|--tuning-steps|1|--vocab|512|--hidden|16|--inner|32|--experts|4"
+    script = str(BENCHMARKS / "routing_ablation.py")
+    command = [sys.executable, script, *small.split("|"), "--seeds", "2", "--layers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    found = result["result"]
+    assert list(found) == ["learned", "by token", "by language", "dense, active", "dense, total"]
+    router, expert, more_biases = 16 * 4, 2 * 16 * 32 + 32 + 16, 3 * 16
+    assert found["learned"]["active"] - found["by token"]["active"] == router
+    assert found["by language"]["parameters"] == found["by token"]["parameters"]
+    assert found["dense, active"]["parameters"] == found["by token"]["active"]
+    assert found["by token"]["parameters"] - found["by token"]["active"] == 3 * expert
+    assert found["by token"]["parameters"] - found["dense, total"]["parameters"] == more_biases
+    assert found["learned"]["low"]["difference"] == 0
+    assert found["by token"]["low"]["half_width"] > 0
+    assert len({(run["kind"], run["seed"]) for run in result["runs"]}) == 10
+
+
+@pytest.mark.slow
 def test_full_size_of_another_family_removes_what_it_wrote(tmp_path: Path) -> None:
     small = ["--family", "qwen3_moe", "--small", "--layers", "2", "--seq", "32", "--folder", str(tmp_path)]
     command = [sys.executable, str(BENCHMARKS / "full_size.py"), *small]

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 from lola_ft.card.facts import CardFacts
 from lola_ft.card.snippet import carries_code, snippets
 from lola_ft.card.stages import STAGE_HEADER, stage_rows, stages_in
+from lola_ft.card.tables import LONGEST_OPEN, folded, table, table_of_languages
 from lola_ft.file_names import RECIPE_FILE
 from lola_ft.repo_id import is_repo_id
 
@@ -26,7 +27,7 @@ def render_card(facts: CardFacts) -> str:
         f"---\n{_metadata(facts).to_yaml()}\n---",
         f"# {facts.title}",
         _introduction(facts),
-        _table(["", ""], _summary(facts)),
+        table(["", ""], _summary(facts)),
         _stages(facts),
         _data(facts),
         _results(facts),
@@ -103,7 +104,7 @@ def _stages(facts: CardFacts) -> str:
     stages = stages_in(facts.manifest) or facts.merge_report.get("stages", [])
     if not any(stage.get("started_from") for stage in stages):
         return ""
-    return f"## Stages\n\n{_table(STAGE_HEADER, stage_rows(stages))}"
+    return f"## Stages\n\n{table(STAGE_HEADER, stage_rows(stages))}"
 
 
 def _data(facts: CardFacts) -> str:
@@ -114,26 +115,33 @@ def _data(facts: CardFacts) -> str:
     local = sum(1 for source in facts.sources if source.get("path"))
     own = [f"{local} local file{'s' if local > 1 else ''}"] if local else []
     said = f"From {' and '.join([*([links] if links else []), *own])}.\n\n" if links or own else ""
-    return f"## Data\n\n{said}{_table(['language', 'rows', 'trained tokens'], rows, numbers=True)}"
+    sizes = [counts["trained_tokens"] for counts in facts.languages.values()]
+    shown = table_of_languages(["language", "rows", "trained tokens"], rows, sizes, "trained tokens")
+    return f"## Data\n\n{said}{shown}"
 
 
 def _results(facts: CardFacts) -> str:
     results = facts.manifest.get("results") or {}
     rows = [[label, _number(results[key])] for key, label in _NAMED_RESULTS.items() if key in results]
-    whole = f"## Results\n\n{_table(['', ''], rows)}" if rows else ""
+    whole = f"## Results\n\n{table(['', ''], rows)}" if rows else ""
     by_language = {k: v for k, v in results.items() if isinstance(v, dict) and k not in _SECTIONS}
     if not by_language:
         return whole
     codes = sorted({code for values in by_language.values() for code in values})
     lines = [[code, *(_number(values.get(code, "")) for values in by_language.values())] for code in codes]
-    return f"{whole}\n\n{_table(['language', *by_language], lines, numbers=True)}".strip()
+    first, values = next(iter(by_language.items()))
+    shown = table_of_languages(["language", *by_language], lines, [values.get(code) for code in codes], first)
+    return f"{whole}\n\n{shown}".strip()
 
 
 def _figures(facts: CardFacts, name: str) -> str:
     """Return a section with the figures that a run kept under a name; nested ones are named `outer / inner`."""
     figures = facts.manifest.get(name) or facts.manifest.get("results", {}).get(name)
     rows = [[key, _number(value)] for key, value in _flat(figures)] if isinstance(figures, dict) else []
-    return f"## {name.capitalize()}\n\n{_table(['', ''], rows)}" if rows else ""
+    if not rows:
+        return ""
+    shown = table(["", ""], rows)
+    return f"## {name.capitalize()}\n\n{shown if len(rows) <= LONGEST_OPEN else folded(f'{len(rows)} figures', shown)}"
 
 
 def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -211,11 +219,6 @@ def _gate(facts: CardFacts) -> str:
         return ""
     said = f" Its authors ask:\n\n> {facts.terms.request}" if facts.terms.request else ""
     return f"\n\nThe base is gated: who wants its weights has to accept its authors' terms on the Hub first.{said}"
-
-
-def _table(header: list[str], rows: list[list[str]], numbers: bool = False) -> str:
-    rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def _number(value: Any) -> str:

@@ -19,11 +19,7 @@ def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) ->
     Raises:
         CheckpointError: If there is none, or it has more tokens than the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: no tokenizer can be loaded from here ({reason}).") from error
+    tokenizer = read_tokenizer(folder)
     beyond = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
     if lacking := [token for token in beyond if token not in own_rows]:
         raise CheckpointError(
@@ -33,3 +29,12 @@ def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) ->
             "and model do not belong together."
         )
     return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a folder's tokenizer as it is; raises CheckpointError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{folder}: no tokenizer can be loaded from here ({reason}).") from error

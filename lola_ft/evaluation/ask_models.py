@@ -13,7 +13,7 @@ from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError
 from lola_ft.generation.prompts import template_of
 from lola_ft.memory import give_back_freed_memory
-from lola_ft.open_model import OpenModel, open_subject, saved_template
+from lola_ft.open_model import OpenModel, PromptReader, open_subject, prompt_reader, saved_template
 from lola_ft.subject import Subject, find_subject, is_adapted
 
 T = TypeVar("T")
@@ -34,24 +34,32 @@ class Opening:
 
 
 def ask_each(
-    models: Sequence[str], opening: Opening, ask: Callable[[OpenModel, PromptTemplate], T], console: Console
+    models: Sequence[str],
+    opening: Opening,
+    ask: Callable[[OpenModel, PromptTemplate], T],
+    console: Console,
+    prepare: Callable[[list[tuple[PromptReader, PromptTemplate]]], None] | None = None,
 ) -> tuple[list[T], list[dict[str, Any]]]:
     """Ask every model; returns what each said, and what it is.
+
+    Args:
+        prepare: Called before any weights are loaded, with how each model reads prompts.
 
     Raises:
         UserError: A model that is not there, before any is loaded; one given twice; a base that none needs.
     """
-    if len(set(models)) < len(models):
-        raise UserError("The same model is given twice. Give each once.")
-    if opening.base and not any(is_adapted(Path(model)) for model in models):
-        raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
+    refuse_twice(models)
+    refuse_needless_base(models, opening.base)
     subjects = [find_subject(model, _base_for(model, opening.base)) for model in models]
     common = None if opening.template else _common_template(subjects)
+    readers = [prompt_reader(subject) for subject in subjects]
+    templates = [template_of(reader, opening.template, common) for reader in readers]
+    if prepare:
+        prepare(list(zip(readers, templates, strict=True)))
     answers, facts = list[T](), list[dict[str, Any]]()
-    for model, subject in zip(models, subjects, strict=True):
+    for model, subject, template in zip(models, subjects, templates, strict=True):
         console.print(f"{model} ({subject.kind}) …")
         opened = open_subject(subject, opening.quantization)
-        template = template_of(opened, opening.template, common)
         answers.append(ask(opened, template))
         facts.append({"model": model, "kind": subject.kind, **how_loaded(opened), "template": template.source})
         del opened
@@ -65,6 +73,18 @@ def ask_each(
             "none) reads all alike.",
         )
     return answers, facts
+
+
+def refuse_twice(models: Sequence[str]) -> None:
+    """Refuse a model that is given twice: results are kept by name."""
+    if len(set(models)) < len(models):
+        raise UserError("The same model is given twice. Give each once.")
+
+
+def refuse_needless_base(models: Sequence[str], base: str | None) -> None:
+    """Refuse a base where no run or adapter needs it."""
+    if base and not any(is_adapted(Path(model)) for model in models):
+        raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
 
 
 def _common_template(subjects: Sequence[Subject]) -> PromptTemplate | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lola_ft.console import shown_progress
 from lola_ft.data import Example, PromptTemplate, encode_texts
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
@@ -50,7 +51,8 @@ class ChoiceTask:
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Score every choice of every row."""
         sequences = [tokens for question in self.questions for tokens in _sequences(question, opened, template)]
-        nats = iter(score(opened.model, sequences, self.batch_size))
+        with shown_progress("Scoring choices", 1) as advance:
+            nats = iter(score(opened.model, sequences, self.batch_size, advance=advance))
         rows = []
         for question in self.questions:
             likelihoods = [-float(next(nats).sum()) for _ in question.choices]

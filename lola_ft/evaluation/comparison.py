@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from lola_ft.console import shown_progress
 from lola_ft.evaluation.bootstrap import Estimate, bootstrap
 from lola_ft.evaluation.task import Measure, Measured
 
@@ -75,11 +76,13 @@ def compare(
     if len(groups) > 1:
         groups = {ALL: np.arange(len(codes)), **groups}
     lines: dict[str, dict[str, Line]] = {name: {} for name in measures}
-    for name, measure in measures.items():
-        for code, rows in groups.items():
-            parts = [one.parts[name][rows] for one in measured]
-            own_seed = seed + zlib.crc32(code.encode())  # a language draws its own rows, whichever others there are
-            lines[name][code] = Line(len(rows), *bootstrap(parts, measure.value, resamples, own_seed))
+    with shown_progress("Estimating intervals", len(measures) * len(groups)) as advance:
+        for name, measure in measures.items():
+            for code, rows in groups.items():
+                parts = [one.parts[name][rows] for one in measured]
+                own_seed = seed + zlib.crc32(code.encode())  # a language draws its own rows, whichever others there are
+                lines[name][code] = Line(len(rows), *bootstrap(parts, measure.value, resamples, own_seed))
+                advance(1)
     return Comparison(list(models), measures, lines)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ from lola_ft.evaluation.comparison import NOTE, Comparison, compare, plot, table
 from lola_ft.evaluation.generate_task import GenerateTask
 from lola_ft.evaluation.held_out_rows import RowOptions, read_for_scoring, read_questions
 from lola_ft.evaluation.loss_task import LossTask
+from lola_ft.evaluation.overlong_prompts import POLICIES
+from lola_ft.evaluation.suite.other_model import is_encoder_decoder
 from lola_ft.evaluation.task import Measured, Task
 from lola_ft.evaluation.transfer import plot_transfer, transfer_dict, transfer_rows, transfer_table
 from lola_ft.files import write_text
 
 TASKS = ("loss", "generate", "choice")
 _LONGEST_ANSWER = 128
+WHY_NOT_ROWS = (
+    "its decoder predicts an answer to what the encoder reads, so it has no loss or bits per byte of a text that could "
+    "be compared. Compare it on benchmarks: --suite lola-paper."
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class TaskOptions:
         stride: Task `loss`: of the windows over texts longer than the model's positions.
         resamples, seed: Of the bootstrap.
         transfer: Also show what training on one language did to the others.
+        overlong: Task `generate`: what happens to prompts that are too long; "error" if None.
     """
 
     task: str = "loss"
@@ -42,6 +50,7 @@ class TaskOptions:
     resamples: int = 1000
     seed: int = 0
     transfer: bool = False
+    overlong: str | None = None
 
 
 def evaluate_rows(
@@ -58,12 +67,15 @@ def evaluate_rows(
     console = console or Console()
     if template:
         check_template(template)
+    if encoders := [model for model in models if is_encoder_decoder(model)]:
+        raise UserError(f"{encoders[0]}: is an encoder-decoder, which rows are not scored with: {WHY_NOT_ROWS}")
     opening = Opening(base, quantization, template)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
     if template and isinstance(task, LossTask) and not any(example.prompt for example in task.examples):
         raise UserError("--template does nothing to texts, which have no prompt. Leave it out.")
-    measured, facts = ask_each(models, opening, task.run, console)
+    prepare = partial(task.prepare, console=console) if isinstance(task, GenerateTask) else None
+    measured, facts = ask_each(models, opening, task.run, console, prepare)
     comparison = compare(models, measured, task.measures, task.languages, options.resamples, options.seed)
     for table in tables(comparison):
         console.print(table)
@@ -90,13 +102,18 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
         raise UserError(f"--stride does nothing in --task {options.task}. Leave it out.")
     if options.max_new_tokens is not None and options.task != "generate":
         raise UserError(f"--max-new-tokens does nothing in --task {options.task}. Leave it out.")
+    if options.overlong is not None and options.task != "generate":
+        raise UserError(f"--overlong does nothing in --task {options.task}, which reads long rows. Leave it out.")
+    if options.overlong not in (None, *POLICIES):
+        raise UserError(f"--overlong '{options.overlong}' is unknown; there are {', '.join(POLICIES)}.")
     if options.transfer and options.task != "loss":
         raise UserError(f"--transfer shows changes in bits per byte, which --task {options.task} does not measure.")
     if options.task == "choice":
         return ChoiceTask(read_questions(rows), options.batch_size)
     examples = read_for_scoring(rows)
     if options.task == "generate":
-        return GenerateTask(examples, options.batch_size, options.max_new_tokens or _LONGEST_ANSWER)
+        longest, overlong = options.max_new_tokens or _LONGEST_ANSWER, options.overlong or "error"
+        return GenerateTask(examples, options.batch_size, longest, overlong)
     return LossTask(examples, options.batch_size, options.stride)
 
 
@@ -107,6 +124,8 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     report = {"models": about["models"], "results": comparison.as_dict(), "settings": about["settings"]}
     report |= {"versions": library_versions(), "hardware": hardware()}
+    if isinstance(task, GenerateTask):
+        report["overlong"] = {"policy": task.overlong, "rows": dict(task.too_long)}
     write_text(folder / f"{task.name}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     lines = []
     for place, (where, language) in enumerate(zip(task.places, task.languages, strict=True)):

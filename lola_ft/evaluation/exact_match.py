@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lola_ft.console import shown_progress
 from lola_ft.data import encode_texts
 from lola_ft.generation import Answer, Sampling, answer_all
 
@@ -57,11 +58,13 @@ def exact_match_by_language(
     """
     result = ExactMatch()
     prompts = encode_texts([row["prompt"] for row in rows], tokenizer)
-    for place, answer in answer_all(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size):
-        row = rows[place]
-        result.asked[row["language"]] += 1
-        result.stopped += answer.ended
-        result.right[row["language"]] += is_exact(answer, row["completion"])
+    with shown_progress("Answering", len(prompts), "prompts") as advance:
+        for place, answer in answer_all(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size):
+            row = rows[place]
+            result.asked[row["language"]] += 1
+            result.stopped += answer.ended
+            result.right[row["language"]] += is_exact(answer, row["completion"])
+            advance(1)
     return result
 
 

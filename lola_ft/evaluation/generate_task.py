@@ -1,19 +1,22 @@
 """Task `generate`: greedy answers under the model's template, by exact match, chrF and BLEU (sacrebleu)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from lola_ft.console import Console, shown_progress
 from lola_ft.data import Example, PromptTemplate
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.bootstrap import Floats, Value, ratio
 from lola_ft.evaluation.exact_match import is_exact
+from lola_ft.evaluation.overlong_prompts import cut_prompt, find_overlong, languages_of, say_rows
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.generation import Answer, Sampling, answer_all, check_room
 from lola_ft.language_codes import short_code
-from lola_ft.open_model import OpenModel
+from lola_ft.open_model import OpenModel, PromptReader
 
 _BY_CHARACTER = ("ja", "th", "lo", "km", "my", "bo", "dz")
 """Languages written without spaces: BLEU counts characters as words there, and words of Chinese by sacrebleu's rule."""
@@ -23,6 +26,13 @@ _CHINESE = ("zh", "yue", "wuu")
 class GenerateTask:
     """Lets the model answer and compares with the row's answer, the last one of a conversation.
 
+    Attributes:
+        overlong: What happens to a row whose prompt leaves a model no position for an answer:
+            error: nothing is answered.
+            skip: it is left out for every model.
+            truncate: the prompt loses its beginning, as in training.
+        too_long: Such rows by language.
+
     Raises:
         UserError: sacrebleu is not installed.
         DataError: A row without a prompt.
@@ -30,13 +40,15 @@ class GenerateTask:
 
     name = "generate"
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, max_new_tokens: int, overlong: str = "error"
+    ) -> None:
         for example in examples:
             if example.prompt is None:
                 raise DataError(f"{example.where}: a text has no prompt to answer. Use --task loss for texts.")
         self.examples, self.batch_size, self.sampling = examples, batch_size, Sampling(max_new_tokens)
-        self.languages = [example.language for example in examples]
-        self.places = [example.where for example in examples]
+        self.overlong, self.too_long = overlong, Counter[str]()
+        self._list_rows()
         self.measures: Mapping[str, Measure] = {
             "exact_match": Measure("exact match", ratio, percent=True),
             "chrf": Measure("chrF", _score_of(_chrf()), digits=1),
@@ -44,13 +56,40 @@ class GenerateTask:
             "ended": Measure("ended by itself", ratio, percent=True),
         }
 
+    def _list_rows(self) -> None:
+        self.languages = [example.language for example in self.examples]
+        self.places = [example.where for example in self.examples]
+
+    def prepare(self, readers: Sequence[tuple[PromptReader, PromptTemplate]], console: Console) -> None:
+        """Treat rows that are too long for one of the models; they are the same rows for all.
+
+        Raises:
+            DataError: Such a row where that is an error, or no row is left.
+        """
+        found = find_overlong(self.examples, readers)
+        if not found:
+            return
+        if self.overlong == "error":
+            raise next(iter(found.values())).refused(len(found) - 1)
+        self.too_long = languages_of(found)
+        if self.overlong == "truncate":
+            console.print(f"{len(found)} prompts are too long and lose their beginning: {say_rows(found)}.")
+            return
+        self.examples = [example for place, example in enumerate(self.examples) if place not in found]
+        self._list_rows()
+        if not self.examples:
+            raise DataError(f"--overlong skip: the prompts of all {len(found)} rows are too long. Shorten them.")
+        console.print(f"{len(found)} rows are skipped, their prompts are too long: {say_rows(found)}.")
+
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
-        """Answer every row; raises DataError for a prompt too long for the model."""
-        prompts = [template.prompt_ids(example, opened.tokenizer) for example in self.examples]
-        for example, ids in zip(self.examples, prompts, strict=True):
-            check_room(ids, opened.sizes.positions, f"{example.where}: the prompt")
-        end = template.end_of(opened.tokenizer)
-        found = dict(answer_all(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size, end))
+        """Answer every row, of which `prepare` has seen to those that are too long."""
+        prompts = self._prompts(opened, template)
+        end, found = template.end_of(opened.tokenizer), dict[int, Answer]()
+        with shown_progress("Answering", len(prompts), "prompts") as advance:
+            settings = (self.sampling, self.batch_size, end)
+            for place, answer in answer_all(opened.model, opened.tokenizer, prompts, *settings):
+                found[place] = answer
+                advance(1)
         answers = [found[place] for place in range(len(prompts))]
         pairs = list(zip(answers, self.examples, strict=True))
         parts = {
@@ -63,6 +102,18 @@ class GenerateTask:
             {"answer": answer.text, "ended": answer.ended, "reference": example.completion} for answer, example in pairs
         ]
         return Measured({name: np.array(part, dtype=np.float64) for name, part in parts.items()}, written)
+
+    def _prompts(self, opened: OpenModel, template: PromptTemplate) -> list[list[int]]:
+        """Return the token ids of every prompt, cut where it is too long and may be cut."""
+        positions, prompts = opened.sizes.positions, list[list[int]]()
+        for example in self.examples:
+            ids = template.prompt_ids(example, opened.tokenizer)
+            if len(ids) >= positions and self.overlong == "truncate":
+                [turns] = template.turns([example], opened.tokenizer)
+                ids = cut_prompt(turns, positions, self.sampling)
+            check_room(ids, positions, f"{example.where}: the prompt")
+            prompts.append(ids)
+        return prompts
 
 
 def _tokenizer(language: str) -> str:

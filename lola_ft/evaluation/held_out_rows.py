@@ -52,6 +52,8 @@ class RowOptions:
             raise UserError("Give held-out rows with --data FILE (again for more files).")
         if self.languages and self.language_column:
             raise UserError("Give --language or --language-column, not both.")
+        if not all(code.strip() for code in self.languages):
+            raise UserError("--language is empty. Give a code such as sw, or leave it out.")
         if len(self.languages) not in (0, 1, len(self.files)):
             raise UserError(
                 f"--language is given {len(self.languages)} times for {len(self.files)} files; give it once, or once "

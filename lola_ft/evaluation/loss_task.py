@@ -6,16 +6,18 @@ of the answer or text cost, without the end of text, over their bytes in UTF-8. 
 front of it that would predict it: it is context, and its bytes are not counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import log
 from typing import Any
 
 import numpy as np
 
+from lola_ft.console import Advance, shown_progress
 from lola_ft.data import Example, PromptTemplate
 from lola_ft.data.encoding import MASKED, TokenizedRow, tokenize
 from lola_ft.errors import UserError
-from lola_ft.evaluation.bootstrap import ratio
+from lola_ft.evaluation.bootstrap import Floats, ratio
 from lola_ft.evaluation.scoring import score
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.open_model import OpenModel
@@ -43,15 +45,26 @@ class LossTask:
         if self.stride is not None and not 0 < self.stride < positions:
             raise UserError(f"--stride is {self.stride}; it must be between 1 and {positions - 1} for this model.")
         bits, loss = list[tuple[float, int]](), list[tuple[float, int]]()
-        for start in range(0, len(self.examples), _ROWS):
-            chunk = list(self.examples[start : start + _ROWS])
-            rows = list(tokenize(chunk, opened.tokenizer, template))
-            nats = score(opened.model, [row.whole for row in rows], self.batch_size, self.stride)
-            for row, own in zip(rows, nats, strict=True):
+        with shown_progress("Scoring", len(self.examples), "rows") as advance:
+            for row, own in self._scored(opened, template, advance):
                 loss.append((own.sum(), len(own)))
                 bits.append((own[_is_text(row)].sum() / log(2), predicted_bytes(row, opened.tokenizer)))
         written = [{"nats": one[0], "tokens": one[1], "bytes": two[1]} for one, two in zip(loss, bits, strict=True)]
         return Measured({"bits_per_byte": np.array(bits), "loss": np.array(loss)}, written)
+
+    def _scored(
+        self, opened: OpenModel, template: PromptTemplate, advance: Advance
+    ) -> Iterator[tuple[TokenizedRow, Floats]]:
+        """Yield each row with the nats of its labelled tokens; the texts of a few hundred rows are held as tokens."""
+        for start in range(0, len(self.examples), _ROWS):
+            rows = list(tokenize(list(self.examples[start : start + _ROWS]), opened.tokenizer, template))
+            counted = partial(_advance_by, advance, len(rows))
+            sequences = [row.whole for row in rows]
+            yield from zip(rows, score(opened.model, sequences, self.batch_size, self.stride, counted), strict=True)
+
+
+def _advance_by(advance: Advance, rows: int, share: float) -> None:
+    advance(rows * share)
 
 
 def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:

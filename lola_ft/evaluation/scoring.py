@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
+from lola_ft.console import Advance
 from lola_ft.data.encoding import MASKED
 from lola_ft.data.encoding import Sequence as Tokens
 from lola_ft.families import architecture_of
@@ -30,7 +31,13 @@ class _Piece:
         return len(self.labels) - self.labels.count(MASKED)
 
 
-def score(model: Any, sequences: Sequence[Tokens], batch_size: int = 8, stride: int | None = None) -> list[Floats]:
+def score(
+    model: Any,
+    sequences: Sequence[Tokens],
+    batch_size: int = 8,
+    stride: int | None = None,
+    advance: Advance | None = None,
+) -> list[Floats]:
     """The nats of each sequence's labelled tokens, in their order.
 
     Sequences of like length are read together. They are padded on the right, where causal attention sees nothing of
@@ -38,6 +45,7 @@ def score(model: Any, sequences: Sequence[Tokens], batch_size: int = 8, stride: 
 
     Args:
         stride: Of the windows over sequences longer than the model's positions; half of these if not given.
+        advance: Told, after each batch, which share of all was in it.
     """
     positions = architecture_of(model.config).sizes.positions
     pieces = list(_pieces(sequences, positions, stride or positions // 2))
@@ -47,6 +55,8 @@ def score(model: Any, sequences: Sequence[Tokens], batch_size: int = 8, stride: 
         batch = order[start : start + batch_size]
         found = _batch_nats(model, [pieces[number] for number in batch])
         nats |= dict(zip(batch, found, strict=True))
+        if advance:
+            advance(len(batch) / len(order))
     parts: list[list[Floats]] = [[] for _ in sequences]
     for number, piece in enumerate(pieces):
         parts[piece.place].append(nats[number])

@@ -15,6 +15,7 @@ from lola_ft.file_names import MANIFEST_FILE
 
 MEASURE = "bits_per_byte"
 _NAMED = 3
+_UPRIGHT = 6  # characters of a language's name that fit under a column of the picture
 
 
 def trained_languages(run: str) -> list[str]:
@@ -81,7 +82,8 @@ def plot_transfer(comparison: Comparison, trained: dict[str, list[str]], path: P
             column, row, f"{changes[row, column]:+.2f}{star}", ha="center", va="center", fontsize=8,
             color="white" if dark else "black",
         )  # fmt: skip
-    axes.set_xticks(range(len(tested)), tested)
+    long = max(map(len, tested)) > _UPRIGHT
+    axes.set_xticks(range(len(tested)), tested, rotation=45 if long else 0, ha="right" if long else "center")
     axes.set_yticks(range(len(trained)), [few(languages) for languages in trained.values()])
     axes.set_xlabel("tested on")
     axes.set_ylabel("trained on")

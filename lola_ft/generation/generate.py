@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
-from lola_ft.console import Console
+from lola_ft.console import shown_progress
 from lola_ft.data import PromptTemplate, check_template
 from lola_ft.data.example import Example, prompt_fields
 from lola_ft.errors import UserError
@@ -77,9 +75,11 @@ def _answered(
     opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int, end: int
 ) -> list[Answer]:
     """The answers in the order of the prompts."""
-    answers = answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size, end)
-    console = Console(stderr=True)
-    found = dict(track(answers, "Answering", total=len(ids_of), console=console, transient=True))
+    found = dict[int, Answer]()
+    with shown_progress("Answering", len(ids_of), "prompts") as advance:
+        for place, answer in answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size, end):
+            found[place] = answer
+            advance(1)
     return [found[place] for place in range(len(ids_of))]
 
 

@@ -13,7 +13,7 @@ from lola_ft.data.json_files import object_lines
 from lola_ft.data.source_rows import usable
 from lola_ft.data.text_lines import decode
 from lola_ft.errors import DataError
-from lola_ft.open_model import OpenModel
+from lola_ft.open_model import OpenModel, PromptReader
 from lola_ft.row_formats import kind_of_file
 
 ADDED = ("answer", "ended", "tokens")
@@ -99,7 +99,9 @@ def _open_conversation(row: Row) -> Example:
     return request(last, row.where, earlier)
 
 
-def template_of(opened: OpenModel, given: str | None, others: PromptTemplate | None = None) -> PromptTemplate:
+def template_of(
+    opened: OpenModel | PromptReader, given: str | None, others: PromptTemplate | None = None
+) -> PromptTemplate:
     """The template to talk to a model with: the given one, or the one it was trained with.
 
     Args:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, StoredAdapter
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
+from lola_ft.console import shown_progress
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.adapter_keys import expert_of, factor_keys, place_in_stack, stacked_row
 from lola_ft.merging.merge_base import MergeBase
@@ -94,14 +95,17 @@ def prove(
     touched = [name for name in base.entries if adapter.keys_of(name)]
     _check_all_used(adapter, touched)
     untouched = [name for name in base.entries if name not in set(touched)]
-    for name in untouched:
-        _check_untouched(base, base.entries[name], merged[name])
-    for name in touched:
-        _check_stored(merged[name], checksums[name])
-    choice = random.Random(seed)
-    checks = {name: _check_rows(base, adapter, merged[name], choice) for name in touched}
+    _check_bytes(base, merged, untouched, checksums)
+    choice, checks, found = random.Random(seed), dict[str, _Found](), list[_Found]()
+    with shown_progress("Recomputing weights", len(touched), "tensors") as advance:
+        for name in touched:
+            checks[name] = _check_rows(base, adapter, merged[name], choice)
+            advance(1)
     sample = _choose_sample(touched, choice)
-    found = [_check_whole(base, adapter, merged[name]) for name in sample]
+    with shown_progress("Recomputing whole weights", len(sample), "tensors") as advance:
+        for name in sample:
+            found.append(_check_whole(base, adapter, merged[name]))
+            advance(1)
     values = sum(torch.Size(merged[name].shape).numel() for name in sample)
     return WeightProof(
         tensors=len(merged),
@@ -243,6 +247,20 @@ def _check_all_used(adapter: _AdapterFile, touched: list[str]) -> None:
     lost = sorted(set(adapter.stored.entries) - set(uses))
     if lost:
         raise CheckpointError(f"{adapter.stored.folder / WEIGHTS_FILE}: tensor '{lost[0]}' has no place in the base.")
+
+
+def _check_bytes(
+    base: MergeBase, merged: dict[str, TensorEntry], untouched: list[str], checksums: dict[str, int]
+) -> None:
+    """Check that untouched tensors are the base's, and that the others are in the files as they were written."""
+    untouched_names = set(untouched)
+    with shown_progress("Checking the files", len(base.entries), "tensors") as advance:
+        for name in base.entries:
+            if name in untouched_names:
+                _check_untouched(base, base.entries[name], merged[name])
+            else:
+                _check_stored(merged[name], checksums[name])
+            advance(1)
 
 
 def _check_stored(entry: TensorEntry, checksum: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lola_ft.checkpoints.fused_experts import put_together
 from lola_ft.checkpoints.safetensors_file import TensorEntry, bytes_of
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
+from lola_ft.console import shown_progress
 from lola_ft.errors import CheckpointError
 from lola_ft.merging.buffers import Buffers
 from lola_ft.merging.deltas import Deltas
@@ -65,10 +66,12 @@ def write_weights(
 
     buffers = Buffers()
     update = _Update(deltas, written, dtype, buffers)
-    with _Sink(base, folder, dtype, checksums) as sink:
+    values = sum(torch.Size(entry.shape).numel() for entry in base.entries.values())
+    with _Sink(base, folder, dtype, checksums) as sink, shown_progress("Merging", values) as advance:
 
         def store(piece: _Piece) -> None:
             sink.write(piece)
+            advance(piece.values.numel())
             buffers.give_back(piece.values)
 
         run_pipeline(_read(base, buffers), update, store)

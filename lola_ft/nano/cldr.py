@@ -58,9 +58,14 @@ def load_terms() -> tuple[Term, ...]:
     return tuple(term for language in sorted(kept) for term in sorted(kept[language], key=lambda t: (t.kind, t.text)))
 
 
+def english_names() -> dict[str, str]:
+    """CLDR's English names of languages, by code."""
+    return _own_file("en")["languages"]
+
+
 def language_name(language: str) -> str:
     """The English name of a language, e.g. "Swahili" for "sw"."""
-    return _own_file("en")["languages"][language]
+    return english_names()[language]
 
 
 def join_names(names: list[str], language: str) -> str:

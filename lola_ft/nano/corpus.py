@@ -8,14 +8,19 @@ import functools
 import hashlib
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
+from lola_ft.errors import DataError
 from lola_ft.files import write_text
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
+from lola_ft.nano.declaration import load_declarations
 
 HELD_OUT_SHARE = 0.06
+KINDS = ("all", "names", "declaration")
+"""Kinds of text, of `lola-ft routing texts --text`."""
 SHORTEST_LIST, LONGEST_LIST = 4, 24  # names in a document
 
 
@@ -76,20 +81,47 @@ def build_documents(
     return documents
 
 
-def write_texts(folder: Path, seed: int = 0) -> list[Path]:
-    """Write the documents of each language into a file of its own (`sw.txt`), blank lines between them.
+def write_texts(folder: Path, seed: int = 0, kind: str = "all", languages: Sequence[str] | None = None) -> list[Path]:
+    """Write the texts of each language into a file of its own (`sw.txt`, `sr-Latn.txt`), blank lines between them.
 
-    Every name is written once, held-out names too: these texts are for examining a model, not for training.
+    Every name and every paragraph is written once, held-out ones too: these texts are for examining a model, not for
+    training. Lists of names come before the declaration.
+
+    Args:
+        kind: `names` (CLDR's), `declaration` (of human rights), or `all`.
+        languages: Tags to write; all if left out.
+
+    Raises:
+        DataError: There is no such kind, or no text of a language.
     """
-    terms_of: defaultdict[str, list[Term]] = defaultdict(list)
-    for term in load_terms():
-        terms_of[term.language].append(term)
+    if kind not in KINDS:
+        raise DataError(f"--text {kind}: there is {', '.join(KINDS)}.")
+    texts_of: defaultdict[str, list[str]] = defaultdict(list)
+    if kind != "declaration":
+        for language, terms in _by_language(load_terms()).items():
+            texts_of[language] += build_documents(terms, 1, 1, seed)
+    if kind != "names":
+        for tag, declaration in load_declarations().items():
+            texts_of[tag] += [*declaration.training_paragraphs, *declaration.held_out_paragraphs]
+    for language in languages or ():
+        if language not in texts_of:
+            near = "".join(f"Did you mean '{tag}'? " for tag in get_close_matches(language, texts_of, n=1))
+            raise DataError(
+                f"--languages {language}: there is no text in it. {near}There is of {', '.join(sorted(texts_of))}."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for language, terms in terms_of.items():
+    for language in sorted(languages or texts_of):
         files.append(folder / f"{language}.txt")
-        write_text(files[-1], "\n\n".join(build_documents(terms, 1, 1, seed)) + "\n")
+        write_text(files[-1], "\n\n".join(texts_of[language]) + "\n")
     return files
+
+
+def _by_language(terms: Iterable[Term]) -> dict[str, list[Term]]:
+    terms_of: defaultdict[str, list[Term]] = defaultdict(list)
+    for term in terms:
+        terms_of[term.language].append(term)
+    return terms_of
 
 
 def _answers() -> set[str]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lola_ft.console import progress_bar
 from lola_ft.families import architecture_of
 
 
@@ -46,9 +47,8 @@ def pretrain(model: Any, rows_NS: Tensor, eos_token_id: int, settings: PretrainS
     balances = architecture_of(model.config).family.balances
     model.train()
     losses = []
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*shown, TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn()) as progress:
-        task = progress.add_task("pre-training", total=settings.steps, loss=math.nan)
+    with progress_bar("Pre-training", "steps", TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+        task = progress.add_task("", total=settings.steps, loss=math.nan)
         for rows_BS in _batches(rows_NS, settings):
             outputs = model(
                 input_ids=rows_BS,

@@ -19,6 +19,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
 from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
+from lola_ft.console import shown_progress
 from lola_ft.errors import CheckpointError, WriteError
 from lola_ft.families import architecture_of
 from lola_ft.files import cache_root, copy_files, replace_folder
@@ -108,16 +109,18 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
     """
     linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     entries = sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start)
-    for entry, read in read_ahead(((entry, None) for entry in entries), ahead=2):
-        module_name, _, name = entry.name.rpartition(".")
-        module = model.get_submodule(module_name)
-        tensor = read.to(device)
-        if isinstance(module, NF4Linear) and name != "bias":
-            linear_parts[module_name][name] = tensor
-        elif name in dict(module.named_buffers(recurse=False)):
-            setattr(module, name, tensor)
-        else:
-            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+    with shown_progress("Loading", sum(entry.num_bytes for entry in entries)) as advance:
+        for entry, read in read_ahead(((entry, None) for entry in entries), ahead=2):
+            module_name, _, name = entry.name.rpartition(".")
+            module = model.get_submodule(module_name)
+            tensor = read.to(device)
+            if isinstance(module, NF4Linear) and name != "bias":
+                linear_parts[module_name][name] = tensor
+            elif name in dict(module.named_buffers(recurse=False)):
+                setattr(module, name, tensor)
+            else:
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+            advance(entry.num_bytes)
     for module_name, parts in linear_parts.items():
         module = model.get_submodule(module_name)
         assert isinstance(module, NF4Linear), f"{module_name} is not a 4-bit layer"

@@ -18,7 +18,7 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import commit_of
 from lola_ft.checkpoints.safetensors_file import read_ahead
-from lola_ft.console import Console
+from lola_ft.console import Console, shown_progress
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
 from lola_ft.families.routers import score_in_weight_dtype
@@ -294,25 +294,37 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         return None if four_bit(place) else torch.float32 if place.float32 else dtype
 
     wanted = [(entry, read_as(places[entry.name])) for entry in checkpoint]
-    for number, (entry, read) in enumerate(read_ahead(wanted)):
-        if number % 16 == 0:
-            give_back_freed_memory()
-        tensor = read.to(device)
-        require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
-        place = places[entry.name]
-        quantised = four_bit(place)
-        if isinstance(quantised, NF4Experts):
-            quantised.load_expert(place.part or place.leaf, place.expert or 0, tensor)
-        elif quantised is not None:
-            quantised.load_dense(tensor.t() if place.transposed else tensor)
-        elif place.expert is not None:
-            _fill_slice(model, place, tensor, dtype, device)
-        elif place.correction:
-            model.get_submodule(place.module).register_buffer(place.leaf, tensor)
-        else:
-            weight = tensor.t().contiguous() if place.transposed else tensor
-            parameter = nn.Parameter(weight, requires_grad=not model.quantization)
-            setattr(model.get_submodule(place.module), place.leaf, parameter)
+    with shown_progress("Loading", len(wanted), "tensors") as advance:
+        for number, (entry, read) in enumerate(read_ahead(wanted)):
+            if number % 16 == 0:
+                give_back_freed_memory()
+            tensor, place = read.to(device), places[entry.name]
+            require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
+            _put(model, place, tensor, four_bit(place), dtype, device)
+            advance(1)
+
+
+def _put(
+    model: Any,
+    place: Place,
+    tensor: Tensor,
+    quantised: NF4Experts | NF4Linear | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a tensor to its place: to the 4-bit module `quantised`, or as it is."""
+    if isinstance(quantised, NF4Experts):
+        quantised.load_expert(place.part or place.leaf, place.expert or 0, tensor)
+    elif quantised is not None:
+        quantised.load_dense(tensor.t() if place.transposed else tensor)
+    elif place.expert is not None:
+        _fill_slice(model, place, tensor, dtype, device)
+    elif place.correction:
+        model.get_submodule(place.module).register_buffer(place.leaf, tensor)
+    else:
+        weight = tensor.t().contiguous() if place.transposed else tensor
+        parameter = nn.Parameter(weight, requires_grad=not model.quantization)
+        setattr(model.get_submodule(place.module), place.leaf, parameter)
 
 
 def _fill_slice(model: Any, place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lola_ft.console import shown_progress
 from lola_ft.routing.language_families import family_distances, find_language, script_distances
-from lola_ft.routing.mantel import mantel, neighbour_agreement
+from lola_ft.routing.mantel import Correlation, mantel, neighbour_agreement
 from lola_ft.routing.measures import jensen_shannon
 from lola_ft.routing.profile import Profile
 
@@ -60,7 +61,11 @@ def follow_descent(profile: Profile, permutations: int = 999, seed: int = 0) -> 
         "family given tokens": (family, (tokens,)),
         "family given script and tokens": (family, (script, tokens)),
     }
-    correlations = {name: mantel(routing_KLL, *test, permutations, seed) for name, test in tests.items()}
+    correlations = dict[str, list[Correlation]]()
+    with shown_progress("Testing descent", len(tests), "tests") as advance:
+        for name, test in tests.items():
+            correlations[name] = mantel(routing_KLL, *test, permutations, seed)
+            advance(1)
     scripts = [language.script for language in known.values()]
     names = [ALL_LAYERS, *(str(layer) for layer in profile.about.layers)]
     return {

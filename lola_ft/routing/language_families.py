@@ -61,6 +61,19 @@ def describe(code: str) -> str:
     return f"{code} {language.name}" if language else code
 
 
+def unknown_languages(codes: Sequence[str]) -> list[str]:
+    """Return the codes that the table does not have."""
+    return [code for code in codes if find_language(code) is None]
+
+
+def not_in_table(codes: Sequence[str]) -> str:
+    """Say of codes that the table does not have what that means."""
+    return (
+        f"not in the table of languages: {', '.join(codes)}. They are in the report without name, family and script, "
+        "and not in the tests of descent. Are they ISO 639 codes, as sw or swh_Latn?"
+    )
+
+
 def family_distances(languages: Sequence[Language]) -> Tensor:
     """Distance by descent (L, L), float64: 0 in one branch, 1 in one family, 2 else."""
     rows = [[_descent(first, second) for second in languages] for first in languages]

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lola_ft.console import progress_bar
 from lola_ft.data import check_template, load_template
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
@@ -96,14 +97,18 @@ def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED)
     architecture = architecture_of(model.config)
     shape = len(about.layers), architecture.num_experts, architecture.sizes.top_k
     tally = _Tally(*shape, sample, backbone.device)
-    for window in _windows(texts):
-        tally.expect(window)
-        for batch in _batches(window):
-            ids_BS = _padded([piece.ids for piece, _ in batch])
-            # Padding stands on the right, where causal attention keeps it from every real token: no mask is needed.
-            with seen_choices(backbone) as choices:
-                outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
-            tally.count(outputs.router_logits, choices, batch, ids_BS.shape[1])
+    with progress_bar("Profiling", "tokens") as bar:
+        task = bar.add_task("", total=0)
+        for window in _windows(texts):
+            bar.update(task, total=texts.estimated_tokens)
+            tally.expect(window)
+            for batch in _batches(window):
+                ids_BS = _padded([piece.ids for piece, _ in batch])
+                # Padding is on the right, where causal attention keeps it from every real token: no mask is needed.
+                with seen_choices(backbone) as choices:
+                    outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
+                tally.count(outputs.router_logits, choices, batch, ids_BS.shape[1])
+                bar.advance(task, sum(len(piece.ids) for piece, _ in batch))
     if not tally.languages:
         raise UserError("the texts hold no token.")
     return tally.profile(about, texts)

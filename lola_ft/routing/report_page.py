@@ -3,19 +3,22 @@
 import base64
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
+from lola_ft.console import shown_progress
 from lola_ft.errors import UserError
 from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
 from lola_ft.routing.descent import ALL_LAYERS, MIN_LANGUAGES, describe_descent, follow_descent, routing_distances
 from lola_ft.routing.drift import Drift, compare
-from lola_ft.routing.language_families import describe
+from lola_ft.routing.language_families import describe, find_language, not_in_table, unknown_languages
 from lola_ft.routing.profile import Profile
 from lola_ft.routing.summary import ROUNDING, describe_drift, summarise, summarise_drift
 
@@ -53,6 +56,8 @@ class Report:
                 f"{one['profile']['model']}: {len(one['languages'])} languages; entropy of the load "
                 f"{min(entropies):.3f} to {max(entropies):.3f}; {dead} dead experts"
             )
+            if unknown := unknown_languages(list(one["languages"])):
+                lines.append(f"  {not_in_table(unknown)}")
             lines += describe_descent(one["descent"]) if one["descent"] else []
         return lines + (describe_drift(self.numbers["drift"]) if self.numbers["drift"] else [])
 
@@ -81,7 +86,12 @@ def write_report(
         "second": summarise(second) | {"descent": follow_descent(second, permutations, seed)} if second else None,
         "drift": summarise_drift(drift) if drift else None,
     }
-    pictures = [*_pictures(first), *(_drift_pictures(drift) if drift else [])]
+    drawn = chain(_pictures(first), _drift_pictures(drift) if drift else [])
+    pictures = list[Picture]()
+    with shown_progress("Drawing", len(first.about.layers) + 3 + 2 * (drift is not None), "pictures") as advance:
+        for picture in drawn:
+            pictures.append(picture)
+            advance(1)
     with replace_folder(folder) as partial:
         for picture in pictures:
             (partial / f"{picture.name}.png").write_bytes(picture.data)
@@ -91,49 +101,47 @@ def write_report(
     return Report(folder / PAGE, numbers)
 
 
-def _pictures(profile: Profile) -> list[Picture]:
-    """Of one profile; languages in the tree's order, so that those which route alike stand together."""
+def _pictures(profile: Profile) -> Iterator[Picture]:
+    """Draw the pictures of one profile; languages in the order of the tree, so that like ones stand together."""
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
     languages, shares_LME = profile.languages, profile.shares.numpy()
-    order, found = list(range(len(languages))), []
+    order = list(range(len(languages)))
     if len(languages) > 2:
         distances = squareform(routing_distances(profile).mean(dim=0).numpy(), checks=False)
         linkage = hierarchy.linkage(distances, "average", optimal_ordering=True)
         order = hierarchy.leaves_list(linkage).tolist()[::-1]
-        found.append(Picture("tree", "Languages by their routing", figures.dendrogram(linkage, languages)))
+        yield Picture("tree", "Languages by their routing", figures.dendrogram(linkage, languages))
         flat_LF = shares_LME.reshape(len(languages), -1)
-        found.append(Picture("map", "Languages on a plane (PCA)", figures.language_map(flat_LF, languages)))
+        yield Picture("map", "Languages on a plane (PCA)", figures.language_map(flat_LF, languages))
     specificity = figures.specificity(shares_LME.max(axis=0), profile.about.layers)
-    found.append(Picture("specificity", "How specific each expert is", specificity))
+    yield Picture("specificity", "How specific each expert is", specificity)
     ordered = [languages[place] for place in order]
     experts = [str(e) for e in range(profile.num_experts)]
     for m, layer in enumerate(profile.about.layers):
         title = f"layer {layer}: share of a language's tokens (even load: {1 / profile.num_experts:.3g})"
         values_LE = shares_LME[order, m]
         data = figures.heatmap(values_LE, ordered, experts, title, "expert", float(shares_LME.max()))
-        found.append(Picture(f"layer-{layer:02}", f"Layer {layer}", data))
-    return found
+        yield Picture(f"layer-{layer:02}", f"Layer {layer}", data)
 
 
-def _drift_pictures(drift: Drift) -> list[Picture]:
-    """Languages that changed most on top."""
+def _drift_pictures(drift: Drift) -> Iterator[Picture]:
+    """Draw what changed; languages that changed most on top."""
     order = drift.divergence_LM.mean(dim=-1).argsort(descending=True, stable=True)
     languages = [drift.languages[place] for place in order.tolist()]
     values_LM = drift.divergence_LM[order].numpy()
     columns = [str(layer) for layer in drift.layers]
     top = max(float(values_LM.max()), 1e-6)
     data = figures.heatmap(values_LM, languages, columns, "Jensen-Shannon divergence, bits", "layer", top)
-    found = [Picture("drift", "What changed: shares", data)]
+    yield Picture("drift", "What changed: shares", data)
     flips = {language: drift.flips[language] for language in languages}
     exact = {language: rates.numpy() for language, rates in flips.items() if rates is not None}
     if exact:
         values = np.stack(list(exact.values()))
         title = "share of sampled tokens that go to another expert"
         data = figures.heatmap(values, list(exact), columns, title, "layer", max(float(values.max()), 1e-6))
-        found.append(Picture("flips", "What changed: single tokens", data))
-    return found
+        yield Picture("flips", "What changed: single tokens", data)
 
 
 def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
@@ -141,7 +149,14 @@ def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mean": lambda values: sum(values) / len(values), "number": _number, "name": describe}
+    environment.filters |= {
+        "mean": lambda values: sum(values) / len(values),
+        "number": _number,
+        "name": describe,
+        "known": find_language,
+        "unknown": unknown_languages,
+        "not_in_table": not_in_table,
+    }
     template = environment.get_template("report.html.jinja")
     return template.render(
         **numbers, pictures=pictures, all_layers=ALL_LAYERS, min_languages=MIN_LANGUAGES, rounding=ROUNDING

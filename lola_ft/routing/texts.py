@@ -45,12 +45,21 @@ class Texts:
     tokens: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     documents: Counter[str] = field(default_factory=Counter)
+    _read: int = 0  # sources that are done
 
     def __iter__(self) -> Iterator[Piece]:
         for source in self.sources:
             examples = read_examples([source])
             while not self._is_full(source.language) and (batch := list(islice(examples, _BATCH))):
                 yield from self._pieces([example for example in batch if not self._is_full(example.language)])
+            self._read += 1
+
+    @property
+    def estimated_tokens(self) -> float:
+        """Estimate the tokens of all sources: those given so far, times the bytes of all files per byte read."""
+        sizes = [Path(source.path).stat().st_size if source.path else 0 for source in self.sources]
+        here = sum(sizes[: self._read + 1])  # the current file counts as read
+        return self.tokens.total() * sum(sizes) / max(here, 1)
 
     def _pieces(self, batch: list[Example]) -> Iterator[Piece]:
         """Pieces of a batch. Prompts and answers are tokenised apart, as in training."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from lola_ft.card import TERMS_FILES
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILES
+from lola_ft.console import shown_progress
 from lola_ft.errors import UserError
 from lola_ft.file_names import CARD_FILE, MERGE_REPORT_FILE, WEIGHTS_INDEX_FILE
 from lola_ft.files import check_new_folder, copy_files, replace_folder, write_text
@@ -62,8 +63,10 @@ def export(source: str | Path, out: str | Path, revision: str | None = None) -> 
     checkpoint.check_tied_head()
     linked, copied = list[str](), list[str]()
     with replace_folder(out) as folder:
-        for file in checkpoint.files:
-            (linked if _link_or_copy(file, folder / file.name) else copied).append(file.name)
+        with shown_progress("Copying weights", sum(file.stat().st_size for file in checkpoint.files)) as advance:
+            for file in checkpoint.files:
+                (linked if _link_or_copy(file, folder / file.name) else copied).append(file.name)
+                advance(file.stat().st_size)
         copy_files(checkpoint.folder, folder, (WEIGHTS_INDEX_FILE, *_OTHER_FILES, *TOKENIZER_FILES))
         config = config_for(family, checkpoint.config_json, "" if Path(source).exists() else str(source))
         write_text(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")

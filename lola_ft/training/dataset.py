@@ -1,17 +1,15 @@
 """A run's data: from the recipe's sources to encoded training and validation sets, with what became of each row."""
 
-import contextlib
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerFast
 
-from lola_ft.console import Console
+from lola_ft.console import shown_progress
 from lola_ft.data import (
     BadRows,
     ChatTemplate,
@@ -154,7 +152,7 @@ def _encode(
     def read(sources: list[RecipeSource]) -> Iterator[Example]:
         return read_examples(map(_source, sources), bad_rows, data.normalize, data.learn, findings)
 
-    with new_folder() as (folder, keepable), shown_progress() as progress:
+    with new_folder() as (folder, keepable), shown_progress("Encoding", None, "rows") as progress:
 
         def encoded(examples: Iterable[Example], side: str) -> Encoded:
             if _judged(data):
@@ -231,13 +229,3 @@ def rows_key(
             "versions": [unicodedata.unidata_version, *map(version_of, _LIBRARIES)],
         }
     )
-
-
-@contextlib.contextmanager
-def shown_progress(doing: str = "Encoding rows") -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal's stderr: rows, and the time."""
-    columns = (TextColumn(doing), BarColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda rows: bar.advance(task, rows)

@@ -1,5 +1,6 @@
 """The model card: what the Hub reads in its header, what people read below."""
 
+import re
 from typing import Any
 
 import pytest
@@ -132,3 +133,46 @@ def test_a_card_of_another_family_claims_nothing_of_lola() -> None:
     assert "CC BY" not in card.text
     assert "The base's licence holds" in card.text
     assert "what LOLA is" not in card.text
+
+
+def many(count: int) -> dict[str, Any]:
+    """The manifest of a run in `count` languages, of which language n has 10 * n trained tokens and loss n / 100."""
+    codes = [f"l{number:03}" for number in range(1, count + 1)]
+    languages = {code: {"kept": 5, "trained_tokens": 10 * int(code[1:])} for code in codes}
+    losses = {code: int(code[1:]) / 100 for code in codes}
+    figures = {"drift": dict.fromkeys(codes, 0.5)}
+    return MANIFEST | {
+        "data": {"train": {"languages": languages}},
+        "results": {"steps": 7, "eval_loss_by_language": losses},
+        "routing": figures,
+    }
+
+
+def test_long_tables_show_the_extremes_and_fold_the_whole() -> None:
+    text = render_card(facts(manifest=many(144)))
+    data = text.partition("## Data")[2].partition("## Results")[0]
+    largest, smallest, whole = re.split("Smallest 10|<details>", data)
+    assert "Largest 10 by trained tokens" in largest
+    assert re.findall(r"^\| (l\d+)", largest, re.MULTILINE) == [f"l{n:03}" for n in range(144, 134, -1)]
+    assert re.findall(r"^\| (l\d+)", smallest, re.MULTILINE) == [f"l{n:03}" for n in range(10, 0, -1)]
+    assert len(re.findall(r"^\| l\d+", whole, re.MULTILINE)) == 144
+    assert "<summary>All 144 languages</summary>\n\n| language" in whole, "Markdown inside needs an empty line"
+    results = text.partition("## Results")[2].partition("## Routing")[0]
+    assert "Largest 10 by eval_loss_by_language" in results
+    assert results.count("| l144 | 1.4400 |") == 2
+    assert "<summary>144 figures</summary>" in text
+    assert text.count("<details>") == text.count("</details>") == 3
+
+
+@pytest.mark.parametrize(("count", "folds"), [(30, 0), (31, 3)])
+def test_a_table_is_folded_from_31_rows(count: int, folds: int) -> None:
+    assert render_card(facts(manifest=many(count))).count("<details>") == folds
+
+
+def test_a_language_without_a_number_is_in_the_folded_table_only() -> None:
+    manifest = many(31)
+    manifest["results"] = {"eval_loss": {"l001": 1.0}, "accuracy": {f"l{n:03}": 0.5 for n in range(1, 32)}}
+    results = render_card(facts(manifest=manifest)).partition("## Results")[2].partition("## Routing")[0]
+    assert results.count("| l001 | 1.0000 | 0.5000 |") == 2
+    assert results.count("| l002 |") == 1
+    assert "Smallest" not in results

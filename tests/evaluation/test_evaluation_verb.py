@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import sacrebleu
 
+from lola_ft.data import Example
+from lola_ft.data.encoding import TokenizedRow, _truncate
+from lola_ft.data.encoding_report import Counts
+from lola_ft.data.turns import Turn
 from lola_ft.evaluation.generate_task import _sacrebleu, _tokenizer
+from lola_ft.evaluation.overlong_prompts import cut_prompt
+from lola_ft.generation import Sampling
 from lola_ft.merging import merge
 from tests.conftest import Outcome, write_rows
 
@@ -200,7 +206,10 @@ def test_bad_choices_are_named(verb: Verb, tiny_base: Path, tmp_path: Path, row:
         (("--data", "rows.jsonl", "--format", "alpaca", "--task", "choice", "--stride", "3"), "--stride does nothing"),
         (("--data", "a.txt", "--data", "b.txt", "--language", "a", "--language", "b", "--language", "c"), "3 times"),
         (("--data", "a.txt", "--language", "a", "--language-column", "b"), "not both"),
+        (("--data", "a.txt", "--language", " "), "--language is empty"),
         (("--data", "a.txt", "--task", "generate"), "a text has no prompt to answer"),
+        (("--data", "a.txt", "--overlong", "skip"), "--overlong does nothing in --task loss"),
+        (("--data", "a.txt", "--task", "generate", "--overlong", "drop"), "there are error, skip, truncate"),
         (("--data", "a.txt", "--unit", "word"), "--unit word: there is paragraph"),
         (("--data", "rows.jsonl", "--format", "alpaca", "--unit", "line"), "--unit divides .txt files"),
         (("--data", "a.txt", "--template", "alpaca"), "--template does nothing to texts"),
@@ -232,12 +241,65 @@ def test_a_missing_model_is_named_before_any_is_loaded(verb: Verb, tiny_base: Pa
     assert "given twice" in twice.err
 
 
-def test_a_long_prompt_is_named(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
-    rows = [{"prompt": "one", "completion": "two"}, {"prompt": "one " * 200, "completion": "two"}]
-    data = ("--data", write_rows(tmp_path / "rows.jsonl", rows), "--format", "prompt_completion")
-    outcome = verb("evaluate", tiny_base, *data, "--task", "generate")
+@pytest.fixture
+def long_rows(tmp_path: Path) -> tuple[str, ...]:
+    """Rows 2 and 4, English and Swahili, have prompts of more tokens than the tiny base has positions (128)."""
+    rows = [
+        {"prompt": prompt, "completion": "two", "language": language}
+        for prompt, language in (("one", "en"), ("one " * 200, "en"), ("red", "sw"), ("three " * 300 + "red", "sw"))
+    ]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ("--format", "prompt_completion", "--language-column", "language", "--max-new-tokens", "6")
+    return ("--data", str(file), *options, "--template", "plain", "--task", "generate", "--batch-size", "1")
+
+
+def test_long_prompts_are_named_before_any_model_is_loaded(
+    verb: Verb, tiny_base: Path, long_rows: tuple[str, ...]
+) -> None:
+    outcome = verb("evaluate", tiny_base, *long_rows)
     assert outcome.code == 2
     assert "rows.jsonl:2: the prompt has" in outcome.err
+    assert "128 positions for prompt and answer together. So is 1 more." in outcome.err
+    assert "--overlong skip" in outcome.err
+    assert "…" not in outcome.out
+
+
+def test_long_prompts_are_skipped_or_cut(
+    verb: Verb, tiny_base: Path, long_rows: tuple[str, ...], tmp_path: Path
+) -> None:
+    skipped = verb("evaluate", tiny_base, *long_rows, "--overlong", "skip", "--out", tmp_path / "skipped")
+    assert skipped.code == 0, skipped.err
+    assert "2 rows are skipped, their prompts are too long: en 1, sw 1." in skipped.out
+    report = read(tmp_path / "skipped/generate.json")
+    assert report["overlong"] == {"policy": "skip", "rows": {"en": 1, "sw": 1}}
+    assert report["results"]["chrf"]["all"]["rows"] == 2
+    cut = verb("evaluate", tiny_base, *long_rows, "--overlong", "truncate", "--out", tmp_path / "cut")
+    assert cut.code == 0, cut.err
+    assert "2 prompts are too long and lose their beginning: en 1, sw 1." in cut.out
+    answers = [
+        [json.loads(line) for line in (tmp_path / name / "generate_rows.jsonl").read_text().splitlines()]
+        for name in ("skipped", "cut")
+    ]
+    assert len(answers[1]) == 4
+    assert answers[1][::2] == answers[0], "rows that are not too long are answered alike"
+
+
+def test_nothing_is_left_to_answer(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "one " * 200, "completion": "two"}]
+    data = ("--data", write_rows(tmp_path / "rows.jsonl", rows), "--format", "prompt_completion", "--task", "generate")
+    outcome = verb("evaluate", tiny_base, *data, "--overlong", "skip")
+    assert outcome.code == 2
+    assert "the prompts of all 1 rows are too long" in outcome.err
+
+
+def test_a_cut_prompt_is_what_training_keeps_of_it() -> None:
+    """With an answer as long as `--max-new-tokens`; its last token is the end that training adds."""
+    turns = [Turn([1, 2, 3], [4, 9], ""), Turn([5, 6], [7, 9], ""), Turn([10, 11, 12], [13, 14, 9], "")]
+    example = Example({"prompt": ""}, "", "en", "", (({}, ""), ({}, "")))
+    for positions in range(15, 4, -1):
+        [kept] = _truncate(TokenizedRow(example, turns), positions, Counts())
+        assert cut_prompt(turns, positions, Sampling(3)) == kept.ids[:-3]
+    assert cut_prompt(turns, 4, Sampling(100)) == [11, 12], "half of the positions, where no answer fits"
 
 
 def test_without_sacrebleu_its_extra_is_named(

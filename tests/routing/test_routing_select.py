@@ -94,6 +94,9 @@ def test_a_recipe_trains_the_selected_experts_alone(
     """From the profile's file to an adapter whose expert tensors take exactly the predicted bytes."""
     stored, file = save_profile(profile, tmp_path / "base.safetensors"), tmp_path / "chosen" / "sw.json"
     options = ["--languages", "sw", "--coverage", "0.5", "--rank", "3", "--out", str(file)]
+    empty = verb("routing", "select", str(stored), "--languages", "sw,,en", "--out", str(file))
+    assert empty.code == 2
+    assert "--languages 'sw,,en': a language is empty" in empty.err
     done = verb("routing", "select", str(stored), *options)
     assert done.code == 0, done.err
     record = json.loads(file.read_text())

@@ -7,6 +7,7 @@ from typing import Any
 
 from lola_ft.environment import version_of
 from lola_ft.errors import UserError
+from lola_ft.evaluation.suite.other_model import NO_PERPLEXITY, OtherModel
 from lola_ft.open_model import OpenModel
 
 
@@ -57,6 +58,24 @@ def harness_model(opened: OpenModel, batch_size: int) -> Any:
         add_bos_token=False,
         prefix_token_id=opened.tokenizer.eos_token_id,
     )
+
+
+def harness_of_other(other: OtherModel, batch_size: int) -> Any:
+    """Load a model of another architecture as the harness asks it.
+
+    The window is what the config says, else the harness's own default; the tokenizer's marks are the harness's choice.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class EncoderDecoder(HFLM):
+        """The harness would give the encoder a single end of text: no number that could be compared."""
+
+        def loglikelihood_rolling(self, *_: Any, **_options: Any) -> Any:
+            raise UserError(NO_PERPLEXITY)
+
+    model, tokenizer = other.load()
+    kind, backend = (EncoderDecoder, "seq2seq") if other.encodes else (HFLM, "causal")
+    return kind(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=batch_size)
 
 
 def run_task(model: Any, task: str, manager: Any, limit: int | None, shots: int) -> dict[str, Any]:

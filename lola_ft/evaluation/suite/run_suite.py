@@ -3,18 +3,20 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lola_ft.console import Console
 from lola_ft.data import PromptTemplate
 from lola_ft.errors import UserError, first_line
-from lola_ft.evaluation.ask_models import Opening, ask_each, how_loaded
+from lola_ft.evaluation.ask_models import Opening, ask_each, how_loaded, refuse_needless_base, refuse_twice
 from lola_ft.evaluation.suite.benchmarks import SUITES, Chosen, choose, resolve
-from lola_ft.evaluation.suite.harness import harness_model, manager_for, require_harness, run_task
+from lola_ft.evaluation.suite.harness import harness_model, harness_of_other, manager_for, require_harness, run_task
+from lola_ft.evaluation.suite.other_model import find_other_model
 from lola_ft.evaluation.suite.suite_tables import plan_table, result_table
 from lola_ft.files import check_folder_target, sha256_of, write_text
 from lola_ft.open_model import OpenModel
@@ -55,6 +57,7 @@ def evaluate_suite(
     """Run the harness on every model; print a table, keep one JSON file a task.
 
     Args:
+        models: Bases, runs, adapters or merged models; or any language model that transformers itself can load.
         out: Folder for the results, which a later call reads; `reports/SUITE` if left out.
 
     Raises:
@@ -75,15 +78,33 @@ def evaluate_suite(
     common |= {"own_tasks": None if own_tasks is None else sha256_of(*own_tasks)}
     failures = list[str]()
 
-    def ask(opened: OpenModel, _: PromptTemplate) -> Results:
-        settings = common | _identity(opened)
-        folder = Path(out) / _slug(opened.subject.name)
-        results, failed = _run_all(opened, chosen, manager, options, folder, settings, console)
-        failures.extend(f"{opened.subject.name}: {task} ({reason})" for task, reason in failed.items())
+    def run_tasks(name: str, identity: dict[str, Any], load: Callable[[], Any]) -> Results:
+        folder = Path(out) / _slug(name)
+        results, failed = _run_all(load, chosen, manager, options, folder, common | identity, console)
+        failures.extend(f"{name}: {task} ({reason})" for task, reason in failed.items())
         return results
 
-    found, facts = ask_each(models, Opening(base, quantization, "plain"), ask, console)
-    by_model = dict(zip(models, found, strict=True))
+    def ask(opened: OpenModel, _: PromptTemplate) -> Results:
+        load = partial(harness_model, opened, options.batch_size)
+        return run_tasks(opened.subject.name, _identity(opened), load)
+
+    refuse_twice(models)
+    others = {name: other for name in models if (other := find_other_model(name))}
+    if others and quantization == "nf4":
+        raise UserError(
+            f"--quantization nf4 is for the families of `lola-ft families`; {next(iter(others))} is none of them. "
+            "Leave it out."
+        )
+    own = [name for name in models if name not in others]
+    refuse_needless_base(own, base)
+    found, facts = ask_each(own, Opening(base, quantization, "plain"), ask, console)
+    by_name, about = dict(zip(own, found, strict=True)), dict(zip(own, facts, strict=True))
+    for name, other in others.items():
+        console.print(f"{name} ({other.model_type}, another architecture) …")
+        identity = other.identity()
+        by_name[name] = run_tasks(name, identity, partial(harness_of_other, other, options.batch_size))
+        about[name] = {"model": name, "kind": other.model_type, **identity}
+    by_model, facts = {name: by_name[name] for name in models}, [about[name] for name in models]
     console.print(result_table(by_model, chosen))
     report = {"models": facts, "settings": common, "missing": missing, "results": by_model}
     write_text(Path(out) / f"{options.suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
@@ -102,7 +123,7 @@ def _refuse_unknown(tasks: list[str], manager: Any, options: SuiteOptions) -> No
 
 
 def _run_all(
-    opened: OpenModel,
+    load: Callable[[], Any],
     chosen: list[Chosen],
     manager: Any,
     options: SuiteOptions,
@@ -113,11 +134,14 @@ def _run_all(
     """Return the results of a model's tasks, kept ones from their files, and why other tasks failed."""
     folder.mkdir(parents=True, exist_ok=True)
     results, failed, model = Results(), dict[str, str](), None
-    for one in chosen:
+    on_terminal = Console(stderr=True)
+    for number, one in enumerate(chosen, start=1):
         file = folder / f"{one.task}.json"
         kept = _kept(file, settings)
         if kept is None:
-            model = model or harness_model(opened, options.batch_size)
+            if on_terminal.is_terminal:  # above the harness's own bar, which shows the time left of a task
+                on_terminal.print(f"{one.task}, task {number} of {len(chosen)}")
+            model = model or load()
             try:
                 kept = run_task(model, one.task, manager, options.limit, options.shots)
             except Exception as error:  # a dataset that is not to be had must not lose the other tasks

@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lola_ft.console import shown_progress
 from lola_ft.file_names import REFERENCE_FILE
 from lola_ft.files import write_bytes
 from lola_ft.training import processes
 from lola_ft.training.checkpointing.rng import untouched_rng
-from lola_ft.training.dataset import shown_progress
 from lola_ft.training.trainers.preference import PreferenceTrainer
 
 LogProbs = dict[str, Tensor]
@@ -105,7 +105,8 @@ def _fill(
     model.eval()  # without dropout
     trainer.ref_model = model if of_adapter else None  # without one, TRL takes the model without its adapter
     try:
-        with shown_progress("Computing the reference") as progress:
+        rows = sum(len(batch) for batches in missing.values() for batch in batches)
+        with shown_progress("Computing the reference", rows, "rows") as progress:
             for name, batches in missing.items():
                 own: list[tuple[int, list[float]]] = []
                 for batch in batches:

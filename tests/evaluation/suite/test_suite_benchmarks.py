@@ -92,6 +92,7 @@ def test_a_task_of_ones_own_shows_what_it_measures() -> None:
         (("--data", "x.txt", "--shots", "0"), "--shots does nothing without --suite"),
         (("--data", "x.txt", "--limit", "3"), "--limit does nothing without --suite"),
         (("--suite", "other", "--out", "x"), "--suite 'other' is unknown"),
+        (("--suite", "lola-paper", "--languages", "sw,,th"), "--languages 'sw,,th': a language is empty"),
     ],
 )
 def test_mistakes_are_one_message(verb: Verb, tiny_base: Path, options: tuple[str, ...], message: str) -> None:
