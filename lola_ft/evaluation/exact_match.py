@@ -17,11 +17,13 @@ class ExactMatch:
     Attributes:
         right, asked: By language.
         stopped: Answers that the model ended by itself, with its end-of-text token.
+        confused: Wrong answers, by the pair of the right answer and the model's.
     """
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     stopped: int = 0
+    confused: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def accuracy(self) -> float:
@@ -36,6 +38,11 @@ class ExactMatch:
         """Plain numbers, to be written as JSON."""
         counts = {"right": dict(self.right), "asked": dict(self.asked)}
         return {"accuracy": self.accuracy, "stopped_share": self.stopped_share, **counts}
+
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """Right answer, given answer and how often, most frequent first; ties in the order of the alphabet."""
+        ranked = sorted(self.confused.items(), key=lambda item: (-item[1], item[0]))
+        return [(right, given, times) for (right, given), times in ranked[:count]]
 
     def accuracy_of(self, language: str) -> float:
         return self.right[language] / max(self.asked[language], 1)
@@ -64,6 +71,9 @@ def exact_match_by_language(
             result.asked[row["language"]] += 1
             result.stopped += answer.ended
             result.right[row["language"]] += is_exact(answer, row["completion"])
+            wanted, given = row["completion"].strip(), answer.text.strip()
+            if given != wanted:
+                result.confused[wanted, given] += 1
             advance(1)
     return result
 
