@@ -36,6 +36,7 @@ class LolaAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
+        self.attention_dropout = config.attn_pdrop  # as transformers' layers call it
 
     def forward(
         self,
@@ -70,7 +71,7 @@ class LolaAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """From (B, H, S, head size) to (B, S, H, head size)."""
-        dropout = self.config.attn_pdrop if self.training else 0.0
+        dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         if implementation == "sdpa" and suits_cpu_attention(query, key, mask, dropout):
             return cpu_attention(query, key, value, mask, self.scaling).transpose(1, 2), None

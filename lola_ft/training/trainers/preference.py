@@ -38,6 +38,9 @@ class PreferenceTrainer(RunTrainer):
             super().__init__(*args, **kwargs)
         assert list(model.peft_config) == before, f"adapters {list(model.peft_config)}"
         score_trained_rows(model)
+        for module in model.modules():  # TRL switches off the dropout that is a module; attention's is a number
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
 
     def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:  # noqa: ARG002
         """Return the rows as they are trained on (`name` is `train`) or evaluated."""

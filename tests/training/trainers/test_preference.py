@@ -73,6 +73,20 @@ def test_dpo_starts_at_ln_2_and_raises_the_margin(
 
 
 @pytest.mark.slow
+def test_the_bases_own_dropout_is_off(
+    recipe_of: Callable[..., Path], tiny_base: Path, verb: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    """LOLA has 0.1 everywhere, in attention too, where it is no module."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    config = json.loads((base / "config.json").read_text())
+    dropout = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    (base / "config.json").write_text(json.dumps(config | dropout))
+    done = verb("train", str(recipe_of("dpo", max_steps=1)), f"base.model={base}", "train.reference_pass=beside")
+    assert done.code == 0, done.err
+    assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_kto_starts_at_a_half_and_moves_good_from_bad(
     recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
