@@ -30,7 +30,7 @@ def attended(job: Job) -> tuple[int, float]:
 def score_numbers(job: Job) -> int:
     """Return how many scores a layer has (H, S, S)."""
     length, count = attended(job)
-    return round(count * job.architecture.sizes.heads * length**2)
+    return round(count * job.sizes.heads * length**2)
 
 
 def mask_numbers(job: Job) -> int:
@@ -51,7 +51,7 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
     Args:
         size: Values per token of a query, all heads together.
     """
-    sizes, row = job.architecture.sizes, job.tokens * size
+    sizes, row = job.sizes, job.tokens * size
     if job.architecture.family.attention == "scores":
         scores = score_numbers(job)
         kept = 3 * row * job.width + scores * _FLOAT  # softmax is float32
@@ -76,7 +76,7 @@ def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int
         query, value: Values per token of a query and of a value, all heads together.
         wide: Of the layer that gives keys and values: values stay a view of its output unless they are cast.
     """
-    tokens, sizes = job.tokens, job.architecture.sizes
+    tokens, sizes = job.tokens, job.sizes
     if job.on_cuda:
         kept = tokens * (2 * query + wide + value) * job.width + tokens * sizes.heads * _FLOAT
         return kept + mask_numbers(job) * job.width, True
@@ -87,7 +87,7 @@ def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int
 def is_stepwise(job: Job) -> bool:
     """Whether fused attention is computed step by step, with its scores in memory: on a CPU, with dropout or latent."""
     attention = job.architecture.family.attention
-    dropout = bool(job.architecture.sizes.attention_dropout)
+    dropout = bool(job.sizes.attention_dropout)
     return not job.on_cuda and (attention == "latent" or (dropout and attention != "scores"))
 
 

@@ -1,9 +1,9 @@
 """The run that a prediction is made for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lola_ft.adapters.settings import AdapterSettings
-from lola_ft.families import Architecture
+from lola_ft.families import Architecture, Sizes
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Job:
         optimizer: A recipe's name for it.
         router_losses: How many losses of the routers there are.
         continues: Whether the adapter exists already, so that its ranks stay.
+        base_dropout: Whether the base's own dropouts are at work; preferences are learned without them.
         reference: Whether a frozen copy of the adapter lies beside it, as the reference of preferences.
     """
 
@@ -40,6 +41,14 @@ class Job:
     least_micro_batch: int = 1
     continues: bool = False
     reference: bool = False
+    base_dropout: bool = True
+
+    @property
+    def sizes(self) -> Sizes:
+        """The base's, with the dropouts that are at work."""
+        sizes = self.architecture.sizes
+        off = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+        return sizes if self.base_dropout else replace(sizes, **off)
 
     @property
     def sequences(self) -> int:

@@ -39,7 +39,7 @@ class Activations:
 
 def activations(job: Job) -> Activations:
     """Count a full micro batch with a label for every token."""
-    sizes = job.architecture.sizes
+    sizes = job.sizes
     row = job.tokens * sizes.hidden
     walk = Walk(job, x_grad=job.checkpointing)
     saved = walk.embeddings()
@@ -57,7 +57,7 @@ class Walk:
     def __init__(self, job: Job, x_grad: bool) -> None:
         architecture = job.architecture
         self.job, self.architecture, self.settings = job, architecture, job.settings
-        self.family, self.sizes = architecture.family, architecture.sizes
+        self.family, self.sizes = architecture.family, job.sizes
         self.tokens, self.width, self.half, self.cuda = job.tokens, job.width, job.half, job.on_cuda
         self.ranks = job.settings.ranks()
         self.exact_width = _FLOAT if self.half and self.cuda else self.width  # of what a GPU's autocast computes so
@@ -251,7 +251,7 @@ class Walk:
 
 def grouped_rows(job: Job) -> int:
     """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more for each."""
-    sizes, chosen = job.architecture.sizes, job.tokens * job.architecture.sizes.top_k
+    sizes, chosen = job.sizes, job.tokens * job.sizes.top_k
     experts = min(sizes.num_experts, chosen)
     if job.on_cuda:
         tile = fitting_tile_rows(chosen, sizes.num_experts)
@@ -268,7 +268,7 @@ def expert_inputs(job: Job) -> int:
 
 def expert_factors(job: Job, rank: int) -> int:
     """Numbers of one expert's LoRA: of what leads inside (gate and up share one A), and of what leads out."""
-    sizes = job.architecture.sizes
+    sizes = job.sizes
     return rank * (2 * sizes.hidden + (1 + expert_inputs(job)) * sizes.expert_inner)
 
 

@@ -13,6 +13,7 @@ from lola_ft.planning import Change, Job, Prediction, first_fit, parse_size, pre
 from lola_ft.planning.merged_sizes import merged_files
 from lola_ft.planning.prediction_tables import memory_lines, memory_table, shape, verdict
 from lola_ft.recipe import Recipe
+from lola_ft.recipe.allowed_values import OBJECTIVE_FORMATS
 from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.base_model import OpenBase, adapter_settings
 from lola_ft.training.precision import choose_precision
@@ -114,6 +115,7 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
+        base_dropout=recipe.objective not in OBJECTIVE_FORMATS,
         row_sequences=2 if recipe.objective == "dpo" else 1,
         continues=recipe.adapter.continue_from is not None,
         reference=(recipe.train.reference, recipe.train.reference_pass) == ("adapter", "beside"),

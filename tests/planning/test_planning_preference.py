@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lola_ft import load_base
 from lola_ft.adapters import add_adapter
@@ -87,6 +87,17 @@ def test_saved_tensors_are_as_planned(
     job = replace(job_of(recipe, architecture_of(model.config), "cpu"), length=batch["input_ids"].shape[1])
     real = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     assert activations(job).saved == pytest.approx(real, rel=0.05)  # as in test_planning_activations.py
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_bases_dropouts_are_not_planned(objective: str, recipe_of: Callable[..., Path], tiny_base: Path) -> None:
+    recipe = load_recipe(recipe_of(objective))
+    config = AutoConfig.from_pretrained(tiny_base)
+    without = activations(job_of(recipe, architecture_of(config), "cpu"))
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.1
+    assert activations(job_of(recipe, architecture_of(config), "cpu")) == without
+    answers = recipe.model_copy(update={"objective": "sft"})
+    assert activations(job_of(answers, architecture_of(config), "cpu")).saved > without.saved
 
 
 def test_a_pair_is_as_long_as_its_longer_answer(
