@@ -474,9 +474,10 @@ def nano(
         Option(help="Folder to write; reused if it is up to date. Default: .cache/nano, .cache/nano-FAMILY of others."),
     ] = None,
 ) -> None:
-    """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on CLDR names in 144 languages.
+    """Build the nano base: LOLA's architecture at 3.2 M parameters, pre-trained on the declaration of human rights.
 
-    With --family another architecture, with as many parameters active per token, on the same text.
+    The text is the declaration in 197 languages and scripts, and CLDR's names in 144 languages. With --family another
+    architecture, with as many parameters active per token, on the same text.
     """
     from lola_ft.nano import build_nano
 
@@ -506,7 +507,7 @@ def doctor(
 @app.command()
 def demo(recipe: Annotated[str, Argument(help="Recipe of the demo.")] = "recipes/demo.yaml") -> None:
     """Build the nano base, fine-tune it in 4 bit, merge, and compare: the whole job without a download."""
-    from lola_ft.demo import run_demo
+    from lola_ft.demo.run_demo import run_demo
 
     run_demo(recipe)
 

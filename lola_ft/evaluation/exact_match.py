@@ -1,11 +1,10 @@
 """Exact match of greedy answers, overall and by language."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lola_ft.console import shown_progress
 from lola_ft.data import encode_texts
 from lola_ft.generation import Answer, Sampling, answer_all
 
@@ -17,11 +16,13 @@ class ExactMatch:
     Attributes:
         right, asked: By language.
         stopped: Answers that the model ended by itself, with its end-of-text token.
+        confused: Wrong answers, by the pair of the right answer and the model's.
     """
 
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     stopped: int = 0
+    confused: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def accuracy(self) -> float:
@@ -37,6 +38,11 @@ class ExactMatch:
         counts = {"right": dict(self.right), "asked": dict(self.asked)}
         return {"accuracy": self.accuracy, "stopped_share": self.stopped_share, **counts}
 
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """Right answer, given answer and how often, most frequent first; ties in the order of the alphabet."""
+        ranked = sorted(self.confused.items(), key=lambda item: (-item[1], item[0]))
+        return [(right, given, times) for (right, given), times in ranked[:count]]
+
     def accuracy_of(self, language: str) -> float:
         return self.right[language] / max(self.asked[language], 1)
 
@@ -47,6 +53,7 @@ def exact_match_by_language(
     rows: Sequence[dict[str, str]],
     batch_size: int = 128,
     max_new_tokens: int = 16,
+    on_answers: Callable[[int], None] | None = None,
 ) -> ExactMatch:
     """Let a causal model answer each row's prompt, greedily, and compare with its completion.
 
@@ -55,16 +62,20 @@ def exact_match_by_language(
     Args:
         rows: `prompt`, `completion` and `language` each.
         max_new_tokens: Longest answer; a longer one is cut, and counts as not stopped.
+        on_answers: Told the number of answers so far, after each.
     """
     result = ExactMatch()
     prompts = encode_texts([row["prompt"] for row in rows], tokenizer)
-    with shown_progress("Answering", len(prompts), "prompts") as advance:
-        for place, answer in answer_all(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size):
-            row = rows[place]
-            result.asked[row["language"]] += 1
-            result.stopped += answer.ended
-            result.right[row["language"]] += is_exact(answer, row["completion"])
-            advance(1)
+    for place, answer in answer_all(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size):
+        row = rows[place]
+        result.asked[row["language"]] += 1
+        result.stopped += answer.ended
+        result.right[row["language"]] += is_exact(answer, row["completion"])
+        wanted, given = row["completion"].strip(), answer.text.strip()
+        if given != wanted:
+            result.confused[wanted, given] += 1
+        if on_answers:
+            on_answers(result.asked.total())
     return result
 
 

@@ -19,7 +19,8 @@ from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.families import LOLA, Architecture, Family, find_family
 from lola_ft.files import replace_folder
-from lola_ft.nano.corpus import build_documents, load_split
+from lola_ft.nano.corpus import build_corpus, build_documents, load_split
+from lola_ft.nano.declaration import HELD_OUT_ARTICLES, load_declarations
 from lola_ft.nano.pretrain import pack, pretrain
 from lola_ft.nano.settings import NanoSettings, nano_architecture
 from lola_ft.progress_bars import without_progress_bars
@@ -51,17 +52,18 @@ def build_nano(out: str | Path | None = None, settings: NanoSettings | None = No
         console.print(f"{name} is in {folder} already (same settings and versions).")
         return folder
     began = time.perf_counter()
-    split = load_split()
-    documents = build_documents(
-        split.train, settings.passes, settings.english_passes, settings.pretrain.seed, split.held_out
-    )
+    split, declarations = load_split(), load_declarations().values()
+    seed = settings.pretrain.seed
+    names = build_documents(split.train, settings.passes, settings.english_passes, seed, split.held_out)
+    documents = build_corpus(names, declarations, settings.declaration_passes, seed)
     tokenizer = train_tokenizer(documents, settings.vocab_size, settings.n_positions)
     rows_NS = pack(documents, tokenizer, settings.pretrain.row_length)
     languages = len({term.language for term in split.train})
     console.print(
-        f"{len(split.train):,} names in {languages} languages, {rows_NS.numel():,} tokens; "
-        f"{len(split.held_out):,} names are held out. {architecture.total_parameters:,} parameters, "
-        f"{architecture.active_parameters:,} of them active per token."
+        f"{len(split.train):,} names in {languages} languages ({len(split.held_out):,} are held out), the declaration "
+        f"of human rights in {len(declarations)} languages and scripts (articles {HELD_OUT_ARTICLES[0]} to "
+        f"{HELD_OUT_ARTICLES[-1]} are held out): {rows_NS.numel():,} tokens. {architecture.total_parameters:,} "
+        f"parameters, {architecture.active_parameters:,} of them active per token."
     )
     model = new_model(architecture, settings)
     loss = pretrain(model, rows_NS, tokenizer.eos_token_id, settings.pretrain)

@@ -1,7 +1,8 @@
-"""The nano base's pre-training text, and the split that keeps the demo's test terms out of it.
+"""The nano base's pre-training text, and what is held out of it.
 
-LOLA was pre-trained on plain documents, one language each. Here a document is a list of names in one language, joined
-the way that language joins a list ("Kenya, Uganda na Tanzania"), by CLDR's own patterns.
+LOLA was pre-trained on plain documents, one language each. Here a document is a paragraph of the declaration of human
+rights, or a list of names in one language, joined the way that language joins a list ("Kenya, Uganda na Tanzania"), by
+CLDR's own patterns.
 """
 
 import functools
@@ -16,7 +17,7 @@ from pathlib import Path
 from lola_ft.errors import DataError
 from lola_ft.files import write_text
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
-from lola_ft.nano.declaration import load_declarations
+from lola_ft.nano.declaration import Declaration, load_declarations
 
 HELD_OUT_SHARE = 0.06
 KINDS = ("all", "names", "declaration")
@@ -78,6 +79,22 @@ def build_documents(
                 if not any(text in normalise(document) for text in forbidden[language]):
                     documents.append(document)
     rng.shuffle(documents)
+    return documents
+
+
+def build_corpus(names: Iterable[str], declarations: Iterable[Declaration], passes: int, seed: int) -> list[str]:
+    """Shuffle documents of names and the declarations' paragraphs together, each paragraph `passes` times.
+
+    A paragraph is signed with the English name of its language ("Kila mtu … — Swahili"), so that the base knows the
+    names that the demo's answers are made of. Held-out articles are left out.
+    """
+    paragraphs = [
+        f"{' '.join(paragraph.split())} — {declaration.name}"
+        for declaration in declarations
+        for paragraph in declaration.training_paragraphs
+    ]
+    documents = [*names, *paragraphs * passes]
+    random.Random(seed).shuffle(documents)
     return documents
 
 

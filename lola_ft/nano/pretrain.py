@@ -21,7 +21,7 @@ from lola_ft.families import architecture_of
 class PretrainSettings:
     """Settings of the pre-training; steps are fixed, so the result does not depend on the machine's speed."""
 
-    steps: int = 1000
+    steps: int = 800
     rows_per_step: int = 4  # few: so short a run learns more from many small steps
     row_length: int = 256  # tokens
     learning_rate: float = 5e-3
@@ -74,7 +74,7 @@ def pretrain(model: Any, rows_NS: Tensor, eos_token_id: int, settings: PretrainS
 def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, row_length: int) -> Tensor:
     """Write the documents one after the other, each closed by the end-of-text token, and cut into rows (N, S)."""
     ids: list[int] = []
-    for document_ids in tokenizer(list(documents), add_special_tokens=False)["input_ids"]:
+    for document_ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
         ids += [*document_ids, tokenizer.eos_token_id]
     num_rows = len(ids) // row_length
     return torch.tensor(ids[: num_rows * row_length]).view(num_rows, row_length)

@@ -66,6 +66,7 @@ def test_counts_right_wrong_and_unstopped(tokenizer: PreTrainedTokenizerFast) ->
     assert result.accuracy_of("sw") == 1 / 2
     assert result.stopped == 4, "the last answer is right but never ends"
     assert result.stopped_share == 4 / 5
+    assert result.most_confused(10) == [("red", "blue", 1), ("red", "red red", 1)]
     assert len(model.batches) == 3
     assert all(mask[:, -1].all() for mask in model.batches), "padding is on the left"
 

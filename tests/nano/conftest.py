@@ -5,6 +5,7 @@ import pytest
 from lola_ft.nano import NanoSettings, build, cldr
 from lola_ft.nano.cldr import Term
 from lola_ft.nano.corpus import split_terms
+from lola_ft.nano.declaration import find_declaration
 from lola_ft.nano.pretrain import PretrainSettings
 
 TINY = NanoSettings(
@@ -21,9 +22,15 @@ TINY = NanoSettings(
 
 @pytest.fixture
 def two_languages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds are for the whole of CLDR; two languages do here."""
+    """Seconds are for the whole text; two languages do here."""
+    use_two_languages(monkeypatch)
+
+
+def use_two_languages(patch: pytest.MonkeyPatch) -> None:
     split = split_terms(english_and_swahili(), 0.1)
-    monkeypatch.setattr(build, "load_split", lambda: split)
+    declarations = {tag: find_declaration(tag) for tag in ("en", "sw")}
+    patch.setattr(build, "load_split", lambda: split)
+    patch.setattr(build, "load_declarations", lambda: declarations)
 
 
 def english_and_swahili() -> tuple[Term, ...]:

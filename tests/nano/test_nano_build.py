@@ -12,10 +12,9 @@ from lola_ft.families import LOLA
 from lola_ft.model import LolaForCausalLM
 from lola_ft.nano import NanoSettings, build, build_nano
 from lola_ft.nano.build import SPECIAL_TOKENS, train_tokenizer
-from lola_ft.nano.corpus import Split
 from lola_ft.nano.pretrain import PretrainSettings, pack, pretrain, restarting_positions
 from lola_ft.nano.settings import nano_architecture
-from tests.nano.conftest import TINY, english_and_swahili
+from tests.nano.conftest import TINY, use_two_languages
 
 pytestmark = pytest.mark.usefixtures("two_languages")
 SCRIPTS = "Januari español Ελλάδα русский עברית العربية हिन्दी ไทย 日本語 한국어 አማርኛ ქართული ᏣᎳᎩ 🙂\t x  y\n\u200d"
@@ -24,7 +23,7 @@ SCRIPTS = "Januari español Ελλάδα русский עברית العربي�
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "load_split", lambda: Split(english_and_swahili(), ()))
+        use_two_languages(patch)
         return build_nano(tmp_path_factory.mktemp("nano") / "base", TINY)
 
 

@@ -10,9 +10,9 @@ import pytest
 import lola_ft.nano
 from lola_ft import cli
 from lola_ft.families import LOLA
-from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
-from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_documents, load_split, split_terms
-from lola_ft.nano.demo_task import NAMES_PER_ROW, build_rows
+from lola_ft.nano.cldr import Term, join_names, load_terms, normalise
+from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_corpus, build_documents, load_split, split_terms
+from lola_ft.nano.declaration import HELD_OUT_ARTICLES, find_declaration
 from lola_ft.nano.settings import NanoSettings, nano_architecture
 
 PASSES = {"passes": 1, "english_passes": 2, "seed": 0}
@@ -111,10 +111,9 @@ def test_documents_are_the_same_every_time(split: Split) -> None:
 
 
 @pytest.mark.slow
-def test_no_document_and_no_training_row_holds_a_held_out_term(split: Split) -> None:
+def test_no_document_holds_a_held_out_term(split: Split) -> None:
     documents = [normalise(document) for document in build_documents(split.train, held_out=split.held_out, **PASSES)]
-    train, test = build_rows(split, train_per_language=20, test_per_language=12)
-    text = "\n".join([*documents, *(normalise(row.prompt + row.completion) for row in train)])
+    text = "\n".join(documents)
     held_out = {normalise(term.text) for term in split.held_out}
     assert len(held_out) > 4000
     # Look at every place of the text once; a search for each of the terms would take minutes.
@@ -126,20 +125,15 @@ def test_no_document_and_no_training_row_holds_a_held_out_term(split: Split) -> 
         start = text[place : place + 2]
         for length in lengths.get(start, ()):
             assert text[place : place + length] not in by_start[start], text[place : place + length]
-    assert all(normalise(row.completion.strip()) not in held_out for row in test), "answers are shown in training"
 
 
-def test_rows_are_balanced_and_ask_each_held_out_name_once(split: Split) -> None:
-    train, test = build_rows(split, train_per_language=60, test_per_language=12)
-    assert (train, test) == build_rows(split, train_per_language=60, test_per_language=12)
-    assert len(test) > 1000
-    languages = {row.language for row in train}
-    assert languages == {row.language for row in test} == {t.language for t in split.train} - {"en"}
-    assert set(Counter(row.language for row in train).values()) == {60}
-    assert max(Counter(row.language for row in test).values()) <= 12
-    asked = [name for row in test for name in row.prompt.removeprefix("Names: ").split("\n")[0].split(", ")]
-    assert len(asked) >= NAMES_PER_ROW * len(test)
-    row = next(row for row in train if row.language == "sw")
-    assert row.prompt.startswith("Names: ")
-    assert row.prompt.endswith("\nLanguage:")
-    assert row.completion == " Swahili" == f" {language_name('sw')}"
+def test_a_corpus_is_names_and_paragraphs_signed_with_their_language() -> None:
+    swahili = find_declaration("sw")
+    documents = build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=0)
+    assert documents == build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=0)
+    assert documents != build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=1)
+    assert documents.count("Kenya, Uganda") == 1
+    assert documents.count(f"{swahili.articles[0].paragraphs[0]} — Swahili") == 2
+    held_out = [paragraph for number in HELD_OUT_ARTICLES for paragraph in swahili.articles[number - 1].paragraphs]
+    assert held_out
+    assert not any(paragraph in document for paragraph in held_out for document in documents)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from lola_ft import demo
+from lola_ft.demo import run_demo as demo
 from lola_ft.errors import UserError
+from lola_ft.nano import build
 from lola_ft.nano.build import NanoSettings, build_nano
+from lola_ft.nano.declaration import find_declaration
 from lola_ft.nano.pretrain import PretrainSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = NanoSettings(
     n_embd=64, n_inner=128, num_experts=8, vocab_size=1024, english_passes=1, pretrain=PretrainSettings(steps=20)
 )
@@ -28,6 +30,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(demo, "build_nano", lambda out: build_nano(out, SMALL))
+    declarations = {tag: find_declaration(tag) for tag in ("en", "de", "sw", "sr", "sr-Latn", "ja")}
+    for module in (build, demo):
+        monkeypatch.setattr(module, "load_declarations", lambda: declarations)
     monkeypatch.setattr(demo, "TRAIN_PER_LANGUAGE", 20)
     monkeypatch.setattr(demo, "TEST_PER_LANGUAGE", 2)
     return tmp_path
@@ -38,9 +43,16 @@ def test_the_whole_demo_and_a_second_one(checkout: Path, capsys: pytest.CaptureF
     demo.run_demo()
     first = json.loads((checkout / "runs" / "demo" / "demo.json").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
-    assert "held-out terms" in printed
+    assert "held-out sentences" in printed
+    assert "5 languages, 6 texts" in printed
+    assert "Most confused" in printed
     assert "best constant answer" in printed
-    assert first["after"]["asked"] == first["before"]["asked"]
+    assert (checkout / "runs" / "demo" / "languages.png").exists()
+    assert (
+        first["after"]["asked"]
+        == first["before"]["asked"]
+        == dict.fromkeys(("en", "de", "sw", "sr", "sr-Latn", "ja"), 2)
+    )
     assert first["bytes"]["nf4"] < 0.6 * first["bytes"]["float32"]
     assert (checkout / "runs" / "demo" / "merged" / "merge_report.json").exists()
     demo.run_demo()

@@ -1,7 +1,7 @@
 """The demo: the main job on the embedded default, from an empty folder to a table.
 
 It builds the nano base, then runs the same two commands that a user would, and asks base, adapter and merged model for
-the language of names that none of them has seen.
+the language of sentences that none of them has seen.
 """
 
 import json
@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,23 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 import lola_ft
 from lola_ft.console import Console
+from lola_ft.demo.accuracy_picture import draw_accuracy
+from lola_ft.demo.accuracy_tables import CONFUSED_SHOWN, accuracy_table, confusion_table
+from lola_ft.demo.language_task import build_rows, write_rows
 from lola_ft.errors import UserError
 from lola_ft.evaluation import ExactMatch, best_constant_answer, exact_match_by_language
 from lola_ft.file_names import ADAPTER_FOLDER, LOSS_PLOT, MERGED_FOLDER, RECIPE_FILE
 from lola_ft.nano import build_nano
-from lola_ft.nano.corpus import load_split
-from lola_ft.nano.demo_task import build_rows, write_rows
+from lola_ft.nano.declaration import load_declarations
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, load_recipe
 
-TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 200, 12
+TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 200, 8
 TEST_FILE = "test.jsonl"
-_LANGUAGES_SHOWN = 5
+PICTURE = "languages.png"
+_LONGEST_ANSWER = 10
+"""Tokens; the longest name of a language has fewer."""
 
 
 def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
@@ -52,18 +55,21 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
         _command(console, "finetune.py", recipe_path)
     with _stage("merge", "Merging", console, seconds):
         _command(console, "merge.py", str(run))
-    with _stage("evaluate", "Asking about held-out terms", console, seconds):
-        results, sizes = _evaluate(base, run, rows)
-    console.print(_accuracy_table(results, rows))
+    with _stage("evaluate", "Asking about held-out sentences", console, seconds):
+        results, sizes = _evaluate(base, run, rows, console)
+    console.print(accuracy_table(results, load_declarations()))
+    console.print(confusion_table(results["after"]))
     answer, share = best_constant_answer(rows)
     ended = ", ".join(f"{name} {result.stopped_share:.1%}" for name, result in results.items())
     constant = f"The best constant answer would be '{answer}', right in {share:.1%}."
     console.print(f"{constant} Answers that ended by themselves: {ended}.")
     console.print(_size_and_time(sizes, seconds))
+    picture = draw_accuracy(results["after"], load_declarations(), run / PICTURE)
     adapter, merged = run / ADAPTER_FOLDER, run / MERGED_FOLDER
-    console.print(f"Base {base}, adapter {adapter}, merged model {merged}, plot {run / LOSS_PLOT}.")
+    console.print(f"Base {base}, adapter {adapter}, merged model {merged}.\nPictures {run / LOSS_PLOT}, {picture}.")
     summary: dict[str, Any] = {name: result.as_dict() for name, result in results.items()}
     summary |= {"best_constant": {"answer": answer, "accuracy": share}, "bytes": sizes, "seconds": seconds}
+    summary["most_confused"] = results["after"].most_confused(CONFUSED_SHOWN)
     (run / "demo.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -81,7 +87,7 @@ def _write_task(recipe: Recipe) -> list[dict[str, str]]:
     """Write the training rows where the recipe looks for them, the test rows beside; returns the test rows."""
     source = recipe.data.sources[0].path
     assert source is not None, "the demo's recipe trains on a local file"
-    train, test = build_rows(load_split(), TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE)
+    train, test = build_rows(load_declarations(), TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE)
     write_rows(train, Path(source))
     write_rows(test, Path(source).with_name(TEST_FILE))
     return [asdict(row) for row in test]
@@ -95,43 +101,36 @@ def _command(console: Console, script: str, argument: str) -> None:
         raise UserError(f"python {script} {argument} ended with code {done.returncode}; see its message above.")
 
 
-def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:
+def _evaluate(
+    base: Path, run: Path, rows: list[dict[str, str]], console: Console
+) -> tuple[dict[str, ExactMatch], dict[str, int]]:
     """Exact match before, after (adapter on the 4-bit base) and merged; bytes of the base dense and in 4 bit."""
     tokenizer = AutoTokenizer.from_pretrained(run / ADAPTER_FOLDER)
     results: dict[str, ExactMatch] = {}
     sizes = {}
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console) as progress:
+        task = progress.add_task("", total=3 * len(rows))
 
-    def ask(name: str, model: Any) -> None:
-        results[name] = exact_match_by_language(model, tokenizer, rows)
+        def ask(name: str, model: Any) -> None:
+            asked_before = len(results) * len(rows)
+            progress.update(task, description=name)
+            results[name] = exact_match_by_language(
+                model,
+                tokenizer,
+                rows,
+                max_new_tokens=_LONGEST_ANSWER,
+                on_answers=lambda count: progress.update(task, completed=asked_before + count),
+            )
 
-    dense = lola_ft.load_base(base, None, torch.float32, quiet=True)
-    sizes["float32"] = audit(dense).total_bytes
-    ask("before", dense)
-    quantised = lola_ft.load_base(base, "nf4", torch.float32, quiet=True)
-    sizes["nf4"] = audit(quantised).total_bytes
-    ask("after", lola_ft.load_adapter(quantised, run / ADAPTER_FOLDER))
-    ask("merged", lola_ft.load_base(run / MERGED_FOLDER, None, torch.float32, quiet=True))
+        dense = lola_ft.load_base(base, None, torch.float32, quiet=True)
+        sizes["float32"] = audit(dense).total_bytes
+        ask("before", dense)
+        quantised = lola_ft.load_base(base, "nf4", torch.float32, quiet=True)
+        sizes["nf4"] = audit(quantised).total_bytes
+        ask("after", lola_ft.load_adapter(quantised, run / ADAPTER_FOLDER))
+        ask("merged", lola_ft.load_base(run / MERGED_FOLDER, None, torch.float32, quiet=True))
     return results, sizes
-
-
-def _accuracy_table(results: dict[str, ExactMatch], rows: list[dict[str, str]]) -> Table:
-    """Accuracy overall, and for the languages with most and with least names to learn from."""
-    names = {row["language"]: row["completion"].strip() for row in rows}
-    asked = results["before"].asked
-    learned = Counter(term.language for term in load_split().train if term.language in asked)
-    by_terms = sorted(learned, key=lambda language: (-learned[language], language))
-    title = f"Language of three held-out names, {len(asked)} languages"
-    table = Table(title=title, title_justify="left")
-    for heading in ("language", "names learned from", "questions", *results):
-        table.add_column(heading, justify="left" if heading == "language" else "right")
-    total = f"{learned.total():,}"
-    table.add_row("all", total, f"{asked.total():,}", *(f"{result.accuracy:.1%}" for result in results.values()))
-    for part in (by_terms[:_LANGUAGES_SHOWN], by_terms[-_LANGUAGES_SHOWN:]):
-        table.add_section()
-        for language in part:
-            accuracies = (f"{result.accuracy_of(language):.0%}" for result in results.values())
-            table.add_row(names[language], f"{learned[language]:,}", str(asked[language]), *accuracies)
-    return table
 
 
 def _size_and_time(sizes: dict[str, int], seconds: dict[str, float]) -> str:

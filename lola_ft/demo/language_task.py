@@ -1,0 +1,77 @@
+"""The demo's task: given a sentence, say its language. Rows for fine-tuning and a held-out test, as JSONL files.
+
+Training sentences come from the declaration's articles 1 to 25 (and preamble), test sentences from articles 26 to 30. A
+language that is written in two scripts has two texts and one name.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lola_ft.nano.cldr import normalise
+from lola_ft.nano.declaration import Declaration
+from lola_ft.nano.sentences import sentences_of
+
+PROMPT = "Sentence: {sentence}\nLanguage:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example; the completion starts with the space that separates it from the prompt.
+
+    Attributes:
+        language: Tag of the text, with a script where the language has two texts.
+    """
+
+    prompt: str
+    completion: str
+    language: str
+
+
+def build_rows(
+    declarations: Mapping[str, Declaration], train_per_language: int, test_per_language: int, seed: int = 0
+) -> tuple[list[Row], list[Row]]:
+    """Return training rows and test rows, both shuffled.
+
+    Each text gives exactly `train_per_language` training rows, its sentences again if it has fewer, and up to
+    `test_per_language` test rows, each of another sentence. A sentence that training text holds too, or that two
+    languages have alike, is not asked.
+    """
+    rng = random.Random(seed)
+    train: list[Row] = []
+    for tag, declaration in declarations.items():
+        sentences = list(sentences_of(declaration.training_paragraphs))
+        again = -(-train_per_language // max(len(sentences), 1))
+        train += [_row(sentence, tag, declaration) for sentence in rng.sample(sentences * again, train_per_language)]
+    test: list[Row] = []
+    for tag, sentences in _test_sentences(declarations).items():
+        asked = rng.sample(sentences, min(test_per_language, len(sentences)))
+        test += [_row(sentence, tag, declarations[tag]) for sentence in asked]
+    rng.shuffle(train)
+    rng.shuffle(test)
+    return train, test
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Write one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _row(sentence: str, tag: str, declaration: Declaration) -> Row:
+    return Row(PROMPT.format(sentence=sentence), f" {declaration.name}", tag)
+
+
+def _test_sentences(declarations: Mapping[str, Declaration]) -> dict[str, list[str]]:
+    """Sentences of the held-out articles that are no training row and not inside their language's training text."""
+    trained = {tag: normalise("\n".join(found.training_paragraphs)) for tag, found in declarations.items()}
+    rows = {normalise(s) for found in declarations.values() for s in sentences_of(found.training_paragraphs)}
+    sentences = {tag: list(dict.fromkeys(sentences_of(d.held_out_paragraphs))) for tag, d in declarations.items()}
+    texts = Counter(normalise(sentence) for found in sentences.values() for sentence in found)
+    return {
+        tag: [s for s in found if texts[key := normalise(s)] == 1 and key not in rows and key not in trained[tag]]
+        for tag, found in sentences.items()
+    }
