@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from transformers import AutoTokenizer
 
 import lola_ft
-from lola_ft.console import Console
+from lola_ft.console import Console, progress_bar
 from lola_ft.demo.accuracy_picture import draw_accuracy
 from lola_ft.demo.accuracy_tables import CONFUSED_SHOWN, accuracy_table, confusion_table
 from lola_ft.demo.language_task import build_rows, write_rows
@@ -56,7 +56,7 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
     with _stage("merge", "Merging", console, seconds):
         _command(console, "merge.py", str(run))
     with _stage("evaluate", "Asking about held-out sentences", console, seconds):
-        results, sizes = _evaluate(base, run, rows, console)
+        results, sizes = _evaluate(base, run, rows)
     console.print(accuracy_table(results, load_declarations()))
     console.print(confusion_table(results["after"]))
     answer, share = best_constant_answer(rows)
@@ -101,15 +101,12 @@ def _command(console: Console, script: str, argument: str) -> None:
         raise UserError(f"python {script} {argument} ended with code {done.returncode}; see its message above.")
 
 
-def _evaluate(
-    base: Path, run: Path, rows: list[dict[str, str]], console: Console
-) -> tuple[dict[str, ExactMatch], dict[str, int]]:
+def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:
     """Exact match before, after (adapter on the 4-bit base) and merged; bytes of the base dense and in 4 bit."""
     tokenizer = AutoTokenizer.from_pretrained(run / ADAPTER_FOLDER)
     results: dict[str, ExactMatch] = {}
     sizes = {}
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*shown, console=console) as progress:
+    with progress_bar("Answering", "prompts", TextColumn("{task.description}")) as progress:
         task = progress.add_task("", total=3 * len(rows))
 
         def ask(name: str, model: Any) -> None:
