@@ -204,7 +204,7 @@ def test_all_of_cldr(tmp_path: Path, verb: Callable[..., Any]) -> None:
 
 
 def test_the_tokens_to_come_are_estimated_from_the_files_sizes(tiny_base: Path, tmp_path: Path) -> None:
-    """What the progress bar counts to: exact once all files are read."""
+    """The progress bar counts to it; it is exact once all files are read."""
     for code in ("de", "en", "sw"):
         (tmp_path / f"{code}.txt").write_text("one two three four\n\n" * 20)
     read = Texts(sources_of([tmp_path]), AutoTokenizer.from_pretrained(tiny_base), 16)
@@ -213,5 +213,5 @@ def test_the_tokens_to_come_are_estimated_from_the_files_sizes(tiny_base: Path, 
     estimates = []
     for _ in pieces:
         estimates.append(read.estimated_tokens)
-    assert estimates[-1] == read.tokens.total()
-    assert estimates[20] == pytest.approx(read.tokens.total(), rel=0.1), "after a third of the files"
+    assert estimates[5:] == pytest.approx([read.tokens.total()] * len(estimates[5:]), rel=0.15), "but for blank lines"
+    assert read.estimated_tokens == read.tokens.total()
