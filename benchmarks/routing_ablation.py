@@ -75,7 +75,7 @@ def main() -> None:
             run = {"kind": kind, "seed": seed} | one_run(kind, seed, languages, groups, tokenizer, args)
             runs.append(run | {"cpu_s": round(time.process_time() - began, 1)})
             print(json.dumps(runs[-1]), flush=True)
-    Console().print(table(runs, args.target))
+    Console(width=200).print(table(runs, args.target))
     print(json.dumps({"result": summary(runs), "runs": runs, "shape": vars(args)}))
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import rich.console
@@ -39,8 +40,14 @@ def shown_progress(what: str, total: float | None, unit: str = "") -> Iterator[A
         yield lambda amount: bar.advance(task, amount)
 
 
-def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> Any:
-    """Return rich's display of progress as every verb shows it; the caller enters it and adds a task.
+_BAR_SHOWN = ContextVar("_BAR_SHOWN", default=False)
+
+
+@contextmanager
+def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> Iterator[Any]:
+    """Show rich's display of progress as every verb has it while the block runs; the caller adds a task to it.
+
+    A second bar inside the block is not shown: a terminal has room for one.
 
     Args:
         more: Further columns of rich's.
@@ -57,7 +64,13 @@ def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> A
 
     counted = TextColumn(f"{{task.completed:,.0f}}{' of {task.total:,.0f}' if timed else ''} {unit}")
     time = (TextColumn("time left"), TimeRemainingColumn()) if timed else (TextColumn("time used"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    shown = console.is_terminal and os.environ.get("LOCAL_RANK", "0") in ("0", "-1")  # of several processes the first
     columns = (TextColumn(what), BarColumn(), counted if unit else TaskProgressColumn(), *more, *time)
-    return Progress(*columns, console=console, transient=True, disable=not shown)
+    console = Console(stderr=True)
+    first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")  # of several processes
+    shown = console.is_terminal and first and not _BAR_SHOWN.get()
+    before = _BAR_SHOWN.set(True)
+    try:
+        with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+            yield bar
+    finally:
+        _BAR_SHOWN.reset(before)

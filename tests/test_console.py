@@ -39,6 +39,17 @@ def test_a_terminal_sees_what_is_done_and_the_time_left(
     assert capsys.readouterr().out == ""
 
 
+def test_a_bar_inside_another_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with shown_progress("Answering", 10) as advance, shown_progress("Loading", 10):
+        advance(5)
+    assert "Answering" in terminal.getvalue()
+    assert "Loading" not in terminal.getvalue()
+    assert "Merging" in shown(monkeypatch, Terminal(), 10, "tensors"), "one after another both are"
+
+
 def test_a_pipe_and_other_processes_see_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, io.StringIO(), 10, "tensors") == ""
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -47,8 +47,9 @@ class Job:
     def sizes(self) -> Sizes:
         """The base's, with the dropouts that are at work."""
         sizes = self.architecture.sizes
-        off = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
-        return sizes if self.base_dropout else replace(sizes, **off)
+        if self.base_dropout:
+            return sizes
+        return replace(sizes, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0)
 
     @property
     def sequences(self) -> int:

@@ -46,20 +46,21 @@ class Texts:
     bytes: Counter[str] = field(default_factory=Counter)
     documents: Counter[str] = field(default_factory=Counter)
     _read: int = 0  # sources that are done
+    _bytes_read: int = 0  # of their texts
 
     def __iter__(self) -> Iterator[Piece]:
         for source in self.sources:
             examples = read_examples([source])
             while not self._is_full(source.language) and (batch := list(islice(examples, _BATCH))):
                 yield from self._pieces([example for example in batch if not self._is_full(example.language)])
-            self._read += 1
+            self._read, self._bytes_read = self._read + 1, self.bytes.total()
 
     @property
     def estimated_tokens(self) -> float:
         """Estimate the tokens of all sources: those given so far, times the bytes of all files per byte read."""
         sizes = [Path(source.path).stat().st_size if source.path else 0 for source in self.sources]
-        here = sum(sizes[: self._read + 1])  # the current file counts as read
-        return self.tokens.total() * sum(sizes) / max(here, 1)
+        here = min(self.bytes.total() - self._bytes_read, *sizes[self._read : self._read + 1], sum(sizes))
+        return self.tokens.total() * sum(sizes) / max(sum(sizes[: self._read]) + here, 1)
 
     def _pieces(self, batch: list[Example]) -> Iterator[Piece]:
         """Pieces of a batch. Prompts and answers are tokenised apart, as in training."""

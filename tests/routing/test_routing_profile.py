@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import lola_ft
 from lola_ft.errors import DataError, UserError
@@ -15,6 +16,7 @@ from lola_ft.open_model import open_model
 from lola_ft.routing import profiling
 from lola_ft.routing.profile import Profile, read_profile, save_profile
 from lola_ft.routing.profiling import profile_routing
+from lola_ft.routing.texts import Texts, sources_of
 from tests.conftest import make_base
 from tests.routing.conftest import TEXTS
 
@@ -199,3 +201,17 @@ def test_all_of_cldr(tmp_path: Path, verb: Callable[..., Any]) -> None:
     assert len(found.languages) > 140
     assert found.tokens_L.unique().tolist() == [100]
     assert set(found.languages) <= set(read_languages())
+
+
+def test_the_tokens_to_come_are_estimated_from_the_files_sizes(tiny_base: Path, tmp_path: Path) -> None:
+    """The progress bar counts to it; it is exact once all files are read."""
+    for code in ("de", "en", "sw"):
+        (tmp_path / f"{code}.txt").write_text("one two three four\n\n" * 20)
+    read = Texts(sources_of([tmp_path]), AutoTokenizer.from_pretrained(tiny_base), 16)
+    pieces = iter(read)
+    next(pieces)
+    estimates = []
+    for _ in pieces:
+        estimates.append(read.estimated_tokens)
+    assert estimates[5:] == pytest.approx([read.tokens.total()] * len(estimates[5:]), rel=0.15), "but for blank lines"
+    assert read.estimated_tokens == read.tokens.total()
