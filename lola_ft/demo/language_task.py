@@ -15,7 +15,8 @@ from lola_ft.nano.cldr import normalise
 from lola_ft.nano.declaration import Declaration
 from lola_ft.nano.sentences import sentences_of
 
-PROMPT = "Sentence: {sentence}\nLanguage:"
+PROMPT = "{sentence} —"
+"""As the nano base's text signs a paragraph: far from that text the frozen router would send all tokens to one expert."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cutting paragraphs into sentences of about one line, in any script.
+"""Cutting paragraphs into sentences of one or two lines, in any script.
 
 Lengths are in bytes of UTF-8, so that a sentence carries about as many tokens in every script.
 """
@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
-MIN_BYTES, MAX_BYTES = 60, 150
+MIN_BYTES, MAX_BYTES = 60, 240
 # After a mark that ends a sentence: before the next word, or at once where a script has no spaces between sentences.
 _END = re.compile(r"(?<=[.!?;։؟۔।॥።၊။។༎])\s+|(?<=[。！？；])\s*")
 
