@@ -45,7 +45,8 @@ def accuracy_table(results: Mapping[str, ExactMatch], declarations: Mapping[str,
     groups = families_of(asked)
     for family in list(groups)[:FAMILIES_SHOWN]:
         add(family, groups[family])
-    add("other families", [tag for family in list(groups)[FAMILIES_SHOWN:] for tag in groups[family]])
+    if others := [tag for family in list(groups)[FAMILIES_SHOWN:] for tag in groups[family]]:
+        add("other families", others)
     table.add_section()
     weakest = sorted(asked, key=lambda tag: (after.accuracy_of(tag), tag))
     for tag in weakest[:WEAKEST_SHOWN]:
