@@ -217,7 +217,8 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
+# A path's `$` and `~` are the shell's: refused or replaced.
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$~"), min_size=1, max_size=30))
 @example("\x85")
 @example("'")
 def test_any_text_survives_rendering(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
