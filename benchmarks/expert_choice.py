@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from ruamel.yaml import YAML
+from train_on_text import train_on_text
 
 from lola_ft.data import Example
 from lola_ft.data.prompt_template import Template
@@ -23,9 +23,7 @@ from lola_ft.evaluation.loss_task import LossTask
 from lola_ft.nano import build_nano
 from lola_ft.nano.corpus import build_documents, load_split
 from lola_ft.open_model import open_model
-from lola_ft.recipe import load_recipe
 from lola_ft.routing import profile_routing, save_choice, select_experts
-from lola_ft.training import train
 
 TARGET, ELSEWHERE = "trained", "elsewhere"
 
@@ -75,20 +73,7 @@ def make_variants(base: Path, folder: Path, languages: list[str], args: argparse
 def run(base: Path, folder: Path, name: str, adapter: dict[str, Any], args: argparse.Namespace) -> tuple[Path, int]:
     """Train one variant; its run folder, and how many parameters were trained."""
     out = folder / name.replace(" ", "-")
-    recipe = {
-        "base": {"model": str(base), "dtype": "float32"},
-        "adapter": adapter | {"alpha": 2 * args.rank, "dropout": 0.0},
-        "data": {
-            "sources": [{"path": str(folder / "text.jsonl"), "format": "text", "language_column": "language"}],
-            "max_length": 256,
-        },
-        "train": {"max_steps": args.steps, "micro_batch_size": 8, "grad_accum_steps": 1, "learning_rate": args.rate,
-                  "gradient_checkpointing": False, "save_every": 0},
-        "output": str(out),
-    }  # fmt: skip
-    file = folder / f"{out.name}.yaml"
-    YAML().dump(recipe, file)
-    train(load_recipe(file))
+    train_on_text(base, folder / "text.jsonl", out, adapter, args)
     trained = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["trained"]
     return out, sum(group["parameters"] for group in trained.values())
 

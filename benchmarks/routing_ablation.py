@@ -1,4 +1,4 @@
-"""What does learned routing add? `python benchmarks/routing_ablation.py --help`
+"""Measure what learned routing adds: `python benchmarks/routing_ablation.py --help`.
 
 Small LOLAs on the Universal Declaration of Human Rights that differ in one thing, how a token's expert is found:
 

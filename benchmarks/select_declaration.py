@@ -35,7 +35,7 @@ LEFT_OUT = {
     "ckb-Latn",  # the text is the one of `ku`
 }  # fmt: skip
 LOST = "&1"
-"""What the source has for a paragraph that it could not read."""
+"""The source's mark for a paragraph that it could not read."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What does training on one language do to relatives and strangers? `python benchmarks/transfer_matrix.py --help`
+"""Measure what training on one language does to relatives and strangers: `python benchmarks/transfer_matrix.py --help`.
 
 On the nano base, or another one: an adapter for each of some widespread languages, trained on the declaration's
 articles 1 to 25 in it. Then bits per byte of articles 26 to 30 in these languages, in small relatives of theirs and in
@@ -15,16 +15,14 @@ from statistics import fmean
 from typing import Any
 
 from rich.table import Table
-from ruamel.yaml import YAML
+from train_on_text import train_on_text
 
 from lola_ft.console import Console
 from lola_ft.evaluation.evaluate import TaskOptions, evaluate_rows
 from lola_ft.evaluation.held_out_rows import RowOptions
 from lola_ft.nano import build_nano
 from lola_ft.nano.declaration import find_declaration
-from lola_ft.recipe import load_recipe
 from lola_ft.routing.language_families import Language, find_language
-from lola_ft.training import train
 
 SOURCES = "es ru de id hi"
 RELATIVES = "ast gl oc be mk nds fy jv su ne bho"
@@ -78,22 +76,8 @@ def run(base: Path, folder: Path, code: str, args: argparse.Namespace) -> Path:
     """Train on one language; returns the run's folder."""
     data, out = folder / f"{code}.jsonl", folder / code
     write_rows(data, [code], held_out=False)
-    recipe = {
-        "base": {"model": str(base), "dtype": "float32", "quantization": "none"},
-        "adapter": {"attention": {"rank": args.rank}, "mlp": {"rank": args.rank}, "experts": {"rank": args.rank},
-                    "alpha": 2 * args.rank, "dropout": 0.0},
-        "data": {
-            "sources": [{"path": str(data), "format": "text", "language_column": "language"}],
-            "max_length": 256,
-            "overlong": "split",
-        },
-        "train": {"max_steps": args.steps, "micro_batch_size": 8, "grad_accum_steps": 1, "learning_rate": args.rate,
-                  "gradient_checkpointing": False, "save_every": 0},
-        "output": str(out),
-    }  # fmt: skip
-    file = folder / f"{code}.yaml"
-    YAML().dump(recipe, file)
-    return train(load_recipe(file))
+    groups = {group: {"rank": args.rank} for group in ("attention", "mlp", "experts")}
+    return train_on_text(base, data, out, groups, args, quantization="none", overlong="split")
 
 
 def matrix(transfer: list[dict[str, Any]]) -> list[dict[str, Any]]:

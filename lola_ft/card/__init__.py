@@ -2,6 +2,6 @@
 
 from lola_ft.card.facts import CardFacts
 from lola_ft.card.render import render_card
-from lola_ft.card.terms import TERMS_FILES, BaseTerms, read_terms
+from lola_ft.card.terms import BaseTerms, read_terms
 
-__all__ = ["TERMS_FILES", "BaseTerms", "CardFacts", "read_terms", "render_card"]
+__all__ = ["BaseTerms", "CardFacts", "read_terms", "render_card"]

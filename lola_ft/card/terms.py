@@ -1,4 +1,4 @@
-"""The terms under which a base may be used, as its own card and the files beside it state them."""
+"""The terms under which a base may be used, as its own card states them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,16 +8,13 @@ from huggingface_hub.repocard import metadata_load
 
 from lola_ft.file_names import CARD_FILE
 
-TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Texts of terms that go with the weights, and with what is made from them."""
-
 _GATE = "extra_gated_"
 _LONGEST = 300  # letters of an authors' request that are quoted
 
 
 @dataclass(frozen=True)
 class BaseTerms:
-    """What the header of a base's card says of its terms.
+    """The terms in the header of a base's card.
 
     Attributes:
         licence: The Hub's identifier; None if the card has none.
@@ -34,7 +31,7 @@ class BaseTerms:
 
     @property
     def request(self) -> str:
-        """What is asked at the gate, in the authors' words, as a line to quote; "" if the card does not say."""
+        """The authors' words at the gate, shortened to a line to quote; "" if the card has none."""
         words = " ".join(_text(self.gate.get(f"{_GATE}{key}")) or "" for key in ("heading", "prompt")).split()
         text = " ".join(words)
         return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} …"

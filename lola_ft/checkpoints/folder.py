@@ -19,6 +19,9 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILE = "prompt_template.jinja"
 """The prompt template that training used, beside an adapter or a merged model."""
 
+TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Texts of terms that go with the weights, and with what is made from them."""
+
 # With its card and its terms, which a merge and a publication pass on.
 _WANTED_FILES = (
     "*.safetensors",
@@ -27,9 +30,7 @@ _WANTED_FILES = (
     "*.jinja",
     "*.model",
     "*.md",
-    "LICEN[CS]E*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *TERMS_FILES,
 )
 _TEXT_FILES = ("*.json", "*.txt", "*.model")
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth")

@@ -2,7 +2,7 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from lola_ft.demo.accuracy_tables import OTHERS, family_of
 from lola_ft.evaluation import ExactMatch
 from lola_ft.files import write_bytes
 from lola_ft.nano.declaration import Declaration
@@ -19,7 +20,6 @@ COLOURS = mpl.colormaps["RdYlBu"]
 PER_LINE = 18  # tiles
 SPLIT_FROM, NAMED_FROM = 40, 2
 """Texts from which a family is split into its branches; texts from which a group has a line of its own."""
-OTHERS = "other families"
 _FONT, _DPI = 8, 110
 
 
@@ -47,7 +47,7 @@ def draw_accuracy(result: ExactMatch, declarations: Mapping[str, Declaration], p
 def groups_of(result: ExactMatch) -> dict[str, list[str]]:
     """Group the tags by family, a large family by branch, the largest first; tags by falling share of right answers."""
     known = {tag: find_language(tag) for tag in result.asked}
-    families = {tag: (language.family if language else "") or "constructed" for tag, language in known.items()}
+    families = {tag: family_of(tag) for tag in known}
     large = {family for family in families.values() if list(families.values()).count(family) >= SPLIT_FROM}
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for tag in sorted(result.asked, key=lambda tag: (-result.accuracy_of(tag), tag)):
@@ -83,7 +83,7 @@ def _draw_tiles(axes: Any, result: ExactMatch, groups: Mapping[str, list[str]]) 
     line, places, names = 0, [], []
     for name, tags in groups.items():
         places.append(line)
-        names.append(f"{name} ({len(tags)}) {_share(result, tags):.0%}")
+        names.append(f"{name} ({len(tags)}) {result.accuracy_of(*tags):.0%}")
         for number, tag in enumerate(tags):
             column, share = number % PER_LINE, result.accuracy_of(tag)
             tile = Rectangle(
@@ -103,8 +103,3 @@ def _draw_tiles(axes: Any, result: ExactMatch, groups: Mapping[str, list[str]]) 
 
 def _lines(tags: list[str]) -> int:
     return -(-len(tags) // PER_LINE)
-
-
-def _share(result: ExactMatch, tags: Iterable[str]) -> float:
-    tags = list(tags)
-    return sum(result.right[tag] for tag in tags) / max(sum(result.asked[tag] for tag in tags), 1)

@@ -13,14 +13,20 @@ FAMILIES_SHOWN = 10
 WEAKEST_SHOWN = 5
 CONFUSED_SHOWN = 10
 NO_FAMILY = "constructed"
+OTHERS = "other families"
+
+
+def family_of(tag: str) -> str:
+    """Return the language family of a tag."""
+    language = find_language(tag)
+    return (language.family if language else "") or NO_FAMILY
 
 
 def families_of(tags: Mapping[str, object]) -> dict[str, list[str]]:
     """Group tags by language family, the largest first; constructed languages are a group of their own."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for tag in tags:
-        language = find_language(tag)
-        groups[(language.family if language else "") or NO_FAMILY].append(tag)
+        groups[family_of(tag)].append(tag)
     return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
@@ -37,7 +43,7 @@ def accuracy_table(results: Mapping[str, ExactMatch], declarations: Mapping[str,
 
     def add(name: str, tags: list[str]) -> None:
         questions = sum(asked[tag] for tag in tags)
-        shares = (sum(result.right[tag] for tag in tags) / questions for result in results.values())
+        shares = (result.accuracy_of(*tags) for result in results.values())
         table.add_row(name, str(len(tags)), f"{questions:,}", *(f"{share:.1%}" for share in shares))
 
     add("all", list(asked))
@@ -46,7 +52,7 @@ def accuracy_table(results: Mapping[str, ExactMatch], declarations: Mapping[str,
     for family in list(groups)[:FAMILIES_SHOWN]:
         add(family, groups[family])
     if others := [tag for family in list(groups)[FAMILIES_SHOWN:] for tag in groups[family]]:
-        add("other families", others)
+        add(OTHERS, others)
     table.add_section()
     weakest = sorted(asked, key=lambda tag: (after.accuracy_of(tag), tag))
     for tag in weakest[:WEAKEST_SHOWN]:

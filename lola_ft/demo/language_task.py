@@ -16,7 +16,7 @@ from lola_ft.nano.declaration import Declaration
 from lola_ft.nano.sentences import sentences_of
 
 PROMPT = "{sentence} —"
-"""As the nano base's text signs a paragraph; far from that text the frozen router sends all tokens to one expert."""
+"""The form in which the nano base's text signs a paragraph. With another, one expert got nearly all tokens."""
 
 
 @dataclass(frozen=True)

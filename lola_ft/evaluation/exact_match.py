@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lola_ft.console import shown_progress
 from lola_ft.data import encode_texts
-from lola_ft.generation import Answer, Sampling, answer_all
+from lola_ft.generation import Answer, Sampling, answer_in_order
 
 
 @dataclass
@@ -44,8 +43,10 @@ class ExactMatch:
         ranked = sorted(self.confused.items(), key=lambda item: (-item[1], item[0]))
         return [(right, given, times) for (right, given), times in ranked[:count]]
 
-    def accuracy_of(self, language: str) -> float:
-        return self.right[language] / max(self.asked[language], 1)
+    def accuracy_of(self, *languages: str) -> float:
+        """Share of right answers in some languages together."""
+        right, asked = (sum(counts[language] for language in languages) for counts in (self.right, self.asked))
+        return right / max(asked, 1)
 
 
 def exact_match_by_language(
@@ -65,16 +66,14 @@ def exact_match_by_language(
     """
     result = ExactMatch()
     prompts = encode_texts([row["prompt"] for row in rows], tokenizer)
-    with shown_progress("Answering", len(prompts), "prompts") as advance:
-        for place, answer in answer_all(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size):
-            row = rows[place]
-            result.asked[row["language"]] += 1
-            result.stopped += answer.ended
-            result.right[row["language"]] += is_exact(answer, row["completion"])
-            wanted, given = row["completion"].strip(), answer.text.strip()
-            if given != wanted:
-                result.confused[wanted, given] += 1
-            advance(1)
+    answers = answer_in_order(model.eval(), tokenizer, prompts, Sampling(max_new_tokens), batch_size)
+    for row, answer in zip(rows, answers, strict=True):
+        result.asked[row["language"]] += 1
+        result.stopped += answer.ended
+        result.right[row["language"]] += is_exact(answer, row["completion"])
+        wanted, given = row["completion"].strip(), answer.text.strip()
+        if given != wanted:
+            result.confused[wanted, given] += 1
     return result
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lola_ft.console import Console, shown_progress
+from lola_ft.console import Console
 from lola_ft.data import Example, PromptTemplate
 from lola_ft.errors import DataError, UserError
 from lola_ft.evaluation.bootstrap import Floats, Value, ratio
 from lola_ft.evaluation.exact_match import is_exact
 from lola_ft.evaluation.overlong_prompts import cut_prompt, find_overlong, languages_of, say_rows
 from lola_ft.evaluation.task import Measure, Measured
-from lola_ft.generation import Answer, Sampling, answer_all, check_room
+from lola_ft.generation import Answer, Sampling, answer_in_order, check_room
 from lola_ft.language_codes import short_code
 from lola_ft.open_model import OpenModel, PromptReader
 
@@ -84,13 +84,8 @@ class GenerateTask:
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Answer every row, of which `prepare` has seen to those that are too long."""
         prompts = self._prompts(opened, template)
-        end, found = template.end_of(opened.tokenizer), dict[int, Answer]()
-        with shown_progress("Answering", len(prompts), "prompts") as advance:
-            settings = (self.sampling, self.batch_size, end)
-            for place, answer in answer_all(opened.model, opened.tokenizer, prompts, *settings):
-                found[place] = answer
-                advance(1)
-        answers = [found[place] for place in range(len(prompts))]
+        end = template.end_of(opened.tokenizer)
+        answers = answer_in_order(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size, end)
         pairs = list(zip(answers, self.examples, strict=True))
         parts = {
             "exact_match": [(is_exact(answer, example.completion), 1) for answer, example in pairs],

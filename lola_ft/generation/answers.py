@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lola_ft.console import shown_progress
 from lola_ft.data.turns import eos_of
 from lola_ft.errors import DataError, UserError
 from lola_ft.families import architecture_of
@@ -101,6 +102,23 @@ def answer_all(
     for places in _batches(prompts, positions - sampling.max_new_tokens, batch_size):
         batch = [prompts[place] for place in places]
         yield from zip(places, _answer_batch(model, tokenizer, batch, sampling, end=end), strict=True)
+
+
+def answer_in_order(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    sampling: Sampling,
+    batch_size: int = 32,
+    end: int | None = None,
+) -> list[Answer]:
+    """Answer prompts as `answer_all` does, behind a bar; returns the answers in the order of the prompts."""
+    found = dict[int, Answer]()
+    with shown_progress("Answering", len(prompts), "prompts") as advance:
+        for place, answer in answer_all(model, tokenizer, prompts, sampling, batch_size, end):
+            found[place] = answer
+            advance(1)
+    return [found[place] for place in range(len(prompts))]
 
 
 def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> list[list[int]]:

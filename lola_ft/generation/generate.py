@@ -2,16 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lola_ft.console import shown_progress
 from lola_ft.data import PromptTemplate, check_template
 from lola_ft.data.example import Example, prompt_fields
 from lola_ft.errors import UserError
 from lola_ft.files import write_text
-from lola_ft.generation.answers import Answer, Sampling, answer_all, answer_one, check_room
+from lola_ft.generation.answers import Answer, Sampling, answer_in_order, answer_one, check_room
 from lola_ft.generation.chat import TerminalStreamer
 from lola_ft.generation.chat import chat as talk
 from lola_ft.generation.prompts import STANDARD_INPUT, prompt_from_standard_input, read_prompts, request, template_of
@@ -55,7 +53,8 @@ def generate_command(
         ids_of = [template_used.prompt_ids(entry.example, opened.tokenizer) for entry in asked]
         for entry, ids in zip(asked, ids_of, strict=True):
             check_room(ids, opened.sizes.positions, f"{entry.example.where}: the prompt")
-        answers = _answered(opened, ids_of, sampling, batch_size, template_used.end_of(opened.tokenizer))
+        end = template_used.end_of(opened.tokenizer)
+        answers = answer_in_order(opened.model, opened.tokenizer, ids_of, sampling, batch_size, end)
     _write(rows, answers, out, printed=prompt is not None)
 
 
@@ -69,18 +68,6 @@ def _streamed(opened: OpenModel, asked: Example, template: PromptTemplate, sampl
         cause = f"the model's {positions} positions are used up" if used_up else "raise --max-new-tokens to read on"
         print(f"(cut after {answer.tokens} tokens, before the model ended its answer: {cause})", file=sys.stderr)
     return answer
-
-
-def _answered(
-    opened: OpenModel, ids_of: Sequence[list[int]], sampling: Sampling, batch_size: int, end: int
-) -> list[Answer]:
-    """The answers in the order of the prompts."""
-    found = dict[int, Answer]()
-    with shown_progress("Answering", len(ids_of), "prompts") as advance:
-        for place, answer in answer_all(opened.model, opened.tokenizer, ids_of, sampling, batch_size, end):
-            found[place] = answer
-            advance(1)
-    return [found[place] for place in range(len(ids_of))]
 
 
 def _write(rows: list[dict[str, Any]], answers: list[Answer], out: str | None, printed: bool) -> None:

@@ -13,9 +13,9 @@ from ruamel.yaml import YAML
 from lola_ft.adapters.convert import convert_adapter
 from lola_ft.adapters.layouts import CONFIG_FILE, PREFIX
 from lola_ft.adapters.on_disk import WEIGHTS_FILE, read_adapter
-from lola_ft.card import TERMS_FILES, BaseTerms, CardFacts, read_terms, render_card
+from lola_ft.card import BaseTerms, CardFacts, read_terms, render_card
 from lola_ft.checkpoints.folder import CONFIG_FILE as MODEL_CONFIG_FILE
-from lola_ft.checkpoints.folder import TEMPLATE_FILE, weight_files
+from lola_ft.checkpoints.folder import TEMPLATE_FILE, TERMS_FILES, weight_files
 from lola_ft.errors import PublishError
 from lola_ft.families import FAMILIES, Family, find_family, recorded_family
 from lola_ft.file_names import (
@@ -75,7 +75,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
         _stage_run(source.run, source.manifest, base, folder)
     names = {file.name for file in folder.iterdir()} | {CARD_FILE, LIST_FILE}
     stored = read_adapter(folder) if source.kind == "adapter" else None
-    terms = terms_of(source, base)
+    terms = _terms_of(source, base)
     facts = CardFacts(
         title=repo.partition("/")[2],
         kind=source.kind,
@@ -97,7 +97,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
     return Staged(folder, tuple(sorted(names)), tuple(_left_out(source, names)), terms)
 
 
-def terms_of(source: Source, base: Base) -> BaseTerms:
+def _terms_of(source: Source, base: Base) -> BaseTerms:
     """Return the base's terms from its card, or as the card of merged weights repeats them."""
     terms = read_terms(base.folder)
     return read_terms(source.folder) if terms == BaseTerms() and source.kind == "merged" else terms

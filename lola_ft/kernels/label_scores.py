@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lola_ft.kernels.loss import IGNORE, TokenRows
+from lola_ft.kernels.loss import IGNORE, TokenRows, logits_of
 
-_CHUNK_ROWS = 256  # 102 MB of float32 logits for a vocabulary of 100,000
+_CHUNK_ROWS = 256  # as many as the loss takes: 102 MB of float32 logits for a vocabulary of 100,000
 
 
 class LabelScores(NamedTuple):
-    """What is known of each position's label; 0 or False where there is none.
+    """Scores of each position's label; 0 or False where there is none.
 
     Attributes:
         log_probs_BS: Logarithm of its probability, float32 (B, S - 1), with gradient.
@@ -64,9 +64,10 @@ class _LabelScores(torch.autograd.Function):
             rows_ND.new_empty(targets_N.shape, dtype=torch.float32) for _ in range(3)
         )
         is_top1_N = torch.empty_like(targets_N, dtype=torch.bool)
+        trained = None if ids_K is None or trained_KD is None else TokenRows(ids_K, trained_KD)
         for start in range(0, targets_N.numel(), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
-            logits_CV = _logits(rows_ND[chunk], head_VD, ids_K, trained_KD)
+            logits_CV = logits_of(rows_ND[chunk], head_VD, trained)
             mean_logits_N[chunk] = logits_CV.mean(dim=-1)
             is_top1_N[chunk] = logits_CV.argmax(dim=-1) == targets_N[chunk]
             log_probs_CV = logits_CV.log_softmax(dim=-1)
@@ -81,13 +82,14 @@ class _LabelScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, head_VD, targets_N, ids_K, trained_KD = ctx.saved_tensors
         d_log_probs_N = grads[0]
+        trained = None if trained_KD is None else TokenRows(ids_K, trained_KD)
         d_rows_ND = torch.empty_like(rows_ND)
         d_trained_KD = None if trained_KD is None else torch.zeros_like(trained_KD, dtype=torch.float32)
         for start in range(0, targets_N.numel(), _CHUNK_ROWS):
             chunk = slice(start, start + _CHUNK_ROWS)
             rows_CD, d_C = rows_ND[chunk].to(head_VD.dtype), d_log_probs_N[chunk]
             # d log p(target) / d logits = one-hot(target) - p
-            d_logits_CV = _logits(rows_CD, head_VD, ids_K, trained_KD).softmax(dim=-1).neg_()
+            d_logits_CV = logits_of(rows_CD, head_VD, trained).softmax(dim=-1).neg_()
             d_logits_CV[torch.arange(len(d_C), device=d_C.device), targets_N[chunk]] += 1
             d_logits_CV = d_logits_CV.mul_(d_C[:, None]).to(head_VD.dtype)
             if trained_KD is not None:
@@ -99,12 +101,3 @@ class _LabelScores(torch.autograd.Function):
                 d_x_CD += d_own_CK @ trained_KD.to(head_VD.dtype)
             d_rows_ND[chunk] = d_x_CD.to(d_rows_ND.dtype)
         return d_rows_ND, None, None, None, None if d_trained_KD is None else d_trained_KD.to(trained_KD.dtype)
-
-
-def _logits(rows_CD: Tensor, head_VD: Tensor, ids_K: Tensor | None, trained_KD: Tensor | None) -> Tensor:
-    """Return float32 logits (C, V), those of trained rows in place of the head's."""
-    rows_CD = rows_CD.to(head_VD.dtype)
-    logits_CV = rows_CD @ head_VD.t()
-    if ids_K is not None and trained_KD is not None:
-        logits_CV[:, ids_K] = rows_CD @ trained_KD.to(head_VD.dtype).t()
-    return logits_CV.float()

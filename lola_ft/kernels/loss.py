@@ -83,13 +83,18 @@ def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Token
     nats_N = rows_ND.new_empty(targets_N.shape, dtype=torch.float32)
     for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        rows = rows_ND[chunk].to(head_VD.dtype)
-        logits = rows @ head_VD.t()
-        if trained is not None:
-            logits[:, trained.ids_K] = rows @ trained.rows_KD.to(rows.dtype).t()
-        logits = logits.float()
+        logits = logits_of(rows_ND[chunk], head_VD, trained)
         nats_N[chunk] = F.cross_entropy(logits, targets_N[chunk], reduction="none")
     return nats_N
+
+
+def logits_of(rows_CD: Tensor, head_VD: Tensor, trained: TokenRows | None = None) -> Tensor:
+    """Return the float32 logits (C, V) of some rows, those of trained tokens in place of the head's."""
+    rows_CD = rows_CD.to(head_VD.dtype)
+    logits_CV = rows_CD @ head_VD.t()
+    if trained is not None:
+        logits_CV[:, trained.ids_K] = rows_CD @ trained.rows_KD.to(head_VD.dtype).t()
+    return logits_CV.float()
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

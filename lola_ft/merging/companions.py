@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from lola_ft.card import TERMS_FILES
-from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_FILES, read_json
+from lola_ft.checkpoints.folder import GENERATION_FILE, TEMPLATE_FILE, TERMS_FILES, TOKENIZER_FILES, read_json
 from lola_ft.files import copy_files, write_text
 from lola_ft.merging.merge_base import MergeBase
 from lola_ft.standalone.own_code import config_for

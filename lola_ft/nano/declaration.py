@@ -65,7 +65,7 @@ class Declaration:
 
     @property
     def training_paragraphs(self) -> list[str]:
-        """What may be trained on: title, preamble and the articles that are not held out, without headings."""
+        """Paragraphs to train on: title, preamble and the articles that are not held out, without headings."""
         articles = (article for number, article in enumerate(self.articles, 1) if number not in HELD_OUT_ARTICLES)
         return [self.title, *self.preamble, *(paragraph for article in articles for paragraph in article.paragraphs)]
 

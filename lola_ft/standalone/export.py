@@ -6,9 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lola_ft.card import TERMS_FILES
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
-from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILES
+from lola_ft.checkpoints.folder import CONFIG_FILE, TEMPLATE_FILE, TERMS_FILES, TOKENIZER_FILES
 from lola_ft.console import shown_progress
 from lola_ft.errors import UserError
 from lola_ft.file_names import CARD_FILE, MERGE_REPORT_FILE, WEIGHTS_INDEX_FILE
