@@ -1,8 +1,8 @@
-"""Starting LoRA at the error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
+"""LoRA that starts at the rounding error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
 
-The base stays frozen: A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts nearer to
-the original model. Such an adapter belongs to the 4-bit base: the original weights do not have the error that it
-corrects. So it is merged with `--rounding nf4`.
+The base stays frozen. A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts closer to
+the original model. The adapter then belongs to the 4-bit base, because the original weights do not have the error that
+it corrects. So it is merged with `--rounding nf4`.
 """
 
 from collections import defaultdict
@@ -23,13 +23,13 @@ _OVERSAMPLING, _ITERATIONS, _SEED = 8, 2, 0
 
 @torch.no_grad()
 def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapter_name: str = "default") -> str:
-    """Fill a fresh adapter's factors; returns a sentence with how much of the error they take away.
+    """Set a new adapter's factors, and return a sentence about the share of the error that they correct.
 
     Args:
         checkpoint: The base's original weights.
 
     Raises:
-        UserError: If nothing with LoRA is in 4 bit.
+        UserError: If no module with LoRA is in 4 bit.
     """
     modules = {name.replace(".base_layer", ""): module for name, module in model.base_model.model.named_modules()}
     wrappers = _wrappers(model)
@@ -52,7 +52,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
             continue
         weight = entry.read(torch.float32).to(rounded_OI.device)
         error_OI = (weight.t() if place.in_by_out else weight) - rounded_OI
-        if place.part is not None:  # one pair for both: wait for the other
+        if place.part is not None:  # gate and up share one pair: wait for the other one
             parts = gates_and_ups[place.parameter, place.expert]
             parts[place.part] = error_OI
             if len(parts) < 2:
@@ -69,7 +69,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
 
 
 def _wrappers(model: PeftModel) -> dict[str, Any]:
-    """List PEFT's layers by the name in memory of the module or expert parameter that they wrap."""
+    """Return PEFT's layers by the name in memory of the module or expert parameter that they wrap."""
     found: dict[str, Any] = {}
     for name, module in model.base_model.model.named_modules():
         plain = name.replace(".base_layer", "")
@@ -81,10 +81,10 @@ def _wrappers(model: PeftModel) -> dict[str, Any]:
 
 
 def _best_factors(error_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """B (O, R) and A (R, I) with `scaling * B A` the best approximation, evenly shared between them."""
+    """Return B (O, R) and A (R, I) such that `scaling * B A` is the best approximation, with equal norms."""
     devices = [error_OI.device] if error_OI.is_cuda else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(_SEED)  # the approximation draws random directions
+        torch.manual_seed(_SEED)  # the approximation uses random directions
         q = min(rank + _OVERSAMPLING, *error_OI.shape)
         u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)
     rank = min(rank, q)
