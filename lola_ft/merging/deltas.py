@@ -84,7 +84,7 @@ class Deltas:
             return torch.sub(self._with_rows(name, start, values), values, out=update)
         if self._trained is not None:
             return torch.sub(self._trained[start : start + values.numel()], values, out=update)
-        # LoRA: the product alone. DoRA: factor * (values + product) - values, with the factor along outputs, which are
+        # LoRA: only the product. DoRA: factor * (values + product) - values, with the factor along outputs, which are
         # columns (Y,) or rows (X, 1) of the piece.
         self._product(name, start, update)
         if self._factor is not None:

@@ -1,4 +1,4 @@
-"""A base of which only the 4-bit form exists here: its weights are dequantised."""
+"""A base whose 4-bit form is the only one available. Its weights are dequantised for the merge."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class QuantizedBase(MergeBase):
-    """A folder that `lola-ft quantize` wrote, by Hub names.
+    """A folder that `lola-ft quantize` wrote, read by Hub names.
 
     Attributes:
         stored: The file's tensors, by their names in memory.
@@ -34,7 +34,7 @@ class QuantizedBase(MergeBase):
         """Open a quantised base.
 
         Raises:
-            CheckpointError: If a part of it is missing or damaged.
+            CheckpointError: If a file of it is missing or damaged.
         """
         if not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -93,7 +93,7 @@ class QuantizedBase(MergeBase):
         return (self._dequantized(entry) if quantized else self._dense(entry).read().view(entry.shape))[wanted]
 
     def _dense(self, entry: TensorEntry) -> TensorEntry:
-        """Find a tensor that stayed dense; an expert's bias is a row of its layer's stack."""
+        """Return the stored tensor of a weight that stayed dense. An expert's bias is a row of its layer's stack."""
         place = self.architecture.places[entry.name]
         stored = self.stored[place.parameter]
         return stored if place.expert is None else stored.rows(place.expert, place.expert + 1)
@@ -115,7 +115,7 @@ class QuantizedBase(MergeBase):
 
 
 def _shards(architecture: Architecture, file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
-    """Cut the tensors to write into files of a few gigabytes."""
+    """Distribute the tensors to write over files of a few gigabytes."""
     shards: list[list[TensorEntry]] = [[]]
     size, last = 0, ""
     for name, place in architecture.places.items():
