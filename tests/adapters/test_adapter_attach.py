@@ -53,7 +53,9 @@ def frozen_state(model: PeftModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("group", PARAMETERS)
-def test_only_the_group_trains(group: str, quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_only_the_chosen_group_trains(
+    group: str, quantization: str | None, fresh: Callable[..., Any], ids: Tensor
+) -> None:
     settings, expected = PARAMETERS[group]
     model = add_adapter(fresh(quantization), settings)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -86,7 +88,7 @@ def test_adapter_is_float32_on_a_16_bit_base(quantization: str | None, fresh: Ca
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_no_effect_at_first_and_none_once_disabled(
+def test_a_new_or_disabled_adapter_has_no_effect(
     quantization: str | None, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
     base = fresh(quantization)
@@ -99,7 +101,7 @@ def test_no_effect_at_first_and_none_once_disabled(
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_disabled_after_a_merge_in_memory_it_is_the_base(fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_disabling_after_a_merge_in_memory_gives_the_base(fresh: Callable[..., Any], ids: Tensor) -> None:
     base = fresh()
     expected = base(ids).logits
     model = randomize(add_adapter(base, AdapterSettings(attention_rank=4, expert_rank=2))).eval()
@@ -165,7 +167,7 @@ def test_two_active_adapters_with_different_dropout_do_not_train(fresh: Callable
 
 
 @pytest.mark.parametrize("settings", [ALL, AdapterSettings(expert_rank=3), AdapterSettings(tune_router=True)])
-def test_a_step_on_a_4_bit_base_moves_the_adapter_alone(
+def test_a_step_on_a_4_bit_base_changes_only_the_adapter(
     settings: AdapterSettings, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
     model = add_adapter(fresh("nf4", "bfloat16"), settings)
@@ -203,7 +205,7 @@ def test_a_4_bit_base_is_not_merged_in_memory(
         assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_state(model).items())
 
 
-def test_a_base_takes_one_adapter(
+def test_a_second_adapter_needs_the_returned_model_and_another_name(
     fresh: Callable[..., Any], everything: AdapterWeights, tmp_path: Path, ids: Tensor
 ) -> None:
     """The base is changed in place, so that it is no base any more; what was returned takes more, by other names."""

@@ -39,7 +39,7 @@ def stored(golden_base: Path, golden_adapter: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("layout", ["authors", "peft", "per_expert"])
-def test_outputs_and_gradients(
+def test_outputs_and_gradients_are_those_of_the_authors_code(
     layout: str, stored: dict[str, Path], golden: dict[str, Tensor], golden_base: Path
 ) -> None:
     base = load_base(golden_base, quantization=None, dtype="float32", quiet=True)
@@ -70,14 +70,14 @@ def test_outputs_and_gradients(
     assert compared == sum(name.startswith("lora.grad.") for name in golden) == 48
 
 
-def test_stored_per_expert_it_is_the_authors_file(stored: dict[str, Path], golden_adapter: Path) -> None:
+def test_the_per_expert_layout_is_the_authors_file(stored: dict[str, Path], golden_adapter: Path) -> None:
     ours = load_file(stored["per_expert"] / "adapter_model.safetensors")
     theirs = load_file(golden_adapter / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
 
 
-def test_stored_per_expert_its_config_is_one_for_their_peft(stored: dict[str, Path], golden_adapter: Path) -> None:
+def test_the_per_expert_config_has_only_keys_of_the_authors_peft(stored: dict[str, Path], golden_adapter: Path) -> None:
     """PEFT 0.11 refuses a config with a key that it does not know; the golden config has every key that it does."""
     ours = json.loads((stored["per_expert"] / "adapter_config.json").read_text())
     theirs = json.loads((golden_adapter / "adapter_config.json").read_text())

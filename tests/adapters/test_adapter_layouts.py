@@ -77,7 +77,7 @@ def test_wrappers_nest_where_both_projections_have_lora(
     assert len(state) == (8 if nested else 4)
 
 
-def test_the_layout_is_told_from_the_names(make_weights: Callable[..., AdapterWeights]) -> None:
+def test_the_layout_is_recognised_by_tensor_names(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(c_attn=(4, 8.0), up=(2, 8.0))
     for layout in LAYOUTS:
         assert detect_layout(to_state(weights, layout)) == layout
@@ -151,7 +151,7 @@ def test_layers_of_different_rank_are_refused_by_name(make_weights: Callable[...
             config_for(weights, layout)
 
 
-def test_one_layer_with_both_projections_and_one_with_up_alone_is_refused_in_a_stack(
+def test_one_layer_with_both_projections_and_one_with_only_up_is_refused_in_a_stack(
     make_weights: Callable[..., AdapterWeights],
 ) -> None:
     """A reader could not tell whose the lone `experts.lora_A` is: down_proj's in one layer, up_proj's in another."""
@@ -222,7 +222,7 @@ def test_a_tensor_without_a_place_is_named(
         from_state(state, config, TINY)
 
 
-def test_an_expert_beside_its_own_stack_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
+def test_an_expert_that_is_both_single_and_in_a_stack_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(up=(2, 8.0))
     state, config = stored(weights, "peft")
     both = to_state(weights, "per_expert")

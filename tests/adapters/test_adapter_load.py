@@ -71,7 +71,7 @@ FAST_PARTS = [
 
 
 @pytest.mark.parametrize(("part", "layout"), slow_but(FAST_PARTS, itertools.product(PARTS, LAYOUTS)))
-def test_the_parts_that_an_adapter_covers(
+def test_an_adapter_on_any_parts_computes_base_plus_update(
     part: str,
     layout: str,
     make_weights: Callable[..., AdapterWeights],
@@ -142,7 +142,7 @@ def test_a_16_bit_base_holds_the_adapter_in_float32(
     same(adapter_weights(load_adapter(fresh(dtype="bfloat16"), tmp_path / "adapter")), everything)
 
 
-def test_training_goes_on_where_asked(
+def test_a_loaded_adapter_trains_only_if_asked(
     everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], ids: Tensor, tmp_path: Path
 ) -> None:
     write_adapter(everything, tmp_path / "adapter", "peft")
@@ -180,7 +180,7 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_base_that_transformers_loaded_is_known_by_its_weights(
+def test_a_base_that_transformers_loaded_is_identified_by_its_weights(
     dtype: torch.dtype,
     everything: AdapterWeights,
     fresh: Callable[..., LolaForCausalLM],
@@ -212,7 +212,7 @@ def test_an_adapter_names_the_base_it_was_made_on(
     load_adapter(fresh("nf4", "bfloat16"), tmp_path / "signed")  # the same base in another form
 
 
-def test_an_adapter_of_another_shape_leaves_the_base_as_it_was(
+def test_an_adapter_of_another_shape_does_not_change_the_base(
     everything: AdapterWeights, tiny_base: Path, tmp_path: Path, ids: Tensor
 ) -> None:
     write_adapter(everything, tmp_path / "adapter", "per_expert")

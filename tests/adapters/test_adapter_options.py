@@ -88,7 +88,9 @@ def test_a_is_normal_with_gaussian_init(fresh: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 7])
-def test_any_rank(rank: int, fresh: Callable[..., Any], tmp_path: Path, ids: Tensor) -> None:
+def test_an_adapter_of_any_rank_survives_the_file(
+    rank: int, fresh: Callable[..., Any], tmp_path: Path, ids: Tensor
+) -> None:
     model = randomize(add_adapter(fresh(), AdapterSettings(attention_rank=rank, expert_rank=rank))).eval()
     save_adapter(model, tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -127,7 +129,7 @@ def test_only_selected_experts_hold_tensors_and_learn(
         assert_close(grad, expected, atol=ROUNDING, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_layer_without_a_chosen_expert_is_left_alone(fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_a_layer_without_a_selected_expert_gets_no_lora(fresh: Callable[..., Any], ids: Tensor) -> None:
     model = add_adapter(fresh(), AdapterSettings(expert_rank=2, selection=((), (1,))))
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     assert all(".h.3." in name for name in wrapped)
@@ -163,7 +165,7 @@ def test_conversion_of_a_selection_loses_nothing(fresh: Callable[..., Any], tiny
     assert all(torch.equal(first.entries[key].read(), last.entries[key].read()) for key in first.entries)
 
 
-def test_selections_are_read(tmp_path: Path) -> None:
+def test_a_selection_is_read_from_a_word_lists_or_a_file(tmp_path: Path) -> None:
     assert read_selection("all") is None
     assert read_selection([[2, 0], []]) == ((0, 2), ())
     file = tmp_path / "chosen.json"
@@ -199,7 +201,7 @@ def test_a_bad_selection_file_is_named(content: str | None, message: str, tmp_pa
         (((), ()), "no expert is named"),
     ],
 )
-def test_a_selection_that_does_not_fit(selection: Any, message: str, fresh: Callable[..., Any]) -> None:
+def test_a_selection_that_does_not_fit_is_refused(selection: Any, message: str, fresh: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=message):
         add_adapter(fresh(), AdapterSettings(expert_rank=2, selection=selection))
 
@@ -246,7 +248,7 @@ def test_norms_are_trained_and_stored(
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_dora_is_its_formula(quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_dora_computes_its_formula(quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
     base = fresh(quantization)
     before = base(ids).logits
     model = add_adapter(base, AdapterSettings(attention_rank=3, mlp_rank=2, expert_rank=2, dora=True)).eval()
@@ -276,7 +278,7 @@ def test_dora_keeps_no_dense_weight_for_backward(fresh: Callable[..., Any]) -> N
     assert all(tensor.numel() < D * F for tensor in saved)
 
 
-def test_dora_and_the_layouts(
+def test_dora_with_experts_fits_only_the_layout_peft(
     make_weights: Callable[..., AdapterWeights],
     same: Callable[[AdapterWeights, AdapterWeights], None],
     tmp_path: Path,
@@ -303,7 +305,7 @@ def test_dora_and_the_layouts(
 # LoftQ
 
 
-def test_loftq_brings_the_4_bit_base_nearer(
+def test_loftq_brings_the_4_bit_base_closer_to_the_original(
     fresh: Callable[..., Any], tiny_base: Path, ids: Tensor, tmp_path: Path
 ) -> None:
     expected = fresh()(ids).logits
@@ -329,13 +331,13 @@ def test_loftq_brings_the_4_bit_base_nearer(
         load_adapter(fresh(), tmp_path / "adapter")
 
 
-def test_loftq_wants_a_4_bit_base(fresh: Callable[..., Any], tiny_base: Path) -> None:
+def test_loftq_without_a_4_bit_base_is_refused(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh(), AdapterSettings(attention_rank=2))
     with pytest.raises(UserError, match="no weight with LoRA is in 4 bit"):
         start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
 
 
-def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
+def test_loftq_of_selected_experts_does_not_change_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh("nf4"), AdapterSettings(expert_rank=2, selection=SELECTION))
     start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     pairs = adapter_weights(model).pairs
@@ -346,7 +348,7 @@ def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], 
 # Several adapters
 
 
-def test_adapters_side_by_side(
+def test_adapters_of_one_model_do_not_influence_each_other(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], ids: Tensor, tmp_path: Path
 ) -> None:
     """Loaded one after another each gives what it gives alone; switched, disabled, summed by weight."""
@@ -378,7 +380,7 @@ def test_adapters_side_by_side(
     assert_close(load_adapter(fresh(), tmp_path / "both")(ids).logits, model(ids).logits, atol=ROUNDING, rtol=0)
 
 
-def test_what_cannot_be_combined(
+def test_adapters_that_cannot_be_combined_are_named(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
     write_adapter(make_weights(c_attn=(4, 8.0), router=True), tmp_path / "router", "peft")
@@ -400,6 +402,6 @@ def test_what_cannot_be_combined(
         (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: AdapterSettings, message: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(settings: AdapterSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         lora_config(settings, TINY)

@@ -63,7 +63,7 @@ def test_training_a_frozen_adapter_is_an_error(
 
 
 @pytest.mark.slow
-def test_another_family(tmp_path: Path) -> None:
+def test_another_family_trains_only_a_trainable_adapter(tmp_path: Path) -> None:
     base = make_moe(tmp_path / "olmoe", "olmoe")
     settings = AdapterSettings(attention_rank=2, expert_rank=4)
     save_adapter(add_adapter(load_base(base, None, "float32", "cpu", quiet=True), settings), tmp_path / "adapter")
@@ -77,7 +77,9 @@ def test_another_family(tmp_path: Path) -> None:
     assert any(x.ne(0).any() for name, x in lora_of(model).items() if ".experts." in name)
 
 
-def test_a_frozen_adapter_computes(fresh: Callable[..., LolaForCausalLM], tiny_adapter: Path, ids: Tensor) -> None:
+def test_a_frozen_adapter_runs_where_nothing_has_to_train(
+    fresh: Callable[..., LolaForCausalLM], tiny_adapter: Path, ids: Tensor
+) -> None:
     """In use, in training mode without gradients, and beside something else that is trained."""
     model = lola_ft.load_adapter(fresh(), tiny_adapter)
     expected = model(ids).logits

@@ -75,7 +75,7 @@ FAST_MIXES = ("router with LoRA", "dora", "every rank and alpha another")
 
 
 @pytest.mark.parametrize("mix", slow_but(FAST_MIXES, MIXES))
-def test_logits_and_gradients(
+def test_stock_peft_computes_the_same_logits_and_gradients(
     mix: str,
     tiny_base: Path,
     fresh: Callable[..., Any],

@@ -112,7 +112,7 @@ def test_a_stored_adapter_gives_the_same_logits_here_in_stock_peft_and_merged(
     assert changed == list(IDS)
 
 
-def test_the_layout_of_single_experts_refuses_what_it_cannot_hold(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_layout_per_expert_refuses_token_rows(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="special tokens, which the layout per_expert cannot hold"):
         lola_ft.save_adapter(with_rows(bases["lola"]), tmp_path / "adapter", layout="per_expert")
 
@@ -199,7 +199,7 @@ def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading
     assert f"model.resize_token_embeddings(max({rows + 2}, model.config.vocab_size))" in (run / "README.md").read_text()
 
 
-def test_tokens_that_a_base_has_no_rows_for_are_named_with_the_way_out(tmp_path: Path, tiny_base: Path) -> None:
+def test_tokens_without_rows_in_the_base_are_named_with_the_fix(tmp_path: Path, tiny_base: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     tokenizer = AutoTokenizer.from_pretrained(base)

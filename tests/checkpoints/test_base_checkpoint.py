@@ -145,18 +145,20 @@ def test_a_file_that_shrinks_after_opening_is_refused(folder: Any) -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere", "./some/where", "/no/such/folder", "a/b/c", "~/lola"])
-def test_a_path_that_is_neither_folder_nor_hub_id(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve_folder(path)
 
 
-def test_a_file_in_place_of_a_folder(folder: Any) -> None:
+def test_a_file_instead_of_a_folder_is_refused(folder: Any) -> None:
     with pytest.raises(CheckpointError, match=r"model\.safetensors: is a file; give the checkpoint's folder"):
         BaseCheckpoint.open(folder.weights_file)
 
 
-def test_a_hub_id_that_breaks_the_rules() -> None:
+def test_an_invalid_hub_id_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"some one/none: no such folder in .* Give .* a Hub id like owner/name"):
         resolve_folder("some one/none")
 

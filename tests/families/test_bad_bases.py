@@ -125,7 +125,7 @@ def test_a_base_that_cannot_be_used_is_refused(
     assert_says(str(caught.value), says.format(base=base))
 
 
-def test_a_like_name_leaves_the_others_out(moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unknown_type_lists_only_similar_names(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases["olmoe"], tmp_path / "base")
     with_config(model_type="olmo")(tmp_path / "base")
     with pytest.raises(CheckpointError) as caught:
@@ -133,7 +133,7 @@ def test_a_like_name_leaves_the_others_out(moe_bases: dict[str, Path], tmp_path:
     assert "gpt2" not in str(caught.value)
 
 
-def test_a_number_for_each_layer_is_fine_where_all_are_the_same(moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_number_per_layer_is_accepted_if_all_are_equal(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases["hunyuan_v1_moe"], tmp_path / "base")
     with_config(moe_topk=[3, 3])(tmp_path / "base")
     ids = torch.tensor([[20, 30, 40]])
@@ -185,7 +185,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_that_wants_what_a_base_lacks_is_refused_before_the_weights_are_loaded(
+def test_a_recipe_with_a_missing_feature_is_refused_before_the_weights_are_loaded(
     case: str, moe_bases: dict[str, Path], rows_file: Path, verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     kind, adapter, says = RECIPES[case]

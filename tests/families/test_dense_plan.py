@@ -40,7 +40,9 @@ def test_the_verb_plans_a_dense_recipe(
     assert (again["fits"], again["peak_bytes"]) == (True, suggestion["peak_bytes"])
 
 
-def test_what_training_refuses_is_not_planned(dense_recipe: Callable[..., Path], verb: Callable[..., Any]) -> None:
+def test_a_recipe_that_training_refuses_is_not_planned(
+    dense_recipe: Callable[..., Path], verb: Callable[..., Any]
+) -> None:
     outcome = verb("plan", dense_recipe("gpt2", adapter={"experts": {"rank": 4}}))
     assert (outcome.code, "which has no experts" in outcome.err) == (2, True)
     outcome = verb("plan", dense_recipe("bloom"), "data.packing=true")

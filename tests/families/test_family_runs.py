@@ -37,7 +37,7 @@ def _json_of(printed: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_what_was_planned(
+def test_a_run_and_its_merge_have_the_planned_sizes(
     kind: str, moe_bases: dict[str, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = moe_bases[kind]

@@ -36,11 +36,11 @@ D, F = 2048, 8192
         ),
     ],
 )
-def test_places(name: str, place: Place) -> None:
+def test_hub_tensors_have_their_places_in_memory(name: str, place: Place) -> None:
     assert architecture_of(LolaForCausalLM.config_class()).places[name] == place
 
 
-def test_legacy_tensors_are_told_from_weights() -> None:
+def test_legacy_tensors_are_recognised() -> None:
     assert all(LOLA.is_ignored(name) for name in ("transformer.h.0.attn.bias", "transformer.h.9.attn.masked_bias"))
     assert not any(map(LOLA.is_ignored, architecture_of(LolaForCausalLM.config_class()).places))
 

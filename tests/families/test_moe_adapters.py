@@ -146,7 +146,9 @@ def test_gate_and_up_of_different_strength_are_refused_by_name(moe_bases: dict[s
 
 
 @every_kind
-def test_only_what_is_asked_for_is_trained_and_the_rest_stays_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
+def test_only_the_wanted_weights_are_trained_and_all_others_stay_bit_equal(
+    kind: str, moe_bases: dict[str, Path]
+) -> None:
     """One step on a 4-bit base with dropout and a selection of experts; the router is frozen."""
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     layers = sum(name.endswith(".experts") for name, _ in model.named_modules())

@@ -165,7 +165,7 @@ def test_the_audit_counts_every_weight_and_refuses_a_dense_expert(kind: str, moe
 
 
 @every_kind
-def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
+def test_a_quantised_base_is_cached_and_read_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
     fresh = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     kept = load_base(quantize_base(moe_bases[kind], "float32", quiet=True), "nf4", "float32", "cpu", quiet=True)
     states = fresh.state_dict(), kept.state_dict()
@@ -176,7 +176,7 @@ def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict
 
 
 @every_kind
-def test_a_head_that_is_the_embeddings_stays_so(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tied_head_stays_tied(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     own = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     assert own.lm_head.weight is not own.get_input_embeddings().weight
     tied = load_base(make_moe(tmp_path, kind, tie_word_embeddings=True), "nf4", "float32", "cpu", quiet=True)
@@ -233,9 +233,7 @@ def test_a_trained_router_scores_in_float32_on_a_16_bit_base(kind: str, moe_base
 
 
 @every_kind
-def test_a_quantised_checkpoint_is_refused_with_what_to_give(
-    kind: str, moe_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_quantised_checkpoint_is_refused_with_the_fix(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases[kind], tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))

@@ -29,7 +29,9 @@ def names(adapter: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", slow_but(["olmoe"], PER_EXPERT))
-def test_names(kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_expert_tensors_have_the_names_that_serving_engines_read(
+    kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path
+) -> None:
     stacked = names(moe_adapters[kind])
     assert stacked
     assert [name for name in stacked if not re.fullmatch(STACKED, name)] == []

@@ -44,7 +44,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return found
 
 
-def test_a_merge_copies_what_loading_leaves_out(base: Path, tmp_path: Path) -> None:
+def test_a_merge_copies_the_tensors_that_loading_leaves_out(base: Path, tmp_path: Path) -> None:
     kind = json.loads((base / "config.json").read_text())["model_type"]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.testing.assert_close(logits(load_base(base, None, "float32", "cpu", quiet=True)), logits(stock))
@@ -57,7 +57,7 @@ def test_a_merge_copies_what_loading_leaves_out(base: Path, tmp_path: Path) -> N
     assert planned == {FILE: (tmp_path / "merged" / FILE).stat().st_size}
 
 
-def test_a_merge_that_cannot_copy_it_names_it(base: Path, tmp_path: Path) -> None:
+def test_tensors_that_a_merge_cannot_copy_are_named(base: Path, tmp_path: Path) -> None:
     kind = json.loads((base / "config.json").read_text())["model_type"]
     adapter = random_adapter(base, kind, tmp_path / "adapter")
     cached = quantize_base(base, "float32", quiet=True)

@@ -82,7 +82,7 @@ def words_of(family: Family) -> set[str]:
     return odd - field_words | {family.model_type}
 
 
-def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
+def test_tensor_names_of_a_family_are_only_in_its_file() -> None:
     words = set[str]().union(*map(words_of, FAMILIES.values()))
     assert {"c_attn", "wte", "query_key_value", "gpt2", "lola_v1"} <= words
     pattern = re.compile(rf"(?<!\w)({'|'.join(sorted(words))})(?!\w)")
@@ -96,7 +96,7 @@ def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
     assert wrong == []
 
 
-def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
+def test_a_missing_group_is_refused_with_the_existing_ones() -> None:
     with pytest.raises(UserError) as caught:
         TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
     assert str(caught.value) == (

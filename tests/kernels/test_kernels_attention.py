@@ -47,7 +47,7 @@ def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
 @pytest.mark.parametrize("scores_at_a_time", [1, 1 << 22])
 @pytest.mark.parametrize("masked", ["causal", "documents", "one mask for all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_exact_as_bfloat16_allows(
+def test_output_and_gradients_are_as_exact_as_bfloat16_allows(
     shape: tuple[int, ...], masked: str, scores_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_SCORES", scores_at_a_time)
@@ -76,7 +76,7 @@ def test_large_scores_stay_exact() -> None:
     assert all(error < 0.03 for error in errors(gradients(cpu_attention(*qkv, None, 0.25), qkv), exact))
 
 
-def test_what_it_is_for() -> None:
+def test_it_suits_only_short_bfloat16_training_without_dropout() -> None:
     query, key, _ = leaves((1, 2, 8, 16))
     mask = documents(1, 8)
     assert suits_cpu_attention(query, key, None, 0.0)
@@ -94,7 +94,7 @@ def test_what_it_is_for() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16 units")
-def test_it_is_still_quicker_than_pytorchs() -> None:
+def test_backward_is_still_faster_than_pytorchs() -> None:
     """Else it can go."""
     qkv = leaves((4, 8, 512, 64))
     ways: dict[str, Any] = {

@@ -121,7 +121,7 @@ def test_every_form_equals_the_loop_in_4_bit(way: str, form: str, load: str, ran
 
 @pytest.mark.parametrize("rank", slow_but([0, 17], [0, 1, 8, 17]))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_every_rank(way: Products, rank: int) -> None:
+def test_every_rank_equals_the_loop(way: Products, rank: int) -> None:
     experts = make_experts("nf4")
     expected = outcome(run_experts, experts, LOADS["spread"], rank, None)
     same(outcome(partial(run_experts, products=way), experts, LOADS["spread"], rank, None), expected)
@@ -129,7 +129,7 @@ def test_every_rank(way: Products, rank: int) -> None:
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("form", slow_but(["gated, top 3"], ["lola", "gated, top 3"]))
-def test_some_experts_have_lora(way: Products, form: str) -> None:
+def test_lora_on_some_experts_equals_the_loop(way: Products, form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
     expected = outcome(run_experts, experts, load, 4, (1, 3), given.top_k)
@@ -146,7 +146,7 @@ def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) ->
 
 
 @pytest.mark.parametrize("form", slow_but([_WITH_BIASES], ["lola", _WITH_BIASES]))
-def test_trained_biases_on_4_bit_weights(form: str) -> None:
+def test_trained_biases_on_4_bit_weights_equal_the_loop(form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
     for name in experts.shapes:
@@ -169,7 +169,7 @@ def test_trained_biases_on_4_bit_weights(form: str) -> None:
     ),
     ids=str,
 )
-def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
+def test_other_sizes_equal_the_loop(sizes: tuple[int, int, int], form: str) -> None:
     """The last ones have superblocks of scales that are full, and one that is not; of gated experts in each part."""
     given = FORMS[form]
     experts, load = make_experts("nf4", sizes, given), [0, 1, 1, 0, 1]
@@ -185,7 +185,7 @@ def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
         itertools.product(("triton", "grouped"), ("lola", "gated, top 3", "plain, out x in, no biases, top 2")),
     ),
 )
-def test_dropout_is_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_equals_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the masks that were drawn, output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T`."""
     given, ids, rank, p = FORMS[form], LOADS["spread"], 4, 0.4
     experts = make_experts("nf4", form=given)

@@ -180,7 +180,7 @@ def test_a_token_may_choose_an_expert_twice() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 2), (17, 31, 7), (8, 64, 16)])
-def test_odd_sizes(sizes: tuple[int, int, int], form: Form) -> None:
+def test_odd_sizes_equal_the_loop(sizes: tuple[int, int, int], form: Form) -> None:
     case = make_case([i * 5 % sizes[2] for i in range(13)], {"up_proj": 5, "down_proj": 3}, sizes, form=form)
     expected, actual = plain_loop(case), case.run()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_odd_sizes(sizes: tuple[int, int, int], form: Form) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS[:2], ids=str)
-def test_double_precision_gradients_by_finite_differences(ranks: dict[str, int], form: Form) -> None:
+def test_gradients_equal_finite_differences_in_double_precision(ranks: dict[str, int], form: Form) -> None:
     case = make_case(SPREAD, ranks, sizes=(4, 6, 4), form=form)
     case.experts.double()
     leaves = [leaf.detach().double().requires_grad_() for leaf in (case.x_TD, case.probs_TK)]
@@ -209,7 +209,7 @@ def bf16_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("ranks", [{}, {"up_proj": 4, "down_proj": 2}], ids=str)
-def test_bfloat16_autocast(ranks: dict[str, int], form: Form) -> None:
+def test_autocast_multiplies_in_bfloat16_and_keeps_leaves_in_float32(ranks: dict[str, int], form: Form) -> None:
     """Leaves stay float32 and so do their gradients; only what is multiplied is bfloat16."""
     case = make_case(LOADS["more than a bucket"] + SPREAD, ranks, form=form)
     expected = plain_loop(case)
@@ -224,7 +224,7 @@ def test_bfloat16_autocast(ranks: dict[str, int], form: Form) -> None:
         assert bf16_error(got[name], grad) < BF16, name
 
 
-def test_a_bfloat16_model_without_autocast(form: Form) -> None:
+def test_a_bfloat16_model_is_as_exact_as_bfloat16_allows(form: Form) -> None:
     case = make_case(SPREAD, {"up_proj": 4, "down_proj": 2}, form=form)
     expected = plain_loop(case)
     wanted = case.gradients(expected)
@@ -238,7 +238,7 @@ def test_a_bfloat16_model_without_autocast(form: Form) -> None:
         assert bf16_error(grad, wanted[name]) < BF16, name
 
 
-def test_no_token_at_all(form: Form) -> None:
+def test_no_tokens_give_an_empty_output_and_zero_gradients(form: Form) -> None:
     case = make_case([], {"up_proj": 2, "down_proj": 2}, form=form)
     out = case.run()
     assert out.shape == (0, 24)
@@ -267,7 +267,7 @@ def test_only_what_wants_a_gradient_gets_one(form: Form) -> None:
     assert case.probs_TK.grad is not None
 
 
-def test_one_trained_stack_among_frozen_ones(form: Form) -> None:
+def test_one_trained_stack_among_frozen_ones_gets_its_gradient(form: Form) -> None:
     expected = make_case(SPREAD, form=form)
     wanted = expected.gradients(expected.run())
     for trained, _ in expected.experts.named_parameters():
@@ -278,14 +278,14 @@ def test_one_trained_stack_among_frozen_ones(form: Form) -> None:
         assert all(torch.equal(got[name], wanted[name]) for name in got)
 
 
-def test_the_adapter_of_a_later_projection_alone_is_trained_through_the_other(form: Form) -> None:
+def test_lora_on_only_the_second_projection_gets_its_gradient(form: Form) -> None:
     case = make_case(SPREAD, {"down_proj": 3}, frozen=True, form=form)
     wanted, got = case.gradients(plain_loop(case)), case.gradients(case.run())
     for name in ("x", "down_proj a", "down_proj b"):
         torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_stride_0_gradient(form: Form) -> None:
+def test_a_gradient_with_stride_0_equals_the_loop(form: Form) -> None:
     case = make_case(SPREAD, {"up_proj": 2}, form=form)
     case.run().sum().backward()
     got = {name: leaf.grad.clone() for name, leaf in case.leaves.items()}
@@ -420,7 +420,7 @@ def test_exactly_what_backward_needs_is_saved(name: str, recomputes: bool, monke
     assert of_experts[-len(expected) :] == expected
 
 
-def test_weights_are_asked_for_by_active_expert_once_a_pass(form: Form) -> None:
+def test_weights_are_read_once_per_pass_for_active_experts(form: Form) -> None:
     case = make_case([2, 0, 2, 2], {"up_proj": 2}, form=form)
     active = case.ids_TK.unique().tolist()
     assert len(active) < case.experts.num_experts
@@ -462,7 +462,7 @@ def with_masks(case: Case) -> tuple[Tensor, list[Tensor]]:
         kernel._keep = real
 
 
-def test_dropout_masks_by_share() -> None:
+def test_dropout_drops_the_given_share() -> None:
     case = make_case([0] * 256, {"up_proj": 2, "down_proj": 2}, sizes=(64, 128, 1), dropout=0.25)
     _, masks = with_masks(case)
     assert [tuple(mask.shape) for mask in masks] == [(256, 64), (256, 128)]
@@ -479,7 +479,7 @@ def test_dropout_touches_the_side_path_only(form: Form) -> None:
     assert torch.equal(case.run(), without.run())
 
 
-def test_without_dropout_no_mask_is_formed() -> None:
+def test_without_dropout_no_mask_is_drawn() -> None:
     _, masks = with_masks(make_case(SPREAD, {"up_proj": 3}))
     assert masks == []
 

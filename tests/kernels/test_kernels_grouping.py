@@ -67,5 +67,5 @@ def test_few_row_counts_exist() -> None:
 
 
 @pytest.mark.parametrize(("count", "rows"), [(0, 0), (1, 1), (3, 4), (7, 8), (9, 16), (64, 64), (65, 80), (129, 160)])
-def test_padded_rows(count: int, rows: int) -> None:
+def test_row_counts_are_padded_to_powers_of_two_or_buckets(count: int, rows: int) -> None:
     assert padded_rows(count) == rows

@@ -89,7 +89,7 @@ def test_forward_and_every_gradient_are_those_of_transformers(model_type: str, t
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"])
-def test_a_whole_model_with_our_experts_in_it(model_type: str) -> None:
+def test_a_whole_model_with_our_experts_gives_the_same_logits(model_type: str) -> None:
     model = filled(AutoModelForCausalLM.from_config(small_config(model_type))).eval()
     ids = torch.arange(24).view(2, 12)
     expected = model(ids).logits

@@ -27,7 +27,7 @@ def test_every_item_is_worked_on_once_by_threads_with_one_thread_each(threads: i
     assert torch.get_num_threads() == threads
 
 
-def test_a_failure_is_raised_and_the_threads_are_given_back(threads: int) -> None:
+def test_a_failure_is_raised_and_the_thread_count_restored(threads: int) -> None:
     def fail(item: int) -> None:
         if item == 3:
             raise ValueError("three")

@@ -48,7 +48,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # What is in it
 
 
-def test_it_loads_as_any_checkpoint_does(tiny_base: Path, adapter: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_a_merged_folder_loads_like_any_checkpoint(tiny_base: Path, adapter: Path, ids: Tensor, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(model) is LolaForCausalLM
@@ -121,7 +121,7 @@ def test_a_sharded_base_stays_sharded(
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in merged.values())
 
 
-def test_one_shard_with_an_index(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+def test_one_shard_with_an_index_is_merged(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     base = copy_base("base")
     (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
     keys = load_file(base / "model-00001-of-00001.safetensors")
@@ -171,7 +171,7 @@ def test_the_adapter_s_tokenizer_is_preferred_and_never_mixed_with_the_base_s(
     assert (merged / "generation_config.json").read_text() == '{"eos_token_id": 5}'
 
 
-def test_without_its_own_the_base_s_tokenizer_comes_whole(
+def test_without_its_own_tokenizer_the_bases_is_copied_as_a_whole(
     copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     base = copy_base("base")
@@ -193,7 +193,7 @@ def test_a_base_without_a_tokenizer_is_compared_on_plain_ids(golden_folder: Path
 # What it leaves alone
 
 
-def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+def test_base_and_adapter_do_not_change(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     base = copy_base("base")
     before = snapshot(base), snapshot(adapter)
     for folder in (base, adapter):
@@ -209,7 +209,7 @@ def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapte
 
 
 @pytest.mark.parametrize("taken", ["folder", "file"])
-def test_a_taken_place_is_refused(taken: str, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(taken: str, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / taken
     if taken == "folder":
         out.mkdir()
@@ -319,7 +319,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
         ("a router too sharp", "bfloat16"),
     ],
 )
-def test_the_comparison_refuses(
+def test_the_comparison_finds_damage(
     damage: str, dtype: str, copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     merged, base = tmp_path / "merged", copy_base("base", getattr(torch, dtype))
@@ -344,7 +344,7 @@ def test_the_comparison_refuses(
 
 
 @pytest.mark.slow
-def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Path) -> None:
+def test_a_token_that_rounding_sends_to_another_expert_is_no_error(tmp_path: Path) -> None:
     """With 6 MoE layers and random routers, rounding to bfloat16 turns a few of some 600 choices over."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 12, "n_head": 4, "num_experts": 8}
@@ -362,9 +362,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
     assert proof.max_logit_difference < 0.035 * proof.largest_logit
 
 
-def test_a_head_of_its_own_is_not_dropped_in_silence(
-    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
-) -> None:
+def test_an_untied_head_is_not_dropped_silently(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     """Also without the comparison of logits, which loads the base and sees it."""
     base = copy_base("untied")
     state = load_file(base / "model.safetensors")
@@ -375,7 +373,7 @@ def test_a_head_of_its_own_is_not_dropped_in_silence(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Path], adapter: Path) -> None:
+def test_an_output_path_inside_a_file_is_a_user_error(copy_base: Callable[..., Path], adapter: Path) -> None:
     base = copy_base("base")
     with pytest.raises(
         UserError, match=r"config\.json/merged: nothing can be written there, .*config\.json is no folder"

@@ -48,7 +48,7 @@ def test_an_adapter_names_the_revision_that_it_was_made_on(cached: Path, adapter
     assert named("main") == (BASE_ID, NEW)
 
 
-def test_the_revision_that_the_adapter_names(
+def test_the_revision_that_the_adapter_names_is_merged_into(
     cached: Path, adapter: Path, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -32,7 +32,7 @@ def exact_merge(base: State, weights: AdapterWeights) -> State:
     return merged | {name: tensor.double() for name, tensor in weights.trained.items()}
 
 
-def test_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -> None:
+def test_a_merge_gives_the_logits_of_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -> None:
     base, adapter = golden_folder / "base", golden_folder / "adapter"
     report = merge(base, adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -52,7 +52,7 @@ def test_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["peft", "per_expert"])
-def test_every_weight(
+def test_every_weight_is_base_plus_update_and_counted(
     layout: str,
     weights: AdapterWeights,
     store: Callable[..., Path],
@@ -87,7 +87,9 @@ def test_every_weight(
     assert report.verification is None
 
 
-def test_rslora(weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_rslora_scales_by_the_root_of_the_rank(
+    weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
     weights.rslora = True
     merge(tiny_base, store(weights), tmp_path / "merged", check=False)
     name = "transformer.h.1.moe.experts.2.c_proj"
@@ -134,7 +136,7 @@ def test_a_16_bit_base_is_rounded_once(
         ("bfloat16", "float32", "float32"),
     ],
 )
-def test_dtype_options(
+def test_each_dtype_option_writes_its_dtype(
     stored: str,
     option: str,
     written: str,
@@ -181,7 +183,7 @@ def test_rounding_nf4_is_the_adapter_on_the_4_bit_base(
             assert torch.equal(merged[name], state[name].float()), name
 
 
-def test_rounding_nf4_says_what_it_rounded_beside_the_adapter(
+def test_rounding_nf4_counts_the_weights_that_only_rounding_changed(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if ".attn." in module}
@@ -203,7 +205,7 @@ def test_rounding_nf4_says_what_it_rounded_beside_the_adapter(
 # A merge that would do nothing, or something else
 
 
-def test_an_adapter_that_changes_nothing(
+def test_an_adapter_that_changes_nothing_is_refused(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     for pair in weights.pairs.values():
@@ -215,7 +217,7 @@ def test_an_adapter_that_changes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_update_that_16_bits_swallow_changes_nothing(
+def test_an_update_below_16_bit_rounding_is_refused_as_no_change(
     weights: AdapterWeights, store: Callable[..., Path], copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The update is there, but bfloat16 rounds every merged weight back to the base's."""
@@ -229,7 +231,7 @@ def test_an_update_that_16_bits_swallow_changes_nothing(
     merge(base, store(weights), tmp_path / "merged", dtype="float32", check=False)
 
 
-def test_a_router_trained_back_to_the_base_changes_nothing(
+def test_a_router_equal_to_the_bases_is_refused_as_no_change(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = load_file(tiny_base / "model.safetensors")
@@ -239,7 +241,9 @@ def test_a_router_trained_back_to_the_base_changes_nothing(
         merge(tiny_base, store(weights), tmp_path / "merged")
 
 
-def test_a_router_alone(weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_only_a_router_is_merged(
+    weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
     weights.pairs = {}
     report = merge(tiny_base, store(weights), tmp_path / "merged", check="weights")
     assert (report.applied, report.changed) == (2, 2)
@@ -247,7 +251,7 @@ def test_a_router_alone(weights: AdapterWeights, store: Callable[..., Path], tin
     assert all(torch.equal(merged[name], tensor) for name, tensor in weights.trained.items())
 
 
-def test_a_module_that_the_base_does_not_have(
+def test_a_module_that_the_base_does_not_have_is_refused(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.pairs["transformer.h.0.moe.experts.0.c_fc"] = weights.pairs.pop("transformer.h.1.moe.experts.0.c_fc")

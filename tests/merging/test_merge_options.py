@@ -71,7 +71,7 @@ def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tenso
     ("rounding", "dtype"),
     slow_but([("base", "bfloat16")], itertools.product(("base", "nf4"), ("float32", "bfloat16"))),
 )
-def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_dora_is_merged_with_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
     """Lengths are those of the weights that the update is added to; bfloat16 rounds once."""
     save_adapter(trained(tiny_base, KINDS["dora"]), tmp_path / "adapter")
     report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", dtype=dtype, rounding=rounding)
@@ -105,7 +105,7 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
         prove(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged", None, sums)
 
 
-def test_a_bias_that_nothing_changed(tiny_base: Path, tmp_path: Path) -> None:
+def test_biases_equal_to_the_bases_are_refused_as_no_change(tiny_base: Path, tmp_path: Path) -> None:
     """Trained weights that are the base's own, bit by bit, are no merge."""
     base = lola_ft.load_base(tiny_base, None, "float32", "cpu", quiet=True)
     save_adapter(add_adapter(base, AdapterSettings(tune_biases=True)), tmp_path / "adapter")
@@ -114,7 +114,7 @@ def test_a_bias_that_nothing_changed(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stack_with_rows_that_were_not_trained(biased_base: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_untrained_rows_of_a_stack_are_not_counted(biased_base: Path, ids: Tensor, tmp_path: Path) -> None:
     """In the layout `peft` the others' rows are the base's: they are no part of the adapter."""
     model = trained(biased_base, AdapterSettings(mlp_rank=2, tune_biases=True, dora=True, selection=((0, 2), (3,))))
     save_adapter(model, tmp_path / "adapter")
@@ -129,7 +129,7 @@ def test_a_stack_with_rows_that_were_not_trained(biased_base: Path, ids: Tensor,
 
 
 @pytest.mark.slow
-def test_loftq_is_merged_into_rounded_weights_alone(
+def test_loftq_is_merged_only_into_rounded_weights(
     tiny_base: Path, ids: Tensor, tmp_path: Path, read_state: Callable[[Path], dict[str, Tensor]]
 ) -> None:
     base = lola_ft.load_base(tiny_base, "nf4", "float32", "cpu", quiet=True)

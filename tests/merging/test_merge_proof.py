@@ -77,7 +77,7 @@ def test_the_sample_is_the_same_each_time(tiny_base: Path, adapter: Path, tmp_pa
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("option", ["auto", "float32", "bfloat16"])
-def test_every_dtype(
+def test_a_merge_in_every_dtype_is_proved(
     stored: torch.dtype, option: str, adapter: Path, copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_base("base16", stored)
@@ -87,7 +87,7 @@ def test_every_dtype(
     assert proof.largest_error <= 1
 
 
-def test_an_update_below_rounding_is_said_to_be(
+def test_an_update_below_rounding_is_reported(
     weights: AdapterWeights, store: Callable[..., Path], copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     for module, pair in weights.pairs.items():
@@ -174,7 +174,9 @@ def test_damage_is_found(damage: Any, message: str, tiny_base: Path, adapter: Pa
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_an_update_applied_twice_or_not_at_all(times: int, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_update_applied_twice_or_not_at_all_is_found(
+    times: int, tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
     merged = tmp_path / "merged"
     merge(tiny_base, adapter, merged, check=False)
     base = load_file(tiny_base / "model.safetensors")[EXPERT]
@@ -186,7 +188,7 @@ def test_an_update_applied_twice_or_not_at_all(times: int, tiny_base: Path, adap
 @pytest.mark.parametrize(
     ("name", "what"), [("transformer.wte.weight", "is not the base's"), (EXPERT, "is not what was written")]
 )
-def test_one_byte_that_the_disk_lost(
+def test_one_wrong_byte_on_disk_is_found(
     name: str, what: str, tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it is: also in a weight, or a row of one, that no sample looks at."""
@@ -208,7 +210,7 @@ def test_one_byte_that_the_disk_lost(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_expert_read_from_the_wrong_slice(
+def test_an_expert_read_from_the_wrong_slice_is_found(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B read expert-slowest has the right shape, and every tensor is applied once."""
@@ -218,7 +220,7 @@ def test_an_expert_read_from_the_wrong_slice(
         merge(tiny_base, adapter, tmp_path / "merged", check="weights")
 
 
-def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_key_that_belongs_to_no_weight_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged", check=False)
     base, stored = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base"), read_adapter(adapter)
     extra = next(iter(stored.entries.values()))
@@ -253,13 +255,13 @@ def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: P
         ("t.h.1.moe.experts.3.c_proj.weight", ["t.h.1.moe.experts"], ["experts.up_proj"], None),
     ],
 )
-def test_factor_keys(name: str, held: list[str], targets: list[str], found: str | None) -> None:
+def test_factor_keys_are_found_by_name(name: str, held: list[str], targets: list[str], found: str | None) -> None:
     keys = {f"base_model.model.{module}.lora_{factor}.weight" for module in held for factor in "AB"}
     expected = [f"base_model.model.{found}.lora_{factor}.weight" for factor in "AB"] if found else []
     assert factor_keys(name, keys, {"target_parameters": targets}, LOLA) == expected
 
 
-def test_checksums_are_of_what_is_written(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_checksums_are_those_of_the_written_bytes(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     base = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base")
     written = write_weights(base, Deltas(read_adapter(adapter), base), tmp_path, torch.bfloat16, checksums=True)
     assert written.checksums == crc_of(tmp_path)

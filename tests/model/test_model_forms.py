@@ -85,7 +85,9 @@ def test_remote_code_is_never_asked_for(trust: bool | None, folder: Any) -> None
     assert type(AutoModelForCausalLM.from_pretrained(folder.path, **given)) is LolaForCausalLM
 
 
-def test_the_backbone_loads_alone(folder: Any, golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
+def test_the_backbone_loads_without_the_head(
+    folder: Any, golden_model: LolaForCausalLM, golden: dict[str, Tensor]
+) -> None:
     backbone = AutoModel.from_pretrained(folder.path).eval()
     assert type(backbone) is LolaModel
     with torch.no_grad():
@@ -96,7 +98,7 @@ def test_the_backbone_loads_alone(folder: Any, golden_model: LolaForCausalLM, go
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_on_disk_and_in_memory(
+def test_every_stored_dtype_loads_in_every_wanted_dtype(
     stored: torch.dtype, wanted: torch.dtype, folder: Any, golden_model: LolaForCausalLM
 ) -> None:
     folder.cast(stored)

@@ -83,7 +83,7 @@ def test_right_padding_does_not_matter_either(model: LolaForCausalLM) -> None:
         assert (padded - model(ids[:, :8]).logits).abs().max() < ROUNDING
 
 
-def test_it_stops_at_the_end_token(model: LolaForCausalLM) -> None:
+def test_generation_stops_at_the_end_token(model: LolaForCausalLM) -> None:
     free = model.generate(prompt(9), max_new_tokens=20, **GREEDY)[0, 9:].tolist()
     end = free[5]
     stopped = model.generate(prompt(9), max_new_tokens=20, **GREEDY | {"eos_token_id": end})[0, 9:].tolist()
@@ -142,7 +142,9 @@ def test_eager_and_sdpa_attention_agree(make_model: Callable[..., LolaForCausalL
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
-def test_attention_against_plain_formulas(options: dict[str, bool], make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_attention_equals_the_plain_formula(
+    options: dict[str, bool], make_model: Callable[..., LolaForCausalLM]
+) -> None:
     """GPT-2's attention: softmax(q k / sqrt(d)) v, d a head's width; optionally unscaled, or by layer number too."""
     attention = make_model(**options).transformer.h[2].attn
     x = torch.randn(1, 9, 64)
@@ -161,7 +163,7 @@ def test_attention_against_plain_formulas(options: dict[str, bool], make_model: 
     torch.testing.assert_close(actual[0], expected)
 
 
-def test_only_the_wanted_logits_are_formed(model: LolaForCausalLM) -> None:
+def test_only_the_wanted_logits_are_computed(model: LolaForCausalLM) -> None:
     ids = prompt(9)
     with torch.no_grad():
         whole = model(ids).logits
@@ -170,7 +172,7 @@ def test_only_the_wanted_logits_are_formed(model: LolaForCausalLM) -> None:
     torch.testing.assert_close(kept, whole[:, [2, 5]])
 
 
-def test_embeddings_in_place_of_ids(model: LolaForCausalLM) -> None:
+def test_embeddings_instead_of_ids_give_the_same_logits(model: LolaForCausalLM) -> None:
     ids = prompt(9)
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
@@ -178,13 +180,13 @@ def test_embeddings_in_place_of_ids(model: LolaForCausalLM) -> None:
         model()
 
 
-def test_outputs_as_a_tuple(model: LolaForCausalLM) -> None:
+def test_a_tuple_of_outputs_holds_the_same_logits(model: LolaForCausalLM) -> None:
     with torch.no_grad():
         logits = model(prompt(9), return_dict=False)[0]
         assert torch.equal(logits, model(prompt(9)).logits)
 
 
-def test_attention_weights_are_only_given_where_they_are_formed(model: LolaForCausalLM) -> None:
+def test_attention_weights_of_sdpa_are_refused(model: LolaForCausalLM) -> None:
     with pytest.raises(
         UserError, match=r"sdpa attention does not form its weights.*set_attn_implementation\('eager'\)"
     ):

@@ -46,23 +46,23 @@ def assert_tokens_close(actual_TX: Tensor, expected_TX: Tensor, noise: float = N
     assert_close(actual_TX, expected_TX, atol=noise, rtol=1e-4)
 
 
-def test_logits_of_every_token(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_logits_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     assert_tokens_close(ran.output.logits.flatten(0, 1), golden["base.logits"].flatten(0, 1))
     assert (ran.output.logits - golden["base.logits"]).abs().max() < 1e-4
 
 
-def test_hidden_states_of_every_layer(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_hidden_states_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     expected = golden["base.hidden_states"]
     assert len(ran.output.hidden_states) == len(expected) == 5
     for actual_BSD, expected_BSD in zip(ran.output.hidden_states, expected, strict=True):
         assert_tokens_close(actual_BSD.flatten(0, 1), expected_BSD.flatten(0, 1))
 
 
-def test_loss(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_loss_equals_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     assert_close(ran.output.loss, golden["base.loss"][0], atol=1e-6, rtol=0)
 
 
-def test_router_logits_and_every_expert_choice(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_router_logits_and_choices_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     expected = golden["base.router_logits"]
     assert len(ran.output.router_logits) == len(expected) == 2
     for actual_TE, expected_TE in zip(ran.output.router_logits, expected, strict=True):
@@ -73,7 +73,7 @@ def test_router_logits_and_every_expert_choice(ran: Any, golden: dict[str, Tenso
         assert torch.equal(actual_TE.argmax(-1), expected_TE.argmax(-1))
 
 
-def test_gradient_of_every_parameter(ran: Any, golden: dict[str, Tensor], golden_base: Path) -> None:
+def test_every_gradient_equals_the_authors(ran: Any, golden: dict[str, Tensor], golden_base: Path) -> None:
     hub_names = set(load_file(golden_base / "model.safetensors"))
     places = architecture_of(AutoConfig.from_pretrained(golden_base)).places
     for name in hub_names:
@@ -93,7 +93,7 @@ def test_gradient_of_every_parameter(ran: Any, golden: dict[str, Tensor], golden
     assert all(name.startswith("transformer.h.3.moe.experts.0.") for name in skipped), skipped
 
 
-def test_greedy_continuation(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
+def test_greedy_continuation_equals_the_authors(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
     expected = golden["base.greedy"]
     actual = golden_model.generate(expected[:, :8], max_new_tokens=16, do_sample=False, eos_token_id=None)
     assert actual.tolist() == expected.tolist()
@@ -107,7 +107,7 @@ def test_aux_loss_counts_real_tokens_only(ran: Any, golden: dict[str, Tensor]) -
     assert abs(with_padding - expected) > 0.01
 
 
-def test_loss_is_the_cross_entropy_alone(golden_model: LolaForCausalLM, golden: dict[str, Tensor], ran: Any) -> None:
+def test_loss_is_only_the_cross_entropy(golden_model: LolaForCausalLM, golden: dict[str, Tensor], ran: Any) -> None:
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         plain, without_logits = golden_model(**batch), golden_model(**batch, skip_logits=True)

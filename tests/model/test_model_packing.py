@@ -37,7 +37,7 @@ def packed(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("use_cache", [None, False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_document_is_as_if_alone(
+def test_a_packed_document_gives_the_logits_of_the_document_without_packing(
     attention: str, mode: str, use_cache: bool | None, make_model: Callable[..., LolaForCausalLM]
 ) -> None:
     """With the default `use_cache` too: transformers' mask separates documents only when it sees no cache."""
@@ -55,7 +55,7 @@ def test_a_packed_document_is_as_if_alone(
             start = span.stop
 
 
-def test_two_packed_rows_with_documents_of_other_lengths(model: LolaForCausalLM) -> None:
+def test_two_packed_rows_do_not_influence_each_other(model: LolaForCausalLM) -> None:
     first, second = documents(1), documents(2)[::-1]
     (row1, positions1), (row2, positions2) = packed(first), packed(second)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_leak_would_be_seen(model: LolaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_no_document_feels_another(changed: int, model: LolaForCausalLM) -> None:
+def test_no_document_influences_another(changed: int, model: LolaForCausalLM) -> None:
     parts, others = documents(1), documents(5)
     mixed = [others[i] if i == changed else part for i, part in enumerate(parts)]
     with torch.no_grad():

@@ -79,13 +79,13 @@ def test_accumulated_rows_equal_one_batch(make_model: Callable[..., LolaForCausa
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
 
 
-def test_without_logits_the_same_gradients(make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_skipping_logits_changes_no_gradient(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model().train()
     expected, actual = gradients(model, *batch()), gradients(model, *batch(), skip_logits=True)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_loss_against_logits(make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_loss_is_the_cross_entropy_of_the_logits(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model()
     ids, labels = batch()
     with torch.no_grad():

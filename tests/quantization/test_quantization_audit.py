@@ -26,7 +26,7 @@ def linear_bytes(numel: int) -> int:
 
 
 @pytest.mark.parametrize("dtype", list(WIDTH))
-def test_four_bit_numbers_by_hand(dtype: str, base: Path) -> None:
+def test_the_audit_of_a_4_bit_model_equals_a_count_by_hand(dtype: str, base: Path) -> None:
     counts = audit(load_base(base, dtype=dtype, quiet=True)).as_dict()
     width = WIDTH[dtype]
 
@@ -52,7 +52,7 @@ def test_four_bit_numbers_by_hand(dtype: str, base: Path) -> None:
     }
 
 
-def test_dense_numbers_by_hand(base: Path) -> None:
+def test_the_audit_of_a_dense_model_equals_a_count_by_hand(base: Path) -> None:
     result = audit(load_base(base, quantization=None, dtype="bfloat16", quiet=True))
     parts = {key: count["parameters"] for key, count in result.as_dict().items()}
     assert parts == {
@@ -107,7 +107,7 @@ def test_loading_prints_the_table(quantization: str | None, base: Path, capsys: 
     assert "embeddings" not in capsys.readouterr().out
 
 
-def test_full_size_bits_a_weight(write_base: Callable[..., Path]) -> None:
+def test_a_large_model_takes_4_13_bits_per_weight(write_base: Callable[..., Path]) -> None:
     """At sizes where the fixed 1 kB a layer does not count, a 4-bit weight takes 4.13 bits."""
     counts = audit(load_base(write_base(n_embd=512, n_inner=2048, num_experts=2, n_layer=2), quiet=True)).counts
     for part in ("experts", "attention", "dense mlp"):

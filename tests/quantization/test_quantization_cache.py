@@ -45,7 +45,7 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_loads_again_bit_equal(dtype: str, base: Path, quantised: list[str]) -> None:
+def test_a_cache_loads_bit_equal(dtype: str, base: Path, quantised: list[str]) -> None:
     fresh = lola_ft.load_base(base, "nf4", dtype, quiet=True)
     folder = quantize_base(base, dtype, quiet=True)
     assert quantised == ["quantised"] * 2
@@ -65,7 +65,7 @@ def test_another_dtype_is_another_cache(base: Path, quantised: list[str]) -> Non
     assert len(quantised) == 2
 
 
-def test_a_changed_source_is_quantised_anew(base: Path, quantised: list[str]) -> None:
+def test_a_changed_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
     """Even if the change keeps the file's size and misses every sampled value."""
     quantize_base(base, "float32", quiet=True)
     state = load_file(base / "model.safetensors")
@@ -77,7 +77,7 @@ def test_a_changed_source_is_quantised_anew(base: Path, quantised: list[str]) ->
     assert value > 0.5
 
 
-def test_a_touched_source_is_quantised_anew(base: Path, quantised: list[str]) -> None:
+def test_a_touched_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
     quantize_base(base, "float32", quiet=True)
     os.utime(base / "model.safetensors", (1, 1))
     lola_ft.load_base(base, "nf4", "float32", quiet=True)
@@ -85,7 +85,7 @@ def test_a_touched_source_is_quantised_anew(base: Path, quantised: list[str]) ->
 
 
 @pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 0})])
-def test_a_cache_without_a_right_record_is_not_trusted(damage: str, base: Path, quantised: list[str]) -> None:
+def test_a_cache_without_a_valid_record_is_not_used(damage: str, base: Path, quantised: list[str]) -> None:
     folder = quantize_base(base, "float32", quiet=True)
     (folder / "source.json").write_text(damage)
     lola_ft.load_base(base, "nf4", "float32", quiet=True)
@@ -100,7 +100,7 @@ def test_a_truncated_cache_is_named(base: Path) -> None:
         lola_ft.load_base(base, "nf4", "float32", quiet=True)
 
 
-def test_no_space_leaves_nothing(base: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_cache(base: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FullDisk(cache.SafetensorsWriter):
         def write(self, tensor: torch.Tensor) -> None:
             if tensor.numel() > 1000:

@@ -83,7 +83,7 @@ def test_each_expert_is_bit_equal_to_bitsandbytes_on_that_tensor(make_experts: M
 
 
 @pytest.mark.parametrize(("hidden", "inner"), SIZES)
-def test_shapes_that_bitsandbytes_gets_wrong(
+def test_shapes_that_bitsandbytes_gets_wrong_are_dequantised_exactly(
     hidden: int, inner: int, layout: dict[str, Any], make_experts: Maker, reference: Any
 ) -> None:
     experts, dense = make_experts(hidden, inner, **layout)
@@ -149,7 +149,7 @@ def test_bfloat16_autocast_equals_dense_experts_of_the_same_values(
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
 
 
-def test_training_after_evaluation_and_dequantising_after_both(make_experts: Maker) -> None:
+def test_evaluation_changes_neither_training_nor_dequantising(make_experts: Maker) -> None:
     """The trap of CPUs with AVX512-BF16: an evaluation repacks bitsandbytes' own layers in place."""
     experts, _ = make_experts()
     batch = inputs(experts)
@@ -204,14 +204,14 @@ def test_a_copy_is_equal_and_independent(make_experts: Maker, layout: dict[str, 
     assert all_equal(run(experts, batch), before)
 
 
-def test_a_copy_of_a_module_that_holds_it(make_experts: Maker) -> None:
+def test_a_copied_parent_module_holds_one_copy(make_experts: Maker) -> None:
     experts, _ = make_experts()
     outer = nn.ModuleDict({"experts": experts, "again": experts})
     twin = copy.deepcopy(outer)
     assert twin["experts"] is twin["again"] is not experts
 
 
-def test_state_dict_through_a_file(make_experts: Maker, layout: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_dict_survives_a_file(make_experts: Maker, layout: dict[str, Any], tmp_path: Path) -> None:
     experts, _ = make_experts(**layout)
     batch = inputs(experts)
     before = run(experts, batch)
@@ -249,7 +249,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_moves_biases_and_leaves_the_store_alone(cast: str, make_experts: Maker) -> None:
+def test_a_cast_changes_biases_and_not_the_store(cast: str, make_experts: Maker) -> None:
     experts, _ = make_experts()
     before = {name: tensor.clone() for name, tensor in experts.named_buffers()}
     packed = {name: getattr(experts, name).clone() for name in experts.shapes}

@@ -55,7 +55,7 @@ def test_forward_and_backward_equal_a_dense_layer_of_the_same_values(in_features
         torch.testing.assert_close(got, wanted)
 
 
-def test_bfloat16_autocast() -> None:
+def test_autocast_equals_a_dense_layer_of_the_same_values() -> None:
     layer, _ = make_layer()
     dense = layer.dense_weight(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +81,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_training_after_evaluation_and_dequantising_after_both(forced: bool) -> None:
+def test_evaluation_changes_neither_training_nor_dequantising(forced: bool) -> None:
     """Upstream's evaluation forward repacks the weight on CPUs with AVX512-BF16; `forced` claims to be one."""
     layer, _ = make_layer()
     assert not layer.support_avx512bf16_for_cpu
@@ -123,7 +123,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_moves_the_bias_and_leaves_the_weight_alone(cast: str) -> None:
+def test_a_cast_changes_the_bias_and_not_the_weight(cast: str) -> None:
     layer, _ = make_layer()
     packed, dense = layer.weight.data.clone(), layer.dense_weight(torch.float32)
     layer = CASTS[cast](layer)
@@ -167,7 +167,7 @@ def test_lora_in_the_same_pass_equals_the_plain_formula(dropped: bool, trained_b
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)  # sums of up to 192 squares
 
 
-def test_lora_in_the_same_pass_when_the_input_wants_no_gradient() -> None:
+def test_lora_in_the_same_pass_trains_if_the_input_wants_no_gradient() -> None:
     layer, _ = make_layer()
     x, a, b = torch.randn(4, 64), torch.randn(3, 64, requires_grad=True), torch.randn(192, 3, requires_grad=True)
     layer.forward_with_lora(x, a, b, nn.Identity()).sum().backward()

@@ -102,7 +102,7 @@ def test_every_weight_is_quantised_as_bitsandbytes_would(source: str, write_base
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_stays_dense(dtype: str, base: Path) -> None:
+def test_only_matrices_are_4_bit_and_all_else_has_the_wanted_dtype(dtype: str, base: Path) -> None:
     loaded = load_base(base, dtype=dtype, quiet=True)
     wanted = getattr(torch, dtype)
     assert loaded.dtype == wanted
@@ -149,7 +149,7 @@ def test_four_bit_stays_near_the_dense_model(model: LolaForCausalLM, base: Path)
 
 @pytest.mark.parametrize("quantization", [None, "none"])
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16])
-def test_without_quantisation_it_is_from_pretrained(
+def test_loading_without_quantisation_equals_from_pretrained(
     quantization: str | None, dtype: str | torch.dtype, base: Path
 ) -> None:
     loaded = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
@@ -186,7 +186,7 @@ def test_a_broken_base_is_one_message(quantization: str | None, write_base: Base
         load_base(folder, quantization=quantization, quiet=True)
 
 
-def test_generation_settings_are_taken_over(write_base: BaseWriter) -> None:
+def test_generation_settings_are_loaded(write_base: BaseWriter) -> None:
     folder = write_base()
     for quantization in ("nf4", None):
         loaded = load_base(folder, quantization=quantization, quiet=True)
@@ -210,7 +210,7 @@ def test_four_bit_generation_runs_and_stops(model: LolaForCausalLM) -> None:
     assert stopped.shape[1] <= 11
 
 
-def test_the_identity_is_the_files(base: Path, model: LolaForCausalLM) -> None:
+def test_the_fingerprint_does_not_depend_on_quantisation(base: Path, model: LolaForCausalLM) -> None:
     dense = load_base(base, quantization=None, quiet=True)
     assert model.base_fingerprint == dense.base_fingerprint
     assert model.base_id == ""  # a local path would mean nothing to others
@@ -253,7 +253,7 @@ def test_a_four_bit_base_is_not_saved_as_a_checkpoint(model: LolaForCausalLM, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_copy_of_the_model(model: LolaForCausalLM) -> None:
+def test_a_copied_model_is_equal_and_independent(model: LolaForCausalLM) -> None:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         before = model(IDS).logits
@@ -332,7 +332,7 @@ def test_a_dense_linear_layer_is_refused(name: str, base: Path) -> None:
 
 
 @pytest.mark.parametrize("forgotten", [FusedExperts, nn.Linear])
-def test_a_loader_that_forgets_a_layer_does_not_go_on(
+def test_a_layer_without_weights_is_an_error(
     forgotten: type[nn.Module], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = load_module._quantize_module
@@ -347,7 +347,7 @@ def test_a_loader_that_forgets_a_layer_does_not_go_on(
         load_base(base, quiet=True)
 
 
-def test_old_configs_and_legacy_tensors(base: Path, write_base: BaseWriter) -> None:
+def test_old_configs_and_legacy_tensors_change_nothing(base: Path, write_base: BaseWriter) -> None:
     """4-bit loading reads the files itself, so it meets what from_pretrained would have left out."""
     folder = write_base()
     config = json.loads((folder / "config.json").read_text())

@@ -95,7 +95,7 @@ def test_bits_are_bitsandbytes_own(shape: tuple[int, int], stored: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_dequantising_against_plain_torch(shape: tuple[int, int], dtype: torch.dtype, reference: Any) -> None:
+def test_dequantising_equals_plain_torch(shape: tuple[int, int], dtype: torch.dtype, reference: Any) -> None:
     nf4 = quantize(weight_of(shape))
     actual = dequantize(nf4, dynamic_code(), shape, dtype)
     assert actual.shape == shape
@@ -104,7 +104,7 @@ def test_dequantising_against_plain_torch(shape: tuple[int, int], dtype: torch.d
 
 
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_quantising_against_plain_torch(shape: tuple[int, int], reference: Any) -> None:
+def test_quantising_equals_plain_torch(shape: tuple[int, int], reference: Any) -> None:
     weight = weight_of(shape)
     nf4 = quantize(weight)
     assert torch.equal(reference.unpack(nf4, weight.numel()), reference.codes(weight))
@@ -115,7 +115,7 @@ def test_quantising_against_plain_torch(shape: tuple[int, int], reference: Any) 
 
 
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_sizes_of_the_parts(shape: tuple[int, int]) -> None:
+def test_the_parts_have_the_planned_sizes_and_dtypes(shape: tuple[int, int]) -> None:
     nf4 = quantize(weight_of(shape))
     assert (nf4.packed.numel(), nf4.absmax.numel(), nf4.absmax2.numel()) == packed_sizes(shape[0] * shape[1])
     assert [tensor.dtype for tensor in (nf4.packed, nf4.absmax, nf4.absmax2, nf4.offset)] == [
@@ -126,7 +126,7 @@ def test_sizes_of_the_parts(shape: tuple[int, int]) -> None:
     ]
 
 
-def test_4_127_bits_a_weight() -> None:
+def test_a_weight_takes_4_127_bits() -> None:
     packed, absmax, absmax2 = packed_sizes(2048 * 8192)
     assert 8 * (packed + absmax + 4 * absmax2) / (2048 * 8192) == pytest.approx(4.127, abs=0.001)
 

@@ -34,7 +34,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_code_imports_torch_and_transformers_alone(name: str) -> None:
+def test_the_code_imports_only_torch_and_transformers(name: str) -> None:
     tree = ast.parse((CODE / name).read_text())
     packages = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     packages |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -117,7 +117,7 @@ def test_a_merged_model_is_exported_whole(tiny_base: Path, tiny_adapter: Path, t
     assert config_of(tmp_path / "lola")["auto_map"] == dict(LOLA.auto_map)
 
 
-def test_other_code_is_kept_and_said(folder: Folder, tmp_path: Path, verb: Callable[..., Any]) -> None:
+def test_other_code_is_kept_and_reported(folder: Folder, tmp_path: Path, verb: Callable[..., Any]) -> None:
     theirs = {
         "AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel",
         "AutoModelForTokenClassification": "modeling_lola_gpt2.LOLAForTokenClassification",
@@ -143,7 +143,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("expected", UNSUPPORTED)
-def test_what_the_code_does_not_do_is_refused_when_written(
+def test_unsupported_settings_are_refused_when_exporting(
     expected: str, folder: Folder, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     folder.set_config(**UNSUPPORTED[expected])
@@ -154,7 +154,7 @@ def test_what_the_code_does_not_do_is_refused_when_written(
 
 
 @pytest.mark.parametrize("expected", UNSUPPORTED)
-def test_and_when_loaded(expected: str, golden_export: Path, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused_when_loading(expected: str, golden_export: Path, tmp_path: Path) -> None:
     """By the config class beside the weights: a config may be changed after it was written."""
     own = get_class_from_dynamic_module(LOLA.auto_map["AutoConfig"], golden_export)
     assert own is not LolaConfig
@@ -172,7 +172,7 @@ def test_an_untied_head_is_refused(folder: Folder, tmp_path: Path) -> None:
         export(folder.path, tmp_path / "lola")
 
 
-def test_other_mistakes(
+def test_a_folder_in_use_an_adapter_and_another_family_are_refused(
     folder: Folder, tiny_adapter: Path, tmp_path: Path, dense_gpt2: Path, verb: Callable[..., Any]
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -199,7 +199,7 @@ def dense_gpt2(tmp_path: Path) -> Path:
     return tmp_path / "gpt2"
 
 
-def test_a_portable_tokenizer_says_the_same(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_portable_tokenizer_gives_the_same_ids(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     tokenizer.save_pretrained(tmp_path)
@@ -219,7 +219,7 @@ def test_a_portable_tokenizer_says_the_same(tiny_base: Path, tmp_path: Path) -> 
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == first
 
 
-def test_merges_that_the_earlier_form_cannot_say_stay(tmp_path: Path) -> None:
+def test_merges_that_the_earlier_form_cannot_express_stay(tmp_path: Path) -> None:
     content = {"model": {"merges": [["a", "b"], ["c d", "e"]]}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     make_tokenizer_portable(tmp_path)

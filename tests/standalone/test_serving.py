@@ -221,7 +221,7 @@ save_file({"together": together, "embedded": from_embeddings, "compiled": compil
 
 
 @pytest.mark.slow
-def test_an_engine_puts_its_own_attention_in(
+def test_an_engine_can_replace_attention(
     golden_export: Path, elsewhere: dict[str, str], golden: dict[str, Tensor], tmp_path: Path
 ) -> None:
     """What vLLM's and SGLang's transformers backends do with a model, with a stand-in for their attention.
