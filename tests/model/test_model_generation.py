@@ -186,7 +186,7 @@ def test_outputs_as_a_tuple(model: LolaForCausalLM) -> None:
 
 def test_attention_weights_are_only_given_where_they_are_formed(model: LolaForCausalLM) -> None:
     with pytest.raises(
-        UserError, match=r"sdpa attention does not form its weights.*set_attn_implementation\('eager'\)"
+        UserError, match=r"sdpa attention does not compute its weights.*set_attn_implementation\('eager'\)"
     ):
         model(prompt(4), output_attentions=True)
 
