@@ -1,7 +1,7 @@
 """The activations: bytes of the tensors that autograd keeps for backward, counted part by part through the layers.
 
 The idea: a part keeps its input if something trained is inside it, or before it in the network. An example is one MLP
-of LOLA with T tokens, hidden size D, inner size F, LoRA of rank R on both linear layers, 2 bytes per number, no dropout:
+of LOLA with T tokens, hidden size D, inner size F, LoRA of rank R on both layers, 2 bytes per number, no dropout:
 
     norm         x (T, D) and statistics      only if a gradient flows through it (`x_grad`)
     linear D→F   input (T, D), LoRA (T, R)    T·D·2 + T·R·2 bytes, plus cast copies of A and B

@@ -100,7 +100,7 @@ BAD_FILES = [
     (
         "a.jsonl",
         b"{'text': 'a'}\n",
-        "a.jsonl:1: broken JSON at column 2: expecting property name enclosed in double quotes. It looks like a list in Python's "
+        "a.jsonl:1: broken JSON at column 2: expecting property name enclosed in double quotes. It looks like Python's "
         "notation: write rows with json.dumps.",
     ),
     (

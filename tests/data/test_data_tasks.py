@@ -86,7 +86,7 @@ def test_other_templates_render_one_exchange_and_refuse_several() -> None:
         rendered(read({"messages": CHAT}, "messages"), "alpaca")
     assert str(caught.value) == (
         "sw.jsonl:7: a conversation with 2 answers, and template alpaca renders a single request. "
-        "Set data.template to chatml, or use `messages` in a give the path of your own."
+        "Set data.template to chatml, or use `messages` in a template of your own."
     )
 
 

@@ -72,7 +72,7 @@ def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tenso
     slow_but([("base", "bfloat16")], itertools.product(("base", "nf4"), ("float32", "bfloat16"))),
 )
 def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Lengths are in the weights that the update is added to; bfloat16 rounds once."""
+    """Lengths are those of the weights that the update is added to; bfloat16 rounds once."""
     save_adapter(trained(tiny_base, KINDS["dora"]), tmp_path / "adapter")
     report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", dtype=dtype, rounding=rounding)
     assert report.weights.largest_error <= 1

@@ -642,7 +642,7 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is a folder. Give a recipe file"):
+    with pytest.raises(RecipeError, match=r"is a folder\. Give a recipe file"):
         load_recipe(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""DPO and KTO with trained special tokens: TRL's fused head scores them beside the frozen matrix."""
+"""DPO and KTO with trained rows of special tokens: TRL's fused head scores them beside the frozen matrix."""
 
 import json
 import math
