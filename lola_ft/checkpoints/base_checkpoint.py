@@ -153,7 +153,7 @@ def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
         for entry in read_header(file):
             if entry.name in found:
                 raise CheckpointError(
-                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}; which counts?"
+                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}. Remove one of the two files."
                 )
             found[entry.name] = entry
     return found

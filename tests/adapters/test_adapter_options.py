@@ -195,7 +195,7 @@ def test_a_bad_selection_file_is_named(content: str | None, message: str, tmp_pa
     ("selection", "message"),
     [
         (((0,),), "1 lists, but the base has 2 MoE layers"),
-        (((0,), (4,)), "list 1: there is no expert 4; they are 0 to 3"),
+        (((0,), (4,)), "list 1: there is no expert 4; experts are 0 to 3"),
         (((-1,), ()), "list 0: there is no expert -1"),
         (((1, 1), ()), "list 0 names an expert twice"),
         (((), ()), "no expert is named"),
@@ -398,7 +398,7 @@ def test_adapters_that_cannot_be_combined_are_named(
     [
         (AdapterSettings(router_rank=2, tune_router=True), "either tuned or has LoRA"),
         (AdapterSettings(), "Nothing would be trained"),
-        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts on attention and mlp alone"),
+        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts only on attention and mlp alone"),
         (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )

@@ -211,5 +211,5 @@ def test_tokens_without_rows_in_the_base_are_named_with_the_fix(tmp_path: Path, 
 
 
 def test_an_ordinary_token_is_refused_as_a_special_one(tmp_path: Path, tiny_base: Path) -> None:
-    with pytest.raises(UserError, match=r"data.special_tokens: 'e' is an ordinary token"):
+    with pytest.raises(UserError, match=r"data.special_tokens: 'e' is already an ordinary token"):
         train(load_recipe(chat_recipe(tiny_base, tmp_path, ["e"])), dry_run=True)

@@ -131,7 +131,7 @@ def test_a_card_of_another_family_claims_nothing_of_lola() -> None:
     assert "license" not in card.data.to_dict()
     assert card.data.tags == ["lola_ft", "lora"]
     assert "CC BY" not in card.text
-    assert "The base's licence holds" in card.text
+    assert "The licence of the base applies" in card.text
     assert "what LOLA is" not in card.text
 
 

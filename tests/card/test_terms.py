@@ -62,4 +62,4 @@ def test_without_a_card_the_familys_licence_is_named() -> None:
     assert ModelCard(render_card(facts())).data.license == "cc-by-4.0"
     unknown = ModelCard(render_card(facts(family=FAMILIES["mixtral"])))
     assert unknown.data.license is None
-    assert "The base's licence holds for what is made from it." in unknown.text
+    assert "The licence of the base applies to this model too." in unknown.text

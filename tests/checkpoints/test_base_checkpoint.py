@@ -117,7 +117,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     ),
     "empty index": (
         lambda f: (f.shard(), f.index_file.write_text('{"weight_map": {}}')),
-        ["{index_file}: names shards that are not there: none at all"],
+        ["{index_file}: names shards that do not there: none at all"],
     ),
 }
 

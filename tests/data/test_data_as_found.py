@@ -45,11 +45,11 @@ ANSWERS = ["moja", "mbili", "tatu"]
     ("name", "delimiter", "note"),
     [
         ("a.csv", ",", []),
-        ("a.csv", ";", ["a.csv: read with semicolons between its cells."]),
-        ("a.csv", "\t", ["a.csv: read with tabs between its cells."]),
-        ("a.csv", "|", ["a.csv: read with bars between its cells."]),
+        ("a.csv", ";", ["a.csv: read with semicolons between cells."]),
+        ("a.csv", "\t", ["a.csv: read with tabs between cells."]),
+        ("a.csv", "|", ["a.csv: read with bars between cells."]),
         ("a.tsv", "\t", []),
-        ("a.tsv", ",", ["a.tsv: read with commas between its cells."]),
+        ("a.tsv", ",", ["a.tsv: read with commas between cells."]),
     ],
 )
 def test_the_delimiter_is_found_and_said(tmp_path: Path, name: str, delimiter: str, note: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_a_cell_over_several_lines_is_reported_with_its_first_line(tmp_path: Pat
     path.write_text('instruction,output\na,1\n"two\nlines","b\nc"\nd,e\n"f\ng",h\n')
     assert read(path) == (
         ["1", "b\nc", "e", "h"],
-        ["a.csv:3: this row and 1 more have a cell that goes over several lines."],
+        ["a.csv:3: this row and 1 more have a cell that spans several lines."],
     )
     path.write_text('instruction,output\n"a,1\nb,2\nc",3\n')
     assert_says(read(path)[1][0], "a.csv:2: this row has … looks like several rows … set `quoting: false`")
@@ -158,7 +158,7 @@ def test_line_ends_of_old_programs_and_empty_rows(tmp_path: Path) -> None:
 
 def test_a_quoted_header_in_a_tsv_asks_for_quoting(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('"instruction"\t"output"\n"a"\t"b"\n')
-    assert_says(failure(tmp_path / "a.tsv"), "a.tsv:1: … names stand in quotation marks. Set `quoting: true`")
+    assert_says(failure(tmp_path / "a.tsv"), "a.tsv:1: … names are in quotation marks. Set `quoting: true`")
     assert read(tmp_path / "a.tsv", quoting=True) == (["b"], [])
 
 
@@ -176,14 +176,14 @@ def test_a_list_under_one_key_is_read_and_said(tmp_path: Path, key: str) -> None
     path.write_text(json.dumps({"version": 1, "tags": ["a"], key: ROWS, "about": [{"author": "x"}]}))
     answers, lines = read(path)
     assert answers == [row["output"] for row in ROWS]
-    assert lines == [f"a.json: the rows are those of the list under '{key}'."]
+    assert lines == [f"a.json: the rows are in the list under '{key}'."]
     [first, *_] = read_rows(Source("alpaca", str(path)))
     assert first.where == f"{path}:{key}[0]"
 
 
 def test_a_list_two_keys_deep_is_read_too(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"about": "x", "data": {"train": ROWS}}))
-    assert read(tmp_path / "a.json")[1] == ["a.json: the rows are those of the list under 'data.train'."]
+    assert read(tmp_path / "a.json")[1] == ["a.json: the rows are in the list under 'data.train'."]
     (tmp_path / "a.json").write_text(json.dumps({"data": {"train": ROWS, "test": ROWS}}))
     assert_says(failure(tmp_path / "a.json"), "(data.train, data.test) … `rows_under: data.train`")
     assert len(read(tmp_path / "a.json", rows_under="data.test")[0]) == 3
@@ -255,7 +255,7 @@ def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
     findings = Findings()
     list(scan_rows(Source("text", str(data)), findings))
     assert len(findings.notes) == 4
-    assert_says(findings.notes[0], "LICENSE.txt: left alone")
+    assert_says(findings.notes[0], "LICENSE.txt: not read")
     assert files_of(str(data / "README.txt")) == [data / "README.txt"]  # named by itself
 
 
@@ -268,7 +268,7 @@ def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
         ),
         ("https://huggingface.co/datasets/a/b/tree/main", "write `hub: a/b`"),
         ("hf://datasets/a/b@main/x.parquet", "`hub: a/b`"),
-        ("https://example.org/a.jsonl", "an address, not a path. Download the file"),
+        ("https://example.org/a.jsonl", "a web address, not a path. Download the file"),
         ("data/a.jsonl", "no such file in"),
     ],
 )

@@ -41,8 +41,8 @@ def test_a_leak_is_refused_and_both_places_are_named() -> None:
     with pytest.raises(DataError) as caught:
         list(check.checked(TRAINING))
     assert str(caught.value) == (
-        "t:1: the same row as v:2, which is for validation (2 such rows in all). Set data.leakage to drop, to leave "
-        "them out of the training rows, or to allow."
+        "t:1: the same row as v:2, which is for validation (2 such rows in all). Set data.leakage to drop, which "
+        "leaves them out of the training rows, or to allow, which keeps them."
     )
 
 

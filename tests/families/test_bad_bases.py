@@ -75,7 +75,7 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "more experts per token than there are": (
         "olmoe",
         with_config(num_experts_per_tok=9),
-        "config.json: num_experts_per_tok is 9 … 1 to 8 experts (num_experts). Take the config",
+        "config.json: num_experts_per_tok is 9 … 1 to 8 experts (num_experts). Use the config",
     ),
     "no expert per token": (
         "mixtral",
@@ -169,17 +169,17 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "an expert that does not exist": (
         "olmoe",
         {"mlp": None, "experts": {"rank": 4, "select": [[0], [8]]}},
-        f"{SELECT}list 1: there is no expert 8; they are 0 to 7",
+        f"{SELECT}list 1: there is no expert 8; experts are 0 to 7",
     ),
     "more experts than exist": (
         "olmoe",
         {"mlp": None, "experts": {"rank": 4, "select": [list(range(9)), [0]]}},
-        f"{SELECT}list 0: there is no expert 8; they are 0 to 7",
+        f"{SELECT}list 0: there is no expert 8; experts are 0 to 7",
     ),
     "more lists than layers with experts": (
         "qwen2_moe",
         {"experts": {"rank": 4, "select": [[0], [0]]}},
-        f"{SELECT}2 lists, but the base has 1 MoE layers; give one for each",
+        f"{SELECT}2 lists, but the base has 1 MoE layers; give one list each",
     ),
 }
 

@@ -60,7 +60,7 @@ def test_the_command_prints_effects_and_proof(
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "choose nf4 to keep"):
         assert text in printed
-    assert "58 of 58 adapter tensors are there exactly once" in printed
+    assert "58 of 58 adapter tensors are applied exactly once" in printed
 
 
 def test_without_a_4_bit_base_there_is_no_choice() -> None:

@@ -188,7 +188,7 @@ def test_a_tuple_of_outputs_holds_the_same_logits(model: LolaForCausalLM) -> Non
 
 def test_attention_weights_of_sdpa_are_refused(model: LolaForCausalLM) -> None:
     with pytest.raises(
-        UserError, match=r"sdpa attention does not form its weights.*set_attn_implementation\('eager'\)"
+        UserError, match=r"sdpa attention does not compute its weights.*set_attn_implementation\('eager'\)"
     ):
         model(prompt(4), output_attentions=True)
 

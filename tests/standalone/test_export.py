@@ -125,7 +125,7 @@ def test_other_code_is_kept_and_reported(folder: Folder, tmp_path: Path, verb: C
     folder.set_config(auto_map=theirs)
     (folder.path / "modeling_lola_gpt2.py").write_text("# theirs\n")
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
-    assert "Kept modeling_lola_gpt2.py; config.json now names our code." in done.out
+    assert "Kept modeling_lola_gpt2.py; config.json now names lola_ft's code." in done.out
     assert (tmp_path / "lola" / "modeling_lola_gpt2.py").read_text() == "# theirs\n"
     assert config_of(tmp_path / "lola")["auto_map"] == theirs | dict(LOLA.auto_map)
     # An export of the export finds nothing else, and writes the same.
@@ -177,7 +177,7 @@ def test_a_folder_in_use_an_adapter_and_another_family_are_refused(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(UserError, match=r"full: already there and not empty\. Choose another --out"):
+    with pytest.raises(UserError, match=r"full: exists and not empty\. Choose another --out"):
         export(folder.path, tmp_path / "full")
     with pytest.raises(UserError, match=r"is a run or an adapter.*Merge it first"):
         export(tiny_adapter, tmp_path / "lola")

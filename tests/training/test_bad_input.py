@@ -23,7 +23,12 @@ ONE = b'{"instruction": "a", "output": "b"}\n'
 BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     # What is wrong: the file's name, its bytes, its format, the message.
     "latin-1": ("r.jsonl", ONE + b'{"instruction": "caf\xe9", "output": "b"}\n', "alpaca", "r.jsonl:2: not UTF-8 text"),
-    "half of utf-16": ("r.jsonl", ONE.decode().encode("utf-16")[:-1], "alpaca", "r.jsonl: begins as UTF-16 and is not"),
+    "half of utf-16": (
+        "r.jsonl",
+        ONE.decode().encode("utf-16")[:-1],
+        "alpaca",
+        "r.jsonl: begins like UTF-16 but is not",
+    ),
     "NaN": ("r.jsonl", b'{"instruction": "a", "output": NaN}\n', "alpaca", "r.jsonl:1: broken JSON: NaN is not JSON"),
     "a list in a line": ("r.jsonl", b"[1, 2]\n", "alpaca", "r.jsonl:[0]: expected an object"),
     "a list over lines": (
@@ -33,7 +38,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
         "r.jsonl:[0]: field 'output' is missing",
     ),
     "deep nesting": ("r.jsonl", b"[" * 100_000 + b"\n", "alpaca", "r.jsonl:1: nested too deeply"),
-    "commas between objects": ("r.json", ONE.strip() + b",\n" + ONE, "alpaca", "Put them in [ and ]"),
+    "commas between objects": ("r.json", ONE.strip() + b",\n" + ONE, "alpaca", "Put them all in [ and ]"),
     "several lists": ("r.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "alpaca", "Choose one: `rows_under: a`"),
     "null answer": (
         "r.jsonl",

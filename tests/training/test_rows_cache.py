@@ -62,7 +62,7 @@ def test_the_second_time_the_rows_come_from_the_cache(
     assert all((first.bad_rows, first.duplicates, first.leaks))  # all that is remembered of rows is put to the test
     monkeypatch.setattr("lola_ft.training.dataset.encode", None)  # nothing is encoded again
     second = prepare(data, tokenizer, 0)
-    assert second.note == "Encoded rows from cache."
+    assert second.note == "Encoded rows come from the cache."
     assert_same(first, second)
     assert second.bad_rows == first.bad_rows
 
@@ -122,7 +122,7 @@ def test_a_damaged_entry_is_made_anew(name: str, how: str, tokenizer: PreTrained
     again = prepare(section(rows_file), tokenizer, 0)
     assert "in the cache were damaged" in again.note
     assert_same(first, again)
-    assert prepare(section(rows_file), tokenizer, 0).note == "Encoded rows from cache."
+    assert prepare(section(rows_file), tokenizer, 0).note == "Encoded rows come from the cache."
 
 
 def test_a_mistake_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -191,4 +191,4 @@ def test_two_processes_at_once_make_one_entry(tokenizer: PreTrainedTokenizerFast
 def test_preview_says_so(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     recipe = recipe_file()
     assert "from cache" not in verb("preview", recipe).out
-    assert "Encoded rows from cache." in verb("preview", recipe).out
+    assert "Encoded rows come from the cache." in verb("preview", recipe).out

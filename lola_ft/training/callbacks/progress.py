@@ -1,4 +1,4 @@
-"""The progress bar: one line with loss, speed, time left and memory in place of a printed dictionary a step."""
+"""The progress bar: one line with loss, speed, time left and memory, in place of a printed dictionary per step."""
 
 import time
 from typing import Any
@@ -13,10 +13,10 @@ from lola_ft.training.run_state import RunState
 
 
 class Progress(ProgressCallback):
-    """transformers' bar with the numbers in it; prints once what the gradients' check found."""
+    """transformers' progress bar with numbers added. It also prints the result of the gradient check once."""
 
     def __init__(self, check: GradientCheck, run: RunState) -> None:
-        """Take the check whose finding is printed once, and the run, which has the number of tokens."""
+        """Store the check, whose result is printed once, and the run, which counts the tokens."""
         super().__init__()
         self._run, self._check, self._said = run, check, False
         self._last = (0, time.perf_counter())
