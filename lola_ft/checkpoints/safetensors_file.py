@@ -52,15 +52,19 @@ class TensorEntry:
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the tensor into its own memory, in its own dtype or cast to another one, a piece at a time."""
         tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
-        flat = tensor.view(-1)
         if tensor.dtype == self.dtype:
-            with self.file.open("rb", buffering=0) as handle:
-                handle.seek(self.start)
-                read_fully(handle.fileno(), bytes_of(flat), self.file)
+            self.read_into(tensor)
             return tensor
+        flat = tensor.view(-1)
         for start, piece in self.pieces():
             flat[start : start + piece.numel()] = piece
         return tensor
+
+    def read_into(self, tensor: Tensor) -> None:
+        """Fill a contiguous CPU tensor of this shape and dtype."""
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.start)
+            read_fully(handle.fileno(), bytes_of(tensor), self.file)
 
     def pieces(self, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield the flat tensor in pieces of whole units (such as rows), each with the place of its first value.
@@ -90,25 +94,57 @@ def _fresh(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def read_ahead(
-    wanted: Iterable[tuple[TensorEntry, torch.dtype | None]], ahead: int = 1
-) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Yield each entry with its tensor, in its dtype or cast to another one, and read the next while the caller works.
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor to read.
+
+    Attributes:
+        dtype: The dtype to cast to; None for the tensor's own.
+        borrowed: Read into memory that is used again once the next tensor is asked for. New memory costs more than the
+            reading: the system clears each of its pages first. Not together with `dtype`.
+    """
+
+    entry: TensorEntry
+    dtype: torch.dtype | None = None
+    borrowed: bool = False
+
+    def read(self, memory: Tensor) -> Tensor:
+        """Read the tensor, into `memory` (uint8) if it is borrowed."""
+        if not self.borrowed:
+            return self.entry.read(self.dtype)
+        tensor = memory[: self.entry.num_bytes].view(self.entry.dtype).view(self.entry.shape)
+        self.entry.read_into(tensor)
+        return tensor
+
+
+def read_ahead(wanted: Iterable[Wanted], ahead: int = 1) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Read each tensor while the caller works on the ones before.
 
     Args:
-        ahead: Number of tensors that are read ahead and held, besides the yielded one.
+        ahead: Number of tensors that are read ahead, and held besides the yielded one.
     """
-    coming: deque[tuple[TensorEntry, Future[Tensor]]] = deque()
+    coming: deque[tuple[Wanted, Tensor, Future[Tensor]]] = deque()
+    unused: list[Tensor] = []
+
+    def start(item: Wanted) -> None:
+        memory = unused.pop() if item.borrowed and unused else torch.empty(0, dtype=torch.uint8)
+        if item.borrowed and memory.numel() < item.entry.num_bytes:
+            memory = torch.empty(item.entry.num_bytes, dtype=torch.uint8)
+        coming.append((item, memory, pool.submit(item.read, memory)))
+
+    def finish() -> Iterator[tuple[TensorEntry, Tensor]]:
+        item, memory, future = coming.popleft()
+        yield item.entry, future.result()
+        if item.borrowed:
+            unused.append(memory)
+
     with ThreadPoolExecutor(ahead) as pool:
-        for entry, dtype in wanted:
-            coming.append((entry, pool.submit(entry.read, dtype)))
+        for item in wanted:
+            start(item)
             if len(coming) > ahead:
-                first, future = coming.popleft()
-                yield first, future.result()
-                del future
+                yield from finish()
         while coming:
-            first, future = coming.popleft()
-            yield first, future.result()
+            yield from finish()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

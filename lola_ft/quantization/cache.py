@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
-from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, Wanted, read_ahead, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.console import shown_progress
 from lola_ft.errors import CheckpointError, WriteError
@@ -111,7 +111,7 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
     linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     entries = sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start)
     with shown_progress("Loading", sum(entry.num_bytes for entry in entries)) as advance:
-        for entry, read in read_ahead(((entry, None) for entry in entries), ahead=2):
+        for entry, read in read_ahead(map(Wanted, entries), ahead=2):
             module_name, _, name = entry.name.rpartition(".")
             module = model.get_submodule(module_name)
             tensor = read.to(device)

@@ -77,11 +77,7 @@ class NF4Experts(FusedExperts):
         """
         shape = self.part_shape(part)
         assert tuple(weight.shape) == shape, f"{part} of an expert is {shape}, not {tuple(weight.shape)}"
-        place, new = self.stored(part, expert_id), quantize(weight)
-        place.packed.copy_(new.packed)
-        place.absmax.copy_(new.absmax)
-        place.absmax2.copy_(new.absmax2)
-        place.offset.copy_(new.offset)
+        quantize(weight, self.stored(part, expert_id))
 
     def stored(self, part: str, expert_id: int) -> NF4:
         """Return one expert's quantised weight, as views into the stack."""

@@ -17,11 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint, open_config
 from lola_ft.checkpoints.fingerprint import fingerprint
 from lola_ft.checkpoints.folder import commit_of
-from lola_ft.checkpoints.safetensors_file import read_ahead
+from lola_ft.checkpoints.safetensors_file import TensorEntry, Wanted, read_ahead
 from lola_ft.console import Console, shown_progress
 from lola_ft.errors import CheckpointError, UserError
 from lola_ft.families import Architecture, Place
 from lola_ft.families.routers import score_in_weight_dtype
+from lola_ft.kernels.nf4_sizes import BLOCK
 from lola_ft.kernels.precision import DTYPES
 from lola_ft.memory import give_back_freed_memory
 from lola_ft.model.experts import FusedExperts
@@ -31,6 +32,7 @@ from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
 from lola_ft.quantization.linear import NF4Linear
+from lola_ft.quantization.nf4 import NF4
 
 QUANTIZATIONS = ("nf4", None)
 CAUSAL_LM = "causal_lm"
@@ -295,17 +297,25 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         return module if place.quantized and isinstance(module, NF4Experts | NF4Linear) else None
 
     # Weights are quantised from the stored values. Casting them first would round twice.
-    def read_as(place: Place) -> torch.dtype | None:
-        return None if four_bit(place) else torch.float32 if place.float32 else dtype
+    def read_as(entry: TensorEntry) -> Wanted:
+        place = places[entry.name]
+        if four_bit(place):
+            return Wanted(entry, borrowed=True)
+        return Wanted(entry, torch.float32 if place.float32 else dtype)
 
-    wanted = [(entry, read_as(places[entry.name])) for entry in checkpoint]
+    wanted = list(map(read_as, checkpoint))
     with shown_progress("Loading", len(wanted), "tensors") as advance:
         for number, (entry, read) in enumerate(read_ahead(wanted)):
             if number % 16 == 0:
                 give_back_freed_memory()
-            tensor, place = read.to(device), places[entry.name]
-            require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
-            _put(model, place, tensor, four_bit(place), dtype, device)
+            tensor, place, what = read.to(device), places[entry.name], f"{entry.file}: tensor '{entry.name}'"
+            quantised = four_bit(place)
+            scales_tell = quantised is not None and device.type == "cpu" and tensor.numel() % BLOCK == 0
+            if not scales_tell:
+                require_finite(tensor, what)
+            _put(model, place, tensor, quantised, dtype, device)
+            if quantised is not None and scales_tell:  # a sixteenth of the time that looking at the weights takes
+                require_finite(_stored(quantised, place).offset, what)
             advance(1)
 
 
@@ -319,7 +329,7 @@ def _put(
 ) -> None:
     """Put a tensor into its place: quantised into the 4-bit module `quantised`, or dense."""
     if isinstance(quantised, NF4Experts):
-        quantised.load_expert(place.part or place.leaf, place.expert or 0, tensor)
+        quantised.load_expert(*_expert(place), tensor)
     elif quantised is not None:
         quantised.load_dense(tensor.t() if place.transposed else tensor)
     elif place.expert is not None:
@@ -330,6 +340,15 @@ def _put(
         weight = tensor.t().contiguous() if place.transposed else tensor
         parameter = nn.Parameter(weight, requires_grad=not model.quantization)
         setattr(model.get_submodule(place.module), place.leaf, parameter)
+
+
+def _stored(module: NF4Experts | NF4Linear, place: Place) -> NF4:
+    """Return the quantised weight of a place (views)."""
+    return module.stored(*_expert(place)) if isinstance(module, NF4Experts) else module.stored()
+
+
+def _expert(place: Place) -> tuple[str, int]:
+    return place.part or place.leaf, place.expert or 0
 
 
 def _fill_slice(model: Any, place: Place, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:

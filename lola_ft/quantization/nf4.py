@@ -46,7 +46,7 @@ class NF4:
         packed: Two 4-bit codes per byte, uint8 (numel / 2, rounded up).
         absmax: 8-bit code of each block's scale, uint8 (blocks,).
         absmax2: Scale of each block of scales, float32 (blocks / 256, rounded up).
-        offset: Mean of the scales, float32 scalar.
+        offset: Mean of the scales, float32 scalar; not finite if a value of a weight quantised on a CPU is not.
     """
 
     packed: Tensor
@@ -55,22 +55,33 @@ class NF4:
     offset: Tensor
 
 
-def quantize(weight: Tensor) -> NF4:
-    """Quantise a float weight of any shape, in memory order; bit-equal to bitsandbytes' `quantize_4bit`."""
+def quantize(weight: Tensor, out: NF4 | None = None) -> NF4:
+    """Quantise a float weight of any shape, in memory order; bit-equal to bitsandbytes' `quantize_4bit`.
+
+    Args:
+        out: Tensors to write into; new ones if left out.
+    """
     # 1. Codes, two per byte (n/2,), and the float32 scale of each block (n/64,)
     flat = weight.contiguous().view(-1)
     if flat.device.type == "cpu":
-        packed, scales = _codes_and_scales(flat)
+        packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8) if out is None else out.packed
+        scales = _fill_codes(flat, packed)
     else:
         packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(flat, BLOCK, "nf4", torch.uint8)
     # 2. Scales around their mean, in 8 bits: codes (n/64,) and a float32 scale for each 256 of them
     offset = scales.mean()
     absmax, state = bnb.quantize_blockwise(scales.sub_(offset), blocksize=ABSMAX_BLOCK)
-    return NF4(packed.view(-1), absmax, state.absmax, offset)
+    new = NF4(packed.view(-1), absmax, state.absmax, offset)
+    if out is None:
+        return new
+    for name in ("packed", "absmax", "absmax2", "offset"):
+        if (target := getattr(out, name)).data_ptr() != (source := getattr(new, name)).data_ptr():
+            target.copy_(source)
+    return out
 
 
-def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """Return packed codes (n/2,) and float32 block scales (n/64,) of a flat CPU weight.
+def _fill_codes(flat: Tensor, packed: Tensor) -> Tensor:
+    """Fill `packed` (n/2,) with the codes of a flat CPU weight, and return its float32 block scales (n/64,).
 
     A code is the number of bounds (midpoints between neighbouring NF4 values) below the scaled value. This gives the
     codes of bitsandbytes' CPU operator (0.50) in a fraction of its time and memory: the operator spends three quarters
@@ -81,7 +92,6 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
     own threads first: a tenth of a millisecond each time, a fifth of a training step in all.
     """
     numel = flat.numel()
-    packed = torch.empty(-(-numel // 2), dtype=torch.uint8)
     scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
     # Whole blocks, a cache-sized chunk per task
     whole = numel - numel % BLOCK
@@ -92,7 +102,7 @@ def _codes_and_scales(flat: Tensor) -> tuple[Tensor, Tensor]:
     if whole < numel:
         tail, tail_scale = torch.ops.bitsandbytes.quantize_4bit.default(flat[whole:], BLOCK, "nf4", torch.uint8)
         packed[whole // 2 :], scales[whole // BLOCK :] = tail.view(-1), tail_scale
-    return packed, scales
+    return scales
 
 
 def _as_numpy(flat: Tensor) -> np.ndarray:
@@ -111,7 +121,8 @@ def _quantize_chunk(weights: np.ndarray, chunk: slice, packed: np.ndarray, scale
     # Scale of each block (c/64,), and the values divided by it in place: `blocks` (c/64, 64) is a view of `scaled`
     blocks = scaled.reshape(-1, BLOCK)
     absmax = np.abs(blocks).max(axis=1)
-    blocks *= (1 / np.maximum(absmax, _SMALLEST_SCALE))[:, None]
+    with np.errstate(invalid="ignore"):  # a value that is not finite shows in the scales
+        blocks *= (1 / np.maximum(absmax, _SMALLEST_SCALE))[:, None]
     np.clip(scaled, -1, 1, out=scaled)
     # Code of each value (c,) uint8: how many of the 15 bounds it exceeds
     codes = np.zeros(scaled.size, dtype=np.uint8)
