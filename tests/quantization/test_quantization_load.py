@@ -213,7 +213,7 @@ def test_four_bit_generation_runs_and_stops(model: LolaForCausalLM) -> None:
 def test_the_fingerprint_does_not_depend_on_quantisation(base: Path, model: LolaForCausalLM) -> None:
     dense = load_base(base, quantization=None, quiet=True)
     assert model.base_fingerprint == dense.base_fingerprint
-    assert model.base_id == ""  # a local path would mean nothing to others
+    assert model.base_id == ""  # a local path means nothing on other machines
 
 
 def test_small_tiles_change_no_logit_or_gradient(model: LolaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
