@@ -299,6 +299,7 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         return None if four_bit(place) else torch.float32 if place.float32 else dtype
 
     wanted = [(entry, read_as(places[entry.name])) for entry in checkpoint]
+    # A thread reads the next tensor while this one is quantised.
     with shown_progress("Loading", len(wanted), "tensors") as advance:
         for number, (entry, read) in enumerate(read_ahead(wanted)):
             if number % 16 == 0:
@@ -318,6 +319,7 @@ def _put(
     device: torch.device,
 ) -> None:
     """Put a tensor into its place: quantised into the 4-bit module `quantised`, or dense."""
+    # In this order: a 4-bit expert, a 4-bit linear layer, a slice of a dense stack, a correction term, a parameter
     if isinstance(quantised, NF4Experts):
         quantised.load_expert(place.part or place.leaf, place.expert or 0, tensor)
     elif quantised is not None:

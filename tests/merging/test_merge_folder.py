@@ -190,7 +190,7 @@ def test_a_base_without_a_tokenizer_is_compared_on_plain_ids(golden_folder: Path
     assert report.verification.tokens == 96
 
 
-# What it leaves alone
+# Files that a merge does not change
 
 
 def test_base_and_adapter_do_not_change(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
