@@ -299,11 +299,11 @@ def _stream(model: Any, checkpoint: BaseCheckpoint, dtype: torch.dtype, device: 
         return None if four_bit(place) else torch.float32 if place.float32 else dtype
 
     wanted = [(entry, read_as(places[entry.name])) for entry in checkpoint]
-    # A thread reads the next tensor while this one is quantised.
     with shown_progress("Loading", len(wanted), "tensors") as advance:
         for number, (entry, read) in enumerate(read_ahead(wanted)):
             if number % 16 == 0:
                 give_back_freed_memory()
+            # Meanwhile a thread reads the next tensor.
             tensor, place = read.to(device), places[entry.name]
             require_finite(tensor, f"{entry.file}: tensor '{entry.name}'")
             _put(model, place, tensor, four_bit(place), dtype, device)
