@@ -32,6 +32,8 @@ def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -
             full = weights.trained or weights.token_rows
             what = "holds fully trained weights" if full else "uses DoRA or LoftQ"
             raise AdapterError(f"adapter '{adapter}' {what}, which a sum of updates cannot express.")
+        # b @ a summed over adapters: A's one below another (sum of R, in), B's side by side (out, sum of R), with share
+        # and scaling in B. alpha = rank makes the joined scaling 1.
         for module, pair in weights.pairs.items():
             a, b = pair.a.float(), pair.b.float() * (share * weights.scaling(module))
             if module in joined.pairs:

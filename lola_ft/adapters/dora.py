@@ -39,6 +39,7 @@ class Magnitude(nn.Module):
     def lengths(self, base_layer: nn.Linear, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
         """Return the lengths (O,) of the rows of `W + scaling * B A`, float32."""
         with torch.autocast(a_RI.device.type, enabled=False):
+            # cross (O,) = B_i (W A^T)_i; own (O,) = B_i (A A^T) B_i^T, each for all rows i
             a_RI, b_OR = a_RI.float(), b_OR.float()
             cross_O = (_through_weight(a_RI, base_layer).t() * b_OR).sum(1)
             own_O = (b_OR @ (a_RI @ a_RI.t()) * b_OR).sum(1)
@@ -59,6 +60,8 @@ class SideDora(DoraLinearVariant):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, base_layer = module.scaling[active_adapter], module.get_base_layer()
         magnitude = module.lora_magnitude_vector[active_adapter]
+        # y = factor * (W x + update) + bias, computed from result = W x + bias:
+        # y = result + (factor - 1) * W x + factor * update
         factor_O = magnitude.weight / magnitude.lengths(base_layer, a.weight, b.weight, scaling)
         update = b(a(module.lora_dropout[active_adapter](x))) * scaling
         product = result if base_layer.bias is None else result - base_layer.bias

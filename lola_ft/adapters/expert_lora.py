@@ -67,6 +67,7 @@ class ParamWrapper(StockParamWrapper):
         dropouts = {self.dropout_of[name] for name in names} if self.training else {0.0}
         if len(dropouts) > 1:
             raise AdapterError(f"adapters {', '.join(names)} have different dropout; train one at a time.")
+        # All experts that any active adapter trains (E of them): a (E, sum of ranks, in), b (E, out, sum of ranks)
         experts = sorted({e for name in names for e in self.experts_of[name]})
         a = torch.cat([self._spread(split_a, self.lora_A, name, experts) for name in names], dim=1)
         b = torch.cat([self._spread(split_b, self.lora_B, name, experts) * self.scaling[name] for name in names], dim=2)
@@ -83,6 +84,7 @@ class ParamWrapper(StockParamWrapper):
         return spread.index_copy(0, places, stack)
 
     def forward(self, x_TD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Walk inwards through the nested wrappers, collect each projection's side path, and call the experts once.
         self._check_forward_args(x_TD, *args, **kwargs)
         paths: dict[str, LowRank] = {}
         layer: nn.Module = self

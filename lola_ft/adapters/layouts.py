@@ -52,17 +52,21 @@ def from_state(
     )
     layout = architecture.family.experts
     weights.token_ids = token_ids_in(config)
+    # 1. Factors by module and kind; fully trained weights go into `weights`, with stacks of biases split by expert.
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, experts_of or {})
     for module, pair in factors.items():
         pair_keys = tuple(keys[module, factor] for factor in pair)
         fused = _fused_module(module, layout)
+        # 2. A pair of a single module: A (R, in) and B (out, R)
         if fused is None or layout is None:
             named, name = _named_in_config(module, config), architecture.family.on_disk(module)
             _check_rank(named, pair, config, 1)
             weights.keys[name] = pair_keys
             weights.pairs[name] = LoraPair(pair["A"], pair["B"], _alpha(named, config), pair.get("magnitude"))
             continue
+        # 3. A stack of E experts: A (E*R, in) -> (E, R, in), B (out, R*E) -> (E, out, R). With gate and up in one
+        # stack,    each expert's B (2F, R) is split into gate's and up's (F, R).
         stack = _fused_stack(fused, module != fused, factors, config, layout)
         named, projections = f"{fused}.{stack}", layout.stacks[stack]
         experts = (experts_of or {}).get(fused, range(architecture.num_experts))
@@ -118,6 +122,7 @@ def _sort_factors(
     unknown: list[str] = []
     incomplete: list[str] = []
     for key, tensor in sorted(state.items()):
+        # Each tensor is a factor of LoRA, trained rows of an embedding, or a fully trained weight; else it is unknown.
         name = key.removeprefix(PREFIX)
         match = _LORA_KEY.match(name)
         if match:
@@ -138,6 +143,7 @@ def _sort_factors(
                 weights.keys[plain] = (key,)
                 continue
         unknown.append(key)
+    # Pairs must have A and B. Only pairs outside the fused experts may have DoRA's lengths.
     for module, pair in factors.items():
         fused = _fused_module(module, architecture.family.experts)
         allowed = ({"A", "B"},) if fused else ({"A", "B"}, {"A", "B", "magnitude"})
@@ -188,6 +194,7 @@ def to_state(
     for name, rows in weights.token_rows.items():
         module = family.in_memory(name.removesuffix(".weight"))
         state[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
+    # Pairs of single modules are written; in the layout `peft`, experts' pairs are collected by fused parameter.
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
         single = family.parse_expert(module)

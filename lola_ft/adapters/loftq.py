@@ -36,11 +36,13 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
     before = after = 0.0
     gates_and_ups: dict[tuple[str, int | None], dict[str, Tensor]] = defaultdict(dict)
     for entry in checkpoint:
+        # 1. The wrapper of this weight; weights without LoRA, or not in 4 bit, are skipped.
         place = checkpoint.architecture.places[entry.name]
         module = modules.get(place.module)
         wrapper = wrappers.get(place.parameter if place.expert is not None else place.module)
         if wrapper is None or not place.quantized or adapter_name not in wrapper.lora_A:
             continue
+        # 2. The weight after 4-bit rounding, out×in
         if isinstance(module, NF4Experts) and place.expert is not None:
             if place.expert not in wrapper.experts_of[adapter_name]:
                 continue
@@ -50,6 +52,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
             rounded_OI = wrapper.get_base_layer().dense_weight(torch.float32)
         else:
             continue
+        # 3. Its rounding error W - nf4(W) (O, I); for gate and up (2F, I)
         weight = entry.read(torch.float32).to(rounded_OI.device)
         error_OI = (weight.t() if place.in_by_out else weight) - rounded_OI
         if place.part is not None:  # gate and up share one pair: wait for the other one
@@ -58,6 +61,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
             if len(parts) < 2:
                 continue
             error_OI = torch.cat([parts.pop("gate_proj"), parts.pop("up_proj")])
+        # 4. The best factors, and the squares of the error without and with them
         b_OR, a_RI = _best_factors(error_OI, wrapper.r[adapter_name], wrapper.scaling[adapter_name])
         _set_factors(wrapper, adapter_name, place.expert, a_RI, b_OR)
         before += error_OI.square().sum().item()
@@ -86,7 +90,7 @@ def _best_factors(error_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, 
     with torch.random.fork_rng(devices):
         torch.manual_seed(_SEED)  # the approximation uses random directions
         q = min(rank + _OVERSAMPLING, *error_OI.shape)
-        u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)
+        u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)  # error ~ u (O, q) diag(s) v.T (q, I)
     rank = min(rank, q)
     root = (s[:rank] / scaling).sqrt()
     return u[:, :rank] * root, (v[:, :rank] * root).t()

@@ -1,12 +1,11 @@
 """Gate and up of gated experts: one LoRA pair in memory and in PEFT's layout, two in the layout `per_expert`.
 
 Fused, the pair of `gate_up_proj` has one A (R, in) and one B (2F, R): gate and up share A. In `per_expert` they are two
-pairs with the same A. Two pairs with different A's, as transformers 4 trained them, become one pair whose rank is the
-sum of their ranks:
+pairs with the same A. Two pairs of rank R with different A's, as transformers 4 trained them, become one of rank 2R:
 
-    A (R1 + R2, in)      = [A_gate; A_up]                   one below the other
-    B (2F, R1 + R2)      = [[B_gate, 0], [0, B_up]]         zeros where gate would read up's rank, and the reverse
-    B @ A (2F, in)       = [B_gate @ A_gate; B_up @ A_up]   exactly the two updates
+    A (2R, in)      = [A_gate; A_up]                    one below the other
+    B (2F, 2R)      = [[B_gate, 0], [0, B_up]]          zeros where gate would read up's rank, and the reverse
+    B @ A (2F, in)  = [B_gate @ A_gate; B_up @ A_up]    exactly the two updates
 """
 
 import warnings
@@ -48,7 +47,7 @@ def sharing_inputs(weights: AdapterWeights) -> AdapterWeights:
     """Return an equal adapter in which gate and up of each expert share one A; itself if they share it already.
 
     Raises:
-        AdapterError: If gate and up are scaled differently, which a single pair cannot express.
+        AdapterError: If gate and up have different ranks or scalings, which this single pair cannot express.
     """
     layout = weights.architecture.family.experts
     for stack, projections in layout.stacks.items() if layout else ():
@@ -101,9 +100,11 @@ def _side_by_side(weights: AdapterWeights, names: list[str]) -> list[LoraPair]:
             f"{names[0]} and {names[1].rpartition('.')[2]}: their ranks or scalings differ, which one fused pair "
             "cannot express. Keep the adapter in the layout per_expert, or merge it."
         )
+    # Twice the rank: alpha grows with it, so that the scaling stays the same.
     rank, total = given[0].rank, len(names) * given[0].rank
     alpha = given[0].alpha * (total / rank) ** (0.5 if weights.rslora else 1.0)
     pairs = [weights.pairs.get(name, replace(given[0], b=torch.zeros_like(given[0].b))) for name in names]
+    # a (2R, in) is shared; b (F, 2R) of each projection has its own R columns, and zeros in the others.
     a = torch.cat([pair.a for pair in pairs])
     result = []
     for number, pair in enumerate(pairs):

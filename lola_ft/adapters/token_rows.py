@@ -38,10 +38,12 @@ class TrainedRows(TrainableTokensLayer):
         if rows is None:
             return result
         rows_KD = rows.rows_KD.to(result.dtype)
+        # Embedding: token ids (B, S) of which those with a trained row get it instead of the frozen one
         if isinstance(base, nn.Embedding):
             is_row_BSK = x[..., None] == rows.ids_K
             own_BSD = rows_KD[is_row_BSK.int().argmax(dim=-1)]
             return torch.where(is_row_BSK.any(dim=-1, keepdim=True), own_BSD, result)
+        # Output head: logits (B, S, V) of which the K trained tokens' are replaced by x (B, S, D) @ rows.T (D, K)
         return result.index_copy(-1, rows.ids_K, x.to(rows_KD.dtype) @ rows_KD.t())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002

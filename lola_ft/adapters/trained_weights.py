@@ -69,7 +69,10 @@ def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]
 
 
 def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return the fully trained weights by their names in a file of a layout."""
+    """Return the fully trained weights by their names in a file of a layout.
+
+    In the layout `peft` the biases of a layer's experts become one stack (E, out), which the base's biases complete.
+    """
     family = weights.architecture.family
     targets = {family.target_of(module, layout) for module in weights.pairs}
     state: dict[str, Tensor] = {}

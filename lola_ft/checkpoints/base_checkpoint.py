@@ -48,12 +48,14 @@ class BaseCheckpoint:
         Raises:
             CheckpointError: If a weight is missing, unknown or of another shape. The message names file and tensor.
         """
+        # 1. All tensors of the files, under Hub names, with fused experts split
         folder = resolve_folder(path, revision)
         config_json, architecture = open_config(folder)
         files = weight_files(folder)
         found, prefix = _named_as_on_the_hub(_find_tensors(files), architecture.family)
         family, (_, head) = architecture.family, architecture.family.embeddings
         found = {entry.name: entry for entry in taken_apart(found.values(), family)}
+        # 2. Sorted into ignored ones (buffers, copies of a tied head), those set aside, and weights
         ignored = {
             name: entry
             for name, entry in found.items()
@@ -62,6 +64,7 @@ class BaseCheckpoint:
         is_set_aside = family.set_aside or (lambda *_: False)
         set_aside = {name: entry for name, entry in found.items() if is_set_aside(name, architecture.config)}
         entries = {name: entry for name, entry in found.items() if name not in ignored and name not in set_aside}
+        # 3. The weights must be the ones that the architecture has, with its shapes.
         _check_tensors(folder, entries, architecture, config_json)
         left_out = sorted(ignored)
         return BaseCheckpoint(

@@ -19,6 +19,7 @@ def taken_apart(entries: Iterable[TensorEntry], family: Family) -> Iterator[Tens
         if not names or len(entry.shape) != 3 or entry.shape[1] % len(names):
             yield entry
             continue
+        # Memory order is expert, then projection: part i belongs to expert i // P and projection i % P.
         num_experts, outputs, inputs = entry.shape
         size = entry.num_bytes // (num_experts * len(names))
         for number in range(num_experts * len(names)):

@@ -163,7 +163,11 @@ def read_fully(fd: int, view: memoryview, file: Path) -> None:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """List the tensors of a safetensors file from its header, and check that the file's length fits the header."""
+    """List the tensors of a safetensors file from its header, and check that the file's length fits the header.
+
+    A file is 8 bytes with the header's length n (little-endian), n bytes of JSON, and the tensors. The JSON gives each
+    tensor's dtype, shape, and first and end byte, counted from byte 8 + n on.
+    """
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)

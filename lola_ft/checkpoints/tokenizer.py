@@ -32,11 +32,7 @@ def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) ->
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a folder's tokenizer, of any model.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
+    """Load a folder's tokenizer without comparing it with a model; raises CheckpointError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

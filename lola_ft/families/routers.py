@@ -76,6 +76,7 @@ class _Choices(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in (torch.topk, torch.Tensor.topk):
             return function(*args, **kwargs)
+        # First pass: record the choice. Later passes: ignore the scores and take the recorded one.
         if not self._complete:
             with torch.no_grad():
                 self._made.append(function(*args, **kwargs).indices)

@@ -79,7 +79,7 @@ def effects_table(effects: Effects, rounding: str) -> Table:
 
 
 def advice(effects: Effects) -> str:
-    """Return a sentence about the rounding to choose; "" if there is no choice."""
+    """Say which rounding to choose; "" if there is no choice."""
     if effects.original_from_4_bit is None:
         return ""
     return (

@@ -110,8 +110,8 @@ def prove(
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
         raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, not the dtype asked for.")
-    # 2. Each tensor of the adapter changes some weight
     adapter = _AdapterFile(stored, base)
+    # 2. Each tensor of the adapter changes some weight
     touched = [name for name in base.entries if adapter.keys_of(name)]
     _check_all_used(adapter, touched)
     # 3. Untouched tensors bit by bit, and the checksums of touched ones

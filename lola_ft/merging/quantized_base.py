@@ -100,6 +100,7 @@ class QuantizedBase(MergeBase):
 
     def _dequantized(self, entry: TensorEntry) -> Tensor:
         """Dequantise a weight, in the orientation of the checkpoint, float32."""
+        # Codes and scales of this weight: of an expert, one row of each stack
         place = self.architecture.places[entry.name]
         parts = [self.stored[part] for part in self.parts_of(entry.name)]
         if place.expert is not None:
@@ -107,6 +108,7 @@ class QuantizedBase(MergeBase):
         tensors = [part.read() for part in parts]
         if place.part is not None:  # gate or up, in that order
             tensors = [tensor[0, ("gate_proj", "up_proj").index(place.part)] for tensor in tensors]
+        # Linear layers were quantised as out×in, so a weight stored in×out is dequantised in that shape and turned.
         packed, absmax, absmax2, offset = (tensor.reshape(-1) for tensor in tensors)
         rows, columns = entry.shape
         shape = (columns, rows) if place.transposed else (rows, columns)
@@ -119,6 +121,7 @@ def _shards(architecture: Architecture, file: Path, dtype: torch.dtype) -> list[
     shards: list[list[TensorEntry]] = [[]]
     size, last = 0, ""
     for name, place in architecture.places.items():
+        # Experts that share a tensor in the file (`own`) stay in one shard.
         num_bytes = torch.Size(place.shape).numel() * dtype.itemsize
         own = architecture.family.in_file(name)
         if size + num_bytes > _SHARD_BYTES and own != last:

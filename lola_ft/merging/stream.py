@@ -92,6 +92,7 @@ class _Update:
         self._deltas, self._written, self._dtype, self._buffers = deltas, written, dtype, buffers
 
     def __call__(self, piece: _Piece) -> _Piece:
+        # own: the base's values in the output dtype; result: the same with the update, if the adapter has one
         name, values = piece.entry.name, piece.values
         used = self._deltas.tensors_for(name)
         own = self._cast(values, self._dtype or piece.entry.dtype)
@@ -110,6 +111,7 @@ class _Update:
             own: The piece without the update, in the output dtype.
         """
         name = piece.entry.name
+        # float32: values + update (or the trained values), then one rounding to the output dtype
         update = self._deltas.update(name, piece.start, piece.values)
         low, high = torch.aminmax(update)
         trained = self._deltas.trained(name, piece.start, piece.values)
@@ -120,6 +122,7 @@ class _Update:
                 f"{piece.entry.file}: tensor '{name}' is not finite after merging: the base holds NaN or infinity, or "
                 f"{own.dtype} is too narrow for the sum. Try --dtype float32."
             )
+        # The update counts as no change if rounding swallows all of it.
         change = 0.0 if torch.equal(merged, own) else max(-low.item(), high.item())
         self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))
         return merged

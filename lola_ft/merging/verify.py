@@ -72,6 +72,7 @@ def _comparable(reference: list[Outputs], result: list[Outputs]) -> tuple[Tensor
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for a, b in zip(reference, result, strict=True):
+        # N scores are ordered by token, then by layer, so score n belongs to token n // L, with L = N / S.
         rerouted_N = (a.choices() != b.choices()).any(-1).tolist()
         first = rerouted_N.index(True) if True in rerouted_N else len(rerouted_N)
         seq = first * len(a.logits_SV) // len(rerouted_N)

@@ -51,11 +51,13 @@ class LolaAttention(nn.Module):
         Args:
             stretches: Stretches of packed documents. Each attends only to itself.
         """
+        # Joint projection (B, S, 3, H, head size), split into query, key and value (B, H, S, head size)
         batch, seq, _ = x_BSD.shape
         qkv = self.c_attn(x_BSD).view(batch, seq, 3, self.num_heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # Attention over the whole row, or over each stretch of packed documents: (B, S, H, head size)
         if stretches is None:
             out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:

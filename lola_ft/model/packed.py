@@ -46,10 +46,12 @@ def stretches_of(position_ids: Tensor) -> list[Stretch] | None:
     most = TOKENS.get(position_ids.device.type, seq)
     if batch != 1 or seq <= most:
         return None
+    # A document starts where a position is not the one before plus 1. bounds: start of each document, end of the row
     is_start_S = torch.cat([position_ids.new_ones(1), position_ids[0].diff() != 1]).bool()
     bounds = [*is_start_S.nonzero()[:, 0].tolist(), seq]
     if len(bounds) == 2:
         return None
+    # Documents are added to a stretch (which began with document `start`) until the next one would make it too long.
     document_S = is_start_S.cumsum(0)
     stretches, start = list[Stretch](), 0
     for place, (begin, end) in enumerate(pairwise(bounds)):

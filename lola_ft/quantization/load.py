@@ -328,6 +328,7 @@ def _put(
     device: torch.device,
 ) -> None:
     """Put a tensor into its place: quantised into the 4-bit module `quantised`, or dense."""
+    # In this order: a 4-bit expert, a 4-bit linear layer, a slice of a dense stack, a correction term, a parameter
     if isinstance(quantised, NF4Experts):
         quantised.load_expert(*_expert(place), tensor)
     elif quantised is not None:

@@ -1,4 +1,4 @@
-"""What an attached adapter trains, and that it is a side path: no effect at first, none once disabled."""
+"""The weights that an attached adapter trains; and that it has no effect when it is new or disabled."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
 from tests.tiny import TINY
 
-# Float32 sums in another order.
+# Float32 sums have another order.
 ROUNDING = 1e-5
 
 ALL = AdapterSettings(attention_rank=4, mlp_rank=6, expert_rank=2, tune_router=True)
@@ -31,7 +31,7 @@ PARAMETERS = {
 
 
 def randomize(model: PeftModel, adapter: str = "default", seed: int = 0) -> PeftModel:
-    """Give an adapter's every tensor random numbers (B is zero at first)."""
+    """Set all of an adapter's tensors to random numbers. (A new B is zero.)"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,7 +41,7 @@ def randomize(model: PeftModel, adapter: str = "default", seed: int = 0) -> Peft
 
 
 def frozen_state(model: PeftModel) -> dict[str, Tensor]:
-    """Every parameter and buffer that is not the adapter's, 4-bit codes and scales included."""
+    """Return every parameter and buffer that is not the adapter's, including 4-bit codes and scales."""
     state = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
     state |= dict(model.named_buffers())
     for name, module in model.named_modules():
@@ -141,7 +141,7 @@ def test_two_active_adapters_add_up(fresh: Callable[..., Any], ids: Tensor, tmp_
         weights[name], alone[name] = adapter_weights(model), model(ids).logits
     model.base_model.set_adapter(["default", "second"])
 
-    # One adapter with both in it: the ranks side by side, each B with its own scaling.
+    # One adapter that holds both: the ranks side by side, each B with its own scaling.
     joined = AdapterWeights(TINY)
     for module, pair in weights["default"].pairs.items():
         other = weights["second"].pairs[module]
@@ -208,7 +208,7 @@ def test_a_4_bit_base_is_not_merged_in_memory(
 def test_a_second_adapter_needs_the_returned_model_and_another_name(
     fresh: Callable[..., Any], everything: AdapterWeights, tmp_path: Path, ids: Tensor
 ) -> None:
-    """The base is changed in place, so that it is no base any more; what was returned takes more, by other names."""
+    """The base is changed in place. So it takes no second adapter, and the returned model takes one by another name."""
     write_adapter(everything, tmp_path / "adapter", "peft")
     base = fresh()
     model = load_adapter(base, tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""`convert`: another layout, the same numbers."""
+"""`convert` writes another layout with the same numbers."""
 
 import subprocess
 import sys

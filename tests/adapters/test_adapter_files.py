@@ -1,4 +1,4 @@
-"""Adapter folders: what is wrong with one is said by name, and writing is all or nothing."""
+"""Adapter folders: errors name what is wrong, and writing is all or nothing."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ E = 4
 
 @pytest.fixture
 def adapter(everything: AdapterWeights, tmp_path: Path) -> Path:
-    """A whole adapter folder, to be damaged."""
+    """A complete adapter folder, for tests to damage."""
     everything.base, everything.base_fingerprint = "someone/lola", "0123456789abcdef"
     return write_adapter(everything, tmp_path / "adapter", "peft")
 
@@ -133,7 +133,7 @@ def test_a_later_version_of_the_layout_is_refused(adapter: Path) -> None:
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors; what the file says of itself stays."""
+    """Change the tensors and keep the file's metadata."""
     file = adapter / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -189,7 +189,7 @@ def test_tensors_changed_after_writing_are_named(
 def test_a_file_of_another_tool_must_hold_all_that_its_config_declares(
     golden_adapter: Path, golden_base: Path, tmp_path: Path
 ) -> None:
-    """One expert's projection is lost with both its factors, which no half pair tells."""
+    """One expert's projection is lost with both its factors, so that no incomplete pair shows it."""
     folder = tmp_path / "authors"
     architecture = architecture_of(LolaConfig.from_pretrained(golden_base))
     shutil.copytree(golden_adapter, folder)
@@ -235,7 +235,7 @@ def test_a_config_declares_modules_by_pefts_rules(config: dict[str, Any], lost: 
 def test_a_kind_of_module_that_the_file_lacks_is_left_out_with_a_warning(
     kept: str, golden_adapter: Path, golden_base: Path, tmp_path: Path
 ) -> None:
-    """The authors' config says `c_proj` and `c_fc`; which modules have them, the file says."""
+    """The authors' config names `c_proj` and `c_fc`. Only the file shows which modules have LoRA."""
     state = load_file(golden_adapter / "adapter_model.safetensors")
     shutil.copy(golden_adapter / "adapter_config.json", tmp_path)
     save_file({key: value for key, value in state.items() if kept in key}, tmp_path / "adapter_model.safetensors")
@@ -272,7 +272,7 @@ def test_only_adapters_that_stock_peft_loads_say_so(
 ) -> None:
     weights = make_weights(**groups)
     assert read_adapter(write_adapter(weights, tmp_path / "one", layout)).loads_with_stock_peft is loads
-    weights.starts_at_rounding_error = True  # stock PEFT would put it on unrounded weights
+    weights.starts_at_rounding_error = True  # stock PEFT would load it onto unrounded weights
     assert not read_adapter(write_adapter(weights, tmp_path / "two", layout)).loads_with_stock_peft
 
 
@@ -287,7 +287,7 @@ def test_an_adapter_of_another_hidden_size_is_refused_with_both_shapes(
         replace(everything, architecture=architecture_of(config)).check_fit()
     message = str(error.value)
     assert_says(message, "transformer.h.0.attn.c_attn: … [64, 192] … [32, 96]")
-    assert message.count("\n") == 6  # five by name, the rest counted
+    assert message.count("\n") == 6  # five by name, the others counted
     assert "… and 25 more" in message
 
 

@@ -1,4 +1,4 @@
-"""What else an adapter may be: its groups' own settings, some experts, router, norms, DoRA, LoftQ, several."""
+"""Options of an adapter: settings per group, selected experts, router, norms, DoRA, LoftQ, several adapters."""
 
 import json
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, UserError
 from tests.tiny import TINY
 
-ROUNDING = 1e-5  # float32 sums in another order
-D, F, E = 64, 128, 4  # of the tiny base, which has MoE layers 1 and 3
+ROUNDING = 1e-5  # float32 sums have another order
+D, F, E = 64, 128, 4  # sizes of the tiny base, which has MoE layers 1 and 3
 SELECTION = ((0, 2), (3,))
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_of_any_rank_survives_the_file(
 def test_only_selected_experts_hold_tensors_and_learn(
     quantization: str | None, fresh: Callable[..., Any], ids: Tensor, tmp_path: Path
 ) -> None:
-    """The same as an adapter of all experts whose others are zero, in outputs and gradients."""
+    """Outputs and gradients equal those of an adapter on all experts that is zero for the others."""
     torch.manual_seed(1)  # LoRA's start decides which experts the tokens reach
     few = add_adapter(fresh(quantization), AdapterSettings(expert_rank=2, selection=SELECTION))
     assert sum(p.numel() for p in few.parameters() if p.requires_grad) == 3 * 2 * 2 * (D + F)
@@ -283,7 +283,7 @@ def test_dora_with_experts_fits_only_the_layout_peft(
     same: Callable[[AdapterWeights, AdapterWeights], None],
     tmp_path: Path,
 ) -> None:
-    """The authors' PEFT makes lengths for all that has LoRA, or for nothing."""
+    """The authors' PEFT makes lengths for all modules with LoRA, or for none."""
     with_experts = make_weights(c_attn=(3, 8.0), up=(2, 8.0), dora=True)
     with pytest.raises(AdapterError, match=r"plain LoRA on others \(.*experts.*\), which the layout per_expert cannot"):
         write_adapter(with_experts, tmp_path / "adapter", "per_expert")
@@ -292,7 +292,7 @@ def test_dora_with_experts_fits_only_the_layout_peft(
     same(read_adapter(tmp_path / "authors").weights(TINY), weights)
     config = json.loads((tmp_path / "authors" / "adapter_config.json").read_text())
     assert (config["use_dora"], config["fan_in_fan_out"]) == (True, True)
-    keys = read_adapter(tmp_path / "authors").entries  # the name that their PEFT (0.11) gives them
+    keys = read_adapter(tmp_path / "authors").entries  # the name in their PEFT (0.11)
     assert "base_model.model.transformer.h.2.mlp.c_proj.lora_magnitude_vector" in keys
 
     write_adapter(weights, tmp_path / "adapter", "peft")
@@ -317,7 +317,7 @@ def test_loftq_brings_the_4_bit_base_closer_to_the_original(
     assert corrected < 0.8 * plain
     share = float(sentence.split("takes away ")[1].split("%")[0])
     assert 15 < share < 100
-    # By the book: the first singular values of the error are gone.
+    # As the paper says, the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
     weight = BaseCheckpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
     error = weight - linear.base_layer.dense_weight(torch.float32)
@@ -351,7 +351,7 @@ def test_loftq_of_selected_experts_does_not_change_the_others(fresh: Callable[..
 def test_adapters_of_one_model_do_not_influence_each_other(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], ids: Tensor, tmp_path: Path
 ) -> None:
-    """Loaded one after another each gives what it gives alone; switched, disabled, summed by weight."""
+    """Loaded one after another, switched, disabled or summed by weight, each gives the same as by itself."""
     mixes = {
         "first": make_weights(c_attn=(4, 8.0), up=(2, 8.0), down=(2, 8.0)),
         "second": make_weights(c_attn=(4, 6.0), up=(2, 4.0), down=(2, 3.0)),

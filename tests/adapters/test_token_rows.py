@@ -1,4 +1,4 @@
-"""Trained rows of special tokens: computed beside the frozen embeddings, stored as stock PEFT has them, merged."""
+"""Trained rows of special tokens: computed without a copy of the embeddings, stored in PEFT's form, merged."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ LABELS = torch.tensor([[3, 310, 8, 9, 317, 2], [310, 310, 4, 5, 6, 317]])
 
 @pytest.fixture(scope="module")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """LOLA's embeddings are its output head; OLMoE's head is a matrix of its own."""
+    """A base with a tied output head (LOLA), and one with an untied head (OLMoE)."""
     return {"lola": tiny_base, "olmoe": make_moe(tmp_path_factory.mktemp("rows") / "olmoe", "olmoe")}
 
 
@@ -46,7 +46,7 @@ def with_rows(base: Path, quantization: str | None = None) -> Any:
 
 
 def by_peft(model: Any) -> None:
-    """Let the layers compute as PEFT has them."""
+    """Make the layers compute as in PEFT."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for module in model.modules():
@@ -140,7 +140,7 @@ def chat_recipe(base: Path, folder: Path, tokens: list[str]) -> Path:
 
 
 def roomy(folder: Path) -> Path:
-    """A tiny LOLA of which the last rows belong to no token."""
+    """A tiny LOLA whose last rows belong to no token."""
     from lola_ft.nano.build import train_tokenizer
     from tests.conftest import make_base
 

@@ -1,4 +1,4 @@
-"""Fully trained biases: what moves, what is stored, what stock PEFT makes of it."""
+"""Fully trained biases: the weights that change, the stored tensors, and loading them with stock PEFT."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from tests.adapters.test_stock_peft import PARITY, load_stock
 from tests.grids import slow_but
 from tests.tiny import TINY, tiny_config
 
-D, F, E = 64, 128, 4  # of the tiny base; MoE layers 1 and 3
+D, F, E = 64, 128, 4  # sizes of the tiny base; MoE layers 1 and 3
 SELECTION = ((0, 2), (3,))
 # Attention's, the dense MLP's and the LayerNorms' in four layers and at the end; those of one expert.
 LINEAR, NORMS, EXPERT = 4 * (3 * D + D) + 2 * (F + D), (4 * 2 + 1) * D, F + D
@@ -37,7 +37,7 @@ LINEAR, NORMS, EXPERT = 4 * (3 * D + D) + 2 * (F + D), (4 * 2 + 1) * D, F + D
 
 @pytest.fixture
 def load(biased_base: Path) -> Callable[..., Any]:
-    """Load the base with random biases anew."""
+    """Load the base with random biases again."""
 
     def load(quantization: str | None = None, dtype: str = "float32") -> Any:
         return load_base(biased_base, quantization=quantization, dtype=dtype, device="cpu", quiet=True)
@@ -46,7 +46,7 @@ def load(biased_base: Path) -> Callable[..., Any]:
 
 
 def move(model: peft.PeftModel, seed: int = 0) -> peft.PeftModel:
-    """Add noise to all that the active adapter trains."""
+    """Add noise to all weights that the active adapter trains."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,7 +168,7 @@ def test_stock_peft_loads_trained_biases(
     ids: Tensor,
     tmp_path: Path,
 ) -> None:
-    """Experts' stacks, too: an untrained expert's row is the base's. Both layouts hold the same numbers."""
+    """Also experts' stacks, in which an untrained expert's row is the base's. Both layouts hold the same numbers."""
     model = move(add_adapter(load(), settings))
     expected = model(ids).logits
     save_adapter(model, tmp_path / "saved", fitting_layout(model))
@@ -192,7 +192,7 @@ def test_stock_peft_loads_trained_biases(
 
 
 def test_per_expert_biases_have_the_authors_names(make_weights: Callable[..., AdapterWeights], tmp_path: Path) -> None:
-    """As their PEFT calls the biases of its Conv1D modules: inside a wrapper where there is one."""
+    """The names are those of the biases of Conv1D modules in their PEFT: inside the wrapper, if there is one."""
     write_adapter(make_weights(biases=True, c_attn=(2, 4.0), up=(2, 4.0)), tmp_path / "adapter", "per_expert")
     keys = {key.removeprefix("base_model.model.") for key in read_adapter(tmp_path / "adapter").entries}
     wanted = ("h.1.moe.experts.3.c_fc.base_layer", "h.1.moe.experts.3.c_proj", "h.0.attn.c_attn.base_layer")
@@ -203,7 +203,7 @@ def test_per_expert_biases_have_the_authors_names(make_weights: Callable[..., Ad
 def test_biases_that_stock_peft_trained_are_read(
     biased_base: Path, load: Callable[..., Any], ids: Tensor, tmp_path: Path
 ) -> None:
-    """It trains no expert's; what it trained is all used."""
+    """Stock PEFT trains no expert's biases. All biases that it trained are used."""
     native = AutoModelForCausalLM.from_pretrained(biased_base, dtype=torch.float32)
     stock = move(peft.get_peft_model(native, peft.LoraConfig(r=2, target_modules=["attn.c_attn"], bias="all")))
     stock.save_pretrained(tmp_path / "adapter")
@@ -258,7 +258,7 @@ def test_a_stack_needs_every_row(make_weights: Callable[..., AdapterWeights], tm
 
 
 def test_adapters_of_one_model_keep_their_own_biases(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
-    """With biases of all and of some experts, with whole norms, and without: each as if it were alone."""
+    """Adapters with biases of all or some experts, with norms, and without biases give the same as by themselves."""
     kinds = {
         "biases": AdapterSettings(attention_rank=2, tune_biases=True),
         "norms": AdapterSettings(expert_rank=2, tune_norms=True, tune_biases=True),

@@ -19,7 +19,7 @@ C_PROJ = "transformer.h.1.moe.experts.2.c_proj.weight"
 
 
 def set_tensor(folder: Any, name: str, tensor: torch.Tensor | None) -> None:
-    """Replace one tensor, or take it out."""
+    """Replace one tensor, or remove it if None."""
     tensors = folder.tensors
     tensors.pop(name, None)
     folder.set_tensors(tensors if tensor is None else tensors | {name: tensor})
@@ -201,7 +201,7 @@ def test_legacy_tensors_are_left_out_and_named(folder: Any) -> None:
 
 
 def test_with_both_a_single_file_and_an_index_the_file_counts_as_in_transformers(folder: Any, tmp_path: Path) -> None:
-    """Else the dense and the 4-bit model of one folder would hold different weights."""
+    """Otherwise the dense and the 4-bit model of one folder would hold different weights."""
     shutil.copy(folder.weights_file, tmp_path / "kept")
     folder.shard()
     shutil.copy(tmp_path / "kept", folder.weights_file)

@@ -1,4 +1,4 @@
-"""Dense decoders of Llama's kind, for comparison: loaded, adapted, packed and merged. Stock libraries are the judge."""
+"""Llama-like dense decoders, for comparison: loaded, adapted, packed and merged. The reference is stock libraries."""
 
 import shutil
 from pathlib import Path

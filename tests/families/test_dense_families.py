@@ -1,4 +1,4 @@
-"""A dense family through the same path as LOLA: trained, stored, opened, merged; what it lacks is refused."""
+"""Dense families on the same path as LOLA: trained, stored, opened, merged. Missing features are refused."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def run(
     dense_bases: dict[str, Path],
     rows_file: Path,
 ) -> tuple[Path, Path]:
-    """A finished run on a 4-bit base, and the base."""
+    """The folders of a finished run on a 4-bit base, and of the base."""
     folder = tmp_path_factory.mktemp(request.param)
     base = dense_bases[request.param]
     return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
@@ -118,7 +118,7 @@ def test_a_run_is_evaluated_and_answers(
 
 @pytest.mark.parametrize("kind", GRID)
 def test_four_bit_layers_hold_the_stored_weights(kind: str, dense_bases: dict[str, Path]) -> None:
-    """Each layer's dense weight is the rounded one, in its own orientation (a square one hides a transposition)."""
+    """Each layer's dense weight is the rounded stored one, not transposed. (A square weight hides a transposition.)"""
     model = lola_ft.load_base(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
     plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind])
     layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -182,7 +182,7 @@ def test_a_stopped_run_resumes_bit_for_bit(run: tuple[Path, Path], rows_file: Pa
     assert (again / file).read_bytes() == (folder / file).read_bytes()
 
 
-# What is asked for, and the key and what the family lacks.
+# The change of a recipe, the key in the message, and the missing feature.
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "experts": ({"adapter": {"experts": {"rank": 4}}}, ("adapter.experts: ", "no experts")),
     "router": ({"router": {"mode": "tuned"}}, ("router.mode: ", "no router")),
@@ -313,7 +313,7 @@ def test_every_option_trains_is_stored_and_merged(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
-    if option != "loftq":  # which belongs on the rounded base
+    if option != "loftq":  # a LoftQ adapter belongs to the rounded base
         stock = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(load_recipe(recipe).base.model), run / "adapter"
         ).eval()
@@ -346,7 +346,7 @@ def test_a_quantised_base_is_cached_and_merged_into(
 def test_a_base_saved_without_its_prefix_keeps_its_names(
     kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """As the Hub's gpt2 and bloom are: the backbone's names only."""
+    """The Hub's gpt2 and bloom are saved like this, with names of the backbone."""
     if run[1].name != kind:
         pytest.skip("the run is of another family")
     bare = Path(shutil.copytree(dense_bases[kind], tmp_path / "bare"))

@@ -1,6 +1,6 @@
-"""A recipe on a mixture of experts of transformers' own: trained, resumed, planned, evaluated, asked, merged, profiled.
+"""Recipes on transformers' mixtures of experts: trained, resumed, planned, evaluated, asked, merged, profiled.
 
-OLMoE in the fast tests, all of them in the slow ones.
+The fast tests use OLMoE, the slow ones all families.
 """
 
 import json
@@ -30,12 +30,12 @@ from tests.families.moe import KINDS
 FILE = Path("adapter") / "adapter_model.safetensors"
 IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT follows patterns that it says it ignores
+pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT applies patterns that its warning calls ignored
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "olmoe"]
 
 
 def moe_recipe(path: Path, kind: str, base: Path, rows: Path, **changes: Any) -> Path:
-    """LoRA on every group but the router, which is tuned with the losses of its authors."""
+    """Write a recipe with LoRA on every group except the router, which is fully trained with its authors' losses."""
     groups = {group: {"rank": 4} for group in KINDS[kind].groups if group != "router"}
     adapter = {"mlp": None, "alpha": 8, "dropout": 0.05} | groups
     routing = FAMILIES[kind].routing
@@ -50,7 +50,7 @@ def run(
     moe_bases: dict[str, Path],
     rows_file: Path,
 ) -> tuple[Path, str]:
-    """A finished run on a 4-bit base, packed and with gradient checkpointing; and its kind."""
+    """The folder of a finished run on a 4-bit base, packed and with gradient checkpointing; and its kind."""
     folder, kind = tmp_path_factory.mktemp(request.param), request.param
     return train(load_recipe(moe_recipe(folder / "recipe.yaml", kind, moe_bases[kind], rows_file))), kind
 

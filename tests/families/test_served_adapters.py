@@ -1,7 +1,7 @@
-"""The names in an adapter's file are those that vLLM and SGLang look for in mixtures of experts.
+"""The names in an adapter's file are those that vLLM and SGLang read for mixtures of experts.
 
-Neither is installed here. What they read is written down as patterns: for vLLM one pair of matrices per expert, or
-PEFT's two stacks per layer; for SGLang one pair per expert.
+Neither of them is needed here. The names that they read are written as patterns: for vLLM one pair of matrices per
+expert, or PEFT's two stacks per layer; for SGLang one pair per expert.
 """
 
 import re

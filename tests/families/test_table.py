@@ -1,4 +1,4 @@
-"""The table of families: complete, the only place that names their tensors, and what `lola-ft families` prints."""
+"""The table of families: complete, the only place with their tensors' names, and printed by `lola-ft families`."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.families.moe import COMMON, KINDS
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "lola_ft"
-NAMES_ALLOWED = ("families", "model", "standalone")  # the native model and the code beside a merged one are LOLA's own
+NAMES_ALLOWED = ("families", "model", "standalone")  # the native model and the exported code are LOLA's own
 SMALL: dict[str, dict[str, Any]] = {
     "lola_v1": {"n_layer": 2},
     "gpt2": {"n_layer": 2},
@@ -57,7 +57,7 @@ def test_targets_norms_and_biases_are_those_of_the_places(family: Family) -> Non
         assert (target is not None) == lora, name
         assert not lora or str(target).removesuffix(".weight") in family.targets.get(place.group, family.expert_targets)
     assert bool(architecture.norm_modules) == ("norms" in family.fully)
-    assert not architecture.bias_names or "biases" in family.fully  # a config decides whether there are any
+    assert not architecture.bias_names or "biases" in family.fully  # the config decides about biases
     assert bool(family.experts) == bool(family.routing) == bool(architecture.sizes.moe_layers)
 
 
@@ -75,7 +75,7 @@ def test_a_config_of_given_sizes_has_these_sizes(family: Family) -> None:
 
 
 def words_of(family: Family) -> set[str]:
-    """The model type, and parts of names of tensors that are no plain English (`c_attn`, `w1`, `input_layernorm`)."""
+    """Return the model type, and parts of tensor names that are not English (`c_attn`, `w1`, `input_layernorm`)."""
     parts = {part for name in architecture_of(small_config(family)).places for part in name.split(".")}
     odd = {part for part in parts if re.search(r"_|[a-z]\d", part)} | parts & {"wte", "wpe"}
     field_words = {"gate_proj", "up_proj", "down_proj", "shared_experts", "shared_expert", "self_attn"}

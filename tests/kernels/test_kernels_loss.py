@@ -1,6 +1,6 @@
-"""The loss without a whole batch of logits, against F.cross_entropy.
+"""The loss without a whole batch of logits, compared with F.cross_entropy.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary.
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from lola_ft.kernels.loss import labelled_cross_entropy
 def make_batch(
     batch: int = 3, seq: int = 20, hidden: int = 16, vocab: int = 50, labelled: float = 0.6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, head and labels of which about a share is labelled."""
+    """Return hidden states, head and labels, of which about the share `labelled` is not -100."""
     generator = torch.Generator().manual_seed(seq)
     x = torch.randn(batch, seq, hidden, generator=generator).requires_grad_()
     head = torch.randn(vocab, hidden, generator=generator).requires_grad_()
@@ -51,7 +51,7 @@ def test_chunk_boundaries_do_not_change_loss_and_gradients(rows: int) -> None:
     expected = with_gradients(plain(x, head, labels), x, head)
     actual = with_gradients(labelled_cross_entropy(x, head, labels), x, head)
     for got, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # sums over 513 rows in another order
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # sums over 513 rows have another order
 
 
 def test_the_gradient_is_scaled_by_the_incoming_gradient() -> None:
@@ -116,19 +116,19 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_give_a_float32_loss(dtype: torch.dtype) -> None:
-    """Softmax and sum are float32; states, head and their gradients are as given."""
+    """Softmax and sum are float32. States, head and their gradients keep their dtype."""
     x, head, labels = make_batch()
     expected = with_gradients(plain(x, head, labels), x, head)
     x16, head16 = x.detach().to(dtype).requires_grad_(), head.detach().to(dtype).requires_grad_()
     actual = with_gradients(labelled_cross_entropy(x16, head16, labels), x16, head16)
     assert [tensor.dtype for tensor in actual] == [torch.float32, dtype, dtype]
     for got, wanted in zip(actual, expected, strict=True):
-        # 8 bits of mantissa in what is multiplied, relative to the largest entry; seen: 0.007.
+        # Relative to the largest entry, with 8 bits of mantissa in the factors. Measured: 0.007.
         assert (got.float() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_bfloat16_states_and_a_float32_head_keep_their_dtypes() -> None:
-    """The mixture that autocast leaves behind: the last norm in bfloat16, embeddings in float32."""
+    """The dtypes under autocast: the last norm in bfloat16, embeddings in float32."""
     x, head, labels = make_batch()
     x16 = x.detach().to(torch.bfloat16).requires_grad_()
     expected = with_gradients(plain(x16.float(), head, labels), x16, head)
@@ -140,7 +140,7 @@ def test_bfloat16_states_and_a_float32_head_keep_their_dtypes() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operation returns."""
+    """Records the largest number of elements that an operation returns."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()

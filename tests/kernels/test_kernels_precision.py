@@ -1,4 +1,4 @@
-"""What two models are compared in."""
+"""The dtype in which two models are compared."""
 
 import pytest
 import torch

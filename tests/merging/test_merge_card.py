@@ -18,7 +18,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def in_a_run(adapter: Path, run: Path, quantization: str = "nf4") -> Path:
-    """The adapter as a run holds it, with what the run recorded."""
+    """Put the adapter into a run's folder, with the records of a run."""
     run.mkdir()
     adapter.rename(run / "adapter")
     languages = {"sw": {"kept": 1200, "trained_tokens": 5}, "de": {"kept": 30, "trained_tokens": 5}}
@@ -35,7 +35,7 @@ def test_the_card_says_what_was_done(tiny_base: Path, adapter: Path, tmp_path: P
     card = (tmp_path / "merged" / "README.md").read_text()
     header = ModelCard(card).data
     assert (header.license, header.language) == ("cc-by-4.0", ["de", "sw"])
-    assert (header.library_name, header.base_model) == ("transformers", None)  # a folder is no base to others
+    assert (header.library_name, header.base_model) == ("transformers", None)  # a local folder is not named as a base
     assert f"fingerprint `{report.base_fingerprint}`" in card
     assert "58 of 58 adapter tensors found exactly once" in card
     assert "| sw | 1,200 | 5 |\n| de | 30 | 5 |" in card

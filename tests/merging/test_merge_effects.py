@@ -1,4 +1,4 @@
-"""What rounding does: measured on the three models, or said to be left out."""
+"""The effects of rounding: measured on the three models, or reported as left out."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -19,7 +19,7 @@ def outputs(logits: list[list[float]], ids: list[int]) -> list[Outputs]:
 
 
 def test_effects_equal_the_values_computed_by_hand() -> None:
-    """Two tokens of three; the first predicts the second, by hand."""
+    """Two tokens of a vocabulary of three, where the first predicts the second."""
     ids = [0, 1]
     one = outputs([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]], ids)
     two = outputs([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0]], ids)

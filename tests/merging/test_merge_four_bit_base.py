@@ -1,4 +1,4 @@
-"""A merge into a base of which only the 4-bit form is there."""
+"""A merge into a base whose 4-bit form is the only one available."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def test_a_merge_into_the_4_bit_base_equals_rounding_nf4(
 
 @pytest.mark.slow
 def test_trained_biases_are_merged_into_a_4_bit_base(biased_base: Path, tmp_path: Path) -> None:
-    """Experts' biases are rows of a stack there; those of experts that were left out stay what they are."""
+    """Experts' biases are rows of a stack there. Rows of experts without trained biases do not change."""
     four_bit = quantize_base(biased_base, "float32", quiet=True)
     torch.manual_seed(0)
     settings = AdapterSettings(expert_rank=2, tune_biases=True, selection=((0, 2), (3,)))

@@ -1,4 +1,4 @@
-"""Three threads, one order: nothing lost, nothing twice, and an error anywhere ends all."""
+"""The pipeline keeps the order with three threads, loses and repeats nothing, and ends at any error."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The proof from the files, and every way to break a merge that it must see."""
+"""The proof from the files, and every kind of damage that it must find."""
 
 import json
 import zlib
@@ -30,7 +30,7 @@ EXPERT = "transformer.h.3.moe.experts.1.c_fc.weight"
 
 
 def reproved(base: Path, adapter: Path, merged: Path, rounding: str = "base") -> WeightProof:
-    """The proof of a folder as it is now, as if it had been written so."""
+    """Return the proof of a folder in its present state, with checksums to match."""
     source, stored = CheckpointBase.open(BaseCheckpoint.open(base), rounding), read_adapter(adapter)
     checksums = crc_of(merged)
     return prove(source, stored, merged, None, checksums)
@@ -106,7 +106,7 @@ def test_an_expert_that_was_not_reached_is_told_from_one_below_rounding(
     tmp_path: Path,
     verb: Callable[..., Any],
 ) -> None:
-    """Its B stays zero: no output dtype would show anything, and none is recommended."""
+    """An unused expert's B stays zero. No output dtype would show an update, and none is recommended."""
     experts = [module for module in weights.pairs if ".h.3.moe.experts.2." in module]
     for module in experts:
         weights.pairs[module].b.zero_()
@@ -191,7 +191,7 @@ def test_an_update_applied_twice_or_not_at_all_is_found(
 def test_one_wrong_byte_on_disk_is_found(
     name: str, what: str, tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is: also in a weight, or a row of one, that no sample looks at."""
+    """The byte may be anywhere, also in a weight or a row that is not recomputed."""
     module = import_module("lola_ft.merging.merge")
     right = module.prove
 
@@ -213,7 +213,7 @@ def test_one_wrong_byte_on_disk_is_found(
 def test_an_expert_read_from_the_wrong_slice_is_found(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B read expert-slowest has the right shape, and every tensor is applied once."""
+    """B read as expert-slowest has the right shape, and every tensor is applied once."""
     module = import_module("lola_ft.merging.deltas")
     monkeypatch.setattr(module, "split_b", lambda b, experts: b.reshape(len(b), experts, -1).permute(1, 0, 2))
     with pytest.raises(CheckpointError, match=r"experts\.\d\.c_\w+\.weight' is not base plus update"):
@@ -229,7 +229,7 @@ def test_a_key_that_belongs_to_no_weight_is_an_error(tiny_base: Path, adapter: P
         prove(base, stored, tmp_path / "merged", None, crc_of(tmp_path / "merged"))
 
 
-# What it is made of
+# Parts of the proof
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`torch.compile` of a model: the same numbers, and it leaves out only what says so itself."""
+"""`torch.compile` of a model: the same numbers, with graph breaks only at functions that ask for them."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-# Float32 sums in another order, over 4 layers.
+# Float32 sums have another order, over 4 layers.
 ROUNDING = 1e-5
 
 
@@ -102,7 +102,7 @@ def test_sampling_follows_the_seed_and_beams_find_no_worse(model: LolaForCausalL
 
 
 def log_likelihood(model: LolaForCausalLM, ids: Tensor) -> float:
-    """Of the eight tokens after the prompt."""
+    """Return the log-likelihood of the eight tokens after the prompt."""
     with torch.no_grad():
         log_probs = model(ids).logits.log_softmax(-1)[:, :-1]
     return float(log_probs.gather(-1, ids[:, 1:, None])[:, -8:].sum())
@@ -115,7 +115,7 @@ def test_generation_stops_with_a_message_at_the_last_position(model: LolaForCaus
 
 
 def test_left_padding_may_be_wider_than_the_context(model: LolaForCausalLM) -> None:
-    """What counts is the position of real tokens."""
+    """Only the positions of real tokens count."""
     ids, mask = left_padded([prompt(50, 1)])
     ids, mask = (torch.nn.functional.pad(t, (10, 0)) for t in (ids, mask))
     wide = model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)
@@ -135,7 +135,7 @@ def test_eager_and_sdpa_attention_agree(make_model: Callable[..., LolaForCausalL
         assert weights_BHSS.shape == (2, 4, 14, 14)
         sums = weights_BHSS.sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums))
-        # Padding itself attends to anything; real tokens neither ahead nor to padding.
+        # Padding may attend to anything. Real tokens attend neither to later tokens nor to padding.
         assert (weights_BHSS[1].triu(1) == 0).all()
         assert (weights_BHSS[0, :, 8:].triu(9) == 0).all()
         assert (weights_BHSS[0, :, 8:, :8] == 0).all()
@@ -145,7 +145,7 @@ def test_eager_and_sdpa_attention_agree(make_model: Callable[..., LolaForCausalL
 def test_attention_equals_the_plain_formula(
     options: dict[str, bool], make_model: Callable[..., LolaForCausalLM]
 ) -> None:
-    """GPT-2's attention: softmax(q k / sqrt(d)) v, d a head's width; optionally unscaled, or by layer number too."""
+    """GPT-2's attention: softmax(q k / sqrt(d)) v for heads of width d; optionally not scaled, or also by layer."""
     attention = make_model(**options).transformer.h[2].attn
     x = torch.randn(1, 9, 64)
     with torch.no_grad():
@@ -222,7 +222,7 @@ for arguments, real in ((padded, mask.bool()), (packed, torch.ones_like(mask).bo
 
 @pytest.mark.slow
 def test_flex_attention_agrees_with_sdpa_where_it_is_not_compiled() -> None:
-    """In padded and in packed batches; compiled, it needs a GPU."""
+    """In padded and in packed batches. Compiled flex attention needs a GPU."""
     off = {"TORCHDYNAMO_DISABLE": "1", "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FLEX], capture_output=True, text=True, env=os.environ | off, check=True

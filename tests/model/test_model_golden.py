@@ -16,17 +16,17 @@ from lola_ft.families import architecture_of
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.router import load_balancing_loss
 
-# Float32 sums in another order, seen as 1.1e-6.
+# Float32 sums have another order; measured: 1.1e-6.
 ROUNDING = 3e-6
-# From token 60 of the flattened batch on, the recorded base values carry noise of the authors' run itself, up to 2.7e-5
-# in logits (the `lora.` values of the same tokens agree to 1e-6). Issue limit: 1e-4.
+# From token 60 of the flattened batch on, the recorded base values have noise of the authors' run itself, up to 2.7e-5
+# in logits. (The `lora.` values of the same tokens agree to 1e-6.) The limit to meet is 1e-4.
 EXACT_TOKENS = 60
 NOISE = 5e-5
 
 
 @pytest.fixture(scope="module")
 def ran(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> Any:
-    """The golden batch through the native model, with gradients by parameter name."""
+    """The native model's output for the golden batch, and its gradients by parameter name."""
     golden_model.zero_grad()
     output = golden_model(
         golden["input_ids"],
@@ -67,7 +67,7 @@ def test_router_logits_and_choices_equal_the_authors(ran: Any, golden: dict[str,
     assert len(ran.output.router_logits) == len(expected) == 2
     for actual_TE, expected_TE in zip(ran.output.router_logits, expected, strict=True):
         assert actual_TE.dtype == torch.float32
-        # Router logits are ten times the size of hidden states, and so is their noise.
+        # Router logits, and so their noise, are ten times as large as hidden states.
         assert_close(actual_TE[:EXACT_TOKENS], expected_TE[:EXACT_TOKENS], atol=10 * ROUNDING, rtol=1e-5)
         assert_close(actual_TE, expected_TE, atol=5 * NOISE, rtol=1e-4)
         assert torch.equal(actual_TE.argmax(-1), expected_TE.argmax(-1))
@@ -81,9 +81,9 @@ def test_every_gradient_equals_the_authors(ran: Any, golden: dict[str, Tensor], 
         grad = ran.grads[place.parameter]
         grad = grad if place.expert is None else grad[place.expert]
         grad = grad.t() if place.transposed else grad
-        # The authors' loop skips an expert without tokens, which leaves its gradient unset; ours is then zero.
+        # The authors' loop skips an expert without tokens, so it has no gradient. The native model's is zero.
         expected = golden.get(f"base.grad.{name}", torch.zeros_like(grad))
-        # Noise of the recorded run (see above), relative to the tensor's largest gradient; seen: 2.1e-5.
+        # Noise of the recorded run (see above), relative to the tensor's largest gradient; measured: 2.1e-5.
         limit = 5e-5 * float(expected.abs().max())
         assert_close(grad, expected, atol=limit, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     recorded = {key.removeprefix("base.grad.") for key in golden if key.startswith("base.grad.")}

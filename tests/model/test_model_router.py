@@ -1,4 +1,4 @@
-"""The router: top-1 by softmax, not renormalised, in float32; its balancing loss against plain loops."""
+"""The router: top-1 by softmax, not renormalised, in float32; its losses compared with plain loops."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def test_the_output_is_the_experts_scaled_by_the_probability(make_model: Callabl
 
 
 def plain_loss(router_logits: list[torch.Tensor], real: list[bool]) -> float:
-    """E * sum_e f_e * P_e a layer, summed over the layers, over real tokens."""
+    """Return E * sum_e f_e * P_e over real tokens per layer, summed over the layers."""
     total = 0.0
     for logits in router_logits:
         rows = [row.softmax(-1).tolist() for row, keep in zip(logits, real, strict=True) if keep]

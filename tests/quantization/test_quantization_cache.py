@@ -1,4 +1,4 @@
-"""The quantised base on disk: bit-equal, found by itself, and never trusted when its source is another."""
+"""The quantised base on disk: bit-equal, found without being named, and never used for another source."""
 
 import json
 import os
@@ -19,7 +19,7 @@ IDS = torch.arange(6, 46).view(2, 20)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """A cache folder for one test."""
     monkeypatch.setenv("LOLA_FT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -32,7 +32,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled with a word each time that weights are quantised anew."""
+    """A list that gets a word each time that weights are quantised again."""
     calls: list[str] = []
     original: Callable[..., None] = load._stream
 
@@ -66,7 +66,7 @@ def test_another_dtype_is_another_cache(base: Path, quantised: list[str]) -> Non
 
 
 def test_a_changed_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
-    """Even if the change keeps the file's size and misses every sampled value."""
+    """Also if the change keeps the file's size and all sampled values."""
     quantize_base(base, "float32", quiet=True)
     state = load_file(base / "model.safetensors")
     state["transformer.h.1.moe.experts.0.c_fc.weight"][3, 5] += 1.0
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_no_cache(base: Path, own_cache: Path, monkeypatch: p
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Every code, scale and dense value equal to the bit, and so the logits."""
+    """Assert that every code, scale and dense value, and the logits, are bit-equal."""
     modules = dict(other.named_modules())
     compared = 0
     for name, module in one.named_modules():

@@ -1,4 +1,4 @@
-"""The 4-bit linear layer: bitsandbytes' bits in its weight, a forward and backward of our own."""
+"""The 4-bit linear layer: bitsandbytes' bits in its weight, lola_ft's own forward and backward."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIZES = [(64, 192), (96, 32), (100, 160), (160, 100), (10, 6)]
 
 
 def make_layer(in_features: int = 64, out_features: int = 192) -> tuple[NF4Linear, Tensor]:
-    """A frozen layer and the dense weight (out, in) that it was quantised from."""
+    """Return a frozen layer and the dense weight (out, in) that it was quantised from."""
     generator = torch.Generator().manual_seed(in_features)
     layer = NF4Linear(in_features, out_features)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.1
@@ -26,7 +26,7 @@ def make_layer(in_features: int = 64, out_features: int = 192) -> tuple[NF4Linea
 
 
 def run(layer: Callable[[Tensor], Tensor], in_features: int = 64) -> list[Tensor]:
-    """Output, and gradient of the input."""
+    """Return the output and the gradient of the input."""
     x = torch.randn(2, 5, in_features, generator=torch.Generator().manual_seed(1)).requires_grad_()
     out = layer(x)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
@@ -35,7 +35,7 @@ def run(layer: Callable[[Tensor], Tensor], in_features: int = 64) -> list[Tensor
 def test_the_weight_is_bitsandbytes_own() -> None:
     layer, weight = make_layer()
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    assert isinstance(layer, bnb.nn.Linear4bit)  # PEFT and others recognise it
+    assert isinstance(layer, bnb.nn.Linear4bit)  # PEFT and other tools recognise this class
     assert isinstance(layer.weight, bnb.nn.Params4bit)
     assert torch.equal(layer.weight.data, packed)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -48,7 +48,7 @@ def test_the_weight_is_bitsandbytes_own() -> None:
 def test_forward_and_backward_equal_a_dense_layer_of_the_same_values(in_features: int, out_features: int) -> None:
     layer, weight = make_layer(in_features, out_features)
     dense = layer.dense_weight(torch.float32)
-    # NF4 of normal values keeps most of them: the error's standard deviation is about a tenth of theirs.
+    # For normal values, the standard deviation of NF4's error is about a tenth of theirs.
     assert (dense - weight).std() < 0.15 * weight.std()
     expected = run(lambda x: F.linear(x, dense, layer.bias), in_features)
     for got, wanted in zip(run(layer, in_features), expected, strict=True):
@@ -82,7 +82,7 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_evaluation_changes_neither_training_nor_dequantising(forced: bool) -> None:
-    """Upstream's evaluation forward repacks the weight on CPUs with AVX512-BF16; `forced` claims to be one."""
+    """bitsandbytes' evaluation forward repacks the weight on CPUs with AVX512-BF16. `forced` simulates such a CPU."""
     layer, _ = make_layer()
     assert not layer.support_avx512bf16_for_cpu
     layer.support_avx512bf16_for_cpu = forced
@@ -140,7 +140,7 @@ def test_nothing_dense_is_kept_for_backward(saved_bytes: Any) -> None:
     layer, weight = make_layer(256, 512)
     x = torch.randn(4, 256, requires_grad=True)
     with saved_bytes(x, layer.weight, layer.bias) as saved:
-        out = layer(x).square()  # the square keeps the output, so that something is seen
+        out = layer(x).square()  # the square saves the output, so that there are bytes to count
     saved.add_contexts(out)
     assert saved.total == out.numel() * 4 < weight.numel() * 4 / 50
 

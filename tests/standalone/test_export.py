@@ -1,4 +1,4 @@
-"""`lola-ft export` and merged folders: what lies in them, what is refused, and which class loads them."""
+"""`lola-ft export` and merged folders: their files, refused inputs, and the class that loads them."""
 
 import ast
 import json
@@ -105,7 +105,7 @@ def test_export_copies_onto_another_disk(
 
 
 def test_a_merged_model_is_exported_whole(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
-    """One that an earlier version wrote: without code, and naming the authors'."""
+    """The model is one that an earlier version merged: without code, and with a config that names the authors' code."""
     merge(tiny_base, tiny_adapter, tmp_path / "merged", check=False)
     for name in FILES:
         (tmp_path / "merged" / name).unlink()
@@ -128,7 +128,7 @@ def test_other_code_is_kept_and_reported(folder: Folder, tmp_path: Path, verb: C
     assert "Kept modeling_lola_gpt2.py; config.json now names lola_ft's code." in done.out
     assert (tmp_path / "lola" / "modeling_lola_gpt2.py").read_text() == "# theirs\n"
     assert config_of(tmp_path / "lola")["auto_map"] == theirs | dict(LOLA.auto_map)
-    # An export of the export finds nothing else, and writes the same.
+    # An export of the export finds no other code and writes the same.
     export(tmp_path / "lola", tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path / "lola")
 
@@ -155,7 +155,7 @@ def test_unsupported_settings_are_refused_when_exporting(
 
 @pytest.mark.parametrize("expected", UNSUPPORTED)
 def test_unsupported_settings_are_refused_when_loading(expected: str, golden_export: Path, tmp_path: Path) -> None:
-    """By the config class beside the weights: a config may be changed after it was written."""
+    """The config class beside the weights refuses them, because a config may be changed after it was written."""
     own = get_class_from_dynamic_module(LOLA.auto_map["AutoConfig"], golden_export)
     assert own is not LolaConfig
     (tmp_path / "config.json").write_text(json.dumps(config_of(golden_export) | UNSUPPORTED[expected]))

@@ -1,6 +1,6 @@
-"""The code beside the weights computes what the authors' own code computed, on three versions of transformers.
+"""The code beside the weights gives the numbers of the authors' own code, on three versions of transformers.
 
-Each runs in a process of its own, without lola_ft (`drive.py`).
+Each version runs in its own process, without lola_ft (`drive.py`).
 """
 
 import sys
@@ -18,9 +18,9 @@ from lola_ft.families import architecture_of
 from lola_ft.model import LolaForCausalLM
 from tests.standalone.conftest import GOLDEN, OLD_VERSIONS, TEMPLATE, Found, python_with
 
-# The recorded base values carry noise of the authors' run itself: see tests/model/test_model_golden.py.
+# The recorded base values have noise of the authors' run itself; see tests/model/test_model_golden.py.
 NOISE = 5e-5
-# Float32 sums in another order.
+# Float32 sums have another order.
 ROUNDING = 1e-5
 TODAY = "today's"
 
@@ -35,7 +35,7 @@ def found(request: pytest.FixtureRequest, drive: Callable[[str], Found]) -> Foun
 
 @pytest.fixture(scope="module")
 def native(golden: dict[str, Tensor]) -> dict[str, Any]:
-    """The golden batch through the native model: its output, and the gradient of each tensor of the Hub."""
+    """The native model's output for the golden batch, and the gradient of each Hub tensor."""
     model: LolaForCausalLM = AutoModelForCausalLM.from_pretrained(GOLDEN / "base").eval()
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     output = model(**batch, output_router_logits=True, output_hidden_states=True)
@@ -84,7 +84,7 @@ def test_losses_equal_the_authors(
 
 @pytest.mark.parametrize("pass_", ["sdpa", "eager", "checkpointed"])
 def test_every_gradient_equals_the_native_models(found: Found, pass_: str, native: dict[str, Any]) -> None:
-    """Of loss and balancing loss; the native model's gradients are held to the authors' in tests/model."""
+    """Gradients of loss and balancing loss. tests/model compares the native model's gradients with the authors'."""
     own = {name.partition(".grad.")[2]: grad for name, grad in found.tensors.items() if f"{pass_}.grad." in name}
     assert own.keys() == native["grads"].keys()
     for name, expected in native["grads"].items():
@@ -126,6 +126,6 @@ def test_tokenizer_and_pipeline_work_without_lola_ft(found: Found, tiny_base: Pa
 
 
 def test_stock_peft_loads_and_merges_the_authors_adapter(found: Found, golden: dict[str, Tensor]) -> None:
-    """Made on one module per expert, as the layout `per_expert` is."""
+    """The adapter has the layout `per_expert`, with one module per expert."""
     assert_close(found.tensors["lora.logits"], golden["lora.logits"], atol=ROUNDING, rtol=1e-4)
     assert_close(found.tensors["merged.logits"], golden["merged.logits"], atol=ROUNDING, rtol=1e-4)
