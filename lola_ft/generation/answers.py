@@ -125,8 +125,8 @@ def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> lis
     """Group prompts' places, shortest first; a prompt that leaves too little room for an answer gets its own batch."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     roomy = [place for place in order if len(prompts[place]) <= longest]
-    alone = [[place] for place in order if len(prompts[place]) > longest]
-    return [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)] + alone
+    single = [[place] for place in order if len(prompts[place]) > longest]
+    return [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)] + single
 
 
 def _seed(sampling: Sampling) -> None:

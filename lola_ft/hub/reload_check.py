@@ -63,7 +63,7 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
     actual = _logits(load_adapter(model, staged))
     if torch.equal(plain, actual):
         raise PublishError(
-            f"{source}: the adapter changes nothing: the base alone gives the same logits. Was it trained?"
+            f"{source}: the adapter changes nothing: the base without it gives the same logits. Was it trained?"
         )
     return _compare(expected, actual, dtype)
 

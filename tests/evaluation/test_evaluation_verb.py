@@ -83,7 +83,7 @@ def test_a_base_reads_what_the_run_reads(
     data = ("--data", rows_file, "--format", "alpaca", "--language", "en", "--max-rows", "4")
     outcome = verb("evaluate", tiny_base, run, *data, "--out", tmp_path / "both")
     assert outcome.code == 0, outcome.err
-    assert "the template that the other models were trained with" in outcome.err
+    assert "written with the template that the other models were trained with" in outcome.err
     file = run / "adapter" / "prompt_template.jinja"
     alone = verb("evaluate", tiny_base, *data, "--template", file, "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
@@ -95,7 +95,7 @@ def test_a_base_reads_what_the_run_reads(
     shutil.copytree(run / "adapter", other)
     (other / "prompt_template.jinja").write_text("Say: {{ prompt }}")
     three = verb("evaluate", tiny_base, run, other, "--base", tiny_base, *data)
-    assert "prompts are given without a template (plain)" in three.err, "two templates: neither is the base's"
+    assert "prompts are written without a template (plain)" in three.err, "two templates: neither is the base's"
 
 
 def test_other_forms_of_the_base_are_told(verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_long_prompts_are_skipped_or_cut(
     assert report["results"]["chrf"]["all"]["rows"] == 2
     cut = verb("evaluate", tiny_base, *long_rows, "--overlong", "truncate", "--out", tmp_path / "cut")
     assert cut.code == 0, cut.err
-    assert "2 prompts are too long; their beginning: en 1, sw 1." in cut.out
+    assert "2 prompts are too long; their beginning is cut: en 1, sw 1." in cut.out
     answers = [
         [json.loads(line) for line in (tmp_path / name / "generate_rows.jsonl").read_text().splitlines()]
         for name in ("skipped", "cut")

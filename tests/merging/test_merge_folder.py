@@ -377,7 +377,9 @@ def test_a_head_of_its_own_is_not_dropped_in_silence(
 
 def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Path], adapter: Path) -> None:
     base = copy_base("base")
-    with pytest.raises(UserError, match=r"config\.json/merged: cannot be written there, .*config\.json is no folder"):
+    with pytest.raises(
+        UserError, match=r"config\.json/merged: cannot be written, because .*config\.json is not a folder"
+    ):
         merge(base, adapter, base / "config.json" / "merged", check="none")
 
 
