@@ -188,7 +188,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'swahil.jsonl'}: no such file. Did you mean '{near}'?"
     with pytest.raises(DataError) as caught:
         read_rows(Source("text", str(tmp_path / "data" / "x.jsonl")))
-    assert str(caught.value).endswith(f"no such file. There is no folder '{tmp_path / 'data'}' either.")
+    assert str(caught.value).endswith(f"no such file. The folder '{tmp_path / 'data'}' does not exist either.")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_a_lack_of_room_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "BASE_BYTES", 10**18)
     for name, look in (("disk", probes.disk_space), ("memory", probes.free_memory)):
         check = examine(name, look, "Free some.", core=False)
-        assert (check.status, check.mend) == ("missing", "Free some.")
+        assert (check.status, check.advice) == ("missing", "Free some.")
 
 
 def test_dead_gradients_fail_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

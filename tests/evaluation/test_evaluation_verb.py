@@ -83,7 +83,7 @@ def test_a_base_reads_what_the_run_reads(
     data = ("--data", rows_file, "--format", "alpaca", "--language", "en", "--max-rows", "4")
     outcome = verb("evaluate", tiny_base, run, *data, "--out", tmp_path / "both")
     assert outcome.code == 0, outcome.err
-    assert "by the template that the others were trained with" in outcome.err
+    assert "written with the template that the other models were trained with" in outcome.err
     file = run / "adapter" / "prompt_template.jinja"
     alone = verb("evaluate", tiny_base, *data, "--template", file, "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
@@ -95,7 +95,7 @@ def test_a_base_reads_what_the_run_reads(
     shutil.copytree(run / "adapter", other)
     (other / "prompt_template.jinja").write_text("Say: {{ prompt }}")
     three = verb("evaluate", tiny_base, run, other, "--base", tiny_base, *data)
-    assert "prompts are given as they are (plain)" in three.err, "two templates: neither is the base's"
+    assert "prompts are written without a template (plain)" in three.err, "two templates: neither is the base's"
 
 
 def test_other_forms_of_the_base_are_told(verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
@@ -269,13 +269,13 @@ def test_long_prompts_are_skipped_or_cut(
 ) -> None:
     skipped = verb("evaluate", tiny_base, *long_rows, "--overlong", "skip", "--out", tmp_path / "skipped")
     assert skipped.code == 0, skipped.err
-    assert "2 rows are skipped, their prompts are too long: en 1, sw 1." in skipped.out
+    assert "2 rows are skipped because their prompts are too long: en 1, sw 1." in skipped.out
     report = read(tmp_path / "skipped/generate.json")
     assert report["overlong"] == {"policy": "skip", "rows": {"en": 1, "sw": 1}}
     assert report["results"]["chrf"]["all"]["rows"] == 2
     cut = verb("evaluate", tiny_base, *long_rows, "--overlong", "truncate", "--out", tmp_path / "cut")
     assert cut.code == 0, cut.err
-    assert "2 prompts are too long and lose their beginning: en 1, sw 1." in cut.out
+    assert "2 prompts are too long; their beginning is cut: en 1, sw 1." in cut.out
     answers = [
         [json.loads(line) for line in (tmp_path / name / "generate_rows.jsonl").read_text().splitlines()]
         for name in ("skipped", "cut")

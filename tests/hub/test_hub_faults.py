@@ -182,5 +182,5 @@ def test_somebody_elses_commit_in_between_is_found_out(
         return ours
 
     monkeypatch.setattr(type(repo), "commit", then_another)
-    with pytest.raises(PublishError, match="somebody else changed it"):
+    with pytest.raises(PublishError, match="so someone else changed it"):
         send()

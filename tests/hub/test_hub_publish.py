@@ -166,7 +166,7 @@ def test_dry_run_shows_everything_and_asks_the_hub_nothing(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"base_id": None}, "does not say which base it has; .*--base-id owner/name"),
+        ({"base_id": None}, "its base is unknown, .*--base-id owner/name"),
         ({"base_id": "./base"}, "--base-id ./base: not the id of a repository"),
         ({"layout": "gguf"}, "--layout gguf: not known; use one of"),
         ({"base": "no/where/at/all"}, "no such folder"),
@@ -208,7 +208,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("hub")
 def test_a_run_that_did_not_end_is_refused(run: Path) -> None:
     (run / "manifest.json").unlink()
-    with pytest.raises(PublishError, match=r"has no adapter yet\. Did the run end\?"):
+    with pytest.raises(PublishError, match="has no adapter yet, so it is unfinished"):
         send(run)
 
 

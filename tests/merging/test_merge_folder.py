@@ -376,7 +376,7 @@ def test_an_untied_head_is_not_dropped_silently(copy_base: Callable[..., Path], 
 def test_an_output_path_inside_a_file_is_a_user_error(copy_base: Callable[..., Path], adapter: Path) -> None:
     base = copy_base("base")
     with pytest.raises(
-        UserError, match=r"config\.json/merged: nothing can be written there, .*config\.json is no folder"
+        UserError, match=r"config\.json/merged: cannot be written, because .*config\.json is not a folder"
     ):
         merge(base, adapter, base / "config.json" / "merged", check="none")
 

@@ -197,7 +197,7 @@ def test_the_verb_with_two_profiles(
     done = verb("routing", "report", *files)
     assert done.code == 0, done.err
     rates = [flips.mean().item() for flips in compare(profile, other).flips.values() if flips is not None]
-    assert f"{sum(rates) / 3:.1%} of sampled tokens go elsewhere (3 of 3 languages)" in done.out
+    assert f"{sum(rates) / 3:.1%} of sampled tokens changed expert (3 of 3 languages)" in done.out
     folder = tmp_path / "a-report"
     numbers = json.loads((folder / "report.json").read_text())
     assert set(numbers["drift"]["languages"]) == {"de", "en", "sw"}

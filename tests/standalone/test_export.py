@@ -177,7 +177,7 @@ def test_a_folder_in_use_an_adapter_and_another_family_are_refused(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(UserError, match=r"full: exists and not empty\. Choose another --out"):
+    with pytest.raises(UserError, match=r"full: exists and is not empty\. Choose another --out"):
         export(folder.path, tmp_path / "full")
     with pytest.raises(UserError, match=r"is a run or an adapter.*Merge it first"):
         export(tiny_adapter, tmp_path / "lola")
