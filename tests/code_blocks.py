@@ -17,7 +17,8 @@ _KEYS = ("adapter", "base", "data", "guards", "hub", "objective", "output", "rou
 class Block:
     """A block of code: its document's path from the root, its first line, its language and its text.
 
-    The language is "" of an indented block, "bare" of a fence without one, and "file" of one that shows a piece of a file (tests/test_docs.py).
+    The language is "" of an indented block, "bare" of a fence without one, and "file" of one that shows a piece of a
+    file (which tests/test_docs.py compares).
     """
 
     document: str
