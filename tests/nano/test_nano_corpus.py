@@ -27,13 +27,13 @@ def names_of(language: str) -> set[str]:
     return {term.text for term in load_terms() if term.language == language}
 
 
-def test_help_and_readme_name_the_size_and_the_languages_that_the_code_has() -> None:
+def test_help_and_start_page_name_the_size_and_the_languages_that_the_code_has() -> None:
     languages = f"{len({term.language for term in load_terms()})} languages"
     parameters = f"{nano_architecture(LOLA, NanoSettings()).total_parameters / 1e6:.1f} M parameters"
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "index.md").read_text(encoding="utf-8").split())
     for text, says in (
         (cli.nano.__doc__, (languages, parameters)),
-        (readme, (languages, parameters)),
+        (page, (languages, parameters)),
         (cli.routing_texts.__doc__, (languages,)),
         (lola_ft.nano.__doc__, (languages,)),
     ):
