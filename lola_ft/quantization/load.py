@@ -334,9 +334,10 @@ def _put(
         quantised.load_dense(tensor.t() if place.transposed else tensor)
         return quantised.stored()
     if quantised is not None:
+        experts: Any = quantised  # mypy would not believe it: bitsandbytes' classes have no types
         part, expert_id = place.part or place.leaf, place.expert or 0
-        quantised.load_expert(part, expert_id, tensor)
-        return quantised.stored(part, expert_id)
+        experts.load_expert(part, expert_id, tensor)
+        return experts.stored(part, expert_id)
     if place.expert is not None:
         _fill_slice(model, place, tensor, dtype, device)
     elif place.correction:
