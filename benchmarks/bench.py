@@ -21,7 +21,9 @@ _HERE = Path(__file__).parent
 RUNS = {
     "train_step": ["train_step.py", "--steps", "5"],
     "whole_step": ["whole_step.py", "--steps", "5", "--warmup", "1"],
-    "roofline": ["roofline.py", "--steps", "5"],
+    "roofline": ["roofline.py", "--steps", "5", "--beside", "olmoe"],
+    "families": ["families.py", "--families", "olmoe", "--layers", "2", "--steps", "3", "--warmup", "1"],
+    "long_run": ["long_run.py", "--layers", "2", "--steps", "100", "--warmup", "30", "--seq", "256"],
     "experts": ["experts.py"],
     "scaling": ["scaling.py", "--layers", "4", "--steps", "3"],
     "decode": ["decode.py"],
@@ -73,7 +75,21 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
             ("its memory, as a share of theirs", whole["share_of_their_memory"]),
         ]
     if roof := results.get("roofline"):
-        found.append(("share of the step's own matrix products alone", roof["share"]))
+        found += [
+            ("share of the step's own matrix products alone", roof["share"]),
+            ("the same share of OLMoE (64 experts, 8 per token), as a multiple", roof["share_beside"]),
+        ]
+    if families := results.get("families"):
+        olmoe = families["olmoe"]
+        found += [
+            ("OLMoE: times faster than stock transformers with PEFT", olmoe["times_faster"]),
+            ("OLMoE: memory, as a share of theirs", olmoe["share_of_their_memory"]["whole"]),
+        ]
+    if long := results.get("long_run"):
+        found += [
+            ("batches of changing length: growth of memory", long["ways"]["few lengths"]["growth"]),
+            ("batches of changing length: few lengths, times faster", long["few_lengths_are_times_faster"]),
+        ]
     if experts := results.get("experts"):
         found += [(f"MoE layer, times ours: {name}", value) for name, value in experts["times_ours"].items()]
     if scaling := results.get("scaling"):
