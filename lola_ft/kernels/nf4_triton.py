@@ -57,28 +57,28 @@ def _decoded(
     rows = first_row + tl.arange(0, ROWS)
     columns = first_column // BLOCK + tl.arange(0, COLUMNS // BLOCK)
     row, column = rows[:, None], columns[None, :]
-    blocks_a_row = num_columns // BLOCK
-    inside = (row < num_rows) & (column < blocks_a_row)
+    blocks_per_row = num_columns // BLOCK
+    inside = (row < num_rows) & (column < blocks_per_row)
     # Number of each block in memory, its superblock, and the mean of its matrix's scales
     if PARTS == 1:
-        block = row * blocks_a_row + column
+        block = row * blocks_per_row + column
         superblock = block // _SUPERBLOCK
         mean = tl.load(offset)
     else:
         # The part that a block lies in, and its number within that part. (`+ row * 0` gives the full tile shape.)
         if SIDE_BY_SIDE:
-            blocks_a_row = blocks_a_row // PARTS
-            part = column // blocks_a_row + row * 0
+            blocks_per_row = blocks_per_row // PARTS
+            part = column // blocks_per_row + row * 0
             part_rows = num_rows
-            block = row * blocks_a_row + column % blocks_a_row
+            block = row * blocks_per_row + column % blocks_per_row
         else:
             part_rows = num_rows // PARTS
             part = row // part_rows + column * 0
-            block = (row % part_rows) * blocks_a_row + column
+            block = (row % part_rows) * blocks_per_row + column
         superblock = part * superblocks + block // _SUPERBLOCK
         mean = tl.load(offset + part, mask=inside, other=0.0)
         # Skip the blocks of the parts before.
-        block += part * part_rows * blocks_a_row
+        block += part * part_rows * blocks_per_row
     # scale = absmax_code[absmax] * absmax2 + mean, (ROWS, COLUMNS / 64, 1)
     code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
     scale = tl.load(absmax_code + code) * tl.load(absmax2 + superblock, mask=inside, other=0.0) + mean

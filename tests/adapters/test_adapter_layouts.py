@@ -235,7 +235,7 @@ def test_an_expert_that_is_both_single_and_in_a_stack_is_refused(make_weights: C
 def test_a_stack_for_another_number_of_experts_is_refused(
     num_experts: int, make_weights: Callable[..., AdapterWeights]
 ) -> None:
-    """Also a number that divides the rows: split into 2, a stack of 4 experts of rank 4 would look like rank 8."""
+    """A number that divides the rows is refused, too: split into 2, 4 experts of rank 4 look like rank 8."""
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
     with pytest.raises(AdapterError, match=rf"h.1.moe.experts.up_proj: A has 16 rows.*each of {num_experts} experts"):
         from_state(state, config, architecture_of(tiny_config(num_experts=num_experts)))

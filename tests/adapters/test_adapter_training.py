@@ -80,7 +80,7 @@ def test_another_family_trains_only_a_trainable_adapter(tmp_path: Path) -> None:
 def test_a_frozen_adapter_runs_where_nothing_has_to_train(
     fresh: Callable[..., LolaForCausalLM], tiny_adapter: Path, ids: Tensor
 ) -> None:
-    """It runs in evaluation mode, in training mode without gradients, and if another adapter is trained."""
+    """The adapter runs in evaluation mode, in training mode without gradients, and if another adapter is trained."""
     model = lola_ft.load_adapter(fresh(), tiny_adapter)
     expected = model(ids).logits
     with torch.no_grad():

@@ -168,7 +168,7 @@ def test_stock_peft_loads_trained_biases(
     ids: Tensor,
     tmp_path: Path,
 ) -> None:
-    """Also experts' stacks, in which an untrained expert's row is the base's. Both layouts hold the same numbers."""
+    """In experts' stacks, an untrained expert's row is the base's. Both layouts hold the same numbers."""
     model = move(add_adapter(load(), settings))
     expected = model(ids).logits
     save_adapter(model, tmp_path / "saved", fitting_layout(model))

@@ -106,7 +106,7 @@ def moe_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def moe_adapters(moe_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each of these bases a random adapter on all of its groups, in the layout `peft`; read only."""
+    """Random adapters on all groups of these bases, in the layout `peft`, by model type; read only."""
     root = tmp_path_factory.mktemp("moe-adapters")
     return _Made(lambda kind: random_adapter(moe_bases[kind], kind, root / kind))
 

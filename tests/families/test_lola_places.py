@@ -54,7 +54,7 @@ def test_the_published_layout_has_as_many_tensors_and_parameters_as_on_the_hub()
 def test_transformers_conversion_agrees_with_the_places(
     make_model: Callable[..., LolaForCausalLM], tmp_path: Path
 ) -> None:
-    """With twelve experts, so that a text order (0, 1, 10, 11, 2, ...) would be found."""
+    """The model has twelve experts, so that a text order (0, 1, 10, 11, 2, ...) would be found."""
     model = make_model(num_experts=12, n_layer=2)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -69,7 +69,7 @@ def test_tensors_that_a_merge_cannot_copy_are_named(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", CORRECTED)
 def test_corrections_of_a_choice_stay_float32_and_are_not_trained(kind: str, moe_bases: dict[str, Path]) -> None:
-    """In a 16-bit base, also one that is read from its quantised form. Every byte of it is planned."""
+    """The base is in 16 bits, and is read from its quantised form, too. Every byte of it is planned."""
     for base in (moe_bases[kind], quantize_base(moe_bases[kind], "bfloat16", quiet=True)):
         model = load_base(base, "nf4", "bfloat16", "cpu", quiet=True)
         places = architecture_of(model.config).places

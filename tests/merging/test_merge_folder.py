@@ -363,7 +363,7 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_error(tmp_path: Pat
 
 
 def test_an_untied_head_is_not_dropped_silently(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
-    """Also without the comparison of logits, which would find it when it loads the base."""
+    """The merge refuses it without the comparison of logits, which would find it when it loads the base."""
     base = copy_base("untied")
     state = load_file(base / "model.safetensors")
     head = {"lm_head.weight": state["transformer.wte.weight"] + 1}

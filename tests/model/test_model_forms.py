@@ -78,7 +78,7 @@ def test_every_form_gives_the_plain_ones_logits(
 
 @pytest.mark.parametrize("trust", [None, False, True])
 def test_remote_code_is_never_asked_for(trust: bool | None, folder: Any) -> None:
-    """Also with trust_remote_code, which users copy from the model card."""
+    """This holds with trust_remote_code, too, which users copy from the model card."""
     with_auto_map(folder)
     given = {} if trust is None else {"trust_remote_code": trust}
     assert type(AutoConfig.from_pretrained(folder.path, **given)) is LolaConfig

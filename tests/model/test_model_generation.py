@@ -222,7 +222,7 @@ for arguments, real in ((padded, mask.bool()), (packed, torch.ones_like(mask).bo
 
 @pytest.mark.slow
 def test_flex_attention_agrees_with_sdpa_where_it_is_not_compiled() -> None:
-    """In padded and in packed batches. Compiled flex attention needs a GPU."""
+    """They agree in padded and in packed batches. Compiled flex attention needs a GPU."""
     off = {"TORCHDYNAMO_DISABLE": "1", "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FLEX], capture_output=True, text=True, env=os.environ | off, check=True

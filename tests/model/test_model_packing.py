@@ -40,7 +40,7 @@ def packed(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
 def test_a_packed_document_gives_the_logits_of_the_document_without_packing(
     attention: str, mode: str, use_cache: bool | None, make_model: Callable[..., LolaForCausalLM]
 ) -> None:
-    """Also with the default `use_cache`: transformers' mask separates documents only without a cache."""
+    """This holds with the default `use_cache`, too. transformers' mask separates documents only without a cache."""
     model = make_model(attn_implementation=attention).train(mode == "train")
     row, positions = packed(documents())
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def test_recomputation_keeps_the_first_choice_of_experts(make_model: Callable[..., LolaForCausalLM]) -> None:
-    """Also if the router's scores differ the second time, by more than rounding."""
+    """This holds even if the router's scores differ the second time, by more than rounding."""
     model = make_model().train()
     model.gradient_checkpointing_enable()
     moe = model.transformer.h[1].moe

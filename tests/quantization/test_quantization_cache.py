@@ -66,7 +66,7 @@ def test_another_dtype_is_another_cache(base: Path, quantised: list[str]) -> Non
 
 
 def test_a_changed_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
-    """Also if the change keeps the file's size and all sampled values."""
+    """This holds even if the change keeps the file's size and all sampled values."""
     quantize_base(base, "float32", quiet=True)
     state = load_file(base / "model.safetensors")
     state["transformer.h.1.moe.experts.0.c_fc.weight"][3, 5] += 1.0

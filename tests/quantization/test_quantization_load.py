@@ -80,7 +80,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_weight_is_quantised_as_bitsandbytes_would(source: str, write_base: BaseWriter) -> None:
-    """From the stored dtype, each expert separately and in×out, attention and MLP out×in as in nn.Linear."""
+    """Weights are quantised from the stored dtype: each expert separately and in×out, attention and MLP out×in."""
     folder = write_base(**SOURCES[source])
     assert (len(list(folder.glob("*.safetensors"))) > 3) == (source == "sharded")
     loaded = load_base(folder, dtype="float32", quiet=True)
