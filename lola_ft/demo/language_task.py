@@ -15,6 +15,7 @@ from lola_ft.nano.cldr import normalise
 from lola_ft.nano.declaration import Declaration
 from lola_ft.nano.sentences import sentences_of
 
+SHORTEST_PIECE, LONGEST_PIECES = 40, (240, 150, 90)  # bytes of a training row, for each way to cut
 PROMPT = "{sentence} —"
 """The form in which the nano base's text signs a paragraph. With another form, one expert got nearly all tokens."""
 
@@ -37,16 +38,16 @@ def build_rows(
 ) -> tuple[list[Row], list[Row]]:
     """Return training rows and test rows, both shuffled.
 
-    Each text gives exactly `train_per_language` training rows, with repeated sentences if it has fewer, and up to
+    Each text gives exactly `train_per_language` training rows, with repeated pieces if it has fewer, and up to
     `test_per_language` test rows of different sentences. A sentence that also occurs in training text, or in two
     languages, is not used for testing.
     """
     rng = random.Random(seed)
     train: list[Row] = []
     for tag, declaration in declarations.items():
-        sentences = list(sentences_of(declaration.training_paragraphs))
-        again = -(-train_per_language // max(len(sentences), 1))
-        train += [_row(sentence, tag, declaration) for sentence in rng.sample(sentences * again, train_per_language)]
+        pieces = _training_pieces(declaration)
+        again = -(-train_per_language // max(len(pieces), 1))
+        train += [_row(piece, tag, declaration) for piece in rng.sample(pieces * again, train_per_language)]
     test: list[Row] = []
     for tag, sentences in _test_sentences(declarations).items():
         asked = rng.sample(sentences, min(test_per_language, len(sentences)))
@@ -66,10 +67,16 @@ def _row(sentence: str, tag: str, declaration: Declaration) -> Row:
     return Row(PROMPT.format(sentence=sentence), f" {declaration.name}", tag)
 
 
+def _training_pieces(declaration: Declaration) -> list[str]:
+    """Return the training text cut into sentences and, to have more and shorter rows, into parts of sentences."""
+    cuts = (sentences_of(declaration.training_paragraphs, SHORTEST_PIECE, most) for most in LONGEST_PIECES)
+    return list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
+
+
 def _test_sentences(declarations: Mapping[str, Declaration]) -> dict[str, list[str]]:
     """Return held-out sentences by tag, without those that occur in a training row, in training text, or twice."""
     trained = {tag: normalise("\n".join(found.training_paragraphs)) for tag, found in declarations.items()}
-    rows = {normalise(s) for found in declarations.values() for s in sentences_of(found.training_paragraphs)}
+    rows = {normalise(piece) for found in declarations.values() for piece in _training_pieces(found)}
     sentences = {tag: list(dict.fromkeys(sentences_of(d.held_out_paragraphs))) for tag, d in declarations.items()}
     texts = Counter(normalise(sentence) for found in sentences.values() for sentence in found)
     return {
