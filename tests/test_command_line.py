@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import lola_ft
 from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.start import checked_arguments
@@ -53,10 +54,19 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    from importlib.metadata import version
+def test_without_a_verb_the_three_commands_that_one_wants_first_are_named() -> None:
+    from tests.test_startup import HEAVY, packages_imported, python
 
-    assert lola("--version").stdout == f"lola-ft {version('lola-ft')}\n"
+    done = python(["-X", "importtime", "-m", "lola_ft"])
+    assert done.returncode == 0
+    for verb in ("lola-ft doctor", "lola-ft recipes list", "lola-ft train RECIPE", "lola-ft --help"):
+        assert verb in done.stdout
+    assert len(done.stdout.splitlines()) < 10
+    assert not packages_imported(done.stderr) & HEAVY
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert lola("--version").stdout == f"lola-ft {lola_ft.__version__}\n"
 
 
 def test_a_taken_output_is_told_before_anything_heavy_is_imported(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -2,11 +2,7 @@
 
 import json
 import lzma
-import shutil
-import subprocess
-import sys
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -159,19 +155,3 @@ def test_texts_that_there_are_not(case: str, verb: Callable[..., Outcome], tmp_p
     assert outcome.code == 2
     assert_says(outcome.err, says)
     assert not (tmp_path / "texts").exists()
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_texts_and_their_terms(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # setuptools builds inside the folder
-    for folder in ("lola_ft", "recipes"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / file, source / file)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run([*command, str(source)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"lola_ft/nano/declaration.jsonl.xz", "lola_ft/nano/declaration.md"} <= set(names)
-    terms = next(name for name in names if name.endswith("licenses/lola_ft/nano/declaration.md"))
-    assert b"Titus Wormer" in zipfile.ZipFile(wheel).read(terms)
