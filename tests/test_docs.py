@@ -19,7 +19,7 @@ EXAMPLES = ("recipes/sw.yaml",)
 """A reader's own files, in examples of messages."""
 PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/", "start/")
 """Folders inside a run."""
-MADE_FOR_THE_SITE = ("changelog.md",)
+MADE_FOR_THE_SITE = ("changelog.md", "tutorial.md")
 """Pages that `docs/site_pages.py` makes of files elsewhere."""
 NEIGHBOURS = {
     "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files
@@ -92,3 +92,17 @@ def test_code_that_a_page_shows_of_a_file_is_in_that_file() -> None:
     whole = (ROOT / "lola_ft/families/olmoe.py").read_text(encoding="utf-8")
     parts = [code.strip() for file, code in shown if file == "lola_ft/families/olmoe.py"]
     assert "\n\n\n".join(parts) + "\n" == whole
+
+
+def test_nothing_is_claimed_of_others_without_a_source() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## What this does that others do not")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    cells = [cell for row in rows[2:] for cell in row[2:]]
+    assert len(cells) > 30
+    assert [cell for cell in cells if cell != "?" and not re.fullmatch(r"\[[^\]]+\]\[\w+\]", cell)] == []
+    named, given = (
+        set(re.findall(r"\]\[(\w+)\]", section)),
+        set(re.findall(r"^\[(\w+)\]: https", section, re.MULTILINE)),
+    )
+    assert named == given
