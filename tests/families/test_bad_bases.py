@@ -65,12 +65,12 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nearly Qwen3 MoE": (
         "qwen3_moe",
         with_config(model_type="qwen3_moe_vl"),
-        "model_type is 'qwen3_moe_vl' … like names: Qwen3 MoE (qwen3_moe), Qwen2 MoE (qwen2_moe) … lola-ft families",
+        "model_type is 'qwen3_moe_vl' … similar names: Qwen3 MoE (qwen3_moe), Qwen2 MoE (qwen2_moe) … lola-ft families",
     ),
     "nearly Mixtral": (
         "mixtral",
         with_config(model_type="mixtral2"),
-        "model_type is 'mixtral2' … like names: Mixtral (mixtral) … lola-ft families",
+        "model_type is 'mixtral2' … similar names: Mixtral (mixtral) … lola-ft families",
     ),
     "more experts per token than there are": (
         "olmoe",
