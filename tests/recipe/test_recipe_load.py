@@ -266,7 +266,7 @@ def test_any_override_gives_a_recipe_or_one_clean_error(
         str(error).encode()
 
 
-def test_there_are_recipes() -> None:
+def test_the_folder_of_recipes_is_not_empty() -> None:
     assert RECIPES
 
 
