@@ -1,4 +1,4 @@
-"""How a command begins and ends, whatever the terminal, the paths and the moment: one message, the right code."""
+"""A command ends with one message and the right code, for any terminal, path and moment of an interruption."""
 
 import io
 import os

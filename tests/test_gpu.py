@@ -1,4 +1,4 @@
-"""What needs a GPU: the same numbers there, within the card's rounding, and memory that stays small."""
+"""On a GPU numbers are those of the CPU, within the card's rounding, and memory stays small."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a user points at is told apart and opened with its own tokenizer and template."""
+"""Bases, runs, adapters and merged models are told apart and opened with their own tokenizer and template."""
 
 import json
 import shutil

@@ -361,7 +361,7 @@ def test_messages_in_a_cell_of_a_table_are_json_text(tmp_path: Path) -> None:
 
 
 def test_a_judged_answer_may_be_one_message(tmp_path: Path) -> None:
-    """As LLaMA-Factory's rows have it: a conversation, and two messages that could come next."""
+    """Rows of LLaMA-Factory hold a conversation and two messages that could come next."""
     path = tmp_path / "a.jsonl"
     row = {
         "conversations": [{"from": "human", "value": "one"}],
@@ -385,7 +385,7 @@ def test_a_call_under_its_earlier_name_is_a_tool_call(tmp_path: Path) -> None:
 
 
 def test_a_field_inside_another_is_pointed_at(tmp_path: Path) -> None:
-    """As the Hub's viewer gives rows."""
+    """The Hub's viewer gives rows in this form."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"rows": [{"row_idx": 0, "row": {"instruction": "one", "output": "1"}}]}))
     assert_says(failure(path), "field 'instruction' is missing … `fields: {instruction: row.instruction}`")

@@ -1,4 +1,4 @@
-"""What tokens cost: against plain computations by hand, whatever the batch, the padding and the windows."""
+"""Scores of tokens equal plain computations by hand, for every batch size, padding and window."""
 
 from math import log
 from pathlib import Path

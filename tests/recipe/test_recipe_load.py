@@ -1,4 +1,4 @@
-"""What a good recipe means: defaults, overrides, the way there and back, and the recipes of this repository."""
+"""A good recipe is read with its defaults and overrides and written back; the recipes of this repository are good."""
 
 import ast
 import importlib.util

@@ -448,7 +448,7 @@ def test_a_plan_does_not_suggest_other_ranks(stages: Stages, made: Callable[[str
 
 
 def test_an_adapter_on_part_of_a_group_has_its_largest_rank(tiny_base: Path, tiny_adapter: Path) -> None:
-    """As another tool writes them: the group is known by its largest rank."""
+    """Other tools write such adapters; the group's rank is the largest."""
     architecture = BaseCheckpoint.open(tiny_base).architecture
     weights = read_adapter(tiny_adapter).weights(architecture)
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if module.endswith(("c_attn", "0.c_fc"))}

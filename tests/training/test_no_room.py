@@ -1,4 +1,4 @@
-"""What a run writes beside checkpoints, on a disk that is full."""
+"""On a full disk, metrics and plots of a run fail with a message and leave nothing damaged."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""Which number format a run computes in."""
+"""A run computes in the number format that its machine is fast in."""
 
 import pytest
 import torch

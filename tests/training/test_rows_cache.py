@@ -1,4 +1,4 @@
-"""Encoded rows on disk: found again by everything that decides them, mended when damaged, the same in each case."""
+"""Encoded rows on disk: found again only for equal inputs, replaced when damaged."""
 
 import errno
 import json

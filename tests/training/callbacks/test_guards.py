@@ -1,4 +1,4 @@
-"""What the guards do in a real run of a tiny base, and how they measure."""
+"""Guards skip, warn and stop in a real run of a tiny base; their measurements are exact."""
 
 import json
 import statistics
