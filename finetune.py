@@ -3,8 +3,8 @@
 import os
 import sys
 
-# Before torch starts its threads: waiting ones sleep. On a machine that others use too, spinning ones slow a step
-# tenfold; on an idle one nothing is lost.
+# Set before torch starts its threads, so that waiting threads sleep. Spinning threads slow a step tenfold on a machine
+# that other programs use too; on an idle machine sleeping costs nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from lola_ft.cli import main

@@ -1,7 +1,7 @@
-"""lola_ft: parameter-efficient fine-tuning of LOLA, a multilingual mixture-of-experts model, and of dense bases.
+"""lola_ft: parameter-efficient fine-tuning of LOLA, a multilingual mixture-of-experts model, and of other models.
 
-Importing it makes `transformers.AutoModelForCausalLM` load LOLA checkpoints natively, without remote code. The other
-functions are imported when they are first used: PEFT and bitsandbytes take seconds.
+Importing lola_ft makes `transformers.AutoModelForCausalLM` load LOLA checkpoints natively, without remote code. The
+functions of lola_ft are imported when they are first used, because PEFT and bitsandbytes take seconds.
 """
 
 from typing import TYPE_CHECKING

@@ -1,11 +1,12 @@
-"""Functions that run right after a module was imported, at any time and by any code.
+"""Functions that run right after a certain module is imported, at any time and by any code.
 
 `import lola_ft` adds LOLA to transformers' Auto classes. Importing transformers for that would cost every command
-seconds, `lola-ft --help` too. So we wait until somebody else imports the module with the Auto classes.
+seconds, even `lola-ft --help`. So we wait until other code imports the module with the Auto classes.
 
-A finder at the head of `sys.meta_path` does it. It answers only for the modules that it waits for: the other finders
-find the module, and our loader executes it with its own loader and then calls the function. The module keeps its own
-loader, so `inspect.getsource` and `importlib.resources` work as ever; `importlib.reload` calls the function again.
+This is done by a finder at the head of `sys.meta_path`, which answers only for modules with a waiting function. The
+other finders find the module, and our loader executes it with the module's own loader and then calls the function. The
+module keeps its own loader, so `inspect.getsource` and `importlib.resources` work as usual. `importlib.reload` calls
+the function again.
 """
 
 import sys
@@ -17,26 +18,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from importlib.abc import Loader  # at run time it would bring importlib.resources, a tenth of `--help`
+    from importlib.abc import Loader  # at run time it would import importlib.resources, a tenth of the time of `--help`
 
 Action = Callable[[ModuleType], None]
 
 
 def run_after_import(module: str, action: Action) -> None:
-    """Call `action` with a module each time it was imported, and at once if it is imported already.
+    """Call `action` with a module each time it is imported, and at once if it is imported already.
 
-    A second action for the module replaces the first. Where another thread imports the module at this moment, the
-    action may run twice.
+    A second action for the module replaces the first. If another thread imports the module at this moment, the action
+    may run twice.
     """
     _FINDER.actions[module] = action
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
     if sys.modules.get(module) is not None:
-        action(import_module(module))  # waits where another thread is importing it
+        action(import_module(module))  # waits if another thread is importing it
 
 
 class _Finder:
-    """Finds the modules that actions wait for, with the help of the other finders."""
+    """A finder of the modules that actions wait for; it asks the other finders for their specs."""
 
     def __init__(self) -> None:
         self.actions: dict[str, Action] = {}
@@ -46,7 +47,7 @@ class _Finder:
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Return the spec that the other finders give, with our loader around theirs."""
-        asked_by_us = getattr(self._thread, "searching", False)  # by a finder that asks all others, as we do
+        asked_by_us = getattr(self._thread, "searching", False)  # another finder may in turn ask all finders
         if fullname not in self.actions or asked_by_us:
             return None
         self._thread.searching = True
@@ -70,7 +71,7 @@ class _Finder:
 
 
 class _Loader:
-    """Executes a module with its own loader, then calls the action; for the rest it is the module's own loader."""
+    """A loader that executes a module with its own loader and then calls the action; otherwise like the own loader."""
 
     def __init__(self, loader: "Loader", action: Action) -> None:
         self._loader, self._action = loader, action
@@ -80,7 +81,7 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own loader back, execute it, and call the action."""
+        """Restore the module's own loader, execute the module, and call the action."""
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader

@@ -1,4 +1,4 @@
-"""The console that all messages are printed on, and the bar of work that takes a while."""
+"""The console that prints all messages, and the progress bar of longer work."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,30 +10,30 @@ import rich.console
 
 
 class Console(rich.console.Console):
-    """Prints lines of text as they are: no brackets read as markup, no line broken in the middle of a path.
+    """A console that prints text unchanged: brackets are not markup, and lines are not broken, so paths stay whole.
 
-    Tables and other things of rich's own are laid out as rich does.
+    Tables and other objects of rich are laid out as usual.
     """
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print lines, or things of rich's own."""
+        """Print lines of text, or objects of rich."""
         if all(isinstance(part, str) for part in objects):
             options = {"markup": False, "highlight": False, "soft_wrap": True} | options
         super().print(*objects, **options)
 
 
 Advance = Callable[[float], None]
-"""Tells a bar how much more is done."""
+"""A function that adds an amount of finished work to a bar."""
 
 
 @contextmanager
 def shown_progress(what: str, total: float | None, unit: str = "") -> Iterator[Advance]:
-    """Show a bar with the time left on standard error while the block runs; nothing in a pipe or a file.
+    """Show a bar with the time left on standard error during the block; nothing if that is not a terminal.
 
     Args:
-        what: What is done, in front of the bar, such as "Merging".
-        total: How much there is to do; None if that is not known, which shows the time used instead.
-        unit: What is counted, such as "rows"; "" shows a percentage only.
+        what: Name of the work, shown before the bar, such as "Merging".
+        total: Amount of work; None if it is not known, which shows the time used instead of the time left.
+        unit: Unit of the work, such as "rows"; "" shows only a percentage.
     """
     with progress_bar(what, unit, timed=total is not None) as bar:
         task = bar.add_task("", total=total)
@@ -47,13 +47,13 @@ _BAR_SHOWN = ContextVar("_BAR_SHOWN", default=False)
 
 @contextmanager
 def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> Iterator[Any]:
-    """Show rich's display of progress as every verb has it while the block runs; the caller adds a task to it.
+    """Show rich's progress display in the form of all verbs during the block; the caller adds a task to it.
 
-    A second bar inside the block is not shown: a terminal has room for one.
+    A second bar inside the block is not shown, because a terminal has room for only one.
 
     Args:
-        more: Further columns of rich's.
-        timed: Show the time left; otherwise the time used.
+        more: Further columns of rich.
+        timed: Show the time left; if False, the time used.
     """
     from rich.progress import (
         BarColumn,

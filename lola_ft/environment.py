@@ -1,4 +1,4 @@
-"""Versions and hardware that lola_ft runs with."""
+"""The versions of libraries and the hardware that lola_ft runs on."""
 
 import functools
 import os
@@ -10,18 +10,18 @@ from typing import Any
 from lola_ft import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
-"""The libraries that decide a run's numbers."""
+"""The libraries that affect a run's numbers."""
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python, lola_ft and the libraries that decide a run's numbers."""
+    """Return the versions of Python, lola_ft and the libraries that affect a run's numbers."""
     versions = {"python": platform.python_version(), "lola-ft": __version__}
     for package in PACKAGES:
         versions[package] = version_of(package) or "not installed"
     return versions
 
 
-@functools.cache  # a package's metadata is a long text; each run looks versions up several times
+@functools.cache  # reading a package's metadata is slow, and a run looks versions up several times
 def version_of(package: str) -> str | None:
     """Return an installed package's version; None if it is not installed."""
     try:
@@ -31,7 +31,7 @@ def version_of(package: str) -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the hardware that a run computed on."""
+    """Return facts about this machine's hardware."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -46,7 +46,7 @@ def hardware() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as its maker writes it, where the system tells it."""
+    """Return the processor's name as its maker writes it, if the system reports it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,6 +1,6 @@
-"""The user's mistakes. Everything else that goes wrong is a bug and keeps its traceback.
+"""Errors for the user's mistakes. Every other exception is a bug and keeps its traceback.
 
-A message says where, what, what would be right and how to fix it, in that order:
+A message says where the mistake is, what it is, what would be right and how to fix it, in that order:
 
     data/sw.jsonl:381: field 'output' is missing (found: instruction, answer). Map it with `fields: {output: answer}`.
 """
@@ -9,22 +9,22 @@ from numbers import Number
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: shown as one message on stderr, exit code 2."""
+    """A mistake in the user's input: printed as one message on stderr, exit code 2."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be run; the message lists all its mistakes, one a line."""
+    """A recipe that cannot be run; the message lists all its mistakes, one per line."""
 
 
 class WriteError(UserError):
-    """A file or folder that the disk did not take; nothing partial is left, and what was there before is untouched."""
+    """A file or folder that could not be written. No partial file is left, and the previous content is unchanged."""
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(
-            f"{path}: cannot be written ({reason}). What was there is as it was. Make room, give permission, or choose "
-            "another place."
+            f"{path}: cannot be written ({reason}). Its previous content is unchanged. Make room, give permission, or "
+            "choose another place."
         )
         self.reason = reason
 
@@ -32,7 +32,7 @@ class WriteError(UserError):
 class DataError(UserError):
     """A data file or row that cannot be used; names file and line.
 
-    It may quote what the file holds, so what no terminal can show and no JSON file can hold is escaped.
+    The message may quote the file, so characters that a terminal or a JSON file cannot hold are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -44,7 +44,7 @@ class CheckpointError(UserError):
 
 
 class NoCheckpointError(CheckpointError):
-    """A base model that is neither a folder here nor, as far as can be told, on the Hub."""
+    """A base model that is not a local folder and was not found on the Hub."""
 
 
 class AdapterError(UserError):
@@ -52,21 +52,21 @@ class AdapterError(UserError):
 
 
 class PublishError(UserError):
-    """Something that cannot be sent to the Hub, or that the Hub did not take; nothing half-sent counts as done."""
+    """A publication that cannot be sent to the Hub, or that the Hub did not accept completely."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text without its full stop; its type's name where it has no text."""
+    """Return the first line of an exception's text without its full stop; its type's name if it has no text."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def printable(text: object) -> str:
-    """Text that any terminal can show: half surrogate pairs and control characters are escaped."""
+    """Return text that any terminal can show: half surrogate pairs and control characters are escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(text))
 
 
 def in_words(value: object) -> str:
-    """Name the kind of a value in JSON's words, for a message: "a list", "a number", "null"."""
+    """Return the kind of a value in JSON's words, for a message: "a list", "a number", "null"."""
     names = {dict: "an object", list: "a list", tuple: "a list", str: "text", bool: "true or false", type(None): "null"}
     if type(value) in names:
         return names[type(value)]

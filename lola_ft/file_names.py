@@ -1,6 +1,6 @@
-"""Names of the files and folders that one part of lola_ft writes and another one reads."""
+"""Names of the files and folders that one part of lola_ft writes and another part reads."""
 
-# Of a run folder
+# In a run folder
 RECIPE_FILE = "recipe.yaml"
 MANIFEST_FILE = "manifest.json"
 METRICS_FILE = "metrics.jsonl"
@@ -12,10 +12,10 @@ MERGED_FOLDER = "merged"
 REPORT_FILE = "report.html"
 LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT = "loss.png", "languages.png", "routing.png"
 
-# Of a model's folder
+# In a model's folder
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 MERGE_REPORT_FILE = "merge_report.json"
 
-# Of several kinds of folders
+# In several kinds of folders
 CARD_FILE = "README.md"

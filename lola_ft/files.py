@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all (beside, then renamed), copied and hashed."""
+"""Writing files and folders completely or not at all (under a temporary name, then renamed), copying and hashing."""
 
 import contextlib
 import errno
@@ -13,16 +13,16 @@ from lola_ft.errors import UserError, WriteError
 
 _DISK = (
     *(errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
-    errno.ENOTDIR,  # a path that leads through a file
+    errno.ENOTDIR,  # a part of the path is a file
 )
 
 
 @contextlib.contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Give a new folder to fill; put it in place of `path` when the block ends well, remove it when it does not.
+    """Give a new folder to fill. It replaces `path` if the block succeeds, and is removed if the block fails.
 
     Raises:
-        WriteError: The disk did not take it.
+        WriteError: It could not be written.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
@@ -43,10 +43,10 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 
 
 def check_file_target(path: str | Path) -> None:
-    """Refuse, before any work is done, to write a file where none can be.
+    """Raise UserError, before any work is done, if a file cannot be written to a path.
 
     Raises:
-        UserError: A folder has this name, or what should be the folder around it cannot hold it.
+        UserError: The path is a folder, or its parent is not a writable folder.
     """
     if Path(path).is_dir():
         raise UserError(f"{path}: is a folder. Name a file to write.")
@@ -54,7 +54,7 @@ def check_file_target(path: str | Path) -> None:
 
 
 def check_folder_target(path: str | Path) -> None:
-    """Refuse, before any work is done, to write into a folder that cannot be.
+    """Raise UserError, before any work is done, if a folder cannot be written to.
 
     Raises:
         UserError: The path, or its nearest existing parent, is not a folder or may not be written to.
@@ -63,39 +63,39 @@ def check_folder_target(path: str | Path) -> None:
     while not place.exists() and not place.is_symlink():
         place = place.parent
     if not place.is_dir():
-        raise UserError(f"{path}: nothing can be written there, {place} is no folder. Choose another place.")
+        raise UserError(f"{path}: cannot be written, because {place} is not a folder. Choose another place.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{path}: nothing can be written there, {place} is closed to you. Choose another place.")
+        raise UserError(f"{path}: cannot be written, because you may not write to {place}. Choose another place.")
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Refuse, before any work is done, to write a folder where something lies already, or where none can be.
+    """Raise UserError, before any work is done, unless a path can become a new folder.
 
     Raises:
-        UserError: It is a file, or a folder that is not empty; or nothing can be written there.
+        UserError: The path is a file or a folder that is not empty, or its parent is not writable.
     """
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{path}: already there and not empty. Choose another --out, or remove it first.")
+        raise UserError(f"{path}: exists and is not empty. Choose another --out, or remove it first.")
     check_folder_target(path)
 
 
 def cache_root() -> Path:
-    """`$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
+    """Return the cache folder: `$LOLA_FT_CACHE`, or `lola_ft` in the user's cache folder."""
     own = os.environ.get("LOLA_FT_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lola_ft"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
-        WriteError: The disk did not take it.
+        WriteError: It could not be written.
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.partial")
@@ -113,7 +113,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _named(target: Path, partial: Path) -> Iterator[None]:
-    """Turn what a full or closed disk raises while `partial` is written into a message that names the target."""
+    """Turn errors of a full or read-only disk during the block into a WriteError that names the target."""
     from safetensors import SafetensorError
 
     try:
@@ -130,19 +130,19 @@ def _named(target: Path, partial: Path) -> Iterator[None]:
 
 
 def missing(name: str | Path, kind: str = "file") -> str:
-    """Say that nothing is at a path, where a relative one was looked for, and where it would be found."""
+    """Return the message for a path that does not exist, with the folders searched and where it does exist."""
     path = Path(name)
     if path.is_absolute():
-        at_all = "" if path.parent.is_dir() else f" There is no folder '{path.parent}' either."
+        at_all = "" if path.parent.is_dir() else f" The folder '{path.parent}' does not exist either."
         return f"{name}: no such {kind}.{at_all}"
     here = Path.cwd()
     above = next((folder for folder in here.parents if (folder / path).exists()), None)
-    found = f" It is there from {above}." if above else ""
-    return f"{name}: no such {kind} in {here}, where the command runs and relative paths count from.{found}"
+    found = f" It exists relative to {above}." if above else ""
+    return f"{name}: no such {kind} in {here}, the folder that relative paths start from.{found}"
 
 
 def similar_file(path: Path) -> Path | None:
-    """Return the file of the same folder whose name is nearly `path`'s, or the same but for a missing ending."""
+    """Return a file of the same folder with a similar name, or with the same name and an ending; None if none."""
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
     except OSError:
@@ -152,7 +152,7 @@ def similar_file(path: Path) -> Path | None:
 
 
 def sha256_of(*files: Path) -> str:
-    """Return the SHA-256 of files' contents, one after another, as hexadecimal digits."""
+    """Return the SHA-256 of the joined contents of files, as hexadecimal digits."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
@@ -162,6 +162,6 @@ def sha256_of(*files: Path) -> str:
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of a folder whose names match; only their content, no permissions."""
+    """Copy the files of a folder whose names match a pattern: only their content, not their permissions."""
     for file in sorted(file for pattern in patterns for file in source.glob(pattern) if file.is_file()):
         shutil.copyfile(file, target / file.name)

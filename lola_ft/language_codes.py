@@ -1,11 +1,11 @@
-"""Codes of languages, which come in two letters, in three, and with a script or a country behind them."""
+"""Language codes, which have two or three letters and may be followed by a script or a country."""
 
 from functools import cache
 
 
 @cache
 def short_code(code: str) -> str:
-    """A code without script and country, in two letters where the language has them: `sw` of `swh_Latn`."""
+    """Return a code without script and country, in two letters if the language has them: `sw` for `swh_Latn`."""
     from babel.core import get_global
 
     language = code.replace("_", "-").split("-")[0]

@@ -1,4 +1,4 @@
-"""Names of a package that are imported from its modules when somebody first uses them (PEP 562)."""
+"""Names of a package that are imported from its modules at their first use (PEP 562)."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -8,12 +8,12 @@ from typing import Any
 def lazy_attributes(package: str, **names_by_module: str) -> Callable[[str], Any]:
     """Return a package's `__getattr__`, which imports a name from its module at first use.
 
-    Type checkers and editors do not see names that come from here: the package also imports them under
+    Type checkers and editors do not see names that are imported this way, so the package also imports them under
     `TYPE_CHECKING` and lists them in `__all__`.
 
     Args:
         package: The package's `__name__`.
-        names_by_module: The names that each module directly below the package offers, with spaces between them.
+        names_by_module: Per module directly below the package, the names that it offers, separated by spaces.
     """
     homes = {name: f"{package}.{module}" for module, names in names_by_module.items() for name in names.split()}
 

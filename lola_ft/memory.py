@@ -1,4 +1,4 @@
-"""Control of the freed memory that the process's allocator keeps."""
+"""Control over freed memory that the process's allocator keeps."""
 
 import ctypes
 import sys
@@ -6,19 +6,19 @@ from collections.abc import Callable
 
 
 def give_back_freed_memory() -> None:
-    """Let the allocator return what was freed (glibc; elsewhere it does nothing).
+    """Make the allocator return freed memory to the system (only with glibc).
 
-    After many large buffers have come and gone, glibc keeps hundreds of megabytes in its arenas.
+    After many large buffers were used and freed, glibc keeps hundreds of megabytes in its arenas.
     """
     if trim := _of_glibc("malloc_trim"):
         trim(0)
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what is freed for what comes next (glibc; elsewhere it does nothing).
+    """Make the allocator keep freed memory for later use (only with glibc).
 
-    A training step on a CPU asks for the same large buffers again and again; by default glibc returns each to the
-    system, which has to clear every page again: a tenth of a step and more.
+    A training step on a CPU uses the same large buffers again and again. By default glibc returns each buffer to the
+    system, which then has to clear every page again. This costs a tenth of a step or more.
     """
     if set_option := _of_glibc("mallopt"):
         set_option(_M_MMAP_MAX, 0)

@@ -22,11 +22,11 @@ from lola_ft.subject import Subject, find_subject, naming_base_of
 
 @dataclass(frozen=True)
 class PromptReader:
-    """How a model reads prompts, known before its weights are loaded.
+    """A model's tokenizer, template and positions, known before its weights are loaded.
 
     Attributes:
-        template: As of an OpenModel.
-        positions: Tokens that the model reads and writes at most, together.
+        template: See OpenModel.
+        positions: Most tokens of prompt and answer together.
     """
 
     subject: Subject
@@ -47,8 +47,7 @@ class OpenModel:
     """A model ready for questions, with its tokenizer and prompt template.
 
     Attributes:
-        template: The prompt template that training saved beside it, or the chat template that it used; None for a
-            base.
+        template: The prompt template or chat template that the model was trained with; None for a base.
         fingerprint: Fingerprint of the base's weights.
     """
 
@@ -60,7 +59,7 @@ class OpenModel:
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The language model itself; it contains the adapter's wrappers, if there is an adapter."""
+        """The language model itself, including the wrappers of an adapter."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
@@ -91,13 +90,13 @@ def open_model(
     """Load a base, a run, an adapter (either layout) or a merged model for evaluation.
 
     Args:
-        base: The base of a run or an adapter, if it is not where training found it.
-        quantization: "nf4", "none", or "auto": as the run was trained, else unquantised.
-        dtype: bfloat16 becomes float32 where the machine only emulates it.
+        base: The base of a run or an adapter, if it is not where it was in training.
+        quantization: "nf4", "none", or "auto" (as in the run's training, else unquantised).
+        dtype: bfloat16 becomes float32 if the machine only emulates bfloat16.
         adapter: A run or an adapter to put on a base.
 
     Raises:
-        UserError: Nothing to open, or a tokenizer that does not belong to the model.
+        UserError: There is nothing to open, or the tokenizer does not belong to the model.
     """
     return open_subject(find_subject(path, base, revision, adapter), quantization, dtype, device, quiet)
 
@@ -109,7 +108,7 @@ def open_subject(
     device: str | torch.device | None = None,
     quiet: bool = True,
 ) -> OpenModel:
-    """Load what was found already; arguments as for `open_model`."""
+    """Load a model that was found already; for the arguments see `open_model`."""
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
     held = known_dtype(_possible(dtype, target))
@@ -126,9 +125,9 @@ def open_subject(
 
 
 def saved_template(subject: Subject) -> PromptTemplate | None:
-    """Return the template that a model was trained with: its prompt template's file, else its chat template's.
+    """Return the template that a model was trained with, from its prompt template's or chat template's file.
 
-    A base has none, whatever its tokenizer brings: its authors may have trained it otherwise.
+    A base has none, even if its tokenizer has a chat template, because its authors may have trained it differently.
     """
     own, chat = subject.folder / TEMPLATE_FILE, subject.folder / CHAT_TEMPLATE_FILE
     if own.is_file():
@@ -138,7 +137,7 @@ def saved_template(subject: Subject) -> PromptTemplate | None:
 
 
 def _base_folder(subject: Subject) -> Path:
-    """Return the folder with the weights that an adapter belongs to, or a model's own."""
+    """Return the folder with the base's weights: the adapter's base, or the model's own folder."""
     with naming_base_of(subject):
         return subject.folder if subject.adapter is None else resolve_folder(subject.base, subject.revision)
 
@@ -148,7 +147,7 @@ def _tokenizer_folder(subject: Subject, base: Path) -> Path:
 
 
 def _fitting(subject: Subject) -> str | None:
-    """Return the quantisation that the run was trained on; 4 bit where only that form of the base exists here."""
+    """Return the quantisation of the run's training; NF4 if the base is only here in 4 bit."""
     return "nf4" if is_cache(subject.base) else subject.quantization
 
 

@@ -1,4 +1,4 @@
-"""The progress bars of transformers, switched off for a while."""
+"""A way to switch transformers' progress bars off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for work of milliseconds."""
+    """Switch transformers' progress bars off during the block, for work that takes milliseconds."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -8,7 +8,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_repo_id(text: str) -> bool:
-    """Tell whether a text has the form of a repository's id; a folder's path may have it, too."""
+    """Tell whether a text has the form of a repository's id, which a folder's path may have too."""
     name = text.rpartition("/")[2]
     if not _REPO_ID.fullmatch(text) or len(name) > _LONGEST_NAME:
         return False

@@ -1,4 +1,4 @@
-"""Kinds of files, formats of rows, and each format's fields: what a recipe may name and what data reads."""
+"""Kinds of files, formats of rows, and the fields of each format, for recipes and for reading data."""
 
 from pathlib import PurePath
 
@@ -17,20 +17,22 @@ FORMAT_FIELDS: dict[str, tuple[str, ...]] = {
 MESSAGE_KEYS = frozenset(
     {"role", "content", "from", "value", "weight", "tool_calls", "function_call", "tool_call_id", "name"}
 )
-"""Keys of a message that the formats with messages read."""
+"""The keys of a message that formats with messages read."""
 
 JSON_FILES, TEXT_TABLES = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv")
 ROWS_OF_THEIR_OWN = (*JSON_FILES, *TEXT_TABLES, ".parquet", ".arrow")
-"""Kinds of files that no `unit` divides into rows."""
+"""Kinds of files that have rows already, so that `unit` does not apply."""
 
 _PACKED = (".gz", ".zst")
-"""Endings of packed files, behind that of the file inside."""
+"""Endings of compressed files, which follow the ending of the file inside."""
 
 
 def kind_of_file(path: str) -> str:
-    """Return the ending that says what a file holds, in small letters: `.jsonl` of `a.JSONL.gz`; "" without one."""
+    """Return the ending of a file's kind in lower case, such as `.jsonl` for `a.JSONL.gz`; "" without an ending."""
     name = PurePath(path)
     if name.suffix.lower() in _PACKED:
         name = name.with_suffix("")
-        return "" if name.suffix.lower() in (".parquet", ".arrow") else name.suffix.lower()  # not read from a stream
+        return (
+            "" if name.suffix.lower() in (".parquet", ".arrow") else name.suffix.lower()
+        )  # these cannot be read from a stream
     return name.suffix.lower()

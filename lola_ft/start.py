@@ -1,4 +1,4 @@
-"""The beginning of a command: streams that take any character, Ctrl-C while libraries load, arguments as meant."""
+"""The start of a command: output streams that accept any character, Ctrl-C during imports, checked arguments."""
 
 import io
 import logging
@@ -13,24 +13,24 @@ from lola_ft.errors import UserError
 
 _IMPORTING = "<frozen importlib._bootstrap>"
 _TEXTS = ("--prompt", "--instruction")
-"""Options whose value is text, in which a `~` is a `~`."""
+"""Options whose value is text, in which `~` is not replaced."""
 _OPTION = re.compile(r"(--[\w-]+=)(~.*)", re.DOTALL)
 
 
 def prepare_process() -> None:
-    """Let stdout and stderr replace what their encoding does not have, and Ctrl-C end an import in silence."""
+    """Make stdout and stderr replace characters that they cannot encode, and Ctrl-C end imports without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    # bitsandbytes (0.50) says of a kernel that our 4-bit layers do not use that it is not installed.
+    # bitsandbytes (0.50) logs that a kernel is not installed which our 4-bit layers do not use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     first = threading.current_thread() is threading.main_thread()
     if first and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as the system calls it
-    """Answer Ctrl-C: a library that is being imported may turn a KeyboardInterrupt into anything, so it gets none."""
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
+    """Handle Ctrl-C. During an import exit at once: libraries may turn a KeyboardInterrupt into another error."""
     while frame is not None:
         if frame.f_code.co_filename == _IMPORTING:
             os.write(2, b"\nStopped.\n")
@@ -40,14 +40,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - 
 
 
 def checked_arguments(arguments: list[str]) -> list[str]:
-    """Return a command's arguments with the home folder in place of a `~` that no shell replaced.
+    """Return a command's arguments with the home folder in place of a `~` that the shell did not replace.
 
     Raises:
-        UserError: An argument that is not text.
+        UserError: An argument is not text.
     """
     checked, before = list[str](), ""
     for argument in arguments:
-        if any("\ud800" <= char <= "\udfff" for char in argument):  # how Python shows a byte that is no text
+        if any("\ud800" <= char <= "\udfff" for char in argument):  # Python's stand-in for a byte that is not text
             shown = argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             raise UserError(f"the argument '{shown}' is not text in UTF-8. Write it in UTF-8, or put it into a file.")
         option = _OPTION.fullmatch(argument)

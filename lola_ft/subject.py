@@ -1,4 +1,4 @@
-"""The thing that a user points at, recognised as a base, a run, an adapter or a merged model: for every verb."""
+"""The model that a user names, recognised as a base, a run, an adapter or a merged model, for every verb."""
 
 import contextlib
 import json
@@ -18,15 +18,15 @@ class Subject:
     """A base, run, adapter or merged model, found but not loaded.
 
     Attributes:
-        name: As the user wrote it, and as tables show it.
-        folder: The folder of its own files: the adapter's for a run or an adapter, else the model's.
-        base: Folder or Hub id of the weights to load first; for a base or a merged model, its own name. "" if
-            neither run nor adapter names it and it was not needed.
-        revision: The commit of a base on the Hub, where it is known; else what the user, the run or the adapter names.
-        quantization: The form of the base that a run trained on ("nf4" or None) or that an adapter needs; None where
-            neither says it.
-        run: The run that it is, or in which it lies.
-        manifest: The run's manifest, {} without a run.
+        name: The name as the user wrote it, which tables show.
+        folder: The folder of its own files: the adapter's folder for a run or an adapter, else the model's.
+        base: Folder or Hub id of the weights to load first; for a base or a merged model, its own name. "" if neither
+            run nor adapter names a base and none is needed.
+        revision: The commit of a base on the Hub if known, else the revision that user, run or adapter name.
+        quantization: The form of the base in the run's training ("nf4" or None), or the form that an adapter needs;
+            None if unknown.
+        run: The run's folder, if the subject is a run or is inside one.
+        manifest: The run's manifest; {} without a run.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Subject:
 
     @property
     def adapter(self) -> Path | None:
-        """Return the adapter's folder, if there is one."""
+        """The adapter's folder; None for a base or a merged model."""
         return self.folder if self.kind in ("run", "adapter") else None
 
 
@@ -54,13 +54,13 @@ def find_subject(
     """Recognise a path or a Hub id.
 
     Args:
-        base: The base to use instead of the one that a run or an adapter names.
-        adapter: A run or an adapter to put on `path`, which is then a base or a merged model.
-        needs_base: Refuse an adapter whose base nothing names.
+        base: The base to use in place of the one that a run or an adapter names.
+        adapter: A run or an adapter to load onto `path`, which is then a base or a merged model.
+        needs_base: Raise AdapterError for an adapter without a known base.
 
     Raises:
-        UserError: No such folder, or a run that did not end.
-        AdapterError: A damaged adapter, or one whose base nothing names.
+        UserError: There is no such folder, or the run is unfinished.
+        AdapterError: The adapter is damaged, or its base is unknown.
     """
     given, name = Path(path), str(path)
     if adapter is not None:
@@ -80,22 +80,22 @@ def find_subject(
 
 @contextlib.contextmanager
 def naming_base_of(subject: Subject) -> Iterator[None]:
-    """Say of a base that is not found which run or adapter names it, and how to give another place."""
+    """Add to the error of a base that is not found which run or adapter names it, and how to give another base."""
     try:
         yield
     except NoCheckpointError as error:
         if subject.adapter is None:
             raise
-        raise NoCheckpointError(f"{error} It is the base of {subject.name}; give its place with --base.") from error
+        raise NoCheckpointError(f"{error} It is the base of {subject.name}; name its folder with --base.") from error
 
 
 def is_adapted(folder: Path) -> bool:
-    """Tell whether a folder is a run's or an adapter's."""
+    """Tell whether a folder is a run or an adapter."""
     return _is_run(folder) or (folder / CONFIG_FILE).is_file()
 
 
 def run_around(folder: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Return the run that a folder `adapter` or `merged` lies in, and its manifest; None and {} without one."""
+    """Return the run around a folder `adapter` or `merged`, and its manifest; None and {} if there is none."""
     inside = folder.absolute()
     if inside.name not in (ADAPTER_FOLDER, MERGED_FOLDER):
         return None, {}
@@ -110,7 +110,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
     """Read a run's manifest.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The manifest is damaged.
     """
     file = run / MANIFEST_FILE
     try:
@@ -118,12 +118,12 @@ def read_manifest(run: Path) -> dict[str, Any]:
         base = manifest["recipe"]["base"]
         base["model"], base["revision"], base["quantization"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error!r}); it does not tell the run's base.") from error
+        raise UserError(f"{file}: damaged ({error!r}), so the run's base is unknown.") from error
     return manifest
 
 
 def trained_in_4_bit(manifest: dict[str, Any]) -> bool:
-    """Tell whether training saw a 4-bit base; assumed where no manifest says otherwise."""
+    """Tell whether the base was in 4 bit in training; True if the manifest does not say."""
     return manifest.get("recipe", {}).get("base", {}).get("quantization", "nf4") == "nf4"
 
 
@@ -133,18 +133,18 @@ def _is_run(folder: Path) -> bool:
 
 def _with_adapter(given: Path, name: str, base: str | None, revision: str | None, adapter: str | Path) -> Subject:
     if base is not None:
-        raise UserError("Give a base and --adapter, or a run or an adapter and --base; not both.")
+        raise UserError("Give a base with --adapter, or a run or an adapter with --base, but not both options.")
     if is_adapted(given):
-        raise UserError(f"--adapter goes on a base or a merged model; {name} is a run or an adapter itself.")
+        raise UserError(f"--adapter is loaded onto a base or a merged model, but {name} is itself a run or an adapter.")
     if not is_adapted(Path(adapter)):
-        raise UserError(f"{adapter}: is neither a run's folder nor an adapter's.")
+        raise UserError(f"--adapter {adapter}: is neither a run's folder nor an adapter's.")
     return find_subject(adapter, name, revision)
 
 
 def _run(folder: Path, name: str, base: str | None, revision: str | None) -> Subject:
     adapter = folder / ADAPTER_FOLDER
     if not (adapter / CONFIG_FILE).is_file() or not (folder / MANIFEST_FILE).is_file():
-        raise UserError(f"{folder}: this run has no adapter yet. Did the run end? Resume it with --resume.")
+        raise UserError(f"{folder}: this run has no adapter yet, so it is unfinished. Finish it with --resume.")
     manifest = read_manifest(folder)
     own = manifest["recipe"]["base"]
     quantization = None if own["quantization"] == "none" else own["quantization"]
@@ -156,7 +156,7 @@ def _adapter(folder: Path, name: str, base: str | None, revision: str | None, ne
     stored = read_adapter(folder)
     own = base or stored.config.get("base_model_name_or_path") or ""
     if not own and needs_base:
-        raise AdapterError(f"{folder}: does not say which base it belongs to. Give it with --base.")
+        raise AdapterError(f"{folder}: does not name its base. Name it with --base.")
     run, manifest = run_around(folder)
     quantization = "nf4" if stored.starts_at_rounding_error else None
     at = revision if base else stored.config.get("revision")

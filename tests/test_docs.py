@@ -38,7 +38,7 @@ def test_named_paths_exist(document: Path) -> None:
     assert not missing, f"{name} names {', '.join(missing)}: not there. Was it renamed?"
 
 
-def test_the_house_is_whole() -> None:
+def test_the_map_names_every_module_and_nothing_else() -> None:
     """Every folder and single file of the package is on the map, and every file on the map exists."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     house = text.partition("    lola_ft/\n")[2].partition("    benchmarks/")[0]
@@ -51,7 +51,7 @@ def test_the_house_is_whole() -> None:
     assert named <= rooms | files, f"CONTRIBUTING.md names {named - rooms - files}"
 
 
-def test_paths_are_found() -> None:
+def test_paths_in_documents_are_recognised() -> None:
     """The patterns still see what documents name."""
     assert "lola_ft/families/gpt2.py" in paths_in(ROOT / "docs" / "families.md")
     assert "training/trainers/" in paths_in(ROOT / "CONTRIBUTING.md")

@@ -43,14 +43,16 @@ def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Map
         raise AdapterError(f"{file}: its metadata '{CHECKSUMS_KEY}' are damaged ({error}).") from error
     for problem, names in (
         ("are missing", [name for name in written if name not in found]),
-        ("were not there when the adapter was written", [name for name in found if name not in written]),
+        ("were not in the adapter when it was written", [name for name in found if name not in written]),
         (
-            "do not hold the numbers that were written (changed, or in another order)",
+            "do not hold the numbers that were written (they changed, or are in another order)",
             [name for name, (_, checksum) in found.items() if written.get(name) != checksum],
         ),
     ):
         if names:
-            raise AdapterError(f"{file}: {len(names)} tensors {problem}: {_few(names)}. Take the adapter anew.")
+            raise AdapterError(
+                f"{file}: {len(names)} tensors {problem}: {_few(names)}. Copy or download the adapter again."
+            )
 
 
 def _read(entry: TensorEntry) -> tuple[bool, str]:

@@ -71,7 +71,7 @@ def from_state(
             for projection, b_OR in zip(projections, b_EOR[place].chunk(len(projections)), strict=True):
                 single = layout.name(fused, e, projection)
                 if single in factors:
-                    raise AdapterError(f"{named}: the file holds it twice, as a stack and for expert {e} alone.")
+                    raise AdapterError(f"{named}: expert {e} is in the file twice, in the stack and by itself.")
                 weights.keys[single] = pair_keys
                 weights.pairs[single] = LoraPair(a_RI, b_OR.contiguous(), _alpha(named, config))
     return weights
@@ -83,7 +83,9 @@ def token_ids_in(config: dict[str, Any]) -> tuple[int, ...]:
     by_module = given if isinstance(given, dict) else {"": given}
     found = {tuple(ids) for ids in by_module.values()}
     if len(found) > 1:
-        raise AdapterError(f"{CONFIG_FILE}: trainable_token_indices differ by module; lola_ft reads the same in all.")
+        raise AdapterError(
+            f"{CONFIG_FILE}: trainable_token_indices differ between modules; lola_ft needs the same tokens in all."
+        )
     return next(iter(found), ())
 
 
@@ -191,7 +193,7 @@ def to_state(
                 by_expert[single.expert] = joined_pair(weights, single)
     if len({frozenset(m for m, s in stacks if s == stack) for _, stack in stacks}) > 1:
         raise AdapterError(
-            "Some layers have LoRA on both projections of their experts, some on one: only per_expert can hold it."
+            "Some layers have LoRA on both projections of their experts, others on one: only per_expert can hold that."
         )
     for (module, stack), by_expert in stacks.items():
         wanted = (experts_of or {}).get(module, range(weights.architecture.num_experts))
@@ -246,7 +248,7 @@ def _fused_stack(
         return second
     targets = {target.rpartition(".")[2] for target in config.get("target_parameters") or ()}
     if len(targets) != 1 or not targets <= set(layout.stacks):
-        raise AdapterError(f"{module}: target_parameters {sorted(targets)} do not tell which projection it is.")
+        raise AdapterError(f"{module}: target_parameters {sorted(targets)} do not name its projection.")
     return targets.pop()
 
 

@@ -53,8 +53,8 @@ def load_adapter(
     weights.check_fit()
     if own and weights.base_fingerprint and own != weights.base_fingerprint and not allow_other_base:
         raise AdapterError(
-            f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load its own base, or allow "
-            "another one (allow_other_base)."
+            f"{path} was trained on base {weights.base_fingerprint}; this base is {own}. Load the adapter's own base, "
+            "or pass allow_other_base=True."
         )
     if weights.starts_at_rounding_error and getattr(model, "quantization", None) is None:
         raise AdapterError(

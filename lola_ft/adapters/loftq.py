@@ -65,7 +65,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
     if not before:
         raise UserError("init loftq: no weight with LoRA is in 4 bit, so there is no rounding error to start at.")
     model.peft_config[adapter_name].starts_at_rounding_error = True
-    return f"LoRA starts at the 4-bit base's rounding error and takes away {1 - (after / before) ** 0.5:.1%} of it."
+    return f"LoRA starts at the 4-bit base's rounding error and corrects {1 - (after / before) ** 0.5:.1%} of it."
 
 
 def _wrappers(model: PeftModel) -> dict[str, Any]:

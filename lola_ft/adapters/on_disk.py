@@ -181,7 +181,7 @@ def write_adapter(
     if layout == "per_expert":
         weights.architecture.require({f"layout {layout}": "experts"})
     if not is_replaceable(path):
-        raise UserError(f"{path}: already there and no adapter. Choose another folder.")
+        raise UserError(f"{path}: exists and holds no adapter. Choose another folder.")
     if layout == "peft":
         weights = sharing_inputs(weights)
     state = to_state(weights, layout)

@@ -83,7 +83,7 @@ def attach(
     """
     wrapped = isinstance(model, PeftModel)
     if not wrapped and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise UserError("This model already has an adapter; give the PeftModel around it, or load the base anew.")
+        raise UserError("This model already has an adapter; give the PeftModel around it, or load the base again.")
     if wrapped and adapter_name in model.peft_config:
         raise UserError(f"This model already has an adapter '{adapter_name}'; give the new one another name.")
     classes: dict[type, type] = dict.fromkeys(EXPERT_CLASSES, ParamWrapper)

@@ -33,11 +33,13 @@ def check_selection(selection: Selection, num_layers: int, num_experts: int) -> 
     where = "adapter.experts.select"
     if len(selection) != num_layers:
         raise UserError(
-            f"{where}: {len(selection)} lists, but the base has {num_layers} MoE layers; give one for each."
+            f"{where}: {len(selection)} lists, but the base has {num_layers} MoE layers; give one list per MoE layer."
         )
     for layer, ids in enumerate(selection):
         if wrong := [e for e in ids if not 0 <= e < num_experts]:
-            raise UserError(f"{where}: list {layer}: there is no expert {wrong[0]}; they are 0 to {num_experts - 1}.")
+            raise UserError(
+                f"{where}: list {layer}: there is no expert {wrong[0]}; experts are 0 to {num_experts - 1}."
+            )
         if len(set(ids)) != len(ids):
             raise UserError(f"{where}: list {layer} names an expert twice: {list(ids)}.")
     if not any(selection):

@@ -103,7 +103,7 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
     if settings.tune_router and settings.router_rank is not None:
         raise UserError("The router is either tuned or has LoRA, not both.")
     if settings.dora and settings.router_rank is not None:
-        raise UserError("DoRA acts on attention and mlp alone, and the router has LoRA. Leave out one of the two.")
+        raise UserError("DoRA acts only on attention and mlp, and the router has LoRA. Leave out one of the two.")
     if settings.init not in INITS:
         raise UserError(f"init '{settings.init}' is not known; use one of {', '.join(INITS)}.")
     alphas = {group: settings.alphas.get(group, settings.alpha) for group in ranks}

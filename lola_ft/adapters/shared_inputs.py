@@ -58,8 +58,8 @@ def sharing_inputs(weights: AdapterWeights) -> AdapterWeights:
             changed |= dict(zip(names, _side_by_side(weights, names), strict=True))
         weights = replace(weights, pairs=changed)
         warnings.warn(
-            f"{' and '.join(projections)} of the experts had an A of each; as the one pair of {stack} they have the "
-            "sum of both ranks. Nothing is lost.",
+            f"{' and '.join(projections)} of the experts each had a matrix A of its own. As one pair of {stack}, their "
+            "ranks are added. Nothing is lost.",
             stacklevel=3,
         )
     return weights

@@ -63,7 +63,7 @@ def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]
         for place, e in enumerate(experts):
             single = f"{layout.name(module, e, projection)}.bias"
             if single in weights.trained:
-                raise AdapterError(f"{name}: the file holds it twice, as a stack and for expert {e} alone.")
+                raise AdapterError(f"{name}: expert {e} is in the file twice, in the stack and by itself.")
             weights.trained[single], weights.keys[single] = stack[place], keys
 
 
@@ -101,8 +101,8 @@ def _base_row(weights: AdapterWeights, name: str) -> Tensor:
     """Return the base's bias of an expert that is not trained: stock PEFT puts it into the base with the others."""
     if name not in weights.base_biases:
         raise AdapterError(
-            f"{name}: the layout peft holds the biases of a layer's experts as one stack, and this one was not trained "
-            "and is not at hand. Convert the adapter with `lola-ft convert … --base BASE`, or keep it in the layout "
-            "per_expert."
+            f"{name}: the layout peft holds the biases of a layer's experts as one stack. This bias was not trained, "
+            "and the base with its value is not loaded. Convert the adapter with `lola-ft convert … --base BASE`, or "
+            "keep it in the layout per_expert."
         )
     return weights.base_biases[name]

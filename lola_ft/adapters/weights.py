@@ -173,12 +173,14 @@ class AdapterWeights:
                     f"{name}: {list(tensor.shape)} in the adapter for the tokens {list(self.token_ids)}, "
                     f"{[rows, width]} in the base"
                 )
-        problems += [f"{name}: the adapter trains the biases and lacks this one" for name in self._missing_biases()]
+        problems += [
+            f"{name}: the adapter trains the biases, and this one is missing" for name in self._missing_biases()
+        ]
         lost = self._not_held()
         problems += lost
         if problems:
             shown = "\n  ".join(problems[:5]) + (f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else "")
-            hint = "\nWhat was left out on purpose must not stand in adapter_config.json." if lost else ""
+            hint = "\nIf tensors were left out on purpose, remove them from adapter_config.json too." if lost else ""
             family = self.architecture.family
             raise AdapterError(
                 f"The adapter does not fit this base, a {family.title} model ({family.model_type}):\n  {shown}{hint}"
@@ -210,7 +212,7 @@ class AdapterWeights:
         left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
         if left_out:
             warnings.warn(
-                f"adapter_config.json names {', '.join(left_out)}; the adapter holds none of it.", stacklevel=4
+                f"adapter_config.json names {', '.join(left_out)}, but the adapter has no tensors for it.", stacklevel=4
             )
         return [module for module, kind in kinds.items() if kind not in left_out]
 

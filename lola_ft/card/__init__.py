@@ -1,4 +1,4 @@
-"""The model card: the README of a run, and of what is published."""
+"""The model card: the README of a run and of a published model."""
 
 from lola_ft.card.facts import CardFacts
 from lola_ft.card.render import render_card

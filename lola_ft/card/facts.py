@@ -9,19 +9,19 @@ from lola_ft.families import Family
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Everything that a card can say; unknown facts are left out of it.
+    """Everything that a card can say; it leaves out unknown facts.
 
     Attributes:
-        location: The repository's id; in the draft of a run, the adapter's folder.
+        location: The repository's id; in a run's own card (not published), the adapter's folder.
         published: Whether `location` is a repository.
-        base: The base's Hub id; in a draft, the recipe's `base.model`.
-        family: The base's; None if it is not known.
-        terms: The base's, from its own card.
-        base_revision: The base's commit where that is known, else branch or tag.
+        base: The base's Hub id; in a run's own card, the recipe's `base.model`.
+        family: The base's family; None if it is not known.
+        terms: The base's terms of use, from its own card.
+        base_revision: The base's commit if known, else its branch or tag.
         layout: The adapter's layout; None for merged weights.
         stock_peft: Whether stock PEFT loads the adapter.
-        rows: Rows of embeddings that the adapter's special tokens need at least; 0 without any.
-        manifest: The run's `manifest.json`, or as much of it as there is.
+        rows: Fewest embedding rows that fit the adapter's special tokens; 0 without special tokens.
+        manifest: The run's `manifest.json`, possibly incomplete.
         merge_report: `merge_report.json` of merged weights.
         files: Names of the published files.
     """
@@ -43,7 +43,7 @@ class CardFacts:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The run's recipe with all defaults, {} if it is not known."""
+        """The run's recipe with all defaults; {} if it is not known."""
         return self.manifest.get("recipe") or {}
 
     @property
@@ -69,5 +69,5 @@ class CardFacts:
 
     @property
     def fingerprint(self) -> str | None:
-        """Identity of the base's weights."""
+        """The fingerprint of the base's weights; None if it is not known."""
         return self.manifest.get("base", {}).get("fingerprint") or self.merge_report.get("base_fingerprint")

@@ -1,4 +1,4 @@
-"""The card as Markdown, with the YAML header that the Hub reads."""
+"""The card's text in Markdown, with the YAML header that the Hub reads."""
 
 import re
 from typing import Any
@@ -22,7 +22,7 @@ _NAMED_RESULTS = {
 
 
 def render_card(facts: CardFacts) -> str:
-    """Return the README's text; a part about which nothing is known is left out."""
+    """Return the README's text; parts without known facts are left out."""
     parts = [
         f"---\n{_metadata(facts).to_yaml()}\n---",
         f"# {facts.title}",
@@ -53,14 +53,14 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         datasets=facts.datasets or None,
         pipeline_tag="text-generation",
         tags=[*sorted(["lola_ft", *(facts.family.tags if facts.family else ())]), *(["lora"] if adapter else [])],
-        **facts.terms.gate,  # unused until the new repository has a gate, too
+        **facts.terms.gate,  # has no effect until the new repository has a gate too
     )
 
 
 def _introduction(facts: CardFacts) -> str:
     base = _base(facts)
     if facts.kind == "merged":
-        return f"{base}, fine-tuned with LoRA and merged into the weights, made with lola_ft."
+        return f"{base}, fine-tuned with LoRA and merged into ordinary weights with lola_ft."
     recipe = f"; its settings are in `{RECIPE_FILE}`" if facts.recipe else ""
     return f"A LoRA adapter for {base}, trained with lola_ft{recipe}."
 
@@ -101,7 +101,7 @@ def lora_line(recipe: dict[str, Any]) -> str:
 
 
 def _stages(facts: CardFacts) -> str:
-    """Return the runs that led to the adapter, where there were several or one that went on from another adapter."""
+    """Return the table of the runs behind the adapter; "" if it was trained from the base in one run."""
     stages = stages_in(facts.manifest) or facts.merge_report.get("stages", [])
     if not any(stage.get("started_from") for stage in stages):
         return ""
@@ -136,7 +136,7 @@ def _results(facts: CardFacts) -> str:
 
 
 def _figures(facts: CardFacts, name: str) -> str:
-    """Return a section with the figures that a run kept under a name; nested ones are named `outer / inner`."""
+    """Return a section with the figures that a run kept under a name; nested names become `outer / inner`."""
     figures = facts.manifest.get(name) or facts.manifest.get("results", {}).get(name)
     rows = [[key, _number(value)] for key, value in _flat(figures)] if isinstance(figures, dict) else []
     if not rows:
@@ -159,28 +159,27 @@ def _loading(facts: CardFacts) -> str:
     blocks = [f"{heading}:\n\n```python\n{code}```" for heading, code in snippets(facts)]
     blocks += _limits(facts)
     if "prompt_template.jinja" in facts.files:
-        blocks.append("It was trained on prompts written with `prompt_template.jinja`.")
+        blocks.append("It was trained on prompts in the form of `prompt_template.jinja`; use the same form to ask it.")
     if "chat_template.jinja" in facts.files:
-        blocks.append("The tokenizer's chat template renders conversations as training did.")
+        blocks.append("The tokenizer's chat template writes conversations in the form used in training.")
     return "## How to load it\n\n" + "\n\n".join(blocks)
 
 
 def _limits(facts: CardFacts) -> list[str]:
-    """Say what loads the model besides, or does not."""
+    """Return notes on further ways to load the model, and on ways that do not work."""
     family = facts.family
     if family is None:
         return []
     if facts.kind == "merged":
         if carries_code(facts):
-            return [
-                "The code beside the weights is all that they need; it is also read by `trust_remote_code` elsewhere."
-            ]
-        return [] if family.native else ["Nothing else is needed: transformers brings the class of this model."]
+            return ["The model needs only the code beside its weights, which `trust_remote_code=True` loads."]
+        return [] if family.native else ["Only transformers is needed: it contains this model's class."]
     trains_experts = facts.recipe.get("adapter", {}).get("experts") or not facts.recipe
     if family.auto_map and facts.layout == "peft" and trains_experts:
         return [
-            f"This layout fits lola_ft's class of {family.title}. On other code stock PEFT finds no experts to adapt, "
-            "warns, and computes something else: for those, convert it with `lola-ft convert --layout per_expert`."
+            f"This layout fits lola_ft's {family.title} class. On other code of the model, stock PEFT finds no experts "
+            "to adapt, warns, and gives wrong results. For such code, convert the adapter with "
+            "`lola-ft convert --layout per_expert`."
         ]
     return []
 
@@ -190,12 +189,12 @@ def _licence(facts: CardFacts) -> str:
     change = "adds low-rank updates to" if facts.kind == "adapter" else "changes"
     if terms.licence:
         text = f"The card of {_base(facts)} names {_named_licence(facts)} as its licence. This model {change} its "
-        text += "weights: that licence holds for it too."
+        text += "weights, so that licence applies to it too."
     elif family is not None and family.licence_name:
         text = f"[{family.title}]({family.authors_url}) is published by its authors under {family.licence_name}. "
         text += f"This model {change} its weights and is under the same licence."
     else:
-        text = "The base's licence holds for what is made from it."
+        text = "The licence of the base applies to this model too."
     return f"## Licence\n\n{text}{_gate(facts)}"
 
 
@@ -207,7 +206,7 @@ def _named_licence(facts: CardFacts) -> str:
 
 
 def _licence_link(facts: CardFacts) -> str | None:
-    """Return the address of the licence's text; a file's name is one in the base's repository."""
+    """Return the address of the licence's text; a bare file name means a file in the base's repository."""
     link = facts.terms.link
     if link is None or "://" in link:
         return link
@@ -219,7 +218,7 @@ def _gate(facts: CardFacts) -> str:
     if not facts.terms.gate:
         return ""
     said = f" Its authors ask:\n\n> {facts.terms.request}" if facts.terms.request else ""
-    return f"\n\nThe base is gated: who wants its weights has to accept its authors' terms on the Hub first.{said}"
+    return f"\n\nThe base is gated: to download it, accept its authors' terms on the Hub first.{said}"
 
 
 def _number(value: Any) -> str:
@@ -229,7 +228,7 @@ def _number(value: Any) -> str:
 
 
 def merge_rows(report: dict[str, Any]) -> list[list[str]]:
-    """Rows of the card's table; what the report does not hold is left out."""
+    """Return the rows of the card's table about merging, as far as the report has the facts."""
     rows = [
         ["merged", f"{report.get('applied')} of {report.get('adapter_tensors')} adapter tensors{_replaced(report)}"]
     ]
@@ -237,8 +236,8 @@ def merge_rows(report: dict[str, Any]) -> list[list[str]]:
         rows.append(["adapter's layout", f"`{layout}`"])
     rows.append(["merged into", _added_to(report)])
     if "changed" in report:
-        rounded = f", {report['rounded']} more as NF4 rounding leaves them" if report.get("rounded") else ""
-        counts = f"{report['changed']} changed{rounded}, {report['copied']} as in the base"
+        rounded = f", {report['rounded']} more rounded to NF4" if report.get("rounded") else ""
+        counts = f"{report['changed']} changed{rounded}, {report['copied']} the same as in the base"
         rows.append(["weights", f"{counts}, dtype {report['dtype']}"])
     return rows + _checks(report)
 
@@ -251,17 +250,17 @@ def _replaced(report: dict[str, Any]) -> str:
 
 def _added_to(report: dict[str, Any]) -> str:
     if report.get("base_kind") == "nf4":
-        return "the dequantised 4-bit weights; the original ones were not used"
-    return "the weights as NF4 rounding leaves them" if report.get("rounding") == "nf4" else "the original weights"
+        return "the dequantised 4-bit weights (the original weights were not used)"
+    return "the weights rounded to NF4" if report.get("rounding") == "nf4" else "the original weights"
 
 
 def _checks(report: dict[str, Any]) -> list[list[str]]:
-    """What was checked; where it is proved in full is the report itself."""
+    """Return the rows about the checks; `merge_report.json` has them in full."""
     rows = []
     if found := report.get("weights"):
         what = (
             f"{found['untouched']} tensors equal to the base's, {found['applied_once']} of {report['adapter_tensors']} "
-            f"adapter tensors found exactly once, {len(found['sample'])} weights recomputed in whole "
+            f"adapter tensors found exactly once, {len(found['sample'])} weights recomputed completely "
             "(`merge_report.json`)"
         )
         rows.append(["checked in the files", what])

@@ -1,10 +1,10 @@
-"""Code that loads the model of a card: Python that runs without changes."""
+"""Python code for a card that loads its model and runs without changes."""
 
 from lola_ft.card.facts import CardFacts
 
 
 def snippets(facts: CardFacts) -> list[tuple[str, str]]:
-    """Return pairs of a heading and code. Each runs by itself, but the last one uses the model of the first."""
+    """Return pairs of a heading and code. Each runs by itself, except the last one, which uses the first's model."""
     found = _of_merged(facts) if facts.kind == "merged" else _of_adapter(facts)
     if any(name.startswith("tokenizer") for name in facts.files):
         found.append(("Generate", _generate(facts)))
@@ -32,7 +32,7 @@ def _of_adapter(facts: CardFacts) -> list[tuple[str, str]]:
 
 
 def carries_code(facts: CardFacts) -> bool:
-    """Tell whether the code that loads the model lies beside its weights."""
+    """Tell whether the files include the code that loads the model."""
     return facts.kind == "merged" and any(name.startswith("modeling_") for name in facts.files)
 
 
@@ -90,15 +90,15 @@ model = AutoModelForCausalLM.from_pretrained({base}, torch_dtype="auto", trust_r
 
 
 def _rows(facts: CardFacts) -> str:
-    """Return the line that gives the embeddings the rows of an adapter's special tokens; "" for one without."""
+    """Return the line that adds embedding rows for the adapter's special tokens; "" without such tokens."""
     return f"model.resize_token_embeddings(max({facts.rows}, model.config.vocab_size))\n" if facts.rows else ""
 
 
 def _registration(facts: CardFacts) -> str:
-    """Return the import that makes transformers load a class of lola_ft; "" where transformers brings the class."""
+    """Return the import that registers lola_ft's model class; "" if transformers has the class itself."""
     if facts.family is None:
-        return "import lola_ft  # tells transformers about families that it does not bring\n"
-    return f"import lola_ft  # tells transformers what {facts.family.title} is\n" if facts.family.native else ""
+        return "import lola_ft  # registers model classes that transformers does not have\n"
+    return f"import lola_ft  # registers {facts.family.title} with transformers\n" if facts.family.native else ""
 
 
 def _generate(facts: CardFacts) -> str:

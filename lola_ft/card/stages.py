@@ -1,4 +1,4 @@
-"""The stages that made an adapter: runs of which each went on from the adapter of the one before."""
+"""The stages of an adapter: runs that each continued training the adapter of the run before."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from lola_ft.repo_id import is_repo_id
 
 Stage = dict[str, Any]
-"""What is kept of a run: its name, what it started from (None: the base), objective, data and length."""
+"""The facts of one run: its name, its starting adapter (None: the base), objective, data and length."""
 
 
 def stage_of(recipe: dict[str, Any], results: dict[str, Any], started_from: dict[str, Any] | None) -> Stage:
-    """Return a run's stage, in which folders of this machine go by their names alone."""
+    """Return a run's stage, with folders of this machine shortened to their last name."""
     data, train = recipe.get("data", {}), recipe.get("train", {})
     stage = {
         "run": Path(recipe.get("output", "")).name,
@@ -25,15 +25,15 @@ def stage_of(recipe: dict[str, Any], results: dict[str, Any], started_from: dict
 
 
 def stages_in(manifest: dict[str, Any]) -> list[Stage]:
-    """Return the stages of a run from its manifest, its own the last; [] without a manifest that tells it."""
+    """Return a run's stages from its manifest, the run itself last; [] if the manifest does not have them."""
     stages: list[Stage] = manifest.get("stages") or []
     if stages or "recipe" not in manifest:
         return stages
-    return [stage_of(manifest["recipe"], manifest.get("results") or {}, None)]  # written before there were stages
+    return [stage_of(manifest["recipe"], manifest.get("results") or {}, None)]  # a manifest of an older version
 
 
 def stage_rows(stages: list[Stage]) -> list[list[str]]:
-    """Return the cells of a table of stages, oldest first."""
+    """Return the rows of the table of stages, oldest first."""
     return [
         [
             str(number),

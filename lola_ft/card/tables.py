@@ -1,15 +1,15 @@
-"""Tables of a card in Markdown; a long one is folded, its largest and smallest rows shown first."""
+"""Tables of a card in Markdown. A long table is folded, and its largest and smallest rows are shown above it."""
 
 from collections.abc import Sequence
 
 LONGEST_OPEN = 30
-"""Rows of the longest table that is shown whole."""
+"""Most rows of a table that is shown whole."""
 SHOWN = 10
-"""Rows shown at each end of a longer one."""
+"""Rows shown of each end of a longer table."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> str:
-    """Return a table; with `numbers`, all columns but the first are aligned to the right."""
+    """Return a table; with `numbers`, all columns except the first are aligned to the right."""
     rule = ["---", *(["---:" if numbers else "---"] * (len(header) - 1))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
@@ -17,12 +17,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = 
 def table_of_languages(
     header: Sequence[str], rows: Sequence[Sequence[str]], sizes: Sequence[float | None], by: str
 ) -> str:
-    """Return a table with a row for each language; a long one shows the extremes and folds the whole.
+    """Return a table with one row per language. A long table shows the extremes and folds the whole.
 
     Args:
-        sizes: For each row, the number that decides which rows are the largest; None for a language without it,
-            which is only in the folded table.
-        by: What `sizes` are, such as "trained tokens".
+        sizes: Per row, the number that decides which rows are the largest. A row with None is only in the folded
+            table.
+        by: The meaning of `sizes`, such as "trained tokens".
     """
     if len(rows) <= LONGEST_OPEN:
         return table(header, rows, numbers=True)
@@ -38,5 +38,5 @@ def table_of_languages(
 
 
 def folded(title: str, text: str) -> str:
-    """Return Markdown that opens by a click. The blank lines inside make GitHub and the Hub read it as Markdown."""
+    """Return text folded under a title. The blank lines make GitHub and the Hub read the inside as Markdown."""
     return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"

@@ -18,9 +18,9 @@ class BaseTerms:
 
     Attributes:
         licence: The Hub's identifier; None if the card has none.
-        name: What `other` stands for.
+        name: The licence's name, for the identifier `other`.
         link: Address of the text, or the name of a file in the base's repository.
-        gate: The header's keys `extra_gated_…`: what the Hub asks before it hands out the weights. Empty without a
+        gate: The header's keys `extra_gated_…`: the Hub's questions before a download. Empty for a base without a
             gate.
     """
 
@@ -31,14 +31,14 @@ class BaseTerms:
 
     @property
     def request(self) -> str:
-        """The authors' words at the gate, shortened to a line to quote; "" if the card has none."""
+        """The authors' text at the gate, shortened to one line; "" if the card has none."""
         words = " ".join(_text(self.gate.get(f"{_GATE}{key}")) or "" for key in ("heading", "prompt")).split()
         text = " ".join(words)
         return text if len(text) <= _LONGEST else f"{text[:_LONGEST].rsplit(' ', 1)[0]} …"
 
 
 def read_terms(folder: Path | None) -> BaseTerms:
-    """Read the terms from the card in a checkpoint's folder; empty where there is no card or it cannot be read."""
+    """Read the terms from the card in a checkpoint's folder; empty if there is no card or it cannot be read."""
     header = _header(folder / CARD_FILE) if folder else {}
     return BaseTerms(
         licence=_text(header.get("license")),
@@ -51,7 +51,7 @@ def read_terms(folder: Path | None) -> BaseTerms:
 def _header(file: Path) -> dict[str, Any]:
     try:
         return (metadata_load(file) if file.is_file() else None) or {}
-    except Exception:  # somebody else's card: whatever is wrong with it, it states no terms
+    except Exception:  # other people's cards can be broken in any way; a broken one states no terms
         return {}
 
 

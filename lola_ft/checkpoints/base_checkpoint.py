@@ -140,7 +140,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{file}: not a config of {family.title} ({reason[-1].strip() if reason else error!r}). Take the config "
+            f"{file}: not a config of {family.title} ({reason[-1].strip() if reason else error!r}). Use the config "
             "that belongs to the weights."
         ) from error
     return config_json, architecture
@@ -153,7 +153,7 @@ def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
         for entry in read_header(file):
             if entry.name in found:
                 raise CheckpointError(
-                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}; which counts?"
+                    f"{file}: tensor '{entry.name}' is also in {found[entry.name].file}. Remove one of the two files."
                 )
             found[entry.name] = entry
     return found

@@ -50,9 +50,7 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     if folder.exists():
         raise CheckpointError(f"{text}: is a file; give the checkpoint's folder.")
     if "://" in text:
-        raise NoCheckpointError(
-            f"{text}: no such folder; an address. Give a folder, or only the Hub id like owner/name."
-        )
+        raise NoCheckpointError(f"{text}: is a web address. Give a folder, or the base's Hub id like owner/name.")
     if not is_repo_id(text):
         raise NoCheckpointError(f"{missing(text, 'folder')} Give a checkpoint's folder or a Hub id like owner/name.")
     try:
@@ -107,13 +105,13 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            raise CheckpointError(f"{index}: names shards that are not there: {', '.join(missing) or 'none at all'}.")
+            raise CheckpointError(f"{index}: names shards that do not exist: {', '.join(missing) or 'none at all'}.")
         return [folder / name for name in names]
     pickles = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
     found = f", but {', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}" if pickles else ""
     raise CheckpointError(
         f"{folder}: holds neither {WEIGHTS_FILE} nor {WEIGHTS_INDEX_FILE}{found}. Pickled weights are never loaded: "
-        "opening them can run any code. Take a revision with safetensors; or, if you trust the source, let transformers"
+        "opening them can run any code. Use a revision with safetensors; or, if you trust the source, let transformers"
         " write them: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)."
     )
 

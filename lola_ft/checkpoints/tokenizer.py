@@ -23,16 +23,16 @@ def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) ->
     beyond = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))
     if lacking := [token for token in beyond if token not in own_rows]:
         raise CheckpointError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model rows for only {config.vocab_size}: "
-            f"{', '.join(map(str, lacking[:5]))} {'has' if len(lacking) == 1 else 'have'} none. If they were added to "
-            "the base's tokenizer, name them in data.special_tokens, which trains rows for them; otherwise tokenizer "
-            "and model do not belong together."
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model has embeddings for only "
+            f"{config.vocab_size}; {', '.join(map(str, lacking[:5]))} {'has' if len(lacking) == 1 else 'have'} none. "
+            "If you added tokens to the base's tokenizer, name them in data.special_tokens, which trains their "
+            "embeddings. Otherwise this tokenizer belongs to another model."
         )
     return tokenizer
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a folder's tokenizer, whatever model it belongs to; raises CheckpointError if there is none."""
+    """Load a folder's tokenizer without comparing it with a model; raises CheckpointError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

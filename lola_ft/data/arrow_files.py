@@ -13,15 +13,15 @@ _BATCH = 1000
 _DATASET_FILE, _SPLITS_FILE = "state.json", "dataset_dict.json"
 
 
-def parquet_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - as every reader
+def parquet_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - every reader has this signature
     """Read a Parquet file, a thousand rows at a time."""
     from pyarrow import parquet
 
     return _rows(path, "a Parquet", lambda: parquet.ParquetFile(path).iter_batches(_BATCH))
 
 
-def arrow_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - as every reader
-    """Read an Arrow file, of either form: `datasets` writes streams."""
+def arrow_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - every reader has this signature
+    """Read an Arrow file, in the file format or the stream format (which `datasets` writes)."""
     import pyarrow
 
     def batches() -> Iterator[Any]:
@@ -49,14 +49,14 @@ def _rows(path: Path, kind: str, batches: Callable[[], Iterable[Any]]) -> Rows:
                 yield Row(fields, f"{path}:[{index}]")
                 index += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not {kind} file that can be read: {first_line(error)}.") from None
+        raise DataError(f"{path}: cannot be read as {kind} file: {first_line(error)}.") from None
 
 
 def saved_files(folder: Path) -> list[Path] | None:
-    """Return the files of the dataset that `save_to_disk` wrote into a folder, in order; None if it wrote nothing here.
+    """Return the files of a dataset that `save_to_disk` wrote into a folder, in order; None for any other folder.
 
     Raises:
-        DataError: Several splits lie in the folder, or its list of files is damaged.
+        DataError: The folder has several splits, or its list of files is damaged.
     """
     if (folder / _SPLITS_FILE).is_file():
         splits = [split for split in sorted(folder.iterdir()) if (split / _DATASET_FILE).is_file()]

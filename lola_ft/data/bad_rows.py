@@ -1,4 +1,4 @@
-"""Rows that were skipped because they cannot be used: their counts, and the first messages."""
+"""Counts and first messages of rows that were skipped because they cannot be used."""
 
 import re
 from collections import Counter
@@ -10,12 +10,12 @@ from lola_ft.data.rows import Source
 
 LISTED = 100
 _PLACE = re.compile(r"(.+?)(?=:\d+: |:\[\d+\]: )")
-"""The file in front of a message's line or index."""
+"""The file name in a message, before the line or index."""
 
 
 @dataclass
 class BadRows:
-    """Counts by source, all of them, and the first messages."""
+    """The counts of all bad rows by source, and the first messages."""
 
     counts: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
@@ -23,7 +23,7 @@ class BadRows:
     _portable: list[str] = field(default_factory=list)
 
     def add(self, source: Source, message: str) -> None:
-        """Count a row; its message is kept while there are fewer than a hundred."""
+        """Count a row, and keep its message if it is one of the first hundred."""
         self.counts[source.name] += 1
         self._first.setdefault(source.name, message)
         if len(self.messages) < LISTED:
@@ -32,11 +32,11 @@ class BadRows:
             self._portable.append(_PLACE.sub(lambda place: Path(place[1]).name, message, 1) if local else message)
 
     def first(self, source: Source) -> str:
-        """The message of a source's first bad row."""
+        """Return the message of a source's first bad row."""
         return self._first[source.name]
 
     def stored(self) -> dict[str, Any]:
-        """Everything, in plain values, for `restored`."""
+        """Return everything as plain values, for `restored`."""
         counts = {"counts": dict(self.counts), "messages": self.messages}
         return counts | {"first": self._first, "portable": self._portable}
 
@@ -46,5 +46,5 @@ class BadRows:
         return cls(Counter(stored["counts"]), stored["messages"], stored["first"], stored["portable"])
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest, which may be published: local files go by their names, without their folders."""
+        """Return the facts for the manifest. It may be published, so local files are named without their folders."""
         return {"total": self.counts.total(), "messages": self._portable}

@@ -1,6 +1,6 @@
-"""Any prompt template as a chat template of transformers, to be saved with a tokenizer.
+"""Conversion of a prompt template to a transformers chat template, which is saved with the tokenizer.
 
-With it `pipeline(model)([{"role": "user", …}])`, `apply_chat_template` and servers write prompts as training did.
+So `pipeline(model)([{"role": "user", …}])`, `apply_chat_template` and servers write prompts as training did.
 """
 
 import json
@@ -12,7 +12,7 @@ from lola_ft.data.turns import special_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# One round of messages is one rendering of the template, as a macro; transformers runs it with the same settings.
+# A macro renders the template once per round of messages. transformers uses the same jinja settings as we do.
 _CHAT = """\
 {%% macro rendered(messages, first, prompt) %%}
 {%% set instruction = prompt %%}
@@ -40,10 +40,10 @@ _SINGLE = """\
 
 
 def chat_source(template: PromptTemplate, tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return a template as jinja that transformers runs on `messages`, each answer ended as in training.
+    """Return a template as jinja that transformers can run on `messages`, with the same end of answers as in training.
 
-    A template for a single request refuses a second one. transformers tokenises the whole text at once, so that a token
-    may span an answer's beginning where training had two.
+    A template for a single request refuses a second request. transformers tokenises the whole text at once, so a token
+    may span the beginning of an answer where training had two tokens.
     """
     if isinstance(template, ChatTemplate):
         return template.source

@@ -1,15 +1,15 @@
-"""The tokenizer's own chat template: conversations rendered as transformers and servers render them.
+"""The tokenizer's own chat template, which renders conversations as transformers and servers do.
 
-A `chat_template` writes a whole conversation at once. What stands in front of an answer is the conversation up to there
-with the generation prompt, and the answer is what the template writes after it, up to the special token that ends the
-turn:
+A `chat_template` writes a whole conversation at once. To learn only the answers, the text is cut into stretches: the
+text that the template writes up to the user's turn, with the generation prompt, is only read. The text that it writes
+after that, up to the special token that ends the turn, is the answer:
 
     messages up to the user's turn    <|im_start|>user⏎Moja?<|im_end|>⏎<|im_start|>assistant⏎     read
     ... and the answer                One.<|im_end|>                                               learned
 
-Each stretch is tokenised with the end token of the turn before it, so that its ids are those of the whole text. A
-template that writes earlier answers differently once the conversation goes on (Qwen3 takes out their thinking) leaves
-only the last one as the model will write it: only that one is learned then.
+Each stretch is tokenised together with the end token of the turn before it, so that the ids are those of the whole
+text. Some templates rewrite earlier answers when the conversation continues (Qwen3 removes their thinking). With such a
+template only the last answer looks as the model should write it, so only the last answer is learned.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CHAT = "chat"
-"""The name of the tokenizer's own template in a recipe."""
+"""The name of the tokenizer's own chat template in a recipe."""
 
 _PROBE = ("What do you say?", "This is said.")
 
 
 class _Stretch(NamedTuple):
-    """A turn as text: the end of the turn before it, what stands in front of the answer, the answer, its end."""
+    """A turn as text: the previous turn's end token, the text before the answer, the answer, and its end token."""
 
     before: str
     lead: str
@@ -41,7 +41,7 @@ class _Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A tokenizer's chat template; `source` is jinja as transformers runs it (sandboxed)."""
+    """A tokenizer's chat template; transformers runs its jinja `source` in a sandbox."""
 
     source: str
     name = CHAT
@@ -49,26 +49,26 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "ChatTemplate | None":
-        """Return a tokenizer's chat template (its `default` one if it has several), or None."""
+        """Return a tokenizer's chat template (the one named `default` if there are several), or None."""
         found = getattr(tokenizer, "chat_template", None)
         if isinstance(found, dict):
             found = found.get("default")
         return cls(found) if found else None
 
     def turns(self, examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> list[list[Turn]]:
-        """Return the turns of examples with prompts as token ids.
+        """Return the turns of examples (all with prompts) as token ids.
 
-        Fewer turns than answers mean that the template wrote the first answers differently; they are in the prompt.
+        If the template rewrites earlier answers, there are fewer turns than answers: those answers are in the prompt.
 
         Raises:
-            DataError: A conversation that the template refuses, drops a message of, or ends without a special token.
+            DataError: The template refuses a conversation, drops a message, or ends an answer without a special token.
         """
         rows = [self._stretches(example, tokenizer) for example in examples]
         found = iter(_encoded([stretch for row in rows for stretch in row], tokenizer))
         return [[next(found) for _ in row] for row in rows]
 
     def prompt_ids(self, example: Example, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-        """Return the token ids of all that stands in front of an example's last answer."""
+        """Return the token ids of everything before an example's last answer."""
         *earlier, last = self._stretches(example, tokenizer, is_open=True)
         before = [token for turn in _encoded(earlier, tokenizer) for token in (*turn.prompt, *turn.answer)]
         [ids] = encode_texts([last.before + last.lead], tokenizer, with_marks=True)
@@ -113,7 +113,7 @@ class ChatTemplate:
             raise DataError(f"{place}the tokenizer's chat template fails: {str(error).rstrip('.')}.") from None
 
     def _refuse_loss(self, messages: list[dict[str, Any]], example: Example, written: str) -> None:
-        """Refuse a conversation of which the template leaves out what was said to the assistant, or its tools."""
+        """Refuse a conversation if the template leaves out a message to the assistant, a tool call, or the tools."""
         for place, message in enumerate(messages):
             if message["role"] != "assistant" and message["content"].strip() not in written:
                 raise DataError(
@@ -130,20 +130,20 @@ class ChatTemplate:
                 raise DataError(f"{example.where}: the tokenizer's chat template leaves out `tools`. {_NO_TOOLS}")
 
 
-_NO_TOOLS = "Take a base whose template knows them, or remove them from the rows."
+_NO_TOOLS = "Choose a base whose template supports them, or remove them from the rows."
 
 PromptTemplate = Template | ChatTemplate
-"""What writes prompts: a template of this project or of the user's own, or the tokenizer's chat template."""
+"""The writer of prompts: a bundled template, the user's own template, or the tokenizer's chat template."""
 
 
 def check_template(name: str) -> None:
-    """Refuse a template that cannot be loaded, as far as that can be said without a tokenizer; raises DataError."""
+    """Raise DataError if a template cannot be loaded, as far as that can be checked without a tokenizer."""
     if name != CHAT:
         Template.load(name)
 
 
 def load_template(name: str, tokenizer: "PreTrainedTokenizerFast") -> PromptTemplate:
-    """Load a template by a recipe's name for it; `chat` is the tokenizer's own.
+    """Load a template by its name in a recipe; `chat` is the tokenizer's own chat template.
 
     Raises:
         DataError: No such template, a broken one, or a tokenizer without a chat template.
@@ -160,26 +160,26 @@ def load_template(name: str, tokenizer: "PreTrainedTokenizerFast") -> PromptTemp
 
 
 def _encoded(stretches: list[_Stretch], tokenizer: Any) -> list[Turn]:
-    """Return stretches as token ids. One whose first answer token reaches into the lead is tokenised in two parts."""
+    """Return stretches as token ids. If a token would span lead and answer, the two are tokenised separately."""
     leads = [part.before + part.lead for part in stretches]
     wholes = [lead + part.answer + part.end for lead, part in zip(leads, stretches, strict=True)]
     lead_ids, whole_ids = (encode_texts(texts, tokenizer, with_marks=True) for texts in (leads, wholes))
     turns = list[Turn]()
     for part, lead, whole in zip(stretches, lead_ids, whole_ids, strict=True):
         answer = whole[len(lead) :]
-        if whole[: len(lead)] != lead:  # in use there is no answer yet when the lead is tokenised
+        if whole[: len(lead)] != lead:  # at inference the lead is tokenised before there is an answer
             [answer] = encode_texts([part.answer + part.end], tokenizer, with_marks=True)
         turns.append(Turn(lead[bool(part.before) :], answer, part.answer, part.learned))
     return turns
 
 
 def _answer_and_end(whole: str, lead: str, said: str, tokenizer: Any, where: str) -> tuple[str, str]:
-    """Return what a template wrote of an answer after the lead, up to and without its end token, and that token."""
+    """Return the answer as the template wrote it after the lead, without its end token, and the end token."""
     place = f"{where}: " if where else ""
     if not whole.startswith(lead):
         raise DataError(
-            f"{place}the tokenizer's chat template begins an answer in another way than it asks for one, so the model "
-            "would learn what it is never asked. Use a template of your own."
+            f"{place}the tokenizer's chat template begins an answer differently from its generation prompt, so the "
+            "model would learn a prompt that it never gets. Use a template of your own."
         )
     tail = whole[len(lead) :]
     said = said.strip()

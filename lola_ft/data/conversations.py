@@ -1,7 +1,7 @@
-"""Conversations: messages of others' tools, in one spelling, cut into requests and answers.
+"""Conversations: messages from other tools in one uniform spelling, cut into requests and answers.
 
-Rows come as OpenAI's and the Hub's `messages` (role, content), as ShareGPT's `conversations` (from, value), with
-contents as text or as parts, with tools and their results, with a `system` field beside the turns.
+Supported are OpenAI's and the Hub's `messages` (role, content), ShareGPT's `conversations` (from, value), contents as
+text or as parts, tools and their results, and a `system` field beside the turns.
 """
 
 import json
@@ -23,18 +23,18 @@ ROLES = {
     "model": "assistant", "ai": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
-"""Names of roles, in any capitals, and what they mean here. A source's `roles` adds others."""
+"""The meanings of role names, upper or lower case. A source's `roles` adds others."""
 
 _KEYS = (("role", "content"), ("from", "value"))
 THINKING = "reasoning_content"
-"""What a model thought before an answer; only a chat template that knows it writes it."""
+"""The key of a model's reasoning before an answer; only chat templates that know the key write it."""
 _BESIDE = ("tool_calls", THINKING)
-"""What an assistant's message may hold beside its text, for chat templates that know it."""
+"""Keys of an assistant's message beside its text, for chat templates that know them."""
 _OF_TOOLS = ("tool_call_id", "name")
 
 
 def read_conversation(row: Row, source: Source) -> list[Exchange]:
-    """Cut a conversation into exchanges: what was said since the last answer, and the answer."""
+    """Read a row as exchanges: each is the messages since the last answer, and the answer."""
     name = field_name(source, "messages")
     messages = messages_of(raw_field(row, source, "messages"), name, row.where, source)
     return conversation(with_system(messages, row, source), name, row.where)
@@ -67,9 +67,9 @@ def with_system(messages: list[Message], row: Row, source: Source) -> list[Messa
 
 
 def messages_of(given: Any, name: str, where: str, source: Source) -> list[Message]:
-    """Return a field's messages with one spelling of roles and keys; raises DataError if it is no list of messages.
+    """Return a field's messages with uniform roles and keys; raises DataError if it is not a list of messages.
 
-    A list as JSON text, which tables hold, is read too.
+    A list written as JSON text, as in tables, is read too.
     """
     listed = _parsed(given)
     if not isinstance(listed, list) or not listed:
@@ -87,13 +87,13 @@ def messages_of(given: Any, name: str, where: str, source: Source) -> list[Messa
 def _no_messages(given: Any, name: str, where: str) -> str:
     hint = ""
     if isinstance(given, str) and given.lstrip().startswith("["):
-        hint = " It looks like Python's own notation, as pandas writes lists to CSV: write the column with json.dumps."
+        hint = " It looks like a list in Python's notation, as pandas writes to CSV. Write the column with json.dumps."
     found = "an empty list" if given == [] else in_words(given)
     return f"{where}: field '{name}' must be a list of messages, each with role and content; found {found}.{hint}"
 
 
 def conversation(messages: list[Message], name: str, where: str) -> list[Exchange]:
-    """Cut messages into exchanges; raises DataError if they are not in turn, or no answer is last or learned."""
+    """Cut messages into exchanges; raises DataError if they do not alternate, or no answer is last or learned."""
     _check_order(messages, name, where)
     exchanges, said = list[Exchange](), list[Message]()
     for message in messages:
@@ -109,14 +109,14 @@ def conversation(messages: list[Message], name: str, where: str) -> list[Exchang
 
 
 def content_text(given: Any, what: str, where: str) -> str:
-    """Return a message's text: a text, or parts of kind `text`, which follow each other without anything between."""
+    """Return a message's text; parts of kind `text` are joined without anything between them."""
     if not isinstance(given, list):
         return checked_text(given, what, where)
     texts = list[str]()
     for place, part in enumerate(given):
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind != "text":
-            raise DataError(f"{where}: {what}[{place}] is of kind '{kind}'; this version reads text. Remove the part.")
+            raise DataError(f"{where}: {what}[{place}] is of kind '{kind}'; only text is supported. Remove the part.")
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             raise DataError(f"{where}: {what}[{place}] has no text.")
@@ -146,14 +146,14 @@ def _role(given: Any, place: str, where: str, roles: Mapping[str, str]) -> str:
     role = roles.get(str(given)) or ROLES.get(str(given).strip().lower())
     if role is None:
         raise DataError(
-            f"{where}: {place}: role {given!r} is unknown; there are system, user, assistant and tool, and common "
-            f"other names of them. Say which it is with `roles: {{{given}: assistant}}` in the source."
+            f"{where}: {place}: role {given!r} is unknown; the roles are system, user, assistant and tool, and common "
+            f"other names of them. Say what it means with `roles: {{{given}: assistant}}` in the source."
         )
     return role
 
 
 def _beside(item: Mapping[str, Any], place: str, where: str, role: str) -> Message:
-    """Return what a message holds beside its text."""
+    """Return a message's entries other than role and text."""
     if role != "assistant":
         return {key: item[key] for key in _OF_TOOLS if role == "tool" and item.get(key)}
     found: Message = {key: item[key] for key in _BESIDE if item.get(key)}
@@ -166,7 +166,7 @@ def _beside(item: Mapping[str, Any], place: str, where: str, role: str) -> Messa
 
 
 def _tool_call(call: Any, place: str, where: str) -> Message:
-    """Return a tool call with its arguments as an object, which is what chat templates write."""
+    """Return a tool call with its arguments as an object, as chat templates expect."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"{where}: {place}.tool_calls: each must be an object with the function's name and arguments.")
@@ -178,7 +178,7 @@ def _listed(given: Any) -> Iterable[Any]:
 
 
 def _parsed(given: Any) -> Any:
-    """Return what JSON text says; anything else as it is."""
+    """Return the value of JSON text; anything else unchanged."""
     try:
         return json.loads(given) if isinstance(given, str) else given
     except ValueError:
@@ -186,7 +186,7 @@ def _parsed(given: Any) -> Any:
 
 
 def _joined(messages: list[Message]) -> list[Message]:
-    """Return messages with neighbours of one role as one, a blank line between their texts."""
+    """Return messages with consecutive turns of one role joined, a blank line between their texts."""
     joined = list[Message]()
     for message in messages:
         last = joined[-1] if joined else None
@@ -199,12 +199,12 @@ def _joined(messages: list[Message]) -> list[Message]:
 
 
 def _check_order(messages: list[Message], name: str, where: str) -> None:
-    """System first if at all, then user (or tools) and assistant in turn, an answer last."""
+    """Check the order: at most one system message, first; then user (or tool) and assistant in turn; answer last."""
     roles = [message["role"] for message in messages]
     start = 1 if roles[0] == "system" else 0
     for index, role in enumerate(roles[start:], start=start):
         if role == "system":
-            raise DataError(f"{where}: {name}[{index}]: a system message comes first or not at all.")
+            raise DataError(f"{where}: {name}[{index}]: a system message must be the first one. Move or remove it.")
     for index, (before, after) in enumerate(pairwise(roles[start:]), start=start + 1):
         if before == after != "tool":
             raise DataError(
@@ -212,7 +212,7 @@ def _check_order(messages: list[Message], name: str, where: str) -> None:
                 "does), or remove the row."
             )
         if after == "tool" and before == "user":
-            raise DataError(f"{where}: {name}[{index}]: a tool's result without a call of the assistant before it.")
+            raise DataError(f"{where}: {name}[{index}]: a tool's result without the assistant's call before it.")
     if roles[start:][:1] in (["assistant"], ["tool"]):
         raise DataError(f"{where}: {name}[{start}]: the {roles[start]} answers before the user has asked.")
     if roles[-1] != "assistant":
@@ -223,5 +223,5 @@ def _check_order(messages: list[Message], name: str, where: str) -> None:
 
 
 def _fields(said: list[Message]) -> Fields:
-    """Return the fields that a template sees: the messages, and their joined texts as instruction and prompt."""
+    """Return the fields for a template: the messages, and their joined texts as instruction and prompt."""
     return prompt_fields("\n\n".join(message["content"] for message in said)) | {"messages": said}

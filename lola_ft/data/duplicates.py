@@ -1,4 +1,4 @@
-"""Rows held out by a hash of their content, and rows that say the same, in training or in training and validation."""
+"""Rows held out by a hash of their content, and equal rows: within training, or in training and validation."""
 
 import hashlib
 import math
@@ -11,7 +11,7 @@ from lola_ft.errors import DataError
 
 
 def without_duplicates(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
-    """Yield the examples whose prompt and answer did not come before, character by character; count the others."""
+    """Yield the first example of each exact prompt and answer, and count the repeats by language."""
     seen: set[bytes] = set()
     for example in examples:
         digest = _digest(example.identity)
@@ -30,10 +30,10 @@ class LeakCheck:
         validation: The rows held out.
         action: `error` refuses a training row that is also a validation row, `drop` leaves it out of the training
             rows, `allow` keeps it.
-        rows: Training rows that are validation rows too: same prompt, same answer; or the same two sentences, whichever
-            is translated into which.
-        prompts: Training rows with the prompt of a validation row and another answer. They are kept: an instruction
-            may well be given with many answers.
+        rows: Number of training rows that are also validation rows: the same prompt and answer, or a translation of the
+            same two sentences in either direction.
+        prompts: Number of training rows with the prompt of a validation row and another answer. They are kept, because
+            one instruction can have many answers.
     """
 
     validation: list[Example]
@@ -48,7 +48,7 @@ class LeakCheck:
         self._prompts = {_digest(row.request) for row in self.validation if row.prompt is not None}
 
     def checked(self, examples: Iterable[Example]) -> Iterator[Example]:
-        """Yield the training rows that stay; if `action` is `error`, a DataError names the first leak at the end."""
+        """Yield the training rows to keep; with `action` `error`, raise a DataError with the first leak at the end."""
         first = ""
         for example in examples:
             same = self._places.get(_digest(example.identity))
@@ -63,12 +63,12 @@ class LeakCheck:
                 yield example
         if first and self.action == "error":
             raise DataError(
-                f"{first} ({self.rows} such rows in all). Set data.leakage to drop, to leave them out of the training "
-                "rows, or to allow."
+                f"{first} ({self.rows} such rows in all). Set data.leakage to drop, which leaves them out of the "
+                "training rows, or to allow, which keeps them."
             )
 
     def as_dict(self) -> dict[str, str | int]:
-        """For the manifest."""
+        """Return the facts for the manifest."""
         return {"action": self.action, "rows": self.rows, "prompts": self.prompts}
 
 
@@ -79,12 +79,13 @@ def _digest(text: str) -> bytes:
 def is_validation(example: Example, share: float, seed: int) -> bool:
     """Tell whether a row is held out.
 
-    A hash of the row's own text decides, so that adding a source or another order moves no row, and rows that say
-    the same fall on the same side; so do the two directions of a translation, of which each holds the other's answer.
+    A hash of the row's own text decides. So no row moves when a source is added or the order changes, and equal rows
+    are on the same side. The two directions of a translation are on the same side too, because each contains the
+    other's answer.
 
     Args:
-        share: Part held out, from 0 to 1.
-        seed: Another seed holds out other rows.
+        share: Share to hold out, from 0 to 1.
+        seed: A different seed holds out different rows.
     """
     return _draw(example, seed) < share * _DRAWS
 
@@ -93,13 +94,13 @@ _DRAWS = 2**64
 
 
 def _draw(example: Example, seed: int) -> int:
-    """Return a row's number below `_DRAWS`; the row is held out by every share of them above it."""
+    """Return a row's fixed number n below `_DRAWS`; a share above n / `_DRAWS` holds the row out."""
     digest = hashlib.sha256(f"{seed}\n{example.split_key}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
 
 def hold_out(examples: Iterable[Example], share: float, seed: int, validation: list[Example]) -> Iterator[Example]:
-    """Yield the training rows, and put the others into `validation`, in their order; no side may end up empty."""
+    """Yield the training rows and append the others to `validation`; raises DataError if either side stays empty."""
     training, least, most = 0, _DRAWS, 0
     for example in examples:
         draw = _draw(example, seed)
@@ -113,17 +114,17 @@ def hold_out(examples: Iterable[Example], share: float, seed: int, validation: l
     if share > 0 and rows and not (training and validation):
         side = "validation" if training else "training"
         if least == most:
-            advice = "No share divides them, since all say the same"
+            advice = "No share divides them, because all rows are equal"
         elif training:
-            advice = f"The smallest share that holds one out is {_above(least / _DRAWS):g}"
+            advice = f"The smallest share that holds out one row is {_above(least / _DRAWS):g}"
         else:
-            advice = f"The largest share that leaves one is {most / _DRAWS:.4g}"
+            advice = f"The largest share that leaves one row is {most / _DRAWS:.4g}"
         raise DataError(
             f"data.validation {share:g} of {rows} rows leaves no {side} row. {advice}. Or give validation sources."
         )
 
 
 def _above(number: float) -> float:
-    """Return the next number with two digits, such as 0.043 above 0.0421."""
+    """Return the next larger number with two digits, such as 0.043 for 0.0421."""
     step = 10.0 ** (math.floor(math.log10(number or 1e-9)) - 1)
     return float(f"{(math.floor(number / step) + 1) * step:.2g}")

@@ -1,8 +1,9 @@
-"""Encoded rows on disk, found again by everything that decides them.
+"""The cache of encoded rows on disk.
 
-An entry is a folder named by a hash of all that: `train.arrow`, perhaps `validation.arrow`, and `facts.json` with the
-checksums of both, the counts, and what else is worth remembering of the rows. It is filled beside and renamed, so that
-two processes may do the same at once; the newest few stay.
+An entry is a folder named by a hash of everything that decides the rows. It holds `train.arrow`, `validation.arrow` if
+there are validation rows, and `facts.json` with their checksums, their counts and other facts. A new entry is written
+under a temporary name and then renamed, so that two processes may write the same entry at once. Only the entries used
+last are kept.
 """
 
 import contextlib
@@ -29,15 +30,15 @@ VERSION = 4
 KEPT = 8
 _FACTS = "facts.json"
 _PARTIAL = ".partial-"
-_DAY = 24 * 3600  # no process fills a folder for so long: the one that began it was killed
+_DAY = 24 * 3600  # a folder that is unfinished for this long belongs to a killed process
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Contents of one cache entry.
+    """The contents of one cache entry.
 
     Attributes:
-        facts: Plain values about the rows, as they were given.
+        facts: Plain values about the rows, as given to `keep`.
     """
 
     train: Encoded
@@ -45,12 +46,12 @@ class StoredRows:
     facts: dict[str, Any]
 
 
-class Damaged(Exception):  # noqa: N818 - the cache mends itself; nobody needs to do anything
-    """An entry that is not what was written."""
+class Damaged(Exception):  # noqa: N818 - not an error for users: the entry is written again
+    """An entry whose files differ from what was written."""
 
 
 def key_of(parts: dict[str, Any]) -> str:
-    """The name of an entry: a hash of everything that decides the rows, in plain values."""
+    """Return the name of an entry: a hash of everything that decides the rows, given as plain values."""
     text = json.dumps({"version": VERSION, **parts}, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -61,7 +62,7 @@ def table_file(folder: Path, side: str) -> Path:
 
 
 def find_entry(key: str) -> StoredRows | None:
-    """Map the rows of an entry, None if there is none; raises Damaged, and removes it, if it is not as written."""
+    """Map an entry's rows into memory; None if there is no entry. Removes a damaged entry and raises Damaged."""
     import pyarrow
 
     folder = _root() / key
@@ -69,7 +70,7 @@ def find_entry(key: str) -> StoredRows | None:
         return None
     try:
         stored = _read(folder)
-        os.utime(folder)  # the oldest by use goes first
+        os.utime(folder)  # marks it as used: the least recently used entry is removed first
         return stored
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,12 +79,12 @@ def find_entry(key: str) -> StoredRows | None:
 
 @contextlib.contextmanager
 def new_folder() -> Iterator[tuple[Path, bool]]:
-    """A folder to fill, and whether it can be kept: in the cache, or where that cannot be written, a temporary one.
+    """Make a folder to fill, and tell whether it can be kept: it is in the cache, or temporary if that is read-only.
 
-    It is removed at the end, if `keep` did not move it away; what is mapped from it stays readable.
+    The folder is removed at the end unless `keep` moved it away. Tables mapped from it stay readable.
 
     Raises:
-        UserError: There is no room.
+        UserError: The disk is full.
     """
     try:
         _root().mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def new_folder() -> Iterator[tuple[Path, bool]]:
 
 
 def keep(folder: Path, key: str, rows: StoredRows) -> None:
-    """Make the entry of a filled folder, and remove entries that were not used for long."""
+    """Turn a filled folder into an entry, and remove the least recently used entries."""
     sides = {"train": rows.train, **({"validation": rows.validation} if rows.validation else {})}
     content = {
         "rows": rows.facts,
@@ -113,7 +114,7 @@ def keep(folder: Path, key: str, rows: StoredRows) -> None:
         "sha256": {side: sha256_of(table_file(folder, side)) for side in sides},
     }
     (folder / _FACTS).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    with contextlib.suppress(OSError):  # another process made the same entry; either will do
+    with contextlib.suppress(OSError):  # another process made the same entry, which is equal
         folder.rename(_root() / key)
     folders = [path for path in _root().iterdir() if path.is_dir()]
     entries = sorted((path for path in folders if not path.name.startswith(_PARTIAL)), key=_used, reverse=True)

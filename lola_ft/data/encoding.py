@@ -1,10 +1,13 @@
-"""From examples to token ids and labels, with a policy for rows that are too long.
+"""Encoding: examples become token ids and labels, with a policy for rows that are too long.
 
-A sequence is prompt ids, answer ids, and the token that ends an answer; a conversation is several of these in a row.
-Prompt and answer are tokenised apart from each other: at inference the model gets the prompt's ids and nothing else,
-so the boundary must not depend on the answer. The labels are the answers, each with its end; prompts are masked, and so
-are answers that are only read. A text is learned as a whole, from its second token on: nothing precedes the first, and
-in a packed batch what stands before it is another document.
+A sequence is the prompt's ids, the answer's ids, and the token that ends an answer. A conversation repeats this:
+
+    ids      prompt 1   answer 1 <end>   prompt 2   answer 2 <end>
+    labels   -100 …     answer 1 <end>   -100 …     answer 2 <end>
+
+Prompt and answer are tokenised separately: at inference the model gets only the prompt's ids, so the boundary must not
+depend on the answer. Prompts and answers that are only read have the label -100 (masked). All of a plain text is
+learned except its first token: nothing precedes it, and in a packed row the token before it is another document's.
 """
 
 import sys
@@ -28,14 +31,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MASKED = -100
-"""The label of a token that is read and not learned."""
+"""The label of a token that is only read, not learned."""
 
 _BATCH = 1000
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Sequences with the columns `input_ids` and `labels`, and what became of the rows."""
+    """Sequences with the columns `input_ids` and `labels`, and the report on the rows."""
 
     dataset: "Dataset"
     languages: list[str]
@@ -44,7 +47,7 @@ class Encoded:
 
 
 class Sequence(NamedTuple):
-    """Token ids, and the labels of as many: an id where it is learned, MASKED where it is only read."""
+    """Token ids and their labels: a label is the token's id if it is learned, MASKED if it is only read."""
 
     ids: list[int]
     labels: list[int]
@@ -60,26 +63,26 @@ def encode(
     workers: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Encoded:
-    """Encode examples in their order. The texts of a few batches are held at a time.
+    """Encode examples in their order. Only a few batches of texts are in memory at a time.
 
     Args:
-        examples: Any iterable, a generator too.
-        template: Renders the prompts; texts have none.
+        examples: Any iterable, also a generator.
+        template: Renders the prompts; plain texts have no prompt.
         max_length: Longest sequence in tokens, EOS included; at least 2.
-        overlong: What happens to a longer row:
-            drop: it is left out and counted.
-            error: a DataError names it.
-            truncate: a conversation loses its first exchanges, then the prompt its beginning; an answer too long
-                even without its prompt, or a text, loses its end. EOS stays.
-            split: a text becomes several sequences. They overlap by one token, so that every token is learned
-                once and none without a predecessor. A row with a prompt is refused: without its prompt the rest of
-                an answer teaches nothing, and with it each piece but the last would lack its EOS.
-        file: Where the sequences are written; they are then mapped from there. None keeps them in memory.
-        workers: Threads that tokenise; the result does not depend on it.
-        progress: Told, after each batch, how many rows were in it.
+        overlong: The policy for longer rows:
+            drop: leave the row out and count it.
+            error: raise a DataError that names the row.
+            truncate: cut a conversation's first exchanges, then the prompt's beginning. An answer that is too long even
+                without its prompt, or a text, loses its end. EOS stays.
+            split: cut a text into several sequences. They overlap by one token, so that every token is learned exactly
+                once and has a predecessor. A row with a prompt is refused: a piece of an answer without its prompt
+                teaches nothing, and pieces with the prompt would end without EOS.
+        file: File to write the sequences to, which are then mapped from it. None keeps them in memory.
+        workers: Number of threads that tokenise; the result does not depend on it.
+        progress: Called after each batch with its number of rows.
 
     Raises:
-        DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
+        DataError: No examples, no rows left, a row that is too long under `error`, a tokenizer without EOS.
     """
     assert max_length >= 2, f"max_length {max_length} leaves no room for a token and its EOS"
     eos_of(tokenizer)
@@ -98,13 +101,17 @@ def encode(
 
 
 def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int, texts: bool = False) -> None:
-    """Refuse data of which no row is left; `shortest` is the tokens of the shortest one, `texts` says that none has a
-    prompt."""
+    """Raise DataError if no row is left.
+
+    Args:
+        shortest: Number of tokens of the shortest row.
+        texts: No row has a prompt.
+    """
     if not report.languages:
         raise DataError("there are no rows to encode.")
     if not report.total.kept:
         raise DataError(
-            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, data.max_length is "
+            f"none of the {report.total.rows} rows is left: the shortest has {shortest} tokens, and data.max_length is "
             f"{max_length}. "
             + (
                 "Set data.overlong to split, which learns all of a long text in pieces."
@@ -115,7 +122,7 @@ def refuse_nothing_left(report: EncodingReport, shortest: int, max_length: int, 
 
 
 class EncodedBatch(NamedTuple):
-    """Some examples' sequences, what became of the rows, the tokens of the shortest one, and whether all are texts."""
+    """A batch's sequences, the report on its rows, the tokens of the shortest row, and whether all are plain texts."""
 
     table: "pyarrow.Table"
     report: EncodingReport
@@ -148,14 +155,14 @@ class Encoder:
 
 
 def encoded_of(table: "pyarrow.Table", report: EncodingReport) -> Encoded:
-    """Encoded rows from their columns, in memory or mapped."""
+    """Make encoded rows from their columns, which are in memory or mapped from a file."""
     languages = [sys.intern(code) for code in table["language"].to_pylist()]
     return Encoded(dataset_of(table.drop_columns("language")), languages, report)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """An example as token ids, turn by turn; a text is one turn without a prompt."""
+    """An example as token ids, turn by turn; a plain text is one turn without a prompt."""
 
     example: Example
     turns: list[Turn]
@@ -176,7 +183,7 @@ class TokenizedRow:
 
 
 def _joined(turns: list[Turn]) -> Sequence:
-    """Prompts and answers in their order; the very first token is never learned, since nothing precedes it."""
+    """Join prompts and answers in their order. The very first token is never learned: nothing precedes it."""
     ids, labels = list[int](), list[int]()
     for turn in turns:
         ids += [*turn.prompt, *turn.answer]
@@ -189,7 +196,7 @@ def _length(turns: list[Turn]) -> int:
 
 
 def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """Examples in portions that fit into memory as text."""
+    """Yield examples in batches that fit into memory as text."""
     iterator = iter(examples)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
@@ -198,7 +205,7 @@ def batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 def tokenize(
     batch: list[Example], tokenizer: "PreTrainedTokenizerFast", template: PromptTemplate
 ) -> Iterator[TokenizedRow]:
-    """The token ids of examples, whole whatever their length."""
+    """Yield examples as token ids, not cut to any length."""
     eos = eos_of(tokenizer)
     texts = iter(encode_texts([row.completion for row in batch if row.prompt is None], tokenizer))
     turns = iter(template.turns([row for row in batch if row.prompt is not None], tokenizer))
@@ -217,7 +224,7 @@ def _refuse(row: TokenizedRow, max_length: int, _counts: Counts) -> list[Sequenc
 
 
 def too_long(example: Example, length: int, max_length: int) -> DataError:
-    """The error for a row over the limit, where that is an error."""
+    """Return the error for a row that is longer than `max_length`."""
     policies = "split" if example.prompt is None else "drop or truncate"
     return DataError(
         f"{example.where}: {length} tokens, more than data.max_length {max_length}. Shorten the row, raise "
@@ -249,7 +256,7 @@ def _split(row: TokenizedRow, max_length: int, counts: Counts) -> list[Sequence]
         )
     counts.split += 1
     [turn] = row.turns
-    starts = range(0, len(turn.answer) - 1, max_length - 1)
+    starts = range(0, len(turn.answer) - 1, max_length - 1)  # each piece begins with the last token of the one before
     return [_joined([turn._replace(answer=turn.answer[start : start + max_length])]) for start in starts]
 
 
@@ -275,7 +282,7 @@ def _count(counts: Counts, row: TokenizedRow, fitted: list[Sequence]) -> None:
 
 
 def _arrow(sequences: list[Sequence], languages: list[str]) -> "pyarrow.Table":
-    """Sequences as 32-bit columns: about 8 bytes a token in all, where Python lists take 70."""
+    """Return sequences as 32-bit columns: about 8 bytes per token in all, while Python lists take 70."""
     import pyarrow
 
     kind = pyarrow.list_(pyarrow.int32())
@@ -288,9 +295,9 @@ def _arrow(sequences: list[Sequence], languages: list[str]) -> "pyarrow.Table":
 
 
 def dataset_of(table: "pyarrow.Table") -> "Dataset":
-    """A dataset over a table; the same rows get the same fingerprint.
+    """Make a dataset over a table; the same rows get the same fingerprint.
 
-    Mapped or not, `datasets` takes it for a table in memory, so that what it derives leaves no files.
+    `datasets` treats it as a table in memory even if it is mapped, so that derived datasets leave no files.
     """
     import hashlib
 

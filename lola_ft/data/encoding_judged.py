@@ -1,8 +1,8 @@
-"""Judged answers as token ids: a pair for DPO, one answer and its label for KTO.
+"""Encoding of judged answers: a pair of answers for DPO, one answer and its label for KTO.
 
-Prompt and answers are tokenised as for `encode`, each answer with its EOS; the answers before the last one of a
-conversation belong to the prompt. A pair counts as the two sequences that it is. The columns `input_ids` and `labels`
-hold a row's sequences one after the other, for counting, mixing and showing; the others are what TRL trains on.
+Prompt and answers are tokenised as in `encode`, each answer with its EOS. The earlier answers of a conversation belong
+to the prompt. A pair counts as two sequences. The columns `input_ids` and `labels` hold a row's sequences one after the
+other, for counting, mixing and showing. TRL trains on the other columns.
 """
 
 import sys
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Judged = tuple[list[int], list[list[int]]]
-"""A prompt's ids, and those of its answers: chosen and rejected, or the one that has a label."""
+"""The ids of a prompt, and the ids of its answers: chosen and rejected, or the single answer with a label."""
 
 
 def encode_judged(
@@ -39,15 +39,15 @@ def encode_judged(
     max_length: int,
     overlong: str = "drop",
 ) -> Encoded:
-    """Encode pairs, or answers with labels, in their order.
+    """Encode pairs of answers, or answers with labels, in their order.
 
     Args:
-        examples: All with a rejected answer, or all with a label.
-        max_length: Longest sequence in tokens: prompt and the longer answer with its EOS.
-        overlong: drop, error, or truncate: the prompt loses its beginning, then an answer its end; EOS stays.
+        examples: Examples that all have a rejected answer, or all have a label.
+        max_length: Longest sequence in tokens: the prompt and the longer answer with its EOS.
+        overlong: drop, error, or truncate, which cuts the prompt's beginning, then an answer's end; EOS stays.
 
     Raises:
-        DataError: No example, none left, an overlong row where that is an error, a tokenizer without EOS.
+        DataError: No examples, no rows left, a row that is too long under `error`, a tokenizer without EOS.
     """
     eos_of(tokenizer)
     report, languages, shortest = EncodingReport(), list[str](), sys.maxsize
@@ -80,7 +80,7 @@ def _judged(row: TokenizedRow, other: list[list[int]]) -> Judged:
 
 
 def _fit(row: TokenizedRow, whole: Judged, max_length: int, overlong: str, counts: Counts) -> Judged | None:
-    """A row that is too long, as the policy wants it; None if it is left out."""
+    """Apply the policy to a row that is too long; returns None if the row is left out."""
     prompt, answers = whole
     length = len(prompt) + max(map(len, answers))
     if overlong == "error":

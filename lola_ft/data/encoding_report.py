@@ -1,4 +1,4 @@
-"""Counts of rows kept, dropped and cut, by language: printed before training and kept in the manifest."""
+"""Counts of rows kept, dropped and cut, by language. They are printed before training and kept in the manifest."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,24 +16,24 @@ class Counts:
     split: int = 0
     """Kept rows that became several sequences."""
     truncated: int = 0
-    """Kept rows that lost tokens, of the prompt or of the answer."""
+    """Kept rows that lost tokens of the prompt or of the answer."""
     answers_cut: int = 0
     """Truncated rows whose answer or text lost its end."""
     exchanges_cut: int = 0
-    """Exchanges at the beginning of conversations that truncation left out."""
+    """Exchanges that truncation cut from the beginning of conversations."""
     answers_read: int = 0
-    """Answers that are read and not learned: `weight` 0, or data.learn last_answer."""
+    """Answers that are only read, not learned: `weight` 0, or data.learn last_answer."""
     answers_rewritten: int = 0
-    """Earlier answers that the chat template writes differently once a conversation goes on; read, not learned."""
+    """Earlier answers that the chat template rewrites when the conversation continues; only read, not learned."""
     sequences: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     answer_tokens: int = 0
-    """Tokens of all answers and texts, before anything was dropped or cut, without EOS."""
+    """Tokens of all answers and texts, without EOS, before any row was dropped or cut."""
     answer_bytes: int = 0
-    """Their bytes in UTF-8."""
+    """Bytes in UTF-8 of the same answers and texts."""
     answer_words: int = 0
-    """Their words, divided at spaces; languages written without spaces have few."""
+    """Words of the same answers and texts, divided at spaces; few in languages written without spaces."""
 
     @property
     def tokens_per_byte(self) -> float:
@@ -46,10 +46,10 @@ class Counts:
         return round(self.answer_tokens / max(self.answer_words, 1), 3)
 
     def as_dict(self) -> dict[str, int | float]:
-        """Plain numbers, the tokenizer's cost among them.
+        """Return plain numbers, including tokens per byte and per word.
 
-        Answers that are only read are counted where there are any, so that the data of earlier versions' runs, which
-        did not count them, are still the same.
+        The counts of answers that are only read appear only if they are not 0. Runs of earlier versions did not have
+        these counts, so their data facts stay equal.
         """
         kept = {name: value for name, value in asdict(self).items() if value or name not in _WHERE_ANY}
         return kept | {"tokens_per_byte": self.tokens_per_byte, "tokens_per_word": self.tokens_per_word}
@@ -67,7 +67,7 @@ class EncodingReport:
     languages: dict[str, Counts] = field(default_factory=dict)
 
     def of(self, language: str) -> Counts:
-        """A language's counts, to be added to."""
+        """Return a language's counts, which the caller may increase."""
         return self.languages.setdefault(language, Counts())
 
     @property
@@ -79,12 +79,12 @@ class EncodingReport:
         return total
 
     def add(self, other: "EncodingReport") -> None:
-        """Add what became of further rows."""
+        """Add the counts of further rows."""
         for language, counts in other.languages.items():
             self.of(language).add(counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest: `total`, and `languages` in the order of their codes."""
+        """Return the facts for the manifest: `total`, and `languages` in the order of their codes."""
         return {
             "total": self.total.as_dict(),
             "languages": {code: self.languages[code].as_dict() for code in sorted(self.languages)},

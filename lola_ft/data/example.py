@@ -1,4 +1,4 @@
-"""One example, whatever the format it came in: what the model reads and what it learns to write."""
+"""One example, independent of its format: the text that the model reads and the text that it learns to write."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 UNKNOWN_LANGUAGE = "und"
-"""The language code for 'undetermined' (ISO 639-2), where a source names none."""
+"""The language code for 'undetermined' (ISO 639-2), used if a source names no language."""
 
 Fields = Mapping[str, Any]
-"""Fields that a template renders (`prompt_fields`)."""
+"""The fields that a template renders (see `prompt_fields`)."""
 
 Exchange = tuple[Fields, str]
-"""What stands in front of an answer, and the answer. `fields["reply"]` is what the answer's message holds beside its
-text: `tool_calls` and `reasoning_content` for templates that know them, and `weight` 0 where it is not learned."""
+"""The fields before an answer, and the answer. `fields["reply"]` holds the answer message's other entries:
+`tool_calls` and `reasoning_content` for templates that know them, and `weight` 0 if the answer is not learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Example:
     """One example: the text that the model reads and the text that it learns to write."""
 
     prompt: Fields | None
-    """In front of the completion; None where the whole text is learned."""
+    """The fields before the completion; None if the whole text is learned."""
     completion: str
     language: str
     where: str
@@ -30,13 +30,13 @@ class Example:
     rejected: str | None = None
     """The answer that `completion` was preferred to."""
     desirable: bool | None = None
-    """Whether the completion was judged good, where it was judged by itself."""
+    """The judgement of the completion (True: good); None if it was not judged by itself."""
 
     tools: tuple[Mapping[str, Any], ...] = ()
     """Descriptions of the tools that the assistant may call, as a chat template reads them."""
 
     pair: tuple[str, str] | None = None
-    """A sentence and its translation in alphabetical order, so that both directions have the same."""
+    """A sentence and its translation in alphabetical order, so that both directions have the same pair."""
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
@@ -45,7 +45,7 @@ class Example:
 
     @property
     def request(self) -> str:
-        """All that stands in front of the last answer, apart from the template; "" for a text."""
+        """All text before the last answer, independent of the template; "" for a plain text."""
         if self.prompt is None:
             return ""
         before = (
@@ -57,7 +57,7 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """Return the row's content: equal for two rows that ask and answer the same, and only for them."""
+        """The row's content, equal for two rows exactly if they have the same prompt and answer."""
         beside = "" if self.prompt is None else _beside(self.prompt)
         said = f"{len(self.request)}\n{self.request}\n{self.completion}{beside}"
         judged = "" if self.rejected is None else f"\n{len(self.completion)}\n{self.rejected}"
@@ -65,7 +65,7 @@ class Example:
 
     @property
     def split_key(self) -> str:
-        """Return what decides the row's side of a split: its `identity`, or a translation's pair of sentences."""
+        """The text that decides the row's side of a split: its `identity`, or a translation's pair of sentences."""
         if self.pair is None:
             return self.identity
         one, other = self.pair
@@ -73,7 +73,7 @@ class Example:
 
 
 def messages_before(fields: Fields) -> list[dict[str, Any]]:
-    """Return what was said since the last answer as messages; a request of any format is one of the user."""
+    """Return the messages since the last answer; a request without messages becomes one message of the user."""
     return list(fields.get("messages") or [{"role": "user", "content": fields["prompt"]}])
 
 
@@ -84,17 +84,17 @@ def reply_message(fields: Fields, answer: str) -> dict[str, Any]:
 
 
 def is_learned(fields: Fields) -> bool:
-    """Tell whether the answer behind these fields is learned, or only read."""
+    """Tell whether the answer after these fields is learned; otherwise it is only read."""
     return fields.get("reply", {}).get("weight", 1) != 0
 
 
 def _beside(fields: Fields) -> str:
-    """Return what an answer's message holds beside its text, for comparing rows; "" for most."""
+    """Return the answer message's other entries as text, for comparing rows; "" if it has none."""
     found = {key: value for key, value in fields.get("reply", {}).items() if key != "weight"}
     return json.dumps(found, sort_keys=True) if found else ""
 
 
 def prompt_fields(instruction: str, input: str = "") -> dict[str, Any]:
-    """The fields every template may use: `instruction`, `input`, and both in one as `prompt`."""
+    """Return the fields that every template may use: `instruction`, `input`, and `prompt`, which joins the two."""
     prompt = f"{instruction}\n\n{input}" if input else instruction
     return {"instruction": instruction, "input": input, "prompt": prompt}

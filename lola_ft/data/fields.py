@@ -1,4 +1,4 @@
-"""One field of a row as text, or the message that says what is wrong with it and how to map it."""
+"""Reading one field of a row as text. If that fails, the message says why and how to map the field."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _ABSENT = object()
 
 
 def text_field(row: Row, source: Source, standard: str, optional: bool = False) -> str:
-    """Return the text of a standard field; "" for an optional one that is null or blank, or missing and not mapped."""
+    """Return a standard field's text; "" if it is optional and blank, null, or missing and not mapped."""
     value = raw_field(row, source, standard, optional)
     if optional and (value is None or (isinstance(value, str) and not value.strip())):
         return ""
@@ -20,7 +20,7 @@ def text_field(row: Row, source: Source, standard: str, optional: bool = False) 
 
 
 def raw_field(row: Row, source: Source, standard: str, optional: bool = False) -> Any:
-    """The value of a standard field, whatever its type; None for an optional one that is missing and not mapped."""
+    """Return a standard field's value of any type; None if it is optional, missing and not mapped."""
     value = _value_at(row, field_name(source, standard))
     if value is not _ABSENT:
         return value
@@ -35,13 +35,13 @@ def field_name(source: Source, standard: str) -> str:
 
 
 def checked_text(value: Any, what: str, where: str) -> str:
-    """Return text that can be learned; a DataError calls what is empty or no text `what`, such as `field 'output'`."""
+    """Return `value` if it is text that can be learned, else raise a DataError about `what` (`field 'output'`)."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} must be text; found {in_words(value)}.")
     if not value.strip():
         raise DataError(f"{where}: {what} is empty. Fill it, or remove the row.")
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise DataError(f"{where}: {what} holds half a surrogate pair, which is no text. Remove it.")
+        raise DataError(f"{where}: {what} holds half a surrogate pair, which is not valid text. Remove it.")
     return value
 
 
@@ -54,7 +54,7 @@ def language_of(row: Row, column: str) -> str:
 
 
 def whole_number(text: str) -> str:
-    """Return a whole number without the `.0` that pandas and spreadsheets give it; other text as it is."""
+    """Return a whole number without the `.0` that pandas and spreadsheets add; other text unchanged."""
     return text.partition(".")[0] if _WHOLE_FLOAT.fullmatch(text) else text
 
 
@@ -62,18 +62,18 @@ _WHOLE_FLOAT = re.compile(r"-?[0-9]+\.0+")
 
 
 def found_fields(row: Row) -> str:
-    """A row's fields for a message."""
+    """Return the names of a row's fields, for a message."""
     return ", ".join(map(str, row.fields)) or "no fields"
 
 
 def wanted_fields(source: Source) -> set[str]:
-    """Return the names of the fields that a source's format reads, as the file has them."""
+    """Return the names, in the file, of the fields that a source's format reads."""
     names = [source.fields.get(name, name) for name in FORMAT_FIELDS.get(source.format, ())]
     return {*names, *(name.partition(".")[0] for name in names)}
 
 
 def unused_fields(row: Row) -> list[str]:
-    """Name the fields that hold something and were not looked at, those of messages as `messages[].name`."""
+    """List the fields that are not blank and were not read; fields of messages as `messages[].name`."""
     unused = [name for name, value in row.fields.items() if name not in row.read and not _is_blank(value)]
     for name in row.read & row.fields.keys():
         messages = row.fields[name]
@@ -89,7 +89,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _value_at(row: Row, name: str) -> Any:
-    """A field by its name, or by a path such as `translation.sw` or `answers.text.0` into objects and lists."""
+    """Return a field by its name, or by a path into objects and lists such as `answers.text.0`."""
     fields = row.fields
     if name in fields:
         row.read.add(name)
@@ -117,7 +117,7 @@ def _missing(row: Row, source: Source, standard: str) -> str:
 
 
 def _likely(standard: str, spare: list[str], within: list[str]) -> str:
-    """The row's field that probably holds `standard`, or the path `within` one that ends in that name."""
+    """Return the row's field, or the path inside one, that probably holds `standard`; "…" if none does."""
     if exact := [path for path in within if path.endswith(f".{standard}")]:
         return exact[0]
     for word in _ALSO_CALLED.get(standard, ()):

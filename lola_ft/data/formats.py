@@ -1,4 +1,4 @@
-"""Formats of rows: each turns a row's fields into one Example."""
+"""Formats of rows. A format turns a row's fields into one Example."""
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -29,17 +29,16 @@ def read_examples(
     learn: str = "all_answers",
     findings: dict[str, Findings] | None = None,
 ) -> Iterator[Example]:
-    """The examples of all sources, in their order.
+    """Yield the examples of all sources, in their order.
 
     Args:
-        bad_rows: Collects the rows that cannot be used, which are then skipped; None refuses them.
-        learn: `last_answer` learns the last answer of a conversation only; `all_answers` learns each.
-        normalize: `nfc` composes characters (Unicode's form C); `none` leaves every character as it is.
-        findings: Takes what was found in each source, by the source's name.
+        bad_rows: Collects the rows that cannot be used, which are then skipped; None raises an error for them.
+        learn: `last_answer` learns only the last answer of a conversation, `all_answers` learns all.
+        normalize: `nfc` composes characters (Unicode NFC); `none` changes nothing.
+        findings: Filled with the findings on each source, by the source's name.
 
     Raises:
-        DataError: A source that cannot be read; without `bad_rows`, the first row that cannot be used. It names file
-            and line.
+        DataError: A source cannot be read or, without `bad_rows`, a row cannot be used. It names file and line.
     """
     for source in sources:
         found = Findings() if findings is None else findings.setdefault(source.name, Findings())
@@ -60,11 +59,11 @@ def read_examples(
             found.unused.update(unused_fields(row))
             yield composed(example) if normalize == "nfc" else example
         if not usable and bad_rows is not None:
-            raise DataError(f"{source.name}: no row can be used. The first: {bad_rows.first(source)}")
+            raise DataError(f"{source.name}: no row can be used. The first problem: {bad_rows.first(source)}")
 
 
 def to_example(row: Row, source: Source) -> Example:
-    """Read a row by its source's format; raises DataError if a field is missing, empty, or not what it needs."""
+    """Read a row in its source's format; raises DataError if a field is missing, empty, or of a wrong kind."""
     *earlier, (prompt, completion) = FORMATS[source.format].read(row, source)
     example = Example(prompt, completion, row_language(row, source), row.where, tuple(earlier))  # type: ignore[arg-type]
     if source.format == "messages":
@@ -79,7 +78,7 @@ def to_example(row: Row, source: Source) -> Example:
 
 
 def last_answer_only(example: Example) -> Example:
-    """Return a conversation of which only the last answer is learned; the earlier ones are read."""
+    """Return a conversation with only its last answer learned; the earlier answers are only read."""
     if example.prompt is not None and not is_learned(example.prompt):
         raise DataError(
             f"{example.where}: data.learn is last_answer, and the last answer has weight 0, so there is nothing to "
@@ -91,7 +90,7 @@ def last_answer_only(example: Example) -> Example:
 
 
 def composed(example: Example) -> Example:
-    """The example with every text in Unicode's form C."""
+    """Return the example with every text in Unicode's form NFC."""
     earlier = tuple((_composed(fields), _nfc(answer)) for fields, answer in example.earlier)
     prompt = None if example.prompt is None else _composed(example.prompt)
     rejected = None if example.rejected is None else _nfc(example.rejected)
@@ -112,7 +111,7 @@ def _nfc(text: str) -> str:
 
 
 def _alpaca(row: Row, source: Source) -> list[Exchange]:
-    """An instruction and its answer; with `system` or `history`, the conversation that they make."""
+    """Read an instruction and its answer; with `system` or `history`, a conversation."""
     instruction = source.instruction or text_field(row, source, "instruction")
     given = text_field(row, source, "input", optional=True)
     answer, system = text_field(row, source, "output"), text_field(row, source, "system", optional=True)
@@ -127,7 +126,7 @@ def _alpaca(row: Row, source: Source) -> list[Exchange]:
 
 
 def _history(row: Row, source: Source) -> list[tuple[str, str]]:
-    """Return earlier requests and answers of an Alpaca row: a list of pairs."""
+    """Return the earlier requests and answers of an Alpaca row as pairs."""
     given = raw_field(row, source, "history", optional=True)
     name = field_name(source, "history")
     if given in (None, "", []):
@@ -145,7 +144,7 @@ Reader = Callable[[Row, Source], list[Exchange] | list[tuple[None, str]]]
 
 @dataclass(frozen=True)
 class Format:
-    """A format's standard fields and the function that reads a row as exchanges; a text is one without a prompt."""
+    """A format's standard fields, and the function that reads a row as exchanges (a text has None as prompt)."""
 
     fields: tuple[str, ...]
     read: Reader
@@ -165,7 +164,7 @@ FORMATS = {name: Format(FORMAT_FIELDS[name], read) for name, read in _READERS.it
 
 
 def row_language(row: Row, source: Source) -> str:
-    """Return the language that a row counts under: the source's, the row's, or the one it is translated into."""
+    """Return a row's language: the language column's value, the source's language, or the translation's target."""
     if source.language_column is not None:
         return language_of(row, source.language_column)
     if source.language is not None:

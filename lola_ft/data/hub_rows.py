@@ -1,4 +1,4 @@
-"""Rows of a dataset on the Hub, at the commit that was found when the run began."""
+"""Rows of a dataset on the Hub, at the commit that was current when the run began."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ from lola_ft.repo_id import is_commit
 
 
 def commit_of(hub: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of a dataset stands for now; None if the Hub cannot be asked (then the cache
-    decides), and for a folder."""
+    """Return the commit that a dataset's branch or tag names now.
+
+    Returns None for a folder, and if the Hub cannot be reached; then the local cache decides.
+    """
     if is_commit(revision):
         return revision
     if Path(hub).is_dir():
@@ -19,19 +21,19 @@ def commit_of(hub: str, revision: str | None) -> str | None:
 
     try:
         return HfApi().dataset_info(hub, revision=revision, timeout=10).sha
-    except Exception:  # whatever the network raises; loading then says what is wrong, or finds a cached copy
+    except Exception:  # any error of the network: loading then reports it, or finds a cached copy
         return None
 
 
 def hub_rows(source: Source) -> Rows:
-    """Load the rows of a split: after a download or, with streaming, as they are needed."""
+    """Load the rows of a split after a download or, with streaming, one by one as they are read."""
     assert source.hub is not None, "a source of the Hub has an id"
     if Path(source.hub).is_file():
         raise DataError(
-            f"{source.hub}: a file here, not a dataset on the Hub. Write `path: {source.hub}` in place of `hub`."
+            f"{source.hub}: is a local file, not a dataset on the Hub. Write `path: {source.hub}` in place of `hub`."
         )
     if "://" in source.hub:
-        raise DataError(f"{source.hub}: an address. Write the dataset's id: `hub: owner/name`.")
+        raise DataError(f"{source.hub}: is a web address. Write the dataset's id: `hub: owner/name`.")
     import datasets
 
     try:
@@ -48,7 +50,7 @@ def hub_rows(source: Source) -> Rows:
 
 
 def _numbered(rows: Any, source: Source) -> Rows:
-    """Rows with their number; a connection that breaks half-way is the user's to know, not a bug."""
+    """Number the rows. A connection that breaks half-way raises a DataError, because it is not a bug."""
     iterator = enumerate(rows)
     while True:
         try:
@@ -61,5 +63,5 @@ def _numbered(rows: Any, source: Source) -> Rows:
 
 
 def _failed(source: Source, error: Exception, what: str) -> DataError:
-    """The message for whatever `datasets`, the network or a dataset's files raise."""
+    """Return the error for any exception of `datasets`, of the network or of a dataset's files."""
     return DataError(f"{source.name}: {what}: {first_line(error)}")

@@ -1,7 +1,7 @@
 """Rows of .jsonl, .ndjson and .json files.
 
-One object a line is the common form. A file whose first line does not end what it begins is read as a whole: objects
-that go over several lines, one list of objects, or one object that holds such a list (`{"data": […]}`).
+The common form has one object per line. If the first line is not a complete object, the file is read as a whole: it may
+have objects over several lines, one list of objects, or one object that holds such a list (`{"data": […]}`).
 """
 
 import json
@@ -22,7 +22,7 @@ def json_rows(path: Path, source: Source, findings: Findings) -> Rows:
     """Read a file's objects.
 
     Raises:
-        DataError: A file that is broken as a whole, or one whose rows cannot be told from the rest.
+        DataError: The file is broken as a whole, or it is unclear which of its values are the rows.
     """
     lines = enumerate(lines_of(path), start=1)
     beginning = [*_next_full(lines), *_next_full(lines)]
@@ -37,12 +37,12 @@ Lines = Iterator[tuple[int, bytes]]
 
 
 def _next_full(lines: Lines) -> list[tuple[int, bytes]]:
-    """Return the next line that is not blank, with its number, in a list; none at the end."""
+    """Return a list with the next line that is not blank and its number; an empty list at the end."""
     return next(([(number, line)] for number, line in lines if line.strip()), [])
 
 
 def _is_one_value(beginning: list[tuple[int, bytes]], path: Path) -> bool:
-    """Tell from a file's first line whether rows go over several lines, or all lie in one list or object."""
+    """Tell from a file's first line whether rows span several lines or are all inside one list or object."""
     text = beginning[0][1].decode("utf-8", errors="replace").strip()
     if len(beginning) == 1:
         return text.startswith("[") or kind_of_file(str(path)) == ".json"
@@ -50,7 +50,7 @@ def _is_one_value(beginning: list[tuple[int, bytes]], path: Path) -> bool:
 
 
 def object_lines(name: str, lines: Lines) -> Rows:
-    """Read one object a line; a broken line spoils no other."""
+    """Read one object per line; a broken line does not affect other lines."""
     parser = _Parser()
     for number, line in lines:
         where = f"{name}:{number}"
@@ -63,7 +63,7 @@ def object_lines(name: str, lines: Lines) -> Rows:
 
 
 def _whole(path: Path, lines: Lines, source: Source, findings: Findings) -> Rows:
-    """Read all values of a file: many objects one after another, or one that holds the rows."""
+    """Read all values of a file: objects one after another, or one value that holds all rows."""
     text = "".join(decode(line, f"{path}:{number}") for number, line in _with_gaps(lines))
     parser, start, counted, number = _Parser(), 0, 0, 1
     while (start := _skip_blanks(text, start)) < len(text):
@@ -75,13 +75,13 @@ def _whole(path: Path, lines: Lines, source: Source, findings: Findings) -> Rows
             yield from _rows_of(value, path, source, findings, parser)
             return
         if text[rest : rest + 1] == ",":
-            raise DataError(f"{path}: objects with commas between them. Put them in [ and ] to make it one list.")
+            raise DataError(f"{path}: objects with commas between them. Put them all in [ and ] to make one list.")
         yield _row(parser, value, where)
         start = end
 
 
 def _with_gaps(lines: Lines) -> Lines:
-    """Put an empty line in place of each blank one that was passed over, so that numbers stay right."""
+    """Yield an empty line for each blank line that was skipped, so that line numbers stay right."""
     last = 0
     for number, line in lines:
         yield from ((gap, b"\n") for gap in range(last + 1, number))
@@ -103,7 +103,7 @@ def _row(parser: "_Parser", value: Any, where: str) -> Row | BadRow:
 
 
 def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser: "_Parser") -> Rows:
-    """Rows of a file that is one value: a list, an object that holds the list, or an object that is the only row."""
+    """Yield the rows of a file with one value: a list, an object that holds the list, or a single row."""
     place = str(path)
     if isinstance(value, dict):
         key = source.rows_under or _wrapping_key(value, path, source)
@@ -114,7 +114,7 @@ def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser:
         if not isinstance(under, list):
             raise DataError(f"{path}: has no list under '{key}' (found: {', '.join(value)}).")
         if source.rows_under is None:
-            findings.note(f"{path}: the rows are those of the list under '{key}'.")
+            findings.note(f"{path}: the rows are in the list under '{key}'.")
         value, place = under, f"{path}:{key}"
     if not isinstance(value, list):
         raise DataError(f"{path}: expected objects or a list of objects; found {in_words(value)}.")
@@ -123,15 +123,15 @@ def _rows_of(value: Any, path: Path, source: Source, findings: Findings, parser:
 
 
 def _wrapping_key(value: dict[str, Any], path: Path, source: Source) -> str | None:
-    """Return the key, or keys with dots, under which an object has the list of rows; None if it is a row itself.
+    """Return the key (or keys joined by dots) of an object's list of rows; None if the object is itself a row.
 
     Raises:
-        DataError: Several lists of rows, or a table in columns.
+        DataError: The object has several lists of rows, or is a table in columns.
     """
     wanted = wanted_fields(source)
     if wanted & value.keys():
         if len(value) > 1 and all(_is_column(column) for column in value.values()):
-            raise DataError(f"{path}: one object of columns, as pandas' to_json writes a table. {_RECORDS}")
+            raise DataError(f"{path}: one object with the columns of a table, as pandas' to_json writes. {_RECORDS}")
         return None
     if len(value) > 1 and all(isinstance(row, dict) and wanted & row.keys() for row in value.values()):
         raise DataError(f"{path}: one object with a row under each key. {_RECORDS}")
@@ -149,11 +149,11 @@ def _wrapping_key(value: dict[str, Any], path: Path, source: Source) -> str | No
     return fitting[0] if fitting else None
 
 
-_RECORDS = "Write one object a row; in pandas: df.to_json(path, orient='records', lines=True, force_ascii=False)."
+_RECORDS = "Write one object per row; in pandas: df.to_json(path, orient='records', lines=True, force_ascii=False)."
 
 
 def _under(value: dict[str, Any], key: str) -> Any:
-    """Return what lies under a key, or under keys with dots between them; None if nothing does."""
+    """Return the value at a key, or at keys joined by dots; None if there is none."""
     if key in value:
         return value[key]
     first, _, rest = key.partition(".")
@@ -162,21 +162,21 @@ def _under(value: dict[str, Any], key: str) -> Any:
 
 
 def _is_column(value: Any) -> bool:
-    """Tell whether a value can be a column of a table: its cells in a list, or under their numbers."""
+    """Tell whether a value can be a column of a table: a list of cells, or an object from row number to cell."""
     if isinstance(value, dict):
         return bool(value) and all(key.isdigit() for key in value)
     return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
 
 
 def _is_list_of_rows(value: Any) -> bool:
-    """Tell whether a value can be a list of rows: objects, and not the turns of a conversation."""
+    """Tell whether a value can be a list of rows: objects that are not the turns of a conversation."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return not any({role, content} <= value[0].keys() for role, content in (("role", "content"), ("from", "value")))
 
 
 class _Parser:
-    """Parses texts, and remembers the last one's objects in which a key comes again: JSON leaves open what it means."""
+    """Parses JSON, and remembers objects of the last text with a repeated key, which JSON leaves undefined."""
 
     def __init__(self) -> None:
         repeats: dict[int, tuple[dict[str, Any], str]] = {}
@@ -185,14 +185,14 @@ class _Parser:
             made = dict(pairs)
             if len(made) < len(pairs):
                 keys = Counter(key for key, _ in pairs)
-                repeats[id(made)] = made, max(keys, key=keys.__getitem__)  # it is kept, so its id stays its own
+                repeats[id(made)] = made, max(keys, key=keys.__getitem__)  # keeping the object keeps its id unique
             return made
 
         self._repeats = repeats
         self._decoder = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=make)
 
     def parse(self, text: str, where: str) -> Any:
-        """Parse a line; raises DataError if it is no JSON."""
+        """Parse a line; raises DataError if it is not JSON."""
         value, end = self.parse_at(text, 0, where)
         if (end := _skip_blanks(text, end)) < len(text):
             hint = " Give each object a line of its own." if text[end] == "{" else ""
@@ -200,10 +200,10 @@ class _Parser:
         return value
 
     def parse_at(self, text: str, start: int, where: str, file: Path | None = None) -> tuple[Any, int]:
-        """Parse the value that begins at a place; returns it and the place behind it.
+        """Parse the value that begins at `start`; returns the value and the position after it.
 
         Args:
-            file: Whose whole text it is: a mistake then gets its own line.
+            file: The file, if `text` is its whole content; mistakes are then reported with their own line.
         """
         self._repeats.clear()
         try:
@@ -216,7 +216,7 @@ class _Parser:
             raise DataError(f"{where}: broken JSON: {error}.") from None
 
     def row(self, value: Any, where: str) -> dict[str, Any]:
-        """Return a value out of what was parsed last as a row: an object in which no key comes twice, at any depth."""
+        """Return a value parsed last as a row; raises DataError unless it is an object without repeated keys."""
         if not isinstance(value, dict):
             raise DataError(f'{where}: expected an object such as {{"instruction": …}}; found {in_words(value)}.')
         inside: list[Any] = [value] if self._repeats else []
@@ -231,9 +231,9 @@ class _Parser:
 
 def _broken(error: json.JSONDecodeError, text: str, where: str) -> str:
     if text.startswith("\ufeff"):
-        return f"{where}: begins with a byte order mark, which only the beginning of a file may have. Remove it."
+        return f"{where}: begins with a byte order mark, which is allowed only at the beginning of a file. Remove it."
     what = f"{error.msg[:1].lower()}{error.msg[1:]}"
-    hint = " It looks like Python's own notation: write rows with json.dumps." if text[error.pos :][:1] == "'" else ""
+    hint = " It looks like Python's notation: write rows with json.dumps." if text[error.pos :][:1] == "'" else ""
     return f"{where}: broken JSON at column {error.colno}: {what}.{hint}"
 
 

@@ -1,8 +1,16 @@
-"""Mix of languages in an epoch: sampling by temperature, with a cap and a limit on repeats.
+"""Mixing languages in an epoch: sampling by temperature, with a cap and a limit on repeats.
 
-With n rows in a language, its share is proportional to n^(1/T): T = 1 leaves the data as it is, a larger T gives small
-languages more. An epoch keeps its size. Rows are chosen by a hash of their tokens, so that a seed always chooses the
-same, and a source that is added only lengthens or shortens what is taken of the other languages.
+A language of n rows gets a share of the epoch proportional to n^(1/T). T = 1 leaves the data as it is; a larger T gives
+small languages more. The epoch keeps its number of rows. An example with T = 2 and max_repeats 4:
+
+    language   rows   weight n^(1/2)   planned              taken
+    sw          100   10               1000 · 10/40 = 250   each row twice, and 50 rows a third time
+    en          900   30               1000 · 30/40 = 750   750 of the 900 rows once
+
+With max_repeats 2, sw may get only 200; the missing 50 rows are taken from en, which then gets 800.
+
+The rows of the last, partial round are those with the smallest hashes of their tokens. So a seed always chooses the
+same rows, and an added source only lengthens or shortens the choice of the other languages.
 """
 
 import hashlib
@@ -23,12 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """Settings of the mix, as in a recipe.
+    """The settings of the mix, as in a recipe.
 
     Attributes:
         temperature: T, at least 1.
         max_per_language: Most examples of a language in an epoch; None for no limit.
-        max_repeats: How often a row may come in an epoch.
+        max_repeats: Most times that a row is used in an epoch.
     """
 
     temperature: float = 1.0
@@ -38,10 +46,10 @@ class MixSettings:
 
 @dataclass
 class LanguageShare:
-    """One language in the mix: sequences it has, what is planned by the formula, what it got.
+    """One language in the mix: the sequences available, the number planned by the formula, and the number it got.
 
     Attributes:
-        planned_tokens: Of the planned sequences, if they are as long as the language's are on average.
+        planned_tokens: Tokens of the planned sequences, at the language's average length.
     """
 
     available: int
@@ -59,11 +67,11 @@ class Mixed:
     languages: list[str]
     """Each sequence's language code."""
     shares: dict[str, LanguageShare]
-    """By language code."""
+    """Each language's share, by language code."""
 
     @property
     def changed(self) -> bool:
-        """Tell whether the epoch differs from each sequence once."""
+        """True unless the epoch has each sequence exactly once."""
         return any(share.examples != share.available for share in self.shares.values())
 
     @property
@@ -71,34 +79,41 @@ class Mixed:
         return sum(share.tokens for share in self.shares.values())
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """For the manifest: planned and actual examples and tokens, by language."""
+        """Return the facts for the manifest: planned and actual examples and tokens, by language."""
         return {code: asdict(self.shares[code]) for code in sorted(self.shares)}
 
 
 def plan(available: Mapping[str, int], settings: MixSettings) -> dict[str, LanguageShare]:
-    """Examples of each language.
+    """Compute the number of examples of each language.
 
-    `planned` follows the formula; where it passes a limit (the cap, or rows times repeats), the rest goes to the other
-    languages in proportion, so that the epoch stays as long as the data under the cap.
+    `planned` follows the formula. A language whose planned number exceeds a limit (the cap, or its rows times
+    max_repeats) gets the limit, and the other languages share the excess in proportion. So the epoch stays as long as
+    the data under the cap.
 
     Args:
-        available: Sequences by language, none of them 0.
+        available: Number of sequences by language, all above 0.
     """
     cap = settings.max_per_language or math.inf
+    # The epoch's length: all sequences, at most `cap` of a language.
     total = sum(min(count, cap) for count in available.values())
+    # n^(1/T) per language, and the most that each language can give.
     weights = {code: count ** (1 / settings.temperature) for code, count in available.items()}
     limits = {code: min(cap, count * settings.max_repeats) for code, count in available.items()}
+    # Divide the total by weight within the limits, and round so that the sum stays the total.
     whole = _whole_numbers(_fill(total, weights, limits), limits, int(total))
+    # The formula's own numbers, without limits, for the report.
     planned = {code: total * weight / sum(weights.values()) for code, weight in weights.items()}
     return {code: LanguageShare(available[code], round(planned[code], 1), whole[code]) for code in available}
 
 
 def mix(encoded: Encoded, settings: MixSettings, seed: int) -> Mixed:
-    """Choose an epoch's sequences; nothing is copied but their places."""
+    """Choose an epoch's sequences. Only their indices are copied."""
     shares = plan(Counter(encoded.languages), settings)
     chunks = encoded.dataset.data.column("input_ids").chunks
+    # times (N,): how often each of the N sequences is used. lengths (N,): tokens per sequence.
     times = _times(encoded.languages, shares, chunks, seed)
     lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+    # Count the tokens per language, in the data and in the mix.
     there_are = Counter[str]()
     for code, length, count in zip(encoded.languages, lengths.tolist(), times.tolist(), strict=True):
         there_are[code] += length
@@ -107,13 +122,18 @@ def mix(encoded: Encoded, settings: MixSettings, seed: int) -> Mixed:
         share.planned_tokens = round(share.planned * there_are[code] / share.available)
     if (times == 1).all():
         return Mixed(encoded.dataset, encoded.languages, shares)
+    # Round r has every sequence used more than r times: times [2, 0, 1] gives rounds [0, 2] and [0], chosen [0, 2, 0].
     rounds = [np.flatnonzero(times > done) for done in range(int(times.max()))]
     chosen = np.concatenate(rounds)
     return Mixed(encoded.dataset.select(chosen), [encoded.languages[place] for place in chosen.tolist()], shares)
 
 
 def _fill(total: float, weights: dict[str, float], limits: dict[str, float]) -> dict[str, float]:
-    """Divide a total by weights; what a limit cuts off is divided again among those below theirs."""
+    """Divide a total in proportion to weights, each share at most its limit.
+
+    Shares above their limit are set to it, and the remaining total is divided among the other languages, until no
+    share exceeds its limit.
+    """
     filled: dict[str, float] = {}
     free = dict(weights)
     while free:
@@ -129,7 +149,7 @@ def _fill(total: float, weights: dict[str, float], limits: dict[str, float]) -> 
 
 
 def _whole_numbers(shares: dict[str, float], limits: dict[str, float], total: int) -> dict[str, int]:
-    """Round down, then give what is missing to the largest remainders that have room."""
+    """Round shares down, then add 1 to those with the largest remainders below their limit, up to the total."""
     whole = {code: math.floor(share + 1e-6) for code, share in shares.items()}
     by_remainder = sorted(shares, key=lambda code: (whole[code] - shares[code], code))
     for code in [code for code in by_remainder if whole[code] < limits[code]][: max(0, total - sum(whole.values()))]:
@@ -138,14 +158,15 @@ def _whole_numbers(shares: dict[str, float], limits: dict[str, float], total: in
 
 
 def _times(languages: list[str], shares: dict[str, LanguageShare], chunks: list[Any], seed: int) -> np.ndarray:
-    """Return how often each sequence comes: a language's full rounds, plus one for the first in the order of hashes."""
+    """Return how often each sequence is used (N,): the full rounds, plus 1 for those with the smallest hashes."""
     codes = np.array(languages)
     times = np.zeros(len(codes), dtype=np.int64)
+    # Only languages with a partial round need hashes.
     left_over = {code for code, share in shares.items() if share.examples % share.available}
     hashes = _hashes(chunks, np.isin(codes, sorted(left_over)), seed)
     for code, share in shares.items():
         places = np.flatnonzero(codes == code)
-        rounds, more = divmod(share.examples, share.available)
+        rounds, more = divmod(share.examples, share.available)  # 250 examples of 100 rows: 2 rounds and 50 more
         times[places] = rounds
         if more:
             order = sorted(places.tolist(), key=hashes.__getitem__)
@@ -154,7 +175,7 @@ def _times(languages: list[str], shares: dict[str, LanguageShare], chunks: list[
 
 
 def _hashes(chunks: list[Any], wanted: np.ndarray, seed: int) -> dict[int, bytes]:
-    """A hash of each wanted sequence's token ids, by its place."""
+    """Return a hash of each wanted sequence's token ids, by the sequence's index."""
     hashes, place = dict[int, bytes](), 0
     for chunk in chunks:
         ids, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()

@@ -1,7 +1,7 @@
-"""Work on batches in several threads, with the results, and the first mistake, in the order of the batches.
+"""Work on batches in several threads. Results come in the order of the batches, and so does the first error.
 
-Threads, not processes: tokenising is done outside of Python's lock, on all cores; a second thread does Python's part of
-the work meanwhile. Processes would each hold the libraries once more.
+Threads are used, not processes: tokenising runs outside Python's lock on all cores, while another thread does Python's
+part of the work. Each process would load the libraries again.
 """
 
 from collections import deque
@@ -13,13 +13,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _AHEAD = 2
-"""Batches of each thread that are on their way."""
+"""Batches per thread that are in work or waiting at a time."""
 
 
 def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map(work, items)` in `workers` threads.
+    """Yield `map(work, items)`, computed in `workers` threads.
 
-    The first item is done before the threads start: a tokenizer's first call sets it up. An error raised while reading
+    The first item is done before the threads start, because a tokenizer's first call sets it up. An error while reading
     the items comes after the results of the items before it, as in `map`.
     """
     iterator = iter(items)

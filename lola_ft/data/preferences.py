@@ -1,7 +1,7 @@
-"""Formats `preference` and `unpaired_preference`: answers that were judged, against each other or each by itself.
+"""Formats `preference` and `unpaired_preference`: answers judged against each other, or each answer by itself.
 
-A text, a message of the assistant, a list with one, or a whole conversation with the request in it may stand for an
-answer; a text or messages for the prompt.
+An answer may be a text, a message of the assistant, a list with that message, or a whole conversation including the
+prompt. The prompt may be a text or messages.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no"
 
 
 def read_chosen(row: Row, source: Source) -> list[Exchange]:
-    """Return the request and the answer that was preferred to another answer to the same request."""
+    """Read the prompt and the chosen answer; raises DataError unless the rejected answer has the same prompt."""
     chosen, rejected = (_judged(row, source, field) for field in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1] or chosen[-1][0] != rejected[-1][0]:
         raise DataError(
@@ -31,17 +31,17 @@ def read_chosen(row: Row, source: Source) -> list[Exchange]:
 
 
 def read_rejected(row: Row, source: Source) -> str:
-    """The answer that was not preferred."""
+    """Read the rejected answer."""
     return _judged(row, source, "rejected")[-1][1]
 
 
 def read_answer(row: Row, source: Source) -> list[Exchange]:
-    """The request, and the answer that was judged or is learned."""
+    """Read the prompt and its single answer, which is judged or learned."""
     return _judged(row, source, "completion")
 
 
 def read_label(row: Row, source: Source) -> bool:
-    """Tell whether the answer was judged good; raises DataError if it is neither true nor false."""
+    """Read the judgement of an answer (True: good); raises DataError if it is neither true nor false."""
     value = raw_field(row, source, "label")
     word = whole_number(str(value).strip().lower())
     if word not in _WORDS:
@@ -51,7 +51,7 @@ def read_label(row: Row, source: Source) -> bool:
 
 
 def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
-    """The exchanges that end with this answer."""
+    """Return the exchanges that end with the answer in `field`."""
     name, prompt_name = field_name(source, field), field_name(source, "prompt")
     given = raw_field(row, source, field)
     answer = _messages(given, name, "assistant", row, source)
@@ -74,7 +74,7 @@ def _judged(row: Row, source: Source, field: str) -> list[Exchange]:
 
 
 def _messages(given: Any, name: str, role: str, row: Row, source: Source) -> list[Message]:
-    """A text, or text in parts, as one message of its role, or messages as they are."""
+    """Return a text (also in parts) as one message of `role`; messages stay as they are."""
     if isinstance(given, Mapping) and given.keys() & {"role", "from"}:
         given = [given]
     if isinstance(given, list) and not _is_parts(given):
@@ -88,6 +88,6 @@ def _is_parts(given: list[Any]) -> bool:
 
 
 def _begins(messages: list[Message], said: list[Message], is_text: bool) -> bool:
-    """Tell whether a conversation begins with the prompt; a prompt given as text may follow a system message."""
+    """Tell whether a conversation begins with the prompt; a system message may precede a prompt given as text."""
     start = 1 if is_text and messages[0]["role"] == "system" else 0
     return messages[start : start + len(said)] == said

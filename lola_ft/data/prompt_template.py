@@ -1,9 +1,9 @@
-"""Prompt templates: the text in front of an answer, the same in training and in use.
+"""Prompt templates, which write the text before an answer, the same in training and at inference.
 
-A template is a jinja file, bundled or the user's own. It sees `instruction`, `input`, `prompt` (both in one),
-`messages` (what was said since the last answer, a list of `role` and `content`) and `first` (whether no answer came
-before), and nothing else. It renders what stands in front of one answer; a conversation is its exchanges one after the
-other, each answer ended by EOS. It runs in jinja's sandbox, since a template may come with somebody else's adapter.
+A template is a jinja file, bundled or the user's own. Its only variables are `instruction`, `input`, `prompt` (the two
+joined), `messages` (those since the last answer, each with `role` and `content`) and `first` (true before the first
+answer). It renders the text before one answer. A conversation is its exchanges one after another, each answer ended by
+EOS. Templates run in jinja's sandbox, because a template may come with another person's adapter.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ _CONTENT = "What is said."
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined,
     autoescape=False,
-    trim_blocks=True,  # a line with nothing but a block tag leaves nothing behind
+    trim_blocks=True,  # a line with only a block tag leaves no line break
     lstrip_blocks=True,
-    keep_trailing_newline=False,  # a file's last line break is its editor's, not the prompt's
+    keep_trailing_newline=False,  # editors end a file with a line break that does not belong to the prompt
 )
 
 
@@ -45,12 +45,12 @@ class Template:
 
     @classmethod
     def load(cls, name_or_path: str) -> "Template":
-        """Load a bundled template by its name, or a file whose path ends in .jinja; check that it can give a prompt."""
+        """Load a bundled template by its name, or a file whose path ends in .jinja, and check it."""
         bundled = sorted(file.stem for file in _FOLDER.glob("*.jinja"))
         if not name_or_path.endswith(".jinja") and name_or_path not in bundled:
             raise DataError(
-                f"template '{name_or_path}' is unknown. Bundled are {', '.join(bundled)}; chat is the tokenizer's own "
-                "chat template; a template of your own is a path that ends in .jinja."
+                f"template '{name_or_path}' is unknown. Choose {', '.join(bundled)}, or chat for the tokenizer's own "
+                "chat template, or give the path of your own template, which ends in .jinja."
             )
         path = _FOLDER / f"{name_or_path}.jinja" if name_or_path in bundled else Path(name_or_path)
         template = cls(name_or_path, _read(path))
@@ -61,8 +61,8 @@ class Template:
         """Render the prompt in front of each answer of an example, in their order.
 
         Raises:
-            DataError: A conversation of several answers, and this template renders only one request; a template of the
-                user's own that fails on it.
+            DataError: The example has several answers but the template renders a single request, or the user's own
+                template fails on the example.
         """
         assert example.prompt is not None, "a text example has no prompt to render"
         if example.earlier and not self.renders_turns:
@@ -75,7 +75,7 @@ class Template:
                 raise DataError(
                     f"{example.where}: the conversation has {'tools' if example.tools else 'tool calls'}, which "
                     f"template {self.name} cannot write. Set data.template to chat with a base whose chat template "
-                    "knows them, or take them out of the rows."
+                    "supports them, or remove them from the rows."
                 )
         exchanges = enumerate(example.exchanges)
         return [self._render(fields, first=index == 0, where=f"{example.where}: ") for index, (fields, _) in exchanges]
@@ -83,8 +83,9 @@ class Template:
     def turns(self, examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> list[list[Turn]]:
         """Return the turns of examples with prompts as token ids.
 
-        Prompt and answer are tokenised apart. Special tokens that the template writes, such as `<|im_start|>` where the
-        tokenizer has it, are tokens; in what was said they are characters, or refused where the two could be mixed up.
+        Prompt and answer are tokenised separately. A special token in the template, such as `<|im_start|>`, becomes one
+        token if the tokenizer has it. The same text in a message is read as characters, or refused if the two could be
+        confused.
         """
         prompts = iter(self._encoded_prompts(examples, tokenizer))
         answers = iter(encode_texts([answer for row in examples for _, answer in row.exchanges], tokenizer))
@@ -98,15 +99,15 @@ class Template:
         ]
 
     def prompt_ids(self, example: Example, tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-        """Return the token ids of all that stands in front of an example's last answer, as training has them."""
+        """Return the token ids of everything before an example's last answer, as in training."""
         *earlier, last = self.turns([example], tokenizer)[0]
         return [*(token for turn in earlier for token in (*turn.prompt, *turn.answer)), *last.prompt]
 
     def end_of(self, tokenizer: "PreTrainedTokenizerFast") -> int:
         """Return the id of the token that ends an answer.
 
-        It is the token that ends the user's turn, such as `<|im_end|>`, where the tokenizer has it as one; otherwise
-        the end-of-text token.
+        If the template ends the user's turn with a special token of the tokenizer, such as `<|im_end|>`, it is that
+        token; otherwise the end-of-text token.
         """
         marks = self._marks(tokenizer)
         if marks and self.renders_turns:
@@ -117,7 +118,7 @@ class Template:
         return eos_of(tokenizer)
 
     def _marks(self, tokenizer: "PreTrainedTokenizerFast") -> dict[str, int]:
-        """Return the tokenizer's special tokens that the template writes."""
+        """Return the tokenizer's special tokens that occur in the template."""
         return {word: number for word, number in special_tokens(tokenizer).items() if word in self.source}
 
     def _encoded_prompts(self, examples: list[Example], tokenizer: "PreTrainedTokenizerFast") -> list[list[int]]:
@@ -129,12 +130,12 @@ class Template:
         return encode_texts([prompt for row in examples for prompt in self.render(row)], tokenizer, bool(marks))
 
     def prompt(self, instruction: str, input: str = "") -> str:
-        """Render the prompt of a request at inference."""
+        """Render the prompt of a single request, for inference."""
         return self._render(prompt_fields(instruction, input), first=True)
 
     @cached_property
     def renders_turns(self) -> bool:
-        """Tell whether the template can render a conversation of several turns."""
+        """True if the template can render a conversation of several turns."""
         return "messages" in meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
 
     @cached_property
@@ -148,26 +149,26 @@ class Template:
             raise DataError(f"{where}template {self.name} fails: {str(error).rstrip('.')}.") from None
 
     def _check(self) -> None:
-        """Refuse at once what would fail, or leave the request out, on every row."""
+        """Raise DataError for a template that would fail, or leave out the request, on every row."""
         try:
             used = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source))
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"{self.name}:{error.lineno}: broken template: {str(error.message).rstrip('.')}.") from None
         known = _visible(prompt_fields("one", "two"), first=True)
         if unknown := sorted(used - set(known)):
-            raise DataError(f"template {self.name} uses '{unknown[0]}'; there is {', '.join(known)}.")
+            raise DataError(f"template {self.name} uses '{unknown[0]}'; it may use only {', '.join(known)}.")
         if not {"instruction", "prompt", "messages"} & used:
             raise DataError(
                 f"template {self.name} leaves the request out. Use `instruction`, `prompt` or `messages` in it."
             )
         if "instruction" in used and not {"input", "prompt", "messages"} & used:
-            raise DataError(f"template {self.name} leaves `input` out. Use it too, or `prompt` for both in one.")
+            raise DataError(f"template {self.name} leaves `input` out. Use it too, or `prompt`, which has both.")
         self._render(prompt_fields("one", "two"), first=True)
         self._render(prompt_fields("one", "two"), first=False)
 
 
 def _visible(fields: Fields, first: bool) -> dict[str, Any]:
-    """Return the variables that a template sees; a request of any format is one message of the user."""
+    """Return a template's variables; a request without messages becomes one message of the user."""
     seen = {name: fields[name] for name in ("instruction", "input", "prompt")}
     return {"messages": messages_before(fields), "first": first} | seen
 

@@ -1,4 +1,4 @@
-"""Rows as readers yield them, each with its place in a file; rows that cannot be used; the source of rows."""
+"""The types of rows: a row with its place in a file, a row that cannot be used, and the source of rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it was found, and its place: `file:line`, `file:[index]` or `dataset[split]:[index]`.
+    """A row's fields, unchanged, and its place: `file:line`, `file:[index]` or `dataset[split]:[index]`.
 
     Attributes:
-        read: Names of the fields that were looked at; `fields.py` adds to them.
+        read: Names of the fields that were read; `fields.py` adds them.
     """
 
     fields: dict[str, Any]
@@ -21,7 +21,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that cannot be read, while those after it can; the message names its place."""
+    """A row that cannot be read although later rows can; the message names its place."""
 
     message: str
 
@@ -31,12 +31,12 @@ Rows = Iterator[Row | BadRow]
 
 @dataclass
 class Findings:
-    """What a user should know of how a source was read.
+    """Facts about reading a source that a user should know.
 
     Attributes:
         rows: Rows that became examples.
-        unused: How many of these hold something in a field that nothing looked at, by the field's name.
-        notes: Choices that the reader made, each a sentence with its file.
+        unused: Number of rows with a value in a field that was not read, by the field's name.
+        notes: Choices that the reader made, each a sentence that names the file.
     """
 
     rows: int = 0
@@ -44,12 +44,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
-        """Add a sentence, once."""
+        """Add a sentence unless it is noted already."""
         if text not in self.notes:
             self.notes.append(text)
 
     def take_out(self, ending: str) -> None:
-        """Take fields whose name ends so out of the unused ones: something uses them after all."""
+        """Remove fields whose name has this ending from the unused fields: they are used elsewhere."""
         self.unused = Counter({name: count for name, count in self.unused.items() if not name.endswith(ending)})
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Source:
-    """One set of rows; the keys are those of a recipe's `data.sources`."""
+    """One source of rows, with the keys of a recipe's `data.sources`."""
 
     format: str
     path: str | None = None
@@ -83,34 +83,34 @@ class Source:
     revision: str | None = None
     streaming: bool = False
     limit: int | None = None
-    """Rows that are read; None reads all."""
+    """Most rows to read; None reads all."""
     unit: str | None = None
-    """What a row of a .txt file is: `paragraph` (None too), `line` or `file`."""
+    """The unit of a .txt file that is one row: `paragraph` (also None), `line` or `file`."""
     delimiter: str | None = None
     """The character between the cells of a .csv or .tsv file; None finds it."""
     quoting: bool | None = None
-    """Whether a cell of a .csv or .tsv file may stand in quotation marks; None: in .csv."""
+    """Cells may be in quotation marks; None means True for .csv and False for .tsv."""
     rows_under: str | None = None
-    """The key under which a .json file has the list of its rows; None finds it."""
+    """The key of a .json file that holds the list of rows; None finds it."""
     language: str | None = None
     language_column: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
-    """The format's field name: the file's field name."""
+    """From the format's field names to the file's field names."""
     roles: Mapping[str, str] = field(default_factory=dict)
-    """Conversations: a role's name in the file: system, user, assistant or tool."""
+    """Conversations: from role names in the file to system, user, assistant or tool."""
     join_turns: bool = False
-    """Conversations: neighbouring turns of one role become one."""
+    """Conversations: consecutive turns of the same role are joined."""
     trim_last_turn: bool = False
-    """Conversations: last turns that no answer follows are left out."""
+    """Conversations: turns at the end that no answer follows are left out."""
     labels: Mapping[str, str] | None = None
-    """Classification: a label as the file has it: the word for it."""
+    """Classification: from labels in the file to the words that answers use."""
     source_language: str | None = None
     target_language: str | None = None
     instruction: str | None = None
-    """Classification and translation: the request, with the format's fields in braces. Alpaca: every row's request."""
+    """The instruction of every row; in classification and translation with the format's fields in braces."""
 
     by_options: bool = False
-    """Whether the user gave this source by options of a verb; messages then advise options, not keys of a recipe."""
+    """The source comes from a verb's options, so messages recommend options and not recipe keys."""
 
     def setting(self, key: str, value: str) -> str:
         """Return a setting of the source as the user would write it."""

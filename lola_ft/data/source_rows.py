@@ -1,4 +1,4 @@
-"""Rows of a source: of local files, folders and globs, or of a dataset on the Hub. Every row knows its place."""
+"""The rows of a source: local files, folders and globs, or a dataset on the Hub. Every row has its place."""
 
 import glob
 import re
@@ -33,24 +33,26 @@ _ABOUT_DATA = re.compile(
 _SAVE_AS = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "Save the sheet as .csv."),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z"), "Unpack it first."),
-    **dict.fromkeys((".md", ".text", ".log", ""), "If it is text, name it .txt; if it has one object a line, .jsonl."),
+    **dict.fromkeys(
+        (".md", ".text", ".log", ""), "If it is text, name it .txt; if it has one JSON object per line, name it .jsonl."
+    ),
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".npy"), "Save it as .parquet or .jsonl."),
 }
 
 
 def read_rows(source: Source) -> Iterator[Row]:
-    """Return the rows of a source, as `scan_rows` does; the first that cannot be read raises DataError."""
+    """Return the rows of a source like `scan_rows`, but raise DataError at the first row that cannot be read."""
     return map(usable, scan_rows(source))
 
 
 def scan_rows(source: Source, findings: Findings | None = None) -> Rows:
-    """The rows of a source, good and bad; what is missing altogether is found before the first one.
+    """Return the rows of a source, good and bad. Missing files are found before the first row.
 
     Args:
-        findings: Takes the choices that readers make.
+        findings: Filled with the choices that readers make.
 
     Raises:
-        DataError: No such file, an unknown kind of file, a file broken as a whole, or no rows at all.
+        DataError: A file is missing, of an unknown kind or broken as a whole, or there are no rows.
     """
     findings = findings or Findings()
     rows = hub_rows(source) if source.path is None else _rows_of(files_of(source.path, findings), source, findings)
@@ -58,36 +60,36 @@ def scan_rows(source: Source, findings: Findings | None = None) -> Rows:
 
 
 def files_of(path: str, findings: Findings | None = None) -> list[Path]:
-    """Return the files that a path stands for, sorted by name; all can be opened and are of a known kind."""
+    """Return the files that a path means, sorted by name; raises DataError if one is missing or of an unknown kind."""
     findings, place = findings or Findings(), Path(path)
     try:
         folder = place.is_dir()
         pattern = not folder and glob.has_magic(path) and not place.exists()
-    except (OSError, ValueError):  # a name too long, or with a zero byte: opening it says so
+    except (OSError, ValueError):  # a name that is too long or has a zero byte: opening it reports that
         folder = pattern = False
     if folder:
         nothing = f"{path}: the folder holds no {KINDS.replace(' and ', ' or ')} file."
         return saved_files(place) or _matching(f"{glob.escape(path)}/**", nothing, findings)
     if pattern:
-        return _matching(path, f"{path}: no file of a kind that can be read matches ({KINDS}).", findings)
+        return _matching(path, f"{path}: matches no file of a supported kind ({KINDS}).", findings)
     _check_opens(place, path)
     if kind_of_file(path) not in _READERS:
         advice = _SAVE_AS.get(place.suffix.lower(), "")
-        raise DataError(f"{path}: unknown kind of file '{place.suffix}'. This version reads {KINDS}. {advice}".rstrip())
+        raise DataError(f"{path}: unknown kind of file '{place.suffix}'. Supported are {KINDS}. {advice}".rstrip())
     return [place]
 
 
 def _matching(pattern: str, nothing: str, findings: Findings) -> list[Path]:
-    """Files of known kinds, sorted; wildcards match no hidden file or folder, and none that describes the others."""
+    """Return the matching files of known kinds, sorted, except hidden files and files that only describe the data."""
     found = (Path(name) for name in glob.glob(pattern, recursive=True))  # noqa: PTH207 - Path.glob finds hidden ones
     known = [file for file in sorted(found) if kind_of_file(str(file)) in _READERS and file.is_file()]
     files = [file for file in known if not _ABOUT_DATA.fullmatch(file.name)]
     for file in sorted(set(known) - set(files)):
-        findings.note(f"{file}: left alone, as its name says that it is about the data.")
+        findings.note(f"{file}: not read, because files of this name describe data and hold no rows.")
     if not files:
         raise DataError(nothing)
     for file in files:
-        if any("\ud800" <= char <= "\udfff" for char in str(file)):  # how Python shows a byte that is no text
+        if any("\ud800" <= char <= "\udfff" for char in str(file)):  # Python's stand-in for a byte that is not text
             raise DataError(f"{file}: the name of the file or its folder is not UTF-8. Rename it.")
     return files
 
@@ -107,11 +109,11 @@ _DATASET_PAGE = re.compile(
 
 
 def _not_there(path: Path, given: str) -> str:
-    """The message for a path at which there is nothing: what was probably meant, or where it was looked for."""
+    """Return the message for a path that does not exist: what was probably meant, or where it was searched."""
     if page := _DATASET_PAGE.fullmatch(given):
-        return f"{given}: an address on the Hub, not a path. Write `hub: {page[1] or page[2]}` in place of `path`."
+        return f"{given}: is a dataset's address on the Hub. Write `hub: {page[1] or page[2]}` in place of `path`."
     if "://" in given:
-        return f"{given}: an address, not a path. Download the file and give its path."
+        return f"{given}: is a web address, not a path. Download the file and give its path."
     if similar := similar_file(path):
         return f"{path}: no such file. Did you mean '{similar}'?"
     if is_repo_id(given) and not path.parent.is_dir() and kind_of_file(given) not in _READERS:
@@ -130,7 +132,7 @@ def _at_least_one(rows: Iterable[Row | BadRow], name: str) -> Rows:
         empty = False
         yield row
     if empty:
-        raise DataError(f"{name} holds no rows. Give a file with at least one, or remove this source.")
+        raise DataError(f"{name} holds no rows. Give a file with at least one row, or remove this source.")
 
 
 def usable(row: Row | BadRow) -> Row:

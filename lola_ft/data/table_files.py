@@ -1,4 +1,4 @@
-"""Rows of .csv and .tsv files, whose first line names the columns: as spreadsheets, pandas and databases write them."""
+"""Rows of .csv and .tsv files, as spreadsheets, pandas and databases write them. The first line names the columns."""
 
 import csv
 import re
@@ -15,20 +15,20 @@ from lola_ft.errors import DataError
 from lola_ft.row_formats import kind_of_file
 
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-"""Characters that are looked for between cells, and their names in messages."""
+"""Characters that may divide cells, and their names in messages."""
 
 _SAMPLE = 100
-"""Lines from which the delimiter is found."""
+"""Number of lines that are read to find the delimiter."""
 _SEP_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
-"""Excel's first line that names the delimiter."""
+"""A first line of Excel that names the delimiter."""
 
 
 def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
-    """Read a table; all cells are text.
+    """Read a table. All cells are text.
 
-    A row that is broken on one line is bad; one that may have swallowed others ends the reading.
+    A broken row on one line gives a BadRow. A broken row that may have swallowed other rows raises DataError.
     """
-    csv.field_size_limit(sys.maxsize)  # its default refuses a document of 128 kB
+    csv.field_size_limit(sys.maxsize)  # the default refuses a cell of 128 kB
     undecoded = dict[int, str]()
     lines, layout = _layout(_decoded(path, undecoded), path, source, findings)
     table, reader = _Table(layout), layout.reader(lines)
@@ -49,7 +49,7 @@ def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
                 yield BadRow(problem)
             elif cells and not table.columns:
                 table.read_header(cells, where)
-            elif any(cells):  # a spreadsheet writes its empty rows, too
+            elif any(cells):  # spreadsheets write empty rows too
                 yield table.row(cells, where, first, last)
     finally:
         for note in table.notes(path):
@@ -58,10 +58,10 @@ def table_rows(path: Path, source: Source, findings: Findings) -> Rows:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a table is written.
+    """The form of a table file.
 
     Attributes:
-        skipped: Lines in front of the header.
+        skipped: Number of lines before the header.
     """
 
     delimiter: str
@@ -76,18 +76,18 @@ class _Layout:
 
     @property
     def hint(self) -> str:
-        """Advice for a row that does not fit the header."""
+        """The advice for a row that does not fit the header."""
         if self.quoting:
             return (
-                ' Put cells that hold the separator, quotes or line breaks in "quotes", and double quotes inside; '
-                f"where a quotation mark is an ordinary character, set {self.advice}."
+                ' Put cells that hold the separator, quotes or line breaks in "quotes", and write inner quotes twice; '
+                f"if quotation marks are ordinary characters, set {self.advice}."
             )
         name = NAMES.get(self.delimiter, self.delimiter)
-        return f" Every one of the {name} divides; for quoted cells set {self.advice}."
+        return f" All {name} divide cells; if cells are quoted, set {self.advice}."
 
 
 def _layout(lines: Iterator[str], path: Path, source: Source, findings: Findings) -> tuple[Iterator[str], _Layout]:
-    """Find how a table is written; returns all its lines from the header on, too."""
+    """Find a table's form; returns its lines from the header on, and the form."""
     own = "\t" if kind_of_file(str(path)) == ".tsv" else ","
     quoting = own == "," if source.quoting is None else source.quoting
     advice = source.setting("quoting", "false" if quoting else "true")
@@ -100,15 +100,15 @@ def _layout(lines: Iterator[str], path: Path, source: Source, findings: Findings
     if delimiter is None:
         delimiter = _found_delimiter(sample, own, quoting, path, source)
         if delimiter != own:
-            findings.note(f"{path}: read with {NAMES[delimiter]} between its cells.")
+            findings.note(f"{path}: read with {NAMES[delimiter]} between cells.")
     return chain(sample, lines), _Layout(delimiter, quoting, skipped, advice)
 
 
 def _found_delimiter(sample: list[str], own: str, quoting: bool, path: Path, source: Source) -> str:
-    """Return the character that divides the header and as many rows of a sample as can be; by default the kind's own.
+    """Return the delimiter that fits the header and the most rows of a sample; in doubt the file kind's own.
 
     Raises:
-        DataError: Two characters divide the rows equally well.
+        DataError: Two delimiters fit equally well.
     """
     fits: dict[str, float] = {}
     for delimiter in NAMES:
@@ -124,12 +124,12 @@ def _found_delimiter(sample: list[str], own: str, quoting: bool, path: Path, sou
     if len(candidates) > 1:
         names = " or ".join(NAMES[delimiter] for delimiter in candidates)
         choice = source.setting("delimiter", f'"{candidates[0]}"')
-        raise DataError(f"{path}: {names} may divide its cells. Say which, such as {choice}.")
+        raise DataError(f"{path}: its cells may be divided by {names}. Set which, such as {choice}.")
     return candidates[0]
 
 
 def _widths(reader: Iterable[list[str]], cut: bool) -> list[int]:
-    """Count the cells of each row, without empty ones at the end; the last row of a cut sample may be half a row."""
+    """Count the cells per row, without empty cells at the end; the last row of a cut sample is ignored."""
     widths = list[int]()
     try:
         for cells in reader:
@@ -142,12 +142,12 @@ def _widths(reader: Iterable[list[str]], cut: bool) -> list[int]:
 
 @dataclass
 class _Table:
-    """The columns of a table, and what was seen in its cells.
+    """The columns of a table, and suspicious cells.
 
     Attributes:
-        columns: Names; a column without one gets its number, as `column 1`.
-        unnamed: Names of the columns without one.
-        seen: Cells that may not be what their writer meant: kind, first line and number of rows.
+        columns: Names; a column without a name is named by its number, such as `column 1`.
+        unnamed: The given names of columns that had none.
+        seen: Kinds of cells that may be unintended, with the first line and the number of rows.
     """
 
     layout: _Layout
@@ -156,12 +156,12 @@ class _Table:
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def read_header(self, cells: list[str], where: str) -> None:
-        """Take the columns' names; raises DataError if two are the same, or none has one."""
+        """Set the columns' names; raises DataError if two are equal, or all are empty."""
         names = [cell.strip() for cell in cells]
         if not self.layout.quoting and all(len(name) > 1 and name[0] == name[-1] == '"' for name in names):
-            raise DataError(f"{where}: the columns' names stand in quotation marks. Set {self.layout.advice}.")
+            raise DataError(f"{where}: the columns' names are in quotation marks. Set {self.layout.advice}.")
         if not any(names):
-            raise DataError(f"{where}: no column has a name. The first line names the columns.")
+            raise DataError(f"{where}: no column has a name. The first line must name the columns.")
         for index, name in enumerate(names):
             if name and name in names[:index]:
                 raise DataError(f"{where}: two columns are named '{name}'. Rename one of them.")
@@ -169,9 +169,9 @@ class _Table:
         self.unnamed = {self.columns[index] for index, name in enumerate(names) if not name}
 
     def row(self, cells: list[str], where: str, first: int, last: int) -> Row | BadRow:
-        """Make a row of its cells, which stand on these lines of the file."""
+        """Make a row of cells, which are on the lines `first` to `last` of the file."""
         count = len(self.columns)
-        while len(cells) > count and not cells[-1].strip():  # a spreadsheet's empty columns
+        while len(cells) > count and not cells[-1].strip():  # empty columns of a spreadsheet
             cells.pop()
         least = max(place for place, name in enumerate(self.columns, start=1) if name not in self.unnamed)
         if not least <= len(cells) <= count:
@@ -193,7 +193,7 @@ class _Table:
             self._see("separated", first)
 
     def _swallows(self, cells: list[str]) -> bool:
-        """Tell whether the lines inside of a cell would be rows by themselves."""
+        """Tell whether the lines inside a cell could be rows by themselves."""
         between = len(self.columns) - 1
         for place, cell in enumerate(cells):
             start, *others = [line.count(self.layout.delimiter) for line in cell.split("\n")]
@@ -206,15 +206,15 @@ class _Table:
         self.seen[what] = first, count + 1
 
     def notes(self, path: Path) -> Iterator[str]:
-        """Say what a user should look at."""
+        """Yield notes on cells that a user should check."""
         for what, (line, count) in self.seen.items():
             rows = "this row has" if count == 1 else f"this row and {count - 1:,} more have"
             yield f"{path}:{line}: {rows} {_SEEN[what].format(advice=self.layout.advice)}."
 
 
 _SEEN = {
-    "opened": "a cell that begins with a quotation mark, which is kept as it is. If cells are quoted, set {advice}",
-    "over lines": "a cell that goes over several lines",
+    "opened": "a cell that begins with a quotation mark, which stays in the text. If cells are quoted, set {advice}",
+    "over lines": "a cell that spans several lines",
     "separated": "a cell with a tab inside",
     "swallowed": "a cell that looks like several rows: an opening quotation mark may have swallowed lines. If it is an "
     "ordinary character, set {advice}",
@@ -222,7 +222,7 @@ _SEEN = {
 
 
 def _decoded(path: Path, undecoded: dict[int, str]) -> Iterator[str]:
-    """The lines as text. Of one that is not UTF-8 the message goes into `undecoded`; it is given with its odd bytes."""
+    """Yield the lines as text. For a line that is not UTF-8, the message is put into `undecoded`."""
     for number, line in enumerate(lines_of(path), start=1):
         try:
             yield decode(line, f"{path}:{number}")

@@ -1,4 +1,4 @@
-"""A table that grows batch by batch: in memory, or in an Arrow file that is mapped when it is whole."""
+"""A table that grows batch by batch, in memory or in an Arrow file that is mapped when it is complete."""
 
 from pathlib import Path
 from types import TracebackType
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class TableSink:
-    """Takes tables of one kind, one after another.
+    """Collects tables with the same columns, one after another.
 
     Attributes:
-        table: All of them in one, once the block is left.
+        table: All tables joined, available after the `with` block.
     """
 
     table: "pyarrow.Table"
@@ -51,7 +51,7 @@ class TableSink:
 
 
 def map_table(file: Path) -> "pyarrow.Table":
-    """Read a table whose columns lie in the file: its pages count as the file's, not as the process's own memory."""
+    """Map a table from a file. Its pages count as the file's cache, not as the process's own memory."""
     import pyarrow
 
     return pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all()

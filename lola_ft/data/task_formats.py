@@ -1,7 +1,7 @@
-"""Formats `classification` and `translation`: rows of columns, made into a request and its answer.
+"""Formats `classification` and `translation`: the columns of a row become a request and its answer.
 
-The request is the source's `instruction`. Fields it names in braces are put in their place; the others follow it as
-`input`, a line each.
+The request is the source's `instruction`. Fields that it names in braces are inserted there. Fields that it does not
+name follow as `input`, one per line.
 """
 
 import re
@@ -21,7 +21,7 @@ _PLACE = re.compile(r"\{(\w+)\}")
 
 
 def read_classification(row: Row, source: Source) -> tuple[Fields, str]:
-    """Texts to classify and the word for their label."""
+    """Read the texts to classify and the word for their label."""
     texts = {"text": text_field(row, source, "text")}
     if pair := text_field(row, source, "text_pair", optional=True):
         texts["text_pair"] = pair
@@ -32,7 +32,7 @@ def read_classification(row: Row, source: Source) -> tuple[Fields, str]:
 
 
 def read_translation(row: Row, source: Source) -> tuple[Fields, str]:
-    """A sentence and its translation."""
+    """Read a sentence and its translation."""
     texts = {"source": text_field(row, source, "source")}
     answer = text_field(row, source, "target")
     request = source.instruction or TRANSLATE
@@ -41,23 +41,23 @@ def read_translation(row: Row, source: Source) -> tuple[Fields, str]:
 
 
 def read_pair(row: Row, source: Source) -> tuple[str, str]:
-    """The two sentences, whichever is translated into which."""
+    """Read the two sentences, in an order that does not depend on the direction of translation."""
     return alphabetical(text_field(row, source, "source"), text_field(row, source, "target"))
 
 
 def alphabetical(one: str, other: str) -> tuple[str, str]:
-    """Two texts, the first in the alphabet first."""
+    """Return two texts in alphabetical order."""
     return (one, other) if one <= other else (other, one)
 
 
 def translation_language(row: Row, source: Source) -> str:
-    """The code of the language translated into, under which a row counts."""
+    """Return the code of the target language, which is the row's language."""
     return _side(row, source, "target_language")
 
 
 @cache
 def language_name(code: str) -> str:
-    """A language's English name, such as Swahili for `sw`; the code itself where CLDR knows none."""
+    """Return a language's English name, such as Swahili for `sw`; the code itself if CLDR has no name."""
     from babel import Locale
 
     names = Locale("en").languages
@@ -65,17 +65,17 @@ def language_name(code: str) -> str:
 
 
 def _request(instruction: str, texts: dict[str, str], extra: dict[str, str], row: Row) -> Fields:
-    """Put the fields named in braces into the instruction; the texts it does not name follow it."""
+    """Insert the fields named in braces into the instruction; other texts become the input."""
     named = set(_PLACE.findall(instruction))
     if "text_pair" in named and "text_pair" not in texts:
-        raise DataError(f"{row.where}: the instruction uses {{text_pair}}, and this row has none.")
+        raise DataError(f"{row.where}: the instruction uses {{text_pair}}, and this row has no text_pair.")
     values = texts | extra
     request = _PLACE.sub(lambda place: values.get(place[1], place[0]), instruction)
     return prompt_fields(request, "\n".join(text for name, text in texts.items() if name not in named))
 
 
 def _label(row: Row, source: Source) -> str:
-    """The word for a row's label: one of `labels`, or the label itself where it is text."""
+    """Return the word for a row's label: from the source's `labels`, else the label itself if it is text."""
     what = f"field '{field_name(source, 'label')}'"
     value = raw_field(row, source, "label")
     if source.labels is None:
@@ -92,13 +92,13 @@ def _label(row: Row, source: Source) -> str:
 
 
 def _key(value: Any) -> str:
-    """Return a label as a recipe writes it: a whole number without the `.0` of a spreadsheet or of pandas."""
+    """Return a label as written in a recipe: a whole number without the `.0` of spreadsheets and pandas."""
     if isinstance(value, bool):
         return str(value).lower()
     return whole_number(str(value).strip())
 
 
 def _side(row: Row, source: Source, side: str) -> str:
-    """The code of one side's language: the source's, or the row's."""
+    """Return the language code of one side (source or target), set by the source or the row."""
     code = getattr(source, side)
     return code if code is not None else text_field(row, source, side)

@@ -1,4 +1,4 @@
-"""Rows of .txt files: documents, each with the one field `text`."""
+"""Rows of .txt files: documents with the single field `text`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,11 +8,11 @@ from lola_ft.data.text_lines import decode, lines_of
 from lola_ft.errors import DataError
 
 
-def text_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - as every reader
+def text_rows(path: Path, source: Source, findings: Findings) -> Rows:  # noqa: ARG001 - every reader has this signature
     """Read the documents of a file.
 
-    By the source's `unit`, a document is a `paragraph` (blank lines divide them, other line breaks stay; the default),
-    a `line`, or the whole `file`.
+    The source's `unit` decides what a document is: a `paragraph` (the default; blank lines divide paragraphs, other
+    line breaks stay), a `line`, or the whole `file`.
     """
     for number, lines in _READERS[source.unit or "paragraph"](lines_of(path)):
         where = f"{path}:{number}"
@@ -29,7 +29,7 @@ Units = Iterator[tuple[int, bytes]]
 
 
 def _paragraphs(file: Iterator[bytes]) -> Units:
-    """Runs of lines that are not blank, each with the number of its first line."""
+    """Yield runs of lines that are not blank, each with the number of its first line."""
     first, lines = 0, list[bytes]()
     for number, line in enumerate(file, start=1):
         if line.strip():

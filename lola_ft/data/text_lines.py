@@ -1,4 +1,4 @@
-"""Lines of a text file as UTF-8, whatever its encoding and compression; the same for every kind of text file."""
+"""Lines of a text file as UTF-8, from any supported encoding and compression. All readers of text files use this."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -9,11 +9,11 @@ from lola_ft.errors import DataError, first_line
 from lola_ft.row_formats import kind_of_file
 
 _START = 65_536
-"""Bytes from which the kind of a file is told."""
+"""Number of bytes that are read to recognise the kind of a file."""
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _UTF8_MARK = b"\xef\xbb\xbf"
 _MARKS = (
-    (b"\xff\xfe\x00\x00", "utf-32"),  # before UTF-16, whose mark it begins with
+    (b"\xff\xfe\x00\x00", "utf-32"),  # tested before UTF-16, because it begins with UTF-16's mark
     (b"\x00\x00\xfe\xff", "utf-32"),
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
@@ -21,13 +21,13 @@ _MARKS = (
 
 
 def lines_of(path: Path) -> Iterator[bytes]:
-    """Yield a file's lines as UTF-8 bytes, without the mark that an editor may have put in front of the first.
+    """Yield a file's lines as UTF-8 bytes, without a byte order mark at the beginning.
 
-    A line ends with a newline byte, so that U+2028 may stand in a text; in a file without any, with a carriage return.
-    Bytes of a file that is taken for UTF-8 come as they are.
+    A line ends with a newline byte, so that a text may contain U+2028. In a file without newlines, a line ends with a
+    carriage return. The bytes of a UTF-8 file are not checked or changed.
 
     Raises:
-        DataError: A file that is no text, cannot be unpacked, or begins as UTF-16 and goes on otherwise.
+        DataError: The file is not text, cannot be unpacked, or begins as UTF-16 and is not.
     """
     try:
         with _unpacked(path) as file:
@@ -44,29 +44,29 @@ def lines_of(path: Path) -> Iterator[bytes]:
             for number, line in enumerate(lines):
                 yield line if number else line.removeprefix(_UTF8_MARK)
     except UnicodeError as error:
-        raise DataError(f"{path}: begins as {encoding.upper()} and is not ({error}). Save it as UTF-8.") from None
+        raise DataError(f"{path}: begins like {encoding.upper()} but is not ({error}). Save it as UTF-8.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}.") from None
 
 
 def refuse_other_content(path: Path, start: bytes) -> None:
-    """Refuse a file that begins as what it cannot be by its name, and say what it is."""
+    """Raise DataError if a file's first bytes show another kind of file than its name says."""
     for beginning, what in _OTHER_CONTENT.items():
         if start[: len(beginning)].lower() == beginning.lower() and kind_of_file(str(path)) != ".txt":
             raise DataError(f"{path}: {what}")
 
 
 _OTHER_CONTENT = {
-    b"PK\x03\x04": "a zip archive, as spreadsheets are, too. Unpack it, or save the sheet as .csv.",
-    b"PAR1": "a Parquet file by its content. Name it .parquet.",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself. Fetch that with `git lfs pull`.",
-    b"<!doctype html": "a web page, not data. Download the file itself.",
-    b"<html": "a web page, not data. Download the file itself.",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet. Unpack it, or save the sheet as .csv.",
+    b"PAR1": "is a Parquet file by its content. Name it .parquet.",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch the file with `git lfs pull`.",
+    b"<!doctype html": "is a web page, not data. Download the file itself.",
+    b"<html": "is a web page, not data. Download the file itself.",
 }
 
 
 def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8 text, or raise a DataError that says which byte is not UTF-8."""
+    """Decode UTF-8 text; raises a DataError that names the first byte that is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -76,7 +76,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def _unpacked(path: Path) -> "io.BufferedReader[Any]":
-    """Open a file, and unpack what its first bytes say is packed, whatever its name."""
+    """Open a file, unpacking it if its first bytes show a compression; the name does not matter."""
     file = io.BufferedReader(io.FileIO(path), _START)
     start = file.peek(4)
     compression = next((name for mark, name in _PACKED.items() if start.startswith(mark)), None)
@@ -90,7 +90,7 @@ def _unpacked(path: Path) -> "io.BufferedReader[Any]":
 
 
 def _encoding(start: bytes) -> str:
-    """Tell a file's encoding by its first four bytes: a mark, or the zeros that UTF-16 has beside Latin letters."""
+    """Return a file's encoding from its first four bytes: a mark, or the zero bytes of Latin letters in UTF-16."""
     for mark, encoding in _MARKS:
         if start.startswith(mark):
             return encoding

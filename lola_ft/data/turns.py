@@ -1,4 +1,4 @@
-"""Turns as token ids: what stands in front of an answer, and the answer with the token that ends it."""
+"""Turns as token ids: the prompt, and the answer with the token that ends it."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,10 @@ class Turn(NamedTuple):
     """One exchange of a row as token ids.
 
     Attributes:
-        prompt: Empty for a text.
-        answer: The answer or text, its end token last.
-        text: What the answer's tokens say, without the end token.
-        learned: Whether the answer is learned; otherwise it is only read.
+        prompt: The ids before the answer; empty for a plain text.
+        answer: The ids of the answer or text, with the end token last.
+        text: The answer as text, without the end token.
+        learned: True if the answer is learned, False if it is only read.
     """
 
     prompt: list[int]
@@ -27,10 +27,10 @@ class Turn(NamedTuple):
 
 
 def encode_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast", with_marks: bool = False) -> list[list[int]]:
-    """Return token ids of texts, without tokens that the tokenizer would put around them.
+    """Return the token ids of texts, without the tokens that the tokenizer can add around a text.
 
     Args:
-        with_marks: Read the text of a special token as that token. Otherwise `<s>` in a text is three characters.
+        with_marks: Read a special token's text as the token. Otherwise `<s>` in a text is three characters.
     """
     options = {"add_special_tokens": False, "split_special_tokens": not with_marks}
     return tokenizer(texts, **options, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
@@ -44,26 +44,26 @@ def eos_of(tokenizer: Any) -> int:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the tokenizer's special tokens, which only a template may write, by their text."""
+    """Return the ids of the tokenizer's special tokens, by their text. Only a template may write them."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {word: tokenizer.convert_tokens_to_ids(word) for word in tokenizer.all_special_tokens}
     return added | named
 
 
 def pattern_of(marks: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds any of these marks, the longest first."""
+    """Return a pattern that matches any of the marks, longer marks first."""
     return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
 
 
 def refuse_marks(said: Mapping[str, str], marks: re.Pattern[str], where: str) -> None:
-    """Refuse texts that hold a special token's own text: it would be read as the token.
+    """Raise DataError if a text contains the text of a special token, which would be read as the token.
 
     Args:
-        said: Each text by its place in the row, such as `messages[1]`.
+        said: The texts by their place in the row, such as `messages[1]`.
     """
     for place, text in said.items():
         if found := marks.search(text):
             raise DataError(
-                f"{where}: {place} holds {found[0]}, which the template's tokenizer reads as a special token. Take it "
-                "out of the text, or set data.on_bad_row to skip."
+                f"{where}: {place} holds {found[0]}, which the tokenizer reads as a special token. Remove it "
+                "from the text, or set data.on_bad_row to skip."
             )

@@ -1,1 +1,1 @@
-"""The demo: the nano base learns to name the language of a sentence, with tables and a picture of how well."""
+"""The demo: the nano base learns to name the language of a sentence; tables and a picture show the accuracy."""

@@ -1,4 +1,4 @@
-"""The demo's picture: how well each language is recognised, on the map and by language family."""
+"""The demo's picture: the accuracy of each language, on a map and by language family."""
 
 import io
 from collections import defaultdict
@@ -19,14 +19,14 @@ from lola_ft.routing.language_families import find_language
 COLOURS = mpl.colormaps["RdYlBu"]
 PER_LINE = 18  # tiles
 SPLIT_FROM, NAMED_FROM = 40, 2
-"""Texts from which a family is split into its branches; texts from which a group has a line of its own."""
+"""Fewest texts of a family that is split into branches, and fewest texts of a group with a line of its own."""
 _FONT, _DPI = 8, 110
 
 
 def draw_accuracy(result: ExactMatch, declarations: Mapping[str, Declaration], path: Path) -> Path:
-    """Write a PNG: a map with a dot where each language is spoken, below it a tile for each text, by family.
+    """Write a PNG: a map with a dot at each language's place, and below it one tile per text, by family.
 
-    Red is wrong, blue is right; a tile has the tag of its text, so that 200 texts can be told apart.
+    Red is wrong and blue is right. A tile shows the tag of its text.
     """
     groups = groups_of(result)
     lines = sum(_lines(tags) for tags in groups.values())
@@ -45,7 +45,7 @@ def draw_accuracy(result: ExactMatch, declarations: Mapping[str, Declaration], p
 
 
 def groups_of(result: ExactMatch) -> dict[str, list[str]]:
-    """Group the tags by family, a large family by branch, the largest first; tags by falling share of right answers."""
+    """Group the tags by family (a large family by branch), largest first; tags by decreasing accuracy."""
     known = {tag: find_language(tag) for tag in result.asked}
     families = {tag: family_of(tag) for tag in known}
     large = {family for family in families.values() if list(families.values()).count(family) >= SPLIT_FROM}
@@ -54,14 +54,14 @@ def groups_of(result: ExactMatch) -> dict[str, list[str]]:
         language = known[tag]
         name = language.branch if language and families[tag] in large else families[tag]
         groups[name].append(tag)
-    alone = [tag for tags in groups.values() if len(tags) < NAMED_FROM for tag in tags]
+    single = [tag for tags in groups.values() if len(tags) < NAMED_FROM for tag in tags]
     ranked = sorted((item for item in groups.items() if len(item[1]) >= NAMED_FROM), key=lambda item: -len(item[1]))
-    others = sorted(alone, key=lambda tag: (-result.accuracy_of(tag), tag))
+    others = sorted(single, key=lambda tag: (-result.accuracy_of(tag), tag))
     return dict(ranked) | ({OTHERS: others} if others else {})
 
 
 def _draw_map(axes: Any, result: ExactMatch, declarations: Mapping[str, Declaration]) -> None:
-    """Draw the weakest last, so that no other dot hides them."""
+    """Draw the map; the weakest languages last, so that no other dot hides them."""
     tags = sorted(result.asked, key=lambda tag: (-result.accuracy_of(tag), tag))
     shares = [result.accuracy_of(tag) for tag in tags]
     longitudes = [declarations[tag].longitude for tag in tags]
@@ -75,11 +75,11 @@ def _draw_map(axes: Any, result: ExactMatch, declarations: Mapping[str, Declarat
     axes.set_xlabel("longitude, degrees", fontsize=_FONT)
     axes.set_ylabel("latitude, degrees", fontsize=_FONT)
     asked = f"{len(tags)} texts, {result.asked.total():,} questions, {result.accuracy:.1%} right"
-    axes.set_title(f"Language of a sentence, where each is spoken: {asked}", fontsize=_FONT + 2, loc="left")
+    axes.set_title(f"Accuracy of naming a sentence's language: {asked}", fontsize=_FONT + 2, loc="left")
 
 
 def _draw_tiles(axes: Any, result: ExactMatch, groups: Mapping[str, list[str]]) -> None:
-    """Draw a group per line or more, each named with its number of texts and its share of right answers."""
+    """Draw each group on one or more lines, named with its number of texts and its accuracy."""
     line, places, names = 0, [], []
     for name, tags in groups.items():
         places.append(line)
@@ -98,7 +98,11 @@ def _draw_tiles(axes: Any, result: ExactMatch, groups: Mapping[str, list[str]]) 
     axes.set_yticks(places, names, fontsize=_FONT)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("By language family, Indo-European by branch: texts, right answers", fontsize=_FONT + 2, loc="left")
+    axes.set_title(
+        "By language family, Indo-European by branch: (texts) and share of right answers",
+        fontsize=_FONT + 2,
+        loc="left",
+    )
 
 
 def _lines(tags: list[str]) -> int:

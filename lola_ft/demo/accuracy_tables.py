@@ -1,4 +1,4 @@
-"""The demo's tables: accuracy by language family, the weakest languages, and the languages taken for each other."""
+"""The demo's tables: accuracy by language family, the weakest languages, and the languages most often confused."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def family_of(tag: str) -> str:
 
 
 def families_of(tags: Mapping[str, object]) -> dict[str, list[str]]:
-    """Group tags by language family, the largest first; constructed languages are a group of their own."""
+    """Group tags by language family, the largest first; constructed languages form one group."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for tag in tags:
         groups[family_of(tag)].append(tag)
@@ -31,10 +31,10 @@ def families_of(tags: Mapping[str, object]) -> dict[str, list[str]]:
 
 
 def accuracy_table(results: Mapping[str, ExactMatch], declarations: Mapping[str, Declaration]) -> Table:
-    """Make a table of accuracy: of all texts, of the largest families, and of the texts with the fewest right answers.
+    """Make a table of accuracy for all texts, for the largest families, and for the weakest texts.
 
     Args:
-        results: By model; `before` and `after` are among them.
+        results: Results by model, including `before` and `after`.
     """
     asked, after = results["before"].asked, results["after"]
     table = Table(title=_title(results["before"], declarations), title_justify="left")
@@ -61,7 +61,7 @@ def accuracy_table(results: Mapping[str, ExactMatch], declarations: Mapping[str,
 
 
 def confusion_table(result: ExactMatch) -> Table:
-    """Make a table of the pairs of a language and the one that it was taken for most often."""
+    """Make a table of the most frequent wrong answers: the right language, the answer, and how often."""
     table = Table(title="Most confused", title_justify="left")
     for heading in ("language", "taken for", "times"):
         table.add_column(heading, justify="right" if heading == "times" else "left")
@@ -72,4 +72,4 @@ def confusion_table(result: ExactMatch) -> Table:
 
 def _title(result: ExactMatch, declarations: Mapping[str, Declaration]) -> str:
     languages = {declarations[tag].language for tag in result.asked}
-    return f"Language of a sentence that no model has seen: {len(languages)} languages, {len(result.asked)} texts"
+    return f"Accuracy of naming an unseen sentence's language: {len(languages)} languages, {len(result.asked)} texts"

@@ -1,4 +1,4 @@
-"""The demo's task: given a sentence, say its language. Rows for fine-tuning and a held-out test, as JSONL files.
+"""The demo's task: name the language of a sentence. Rows for fine-tuning and a held-out test, as JSONL files.
 
 Training sentences come from the declaration's articles 1 to 25 (and preamble), test sentences from articles 26 to 30. A
 language that is written in two scripts has two texts and one name.
@@ -16,7 +16,7 @@ from lola_ft.nano.declaration import Declaration
 from lola_ft.nano.sentences import sentences_of
 
 PROMPT = "{sentence} —"
-"""The form in which the nano base's text signs a paragraph. With another, one expert got nearly all tokens."""
+"""The form in which the nano base's text signs a paragraph. With another form, one expert got nearly all tokens."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Row:
     """One example; the completion starts with the space that separates it from the prompt.
 
     Attributes:
-        language: Tag of the text, with a script where the language has two texts.
+        language: Tag of the text, with a script if the language has two texts.
     """
 
     prompt: str
@@ -37,9 +37,9 @@ def build_rows(
 ) -> tuple[list[Row], list[Row]]:
     """Return training rows and test rows, both shuffled.
 
-    Each text gives exactly `train_per_language` training rows, its sentences again if it has fewer, and up to
-    `test_per_language` test rows, each of another sentence. A sentence that training text holds too, or that two
-    languages have alike, is not asked.
+    Each text gives exactly `train_per_language` training rows, with repeated sentences if it has fewer, and up to
+    `test_per_language` test rows of different sentences. A sentence that also occurs in training text, or in two
+    languages, is not used for testing.
     """
     rng = random.Random(seed)
     train: list[Row] = []
@@ -57,7 +57,7 @@ def build_rows(
 
 
 def write_rows(rows: Iterable[Row], path: Path) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -67,7 +67,7 @@ def _row(sentence: str, tag: str, declaration: Declaration) -> Row:
 
 
 def _test_sentences(declarations: Mapping[str, Declaration]) -> dict[str, list[str]]:
-    """Sentences of the held-out articles that are no training row and not inside their language's training text."""
+    """Return held-out sentences by tag, without those that occur in a training row, in training text, or twice."""
     trained = {tag: normalise("\n".join(found.training_paragraphs)) for tag, found in declarations.items()}
     rows = {normalise(s) for found in declarations.values() for s in sentences_of(found.training_paragraphs)}
     sentences = {tag: list(dict.fromkeys(sentences_of(d.held_out_paragraphs))) for tag, d in declarations.items()}

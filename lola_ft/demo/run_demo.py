@@ -1,7 +1,7 @@
-"""The demo: the main job on the embedded default, from an empty folder to a table.
+"""The demo: the whole job on embedded data, from an empty folder to a table of results.
 
-It builds the nano base, then runs the same two commands that a user would, and asks base, adapter and merged model for
-the language of sentences that none of them has seen.
+It builds the nano base, runs the two commands of a user (fine-tune and merge), and asks base, adapter and merged model
+for the language of sentences that none of them has seen.
 """
 
 import json
@@ -36,13 +36,13 @@ TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 200, 8
 TEST_FILE = "test.jsonl"
 PICTURE = "languages.png"
 _LONGEST_ANSWER = 10
-"""Tokens; the longest name of a language has fewer."""
+"""Most tokens of an answer; the longest name of a language has fewer."""
 
 
 def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
-    """Run every stage and print what came out; an output folder that holds anything but a demo's run is refused."""
+    """Run all stages and print the results; raises UserError if the output folder holds anything but a demo's run."""
     if not Path(recipe_path).is_file() or not Path("finetune.py").is_file():
-        raise UserError(f"{recipe_path}: not here. Run the demo in a checkout of lola_ft, or give the recipe's path.")
+        raise UserError(f"{recipe_path}: not found. Run the demo in a checkout of lola_ft, or give the recipe's path.")
     recipe = load_recipe(recipe_path)
     base, run = Path(recipe.base.model), Path(recipe.output)
     console, seconds = Console(), dict[str, float]()
@@ -60,8 +60,8 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
     console.print(confusion_table(results["after"]))
     answer, share = best_constant_answer(rows)
     ended = ", ".join(f"{name} {result.stopped_share:.1%}" for name, result in results.items())
-    constant = f"The best constant answer would be '{answer}', right in {share:.1%}."
-    console.print(f"{constant} Answers that ended by themselves: {ended}.")
+    constant = f"Always answering '{answer}', the best constant answer, would be right in {share:.1%}."
+    console.print(f"{constant} Answers that the model ended by itself: {ended}.")
     console.print(_size_and_time(sizes, seconds))
     picture = draw_accuracy(results["after"], load_declarations(), run / PICTURE)
     adapter, merged = run / ADAPTER_FOLDER, run / MERGED_FOLDER
@@ -73,17 +73,17 @@ def run_demo(recipe_path: str = "recipes/demo.yaml") -> None:
 
 
 def _make_room(run: Path, recipe: Recipe) -> None:
-    """Remove the run of an earlier demo; refuse to touch anything else."""
+    """Remove the run of an earlier demo; raises UserError if the folder holds anything else."""
     if not run.exists() or not any(run.iterdir()):
         return
     earlier = run / RECIPE_FILE
     if not earlier.is_file() or load_recipe(earlier).base.model != recipe.base.model:
-        raise UserError(f"{run}: holds something else than a run of the demo. Move it away first.")
+        raise UserError(f"{run}: holds something other than a run of the demo. Move it away first.")
     shutil.rmtree(run)
 
 
 def _write_task(recipe: Recipe) -> list[dict[str, str]]:
-    """Write the training rows where the recipe looks for them, the test rows beside; returns the test rows."""
+    """Write the training rows to the recipe's path and the test rows beside them; returns the test rows."""
     source = recipe.data.sources[0].path
     assert source is not None, "the demo's recipe trains on a local file"
     train, test = build_rows(load_declarations(), TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE)
@@ -93,7 +93,7 @@ def _write_task(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def _command(console: Console, script: str, argument: str) -> None:
-    """Run one of the two scripts as a user would; its output goes straight to the terminal."""
+    """Run one of the two scripts like a user; its output goes directly to the terminal."""
     console.print(f"$ python {script} {shlex.quote(argument)}")
     done = subprocess.run([sys.executable, script, argument], check=False)
     if done.returncode:
@@ -101,7 +101,7 @@ def _command(console: Console, script: str, argument: str) -> None:
 
 
 def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:
-    """Exact match before, after (adapter on the 4-bit base) and merged; bytes of the base dense and in 4 bit."""
+    """Return the exact match before, after (adapter on the 4-bit base) and merged, and the base's bytes."""
     tokenizer = AutoTokenizer.from_pretrained(run / ADAPTER_FOLDER)
     results: dict[str, ExactMatch] = {}
     sizes = {}

@@ -1,4 +1,4 @@
-"""The doctor: versions, hardware, what works and what is missing."""
+"""The doctor: versions, hardware, and checks of what fine-tuning needs."""
 
 from lola_ft.doctor.check import Check, Status, examine
 from lola_ft.doctor.run_checks import doctor

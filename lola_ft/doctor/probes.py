@@ -1,4 +1,4 @@
-"""Small real runs of what fine-tuning is made of."""
+"""Probes: small real runs of the parts of fine-tuning."""
 
 import shutil
 import tempfile
@@ -8,7 +8,7 @@ from lola_ft.doctor.check import MissingError
 from lola_ft.progress_bars import without_progress_bars
 
 BASE_BYTES = 4_200_000_000
-"""LOLA in 4 bit, in memory and in the cache."""
+"""Bytes of LOLA in 4 bit, in memory and in the cache."""
 _DOWNLOAD_BYTES = 29_800_000_000
 _HUB_BASE = "dice-research/lola_v1"
 # Half the widest gap between NF4's codes is 0.152 of a block's scale; the scale itself is rounded to 8 bits.
@@ -16,7 +16,7 @@ _NF4_ERROR = 0.16
 
 
 def nf4_round_trip() -> str:
-    """Quantise a weight on the device and make it dense again; each value must come back within half a code."""
+    """Quantise and dequantise a weight on the device; each value must come back within half a step of the code."""
     import torch
 
     from lola_ft.quantization.load import default_device
@@ -27,12 +27,12 @@ def nf4_round_trip() -> str:
     back = dequantize(quantize(weight), dynamic_code().to(device), (256, 192), torch.float32)
     error = ((back - weight).view(-1, BLOCK).abs() / weight.view(-1, BLOCK).abs().amax(dim=1, keepdim=True)).max()
     if not error <= _NF4_ERROR:
-        raise ArithmeticError(f"a value came back {float(error):.3f} of its block's scale away, not at most 0.152")
+        raise ArithmeticError(f"a value changed by {float(error):.3f} of its block's scale; the limit is 0.152")
     return f"largest error {float(error):.3f} of a block's scale, on {device}"
 
 
 def tiny_training_step() -> str:
-    """Load a tiny LOLA in 4 bit, put LoRA on attention, MLP and experts, and go forward and backward once."""
+    """Load a tiny LOLA in 4 bit, add LoRA on attention, MLP and experts, and run one forward and backward pass."""
     import torch
 
     from lola_ft.adapters import AdapterSettings, add_adapter
@@ -63,7 +63,7 @@ def tiny_training_step() -> str:
 
 
 def cache_is_writable() -> str:
-    """Write a safetensors file where quantised bases go, and read it back."""
+    """Write a safetensors file to the cache folder of quantised bases, and read it back."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -75,25 +75,25 @@ def cache_is_writable() -> str:
     with tempfile.TemporaryDirectory(dir=root, prefix=".doctor") as folder:
         save_file({"tensor": tensor}, Path(folder) / "probe.safetensors")
         if not torch.equal(load_file(Path(folder) / "probe.safetensors")["tensor"], tensor):
-            raise OSError("the file did not come back as it was written")
+            raise OSError("the file read differs from the file written")
     return f"safetensors written and read in {root}"
 
 
 def disk_space() -> str:
-    """Room for LOLA's 4-bit form and for its download, where each goes."""
+    """Check the disk space for LOLA's 4-bit form and for its download."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from lola_ft.quantization.cache import cache_root
 
     own, hub = _free_disk(cache_root()), _free_disk(Path(HF_HUB_CACHE))
-    detail = f"{own / 1e9:.1f} GB free in the cache, {hub / 1e9:.1f} GB where the Hub's files go"
+    detail = f"{own / 1e9:.1f} GB free for lola_ft's cache, {hub / 1e9:.1f} GB free for the Hub's cache"
     if own < BASE_BYTES or hub < _DOWNLOAD_BYTES:
-        raise MissingError(f"{detail}; LOLA takes {BASE_BYTES / 1e9:.1f} GB in 4 bit, and its download 29.8 GB")
+        raise MissingError(f"{detail}; LOLA needs {BASE_BYTES / 1e9:.1f} GB in 4 bit, and its download 29.8 GB")
     return detail
 
 
 def free_memory() -> str:
-    """Memory for LOLA's 4-bit base, on the GPU or, without one, in the machine."""
+    """Check the free memory for LOLA's 4-bit base, on the GPU or, without a GPU, in the machine."""
     import psutil
     import torch
 
@@ -101,12 +101,12 @@ def free_memory() -> str:
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     detail = f"{free / 1e9:.1f} GB free {where}"
     if free < BASE_BYTES:
-        raise MissingError(f"{detail}; LOLA's 4-bit base alone takes {BASE_BYTES / 1e9:.1f} GB")
-    return f"{detail}; LOLA's 4-bit base takes {BASE_BYTES / 1e9:.1f} GB"
+        raise MissingError(f"{detail}; just LOLA's 4-bit base needs {BASE_BYTES / 1e9:.1f} GB")
+    return f"{detail}; LOLA's 4-bit base needs {BASE_BYTES / 1e9:.1f} GB"
 
 
 def hub_answers() -> str:
-    """Ask the Hub for LOLA; says whether there is a token, and never which."""
+    """Ask the Hub for LOLA; the result says if a token is set, but never the token."""
     from huggingface_hub import HfApi, get_token
 
     info = HfApi().model_info(_HUB_BASE, timeout=10)
@@ -114,7 +114,7 @@ def hub_answers() -> str:
 
 
 def _free_disk(folder: Path) -> int:
-    """Free bytes where a folder is, or would be made."""
+    """Return the free bytes on the disk of a folder, which may not exist yet."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent

@@ -1,4 +1,4 @@
-"""The verb `lola-ft doctor`: facts about the machine, all checks, in order, and their table."""
+"""The verb `lola-ft doctor`: facts about the machine, and all checks in order, with their table."""
 
 import json
 import platform
@@ -20,16 +20,16 @@ EXTRAS = {
     "harness": ("lm_eval", "the benchmarks of `lola-ft evaluate --suite`"),
     "dev": ("pytest", "the tests"),
 }
-"""Optional extras: a module that each brings, and what it is for."""
+"""The optional extras: a module that each one installs, and its purpose."""
 _SHOWN = {"ok": "green", "missing": "yellow", "failed": "red"}
 
 
 def doctor(online: bool = False, as_json: bool = False, console: Console | None = None) -> bool:
-    """Look at everything (`online`: at the Hub too) and print it; returns whether all that fine-tuning needs works."""
+    """Run all checks (with `online` the Hub's too) and print them; returns True if all core checks are ok."""
     facts, checks = machine(), [*_packages(), *_core(), *_room(), *_extras()]
     if online:
-        mend = "Look at the network and at HF_ENDPOINT; without the Hub, give folders in place of ids."
-        checks.append(examine("Hub", probes.hub_answers, mend, core=False))
+        advice = "Check the network and HF_ENDPOINT; without the Hub, use folders in place of Hub ids."
+        checks.append(examine("Hub", probes.hub_answers, advice, core=False))
     works = all(check.status == "ok" for check in checks if check.core)
     if as_json:
         report = {"versions": library_versions(), "machine": facts, "checks": [asdict(check) for check in checks]}
@@ -46,13 +46,13 @@ def _packages() -> list[Check]:
         import_module(package)
         return str(version_of(package))
 
-    mend = "Install lola_ft again: pip install -c constraints.txt -e ."
-    return [examine(name, lambda name=name: installed(name), mend, core=True) for name in PACKAGES]  # type: ignore[misc]
+    advice = "Install lola_ft again: pip install -c constraints.txt -e ."
+    return [examine(name, lambda name=name: installed(name), advice, core=True) for name in PACKAGES]  # type: ignore[misc]
 
 
 def _core() -> list[Check]:
-    weights = "Install the bitsandbytes of constraints.txt for this machine's CUDA; or use quantization: none."
-    step = "Install the versions of constraints.txt; if that does not help, report the line above."
+    weights = "Install the bitsandbytes version of constraints.txt for this machine's CUDA, or use quantization: none."
+    step = "Install the versions of constraints.txt. If that does not help, report the line above."
     cache = "Set LOLA_FT_CACHE to a folder that you may write to."
     return [
         examine("4-bit weights", probes.nf4_round_trip, weights, core=True),
@@ -62,13 +62,13 @@ def _core() -> list[Check]:
 
 
 def _room() -> list[Check]:
-    """For LOLA at full size; a smaller base needs less, so that a lack is no failure."""
-    disk = "Free some space, or set LOLA_FT_CACHE and HF_HOME to a larger disk."
-    memory = "Close what else uses it, or take a machine with more; the nano base (`lola-ft nano`) needs little."
+    """Check the room for LOLA at full size. A smaller base needs less, so these checks are not core."""
+    disk = "Free some space, or set LOLA_FT_CACHE and HF_HOME to folders on a larger disk."
+    memory = "Close other programs, or use a machine with more memory. The nano base (`lola-ft nano`) needs little."
     return [
         examine("disk", probes.disk_space, disk, core=False),
         examine("memory", probes.free_memory, memory, core=False),
-        examine("GPU", _gpu, "Training LOLA at full size wants one GPU; a CPU does for the nano base.", core=False),
+        examine("GPU", _gpu, "Training LOLA at full size needs a GPU. A CPU is enough for the nano base.", core=False),
     ]
 
 
@@ -109,10 +109,10 @@ def _show(facts: dict[str, Any], checks: list[Check], works: bool, console: Cons
         bfloat16 = "with" if gpu["bfloat16"] else "without"
         console.print(f"{gpu['name']}, {gpu['memory_gb']} GB, CUDA {gpu['cuda']}, {bfloat16} bfloat16")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "", "seen"):
+    for heading in ("", "", "finding"):
         table.add_column(heading, overflow="fold")
     for check in checks:
-        detail = check.detail if check.status == "ok" else f"{check.detail}\n→ {check.mend}"
+        detail = check.detail if check.status == "ok" else f"{check.detail}\n→ {check.advice}"
         table.add_row(check.name, f"[{_SHOWN[check.status]}]{check.status}[/]", escape(detail))
     console.print(table)
     failing = [check.name for check in checks if check.core and check.status != "ok"]
@@ -120,7 +120,7 @@ def _show(facts: dict[str, Any], checks: list[Check], works: bool, console: Cons
 
 
 def machine() -> dict[str, Any]:
-    """CPU, memory and GPU, as plain values; what cannot be told is None."""
+    """Return facts about CPU, memory and GPU as plain values; None for unknown facts."""
     facts: dict[str, Any] = {"system": platform.platform(), "cpu": cpu_name(), "cores": usable_cores()}
     try:
         import psutil

@@ -1,4 +1,4 @@
-"""Evaluation: what models can do, language by language, side by side."""
+"""Evaluation: measure models on held-out rows or benchmarks, by language, and compare them."""
 
 from lola_ft.evaluation.comparison import Comparison, compare
 from lola_ft.evaluation.exact_match import ExactMatch, best_constant_answer, exact_match_by_language

@@ -1,4 +1,4 @@
-"""Models opened one after the other, asked, and freed."""
+"""Opening models one after another, asking each, and freeing its memory."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ class Opening:
     """Options for opening the models.
 
     Attributes:
-        base: Of the runs and adapters among them.
-        template: Name of the one that is used in place of each model's own.
+        base: The base of the runs and adapters among the models.
+        template: Name of the template to use in place of each model's own.
     """
 
     base: str | None = None
@@ -40,13 +40,13 @@ def ask_each(
     console: Console,
     prepare: Callable[[list[tuple[PromptReader, PromptTemplate]]], None] | None = None,
 ) -> tuple[list[T], list[dict[str, Any]]]:
-    """Ask every model; returns what each said, and what it is.
+    """Ask every model; returns the results, and facts about each model.
 
     Args:
-        prepare: Called before any weights are loaded, with how each model reads prompts.
+        prepare: Called before any weights are loaded, with each model's tokenizer and template.
 
     Raises:
-        UserError: A model that is not there, before any is loaded; one given twice; a base that none needs.
+        UserError: A model is missing or given twice, or a base is given that none needs. Raised before loading.
     """
     refuse_twice(models)
     refuse_needless_base(models, opening.base)
@@ -69,38 +69,38 @@ def ask_each(
         give_back_freed_memory()
     if len({fact["quantization"] for fact in facts}) > 1:
         console.print(
-            "Some models were read in 4 bit and others not: differences are also rounding. --quantization nf4 (or "
-            "none) reads all alike.",
+            "Some models were read in 4 bit and others not, so differences include rounding. Use --quantization nf4 "
+            "(or none) to read all in the same form.",
         )
     return answers, facts
 
 
 def refuse_twice(models: Sequence[str]) -> None:
-    """Refuse a model that is given twice: results are kept by name."""
+    """Raise UserError for a model that is given twice, because results are stored by name."""
     if len(set(models)) < len(models):
-        raise UserError("The same model is given twice. Give each once.")
+        raise UserError("The same model is given twice. Give each model once.")
 
 
 def refuse_needless_base(models: Sequence[str], base: str | None) -> None:
-    """Refuse a base where no run or adapter needs it."""
+    """Raise UserError for a base that no run or adapter needs."""
     if base and not any(is_adapted(Path(model)) for model in models):
         raise UserError("--base is for runs and adapters, and none of the models is one. Leave it out.")
 
 
 def _common_template(subjects: Sequence[Subject]) -> PromptTemplate | None:
-    """The template that was trained with, if it is the same one wherever there is one."""
+    """Return the template of the trained models, if all of them have the same one; else None."""
     found = [saved_template(subject) for subject in subjects]
     templates = {template.source: template for template in found if template is not None}
     return next(iter(templates.values())) if len(templates) == 1 else None
 
 
 def _base_for(model: str, base: str | None) -> str | None:
-    """The base of a run or an adapter; a base or merged model is its own."""
+    """Return the given base for a run or an adapter; None for a base or a merged model."""
     return base if is_adapted(Path(model)) else None
 
 
 def how_loaded(opened: OpenModel) -> dict[str, str]:
-    """Return the fingerprint of a model's base weights, and in which form it computes."""
+    """Return the fingerprint of a model's base weights, its quantisation and its dtype."""
     return {
         "base_fingerprint": opened.fingerprint,
         "quantization": opened.quantization,

@@ -1,7 +1,7 @@
 """Bootstrap intervals over rows (Efron 1979), paired for differences (Koehn 2004).
 
-A measure is a function of sums over rows (nats and bytes, right answers and questions, n-gram counts), so a resample is
-a weighted sum: how often each row was drawn, times what it contributes.
+A measure is a function of sums over rows (nats and bytes, right answers and questions, n-gram counts). So a resample is
+a weighted sum of the rows' contributions, weighted by how often each row was drawn.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Value = Callable[[Floats], Floats]
-"""From sums (resamples, parts) to values (resamples,)."""
+"""A function from sums (resamples, parts) to values (resamples,)."""
 
-_CELLS = 4_000_000  # counts drawn at a time: 32 MB
+_CELLS = 4_000_000  # counts drawn at a time, 32 MB
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; NaN where there is nothing to measure, the interval also of a single row."""
+    """A value with its 95 % interval. Both are NaN without data; the interval is also NaN for a single row."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN."""
+        """Return plain values for JSON, with None in place of NaN."""
         return {key: None if np.isnan(number) else number for key, number in vars(self).items()}
 
 
@@ -42,14 +42,14 @@ def bootstrap(
     """Estimate a measure of several models that answered the same rows.
 
     Args:
-        parts: Of each model, what each row contributes (rows, parts).
+        parts: Per model, the contributions of each row (rows, parts).
 
     Returns:
-        Each model's value; and each model's difference to the first one, from the same resamples.
+        Each model's value, and each model's difference to the first model, from the same resamples.
     """
     drawn = [np.full(resamples, np.nan) for _ in parts]
     done, rows = 0, len(parts[0])
-    # One row tells nothing of how much rows differ: it has no interval.
+    # A single row shows nothing about the differences between rows, so it has no interval.
     for counts in _draws(rows, resamples, np.random.default_rng(seed)) if rows > 1 else ():
         for own, values in zip(parts, drawn, strict=True):
             values[done : done + len(counts)] = value(counts @ own)
@@ -61,7 +61,7 @@ def bootstrap(
 
 
 def _draws(rows: int, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Yield how often each row is drawn, in chunks (some resamples, rows)."""
+    """Yield counts of how often each row is drawn, in chunks (resamples of the chunk, rows)."""
     step = max(1, _CELLS // rows)
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
@@ -76,6 +76,6 @@ def _estimate(value: float, resampled: Floats) -> Estimate:
 
 
 def ratio(sums: Floats) -> Floats:
-    """The first part over the second; NaN where the second is nothing."""
+    """Return the first part divided by the second; NaN if the second is 0."""
     over, under = sums[:, 0], sums[:, 1]
     return np.divide(over, under, out=np.full(len(sums), np.nan), where=under > 0)

@@ -1,7 +1,8 @@
-"""Task `choice`: the model takes the choice that it finds likeliest after the prompt.
+"""Task `choice`: the model's answer is the choice with the highest likelihood after the prompt.
 
-A choice's likelihood is the sum of its tokens' log-probabilities, without an end of text; divided by its bytes in UTF-8
-for the second measure, since a long choice has a smaller sum. Prompt and choice are tokenised apart, as in training.
+A choice's likelihood is the sum of its tokens' log-probabilities, without the end-of-text token. The second measure
+divides it by the choice's bytes in UTF-8, because a long choice has a smaller sum. Prompt and choice are tokenised
+separately, as in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ class Question:
     """A row with its choices.
 
     Attributes:
-        example: Its completion is the right choice.
-        right: The right choice's place.
+        example: The row, with the right choice as completion.
+        right: Index of the right choice.
     """
 
     example: Example
@@ -34,7 +35,7 @@ class Question:
 
 
 class ChoiceTask:
-    """Compares the likelihoods of the choices."""
+    """The task that compares the likelihoods of choices."""
 
     name = "choice"
     measures: Mapping[str, Measure] = {

@@ -1,4 +1,4 @@
-"""Several models side by side on the same rows, by language: computed, as tables, and as a picture."""
+"""The comparison of several models on the same rows, by language: numbers, tables and a plot."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +16,16 @@ from lola_ft.evaluation.bootstrap import Estimate, bootstrap
 from lola_ft.evaluation.task import Measure, Measured
 
 ALL = "all"
-"""What the rows of all languages together are called."""
+"""The name of the rows of all languages together."""
 NOTE = (
-    "In brackets 95 % bootstrap intervals over rows; * a difference to the first model whose interval leaves out zero."
+    "In brackets: 95 % bootstrap intervals over rows. * marks a difference to the first model whose interval excludes "
+    "zero."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """A language's rows: each model's value, and its difference to the first model."""
+    """The results of one language: each model's value, and its difference to the first model."""
 
     rows: int
     values: list[Estimate]
@@ -33,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Every measure's values by language; `ALL` comes first where there are several languages.
+    """Every measure's values by language. With several languages, `ALL` comes first.
 
     Attributes:
         models: The models' names.
@@ -44,7 +45,7 @@ class Comparison:
     lines: Mapping[str, Mapping[str, Line]]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {
             name: {
                 language: {
@@ -70,7 +71,7 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Comparison:
-    """Estimate every measure for every language, from what was measured of each model on the same rows."""
+    """Estimate every measure for every language, from the models' measurements on the same rows."""
     codes = np.array(languages)
     groups = {code: np.flatnonzero(codes == code) for code in sorted(set(languages))}
     if len(groups) > 1:
@@ -80,14 +81,16 @@ def compare(
         for name, measure in measures.items():
             for code, rows in groups.items():
                 parts = [one.parts[name][rows] for one in measured]
-                own_seed = seed + zlib.crc32(code.encode())  # a language draws its own rows, whichever others there are
+                own_seed = seed + zlib.crc32(
+                    code.encode()
+                )  # a language's resamples do not depend on the other languages
                 lines[name][code] = Line(len(rows), *bootstrap(parts, measure.value, resamples, own_seed))
                 advance(1)
     return Comparison(list(models), measures, lines)
 
 
 def tables(comparison: Comparison) -> Iterator[Table]:
-    """A table for each measure: a line for each language, the difference to the first model beside each other one."""
+    """Yield one table per measure, with one line per language and each model's difference to the first model."""
     for name, measure in comparison.measures.items():
         better = ", lower is better" if measure.lower_is_better else ""
         table = Table(title=f"{measure.title}{better}", title_justify="left")
@@ -112,7 +115,7 @@ def _cells(line: Line, measure: Measure) -> Iterator[str]:
 
 
 def shown(estimate: Estimate, percent: bool, signed: bool = False, digits: int = 3) -> str:
-    """Write a value and its interval, such as `1.234 [1.201 to 1.267]`; a signed one with a star if it is not zero."""
+    """Return a value and its interval as text, `1.234 [1.201 to 1.267]`; a signed value may get a star (not zero)."""
     if isnan(estimate.value):
         return "–"
     scale, digits = (100, 1) if percent else (1, digits)
@@ -126,7 +129,7 @@ def shown(estimate: Estimate, percent: bool, signed: bool = False, digits: int =
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Draw every measure in a panel of its own, languages from top to bottom."""
+    """Draw one panel per measure, with the languages from top to bottom."""
     plt = pyplot()
     measures = list(comparison.measures.items())
     languages = list(comparison.lines[measures[0][0]])
@@ -156,7 +159,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib without a window."""
+    """Return matplotlib's pyplot, set to work without a window."""
     import matplotlib as mpl
 
     mpl.use("Agg")

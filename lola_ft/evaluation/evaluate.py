@@ -26,8 +26,8 @@ from lola_ft.files import write_text
 TASKS = ("loss", "generate", "choice")
 _LONGEST_ANSWER = 128
 WHY_NOT_ROWS = (
-    "its decoder predicts an answer to what the encoder reads, so it has no loss or bits per byte of a text that could "
-    "be compared. Compare it on benchmarks: --suite lola-paper."
+    "its decoder predicts an answer to the encoder's text, so it has no comparable loss or bits per byte of a text. "
+    "Compare it on benchmarks with --suite lola-paper."
 )
 
 
@@ -37,10 +37,10 @@ class TaskOptions:
 
     Attributes:
         max_new_tokens: Task `generate`; 128 if None.
-        stride: Task `loss`: of the windows over texts longer than the model's positions.
-        resamples, seed: Of the bootstrap.
-        transfer: Also show what training on one language did to the others.
-        overlong: Task `generate`: what happens to prompts that are too long; "error" if None.
+        stride: Task `loss`: tokens between windows over texts longer than the model's positions.
+        resamples, seed: Number of resamples and random seed of the bootstrap.
+        transfer: Also show the effect of training on one language on the other languages.
+        overlong: Task `generate`: policy for prompts that are too long; "error" if None.
     """
 
     task: str = "loss"
@@ -63,17 +63,17 @@ def evaluate_rows(
     out: str | None = None,
     console: Console | None = None,
 ) -> Comparison:
-    """Compare models on held-out rows; print tables, and write them, a picture and JSON to a folder."""
+    """Compare models on held-out rows: print tables, and write numbers as JSON and a plot to a folder."""
     console = console or Console()
     if template:
         check_template(template)
     if encoders := [model for model in models if is_encoder_decoder(model)]:
-        raise UserError(f"{encoders[0]}: is an encoder-decoder, which rows are not scored with: {WHY_NOT_ROWS}")
+        raise UserError(f"{encoders[0]}: is an encoder-decoder, which cannot be scored on rows: {WHY_NOT_ROWS}")
     opening = Opening(base, quantization, template)
     trained = transfer_rows(models) if options.transfer else {}
     task = make_task(rows, options)
     if template and isinstance(task, LossTask) and not any(example.prompt for example in task.examples):
-        raise UserError("--template does nothing to texts, which have no prompt. Leave it out.")
+        raise UserError("--template does nothing for texts, which have no prompt. Leave it out.")
     prepare = partial(task.prepare, console=console) if isinstance(task, GenerateTask) else None
     measured, facts = ask_each(models, opening, task.run, console, prepare)
     comparison = compare(models, measured, task.measures, task.languages, options.resamples, options.seed)
@@ -95,9 +95,9 @@ def evaluate_rows(
 
 
 def make_task(rows: RowOptions, options: TaskOptions) -> Task:
-    """Read the rows that a task needs; raises UserError for an unknown task, and as reading the rows does."""
+    """Make a task with its rows; raises UserError for an unknown task, wrong options or rows that cannot be read."""
     if options.task not in TASKS:
-        raise UserError(f"--task '{options.task}' is unknown; there are {', '.join(TASKS)}.")
+        raise UserError(f"--task '{options.task}' is unknown; choose one of {', '.join(TASKS)}.")
     if options.stride is not None and options.task != "loss":
         raise UserError(f"--stride does nothing in --task {options.task}. Leave it out.")
     if options.max_new_tokens is not None and options.task != "generate":
@@ -105,7 +105,7 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
     if options.overlong is not None and options.task != "generate":
         raise UserError(f"--overlong does nothing in --task {options.task}, which reads long rows. Leave it out.")
     if options.overlong not in (None, *POLICIES):
-        raise UserError(f"--overlong '{options.overlong}' is unknown; there are {', '.join(POLICIES)}.")
+        raise UserError(f"--overlong '{options.overlong}' is unknown; choose one of {', '.join(POLICIES)}.")
     if options.transfer and options.task != "loss":
         raise UserError(f"--transfer shows changes in bits per byte, which --task {options.task} does not measure.")
     if options.task == "choice":
@@ -120,7 +120,7 @@ def make_task(rows: RowOptions, options: TaskOptions) -> Task:
 def _write(
     folder: Path, task: Task, comparison: Comparison, measured: Sequence[Measured], about: dict[str, Any]
 ) -> None:
-    """Write numbers, the picture, and what each model did on each row."""
+    """Write the numbers, the plot, and each model's result on each row."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {"models": about["models"], "results": comparison.as_dict(), "settings": about["settings"]}
     report |= {"versions": library_versions(), "hardware": hardware()}

@@ -14,9 +14,9 @@ class ExactMatch:
     """Counts of right answers.
 
     Attributes:
-        right, asked: By language.
-        stopped: Answers that the model ended by itself, with its end-of-text token.
-        confused: Wrong answers, by the pair of the right answer and the model's.
+        right, asked: Number of right answers and of questions, by language.
+        stopped: Number of answers that the model ended by itself, with its end-of-text token.
+        confused: Counts of wrong answers, by the pair of the right answer and the model's answer.
     """
 
     right: Counter[str] = field(default_factory=Counter)
@@ -26,7 +26,7 @@ class ExactMatch:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers over all languages together."""
+        """The share of right answers over all languages together."""
         return self.right.total() / max(self.asked.total(), 1)
 
     @property
@@ -34,17 +34,17 @@ class ExactMatch:
         return self.stopped / max(self.asked.total(), 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, to be written as JSON."""
+        """Return plain numbers, for JSON."""
         counts = {"right": dict(self.right), "asked": dict(self.asked)}
         return {"accuracy": self.accuracy, "stopped_share": self.stopped_share, **counts}
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
-        """Right answer, given answer and how often, most frequent first; ties in the order of the alphabet."""
+        """Return right answer, given answer and count, most frequent first; ties in alphabetical order."""
         ranked = sorted(self.confused.items(), key=lambda item: (-item[1], item[0]))
         return [(right, given, times) for (right, given), times in ranked[:count]]
 
     def accuracy_of(self, *languages: str) -> float:
-        """Share of right answers in some languages together."""
+        """Return the share of right answers in the given languages together."""
         right, asked = (sum(counts[language] for language in languages) for counts in (self.right, self.asked))
         return right / max(asked, 1)
 
@@ -56,13 +56,13 @@ def exact_match_by_language(
     batch_size: int = 128,
     max_new_tokens: int = 16,
 ) -> ExactMatch:
-    """Let a causal model answer each row's prompt, greedily, and compare with its completion.
+    """Let a causal model answer each row's prompt greedily, and compare the answer with the row's completion.
 
     Prompts are tokenised as in training; an answer counts up to the end-of-text token.
 
     Args:
-        rows: `prompt`, `completion` and `language` each.
-        max_new_tokens: Longest answer; a longer one is cut, and counts as not stopped.
+        rows: Rows with `prompt`, `completion` and `language`.
+        max_new_tokens: Most tokens of an answer; a longer answer is cut, and counts as not stopped.
     """
     result = ExactMatch()
     prompts = encode_texts([row["prompt"] for row in rows], tokenizer)
@@ -78,11 +78,11 @@ def exact_match_by_language(
 
 
 def is_exact(answer: Answer, completion: str) -> bool:
-    """Tell whether the model ended its answer and it equals the completion, apart from surrounding spaces."""
+    """Tell whether the model ended its answer and the answer equals the completion, except for outer spaces."""
     return answer.ended and answer.text.strip() == completion.strip()
 
 
 def best_constant_answer(rows: Sequence[dict[str, str]]) -> tuple[str, float]:
-    """The one answer that would be right most often if it were always given, and how often it would be."""
+    """Return the single answer that would be right most often, and its share of right answers."""
     answer, count = Counter(row["completion"].strip() for row in rows).most_common(1)[0]
     return answer, count / len(rows)

@@ -1,4 +1,4 @@
-"""Task `generate`: greedy answers under the model's template, by exact match, chrF and BLEU (sacrebleu)."""
+"""Task `generate`: greedy answers under the model's template, measured by exact match, chrF and BLEU (sacrebleu)."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,23 +19,23 @@ from lola_ft.language_codes import short_code
 from lola_ft.open_model import OpenModel, PromptReader
 
 _BY_CHARACTER = ("ja", "th", "lo", "km", "my", "bo", "dz")
-"""Languages written without spaces: BLEU counts characters as words there, and words of Chinese by sacrebleu's rule."""
+"""Languages written without spaces, in which BLEU counts characters as words. For Chinese sacrebleu has a rule."""
 _CHINESE = ("zh", "yue", "wuu")
 
 
 class GenerateTask:
-    """Lets the model answer and compares with the row's answer, the last one of a conversation.
+    """The task that compares a model's answer with the row's answer (the last one of a conversation).
 
     Attributes:
-        overlong: What happens to a row whose prompt leaves a model no position for an answer:
-            error: nothing is answered.
-            skip: it is left out for every model.
-            truncate: the prompt loses its beginning, as in training.
-        too_long: Such rows by language.
+        overlong: Policy for a row whose prompt leaves a model no position for an answer:
+            error: raise an error before anything is answered.
+            skip: leave the row out for all models.
+            truncate: cut the prompt's beginning, as in training.
+        too_long: Number of rows that are too long, by language.
 
     Raises:
         UserError: sacrebleu is not installed.
-        DataError: A row without a prompt.
+        DataError: A row has no prompt.
     """
 
     name = "generate"
@@ -61,10 +61,10 @@ class GenerateTask:
         self.places = [example.where for example in self.examples]
 
     def prepare(self, readers: Sequence[tuple[PromptReader, PromptTemplate]], console: Console) -> None:
-        """Treat rows that are too long for one of the models; they are the same rows for all.
+        """Apply the policy to rows that are too long for at least one model, in the same way for all models.
 
         Raises:
-            DataError: Such a row where that is an error, or no row is left.
+            DataError: A row is too long under `error`, or no row is left.
         """
         found = find_overlong(self.examples, readers)
         if not found:
@@ -73,16 +73,16 @@ class GenerateTask:
             raise next(iter(found.values())).refused(len(found) - 1)
         self.too_long = languages_of(found)
         if self.overlong == "truncate":
-            console.print(f"{len(found)} prompts are too long and lose their beginning: {say_rows(found)}.")
+            console.print(f"{len(found)} prompts are too long; their beginning is cut: {say_rows(found)}.")
             return
         self.examples = [example for place, example in enumerate(self.examples) if place not in found]
         self._list_rows()
         if not self.examples:
             raise DataError(f"--overlong skip: the prompts of all {len(found)} rows are too long. Shorten them.")
-        console.print(f"{len(found)} rows are skipped, their prompts are too long: {say_rows(found)}.")
+        console.print(f"{len(found)} rows are skipped because their prompts are too long: {say_rows(found)}.")
 
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
-        """Answer every row, of which `prepare` has seen to those that are too long."""
+        """Answer every row. `prepare` must have been called before, for rows that are too long."""
         prompts = self._prompts(opened, template)
         end = template.end_of(opened.tokenizer)
         answers = answer_in_order(opened.model, opened.tokenizer, prompts, self.sampling, self.batch_size, end)
@@ -99,7 +99,7 @@ class GenerateTask:
         return Measured({name: np.array(part, dtype=np.float64) for name, part in parts.items()}, written)
 
     def _prompts(self, opened: OpenModel, template: PromptTemplate) -> list[list[int]]:
-        """Return the token ids of every prompt, cut where it is too long and may be cut."""
+        """Return the token ids of every prompt, cut if it is too long and the policy is `truncate`."""
         positions, prompts = opened.sizes.positions, list[list[int]]()
         for example in self.examples:
             ids = template.prompt_ids(example, opened.tokenizer)
@@ -112,7 +112,7 @@ class GenerateTask:
 
 
 def _tokenizer(language: str) -> str:
-    """sacrebleu's name of the way in which BLEU cuts a language into words."""
+    """Return sacrebleu's name of the tokenizer with which BLEU splits a language into words."""
     code = short_code(language.lower())
     if code in _CHINESE:
         return "zh"
@@ -120,7 +120,7 @@ def _tokenizer(language: str) -> str:
 
 
 def _statistics(metric: Any, answer: Answer, example: Example) -> list[int]:
-    """Return a row's part of a corpus score: counts of matching and possible n-grams."""
+    """Return a row's contribution to a corpus score: counts of matching and possible n-grams."""
     [statistics] = metric._extract_corpus_statistics([answer.text.strip()], [[example.completion.strip()]])
     return statistics
 

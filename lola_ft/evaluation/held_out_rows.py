@@ -1,4 +1,4 @@
-"""The rows of an evaluation: files read by the same readers and formats as training data."""
+"""The rows of an evaluation, read by the same readers and formats as training data."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from lola_ft.evaluation.choice_task import Question
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN, kind_of_file
 
 CHOICES = "choices"
-"""A format only for evaluation: `prompt`, `choices` (texts) and `answer` (the right one, or its place from 0)."""
+"""A format only for evaluation: `prompt`, `choices` (texts) and `answer` (the right text, or its index from 0)."""
 _CHOICE_FIELDS = ("prompt", "choices", "answer")
 
 
@@ -25,10 +25,10 @@ class RowOptions:
 
     Attributes:
         files: Files, folders or globs.
-        languages: None, one for all files, or one for each.
+        languages: No code, one code for all files, or one code per file.
         fields: `standard=name` pairs.
         labels: `label=word` pairs, for format classification.
-        max_rows: Of each language, the first ones.
+        max_rows: Number of first rows to read per language; None reads all.
     """
 
     files: Sequence[str]
@@ -47,9 +47,9 @@ class RowOptions:
     target_language: str | None = None
 
     def sources(self) -> list[Source]:
-        """Return a source for each file; raises UserError for options that do not fit together."""
+        """Return one source per file; raises UserError for options that do not fit together."""
         if not self.files:
-            raise UserError("Give held-out rows with --data FILE (again for more files).")
+            raise UserError("Give held-out rows with --data FILE. Repeat the option for more files.")
         if self.languages and self.language_column:
             raise UserError("Give --language or --language-column, not both.")
         if not all(code.strip() for code in self.languages):
@@ -57,7 +57,7 @@ class RowOptions:
         if len(self.languages) not in (0, 1, len(self.files)):
             raise UserError(
                 f"--language is given {len(self.languages)} times for {len(self.files)} files; give it once, or once "
-                "for each file."
+                "per file."
             )
         languages = list(self.languages) * (len(self.files) if len(self.languages) == 1 else 1)
         return [self._source(file, languages[place] if languages else None) for place, file in enumerate(self.files)]
@@ -73,9 +73,9 @@ class RowOptions:
         if unknown := [name for name in fields if name not in standard]:
             raise UserError(f"--field {unknown[0]}: format {format} has no such field; it has {', '.join(standard)}.")
         if self.unit is not None and self.unit not in UNITS:
-            raise UserError(f"--unit {self.unit}: there is {', '.join(UNITS)}.")
+            raise UserError(f"--unit {self.unit}: is unknown; choose one of {', '.join(UNITS)}.")
         if self.unit is not None and kind_of_file(file) in ROWS_OF_THEIR_OWN:
-            raise UserError(f"--unit divides .txt files; {file} has rows of its own. Leave it out.")
+            raise UserError(f"--unit divides .txt files into rows; {file} has rows already. Leave it out.")
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
             raise UserError(f"--delimiter {self.delimiter!r}: give one character, such as ';'.")
         labels = _pairs(self.labels, "--label") or None
@@ -106,7 +106,7 @@ class RowOptions:
 
 
 def read_for_scoring(options: RowOptions) -> list[Example]:
-    """Return the rows to score or to answer; raises DataError, naming file and line."""
+    """Return the rows to score or to answer; raises a DataError that names file and line."""
     sources = options.sources()
     if any(source.format == CHOICES for source in sources):
         raise UserError(f"--format {CHOICES} is for --task choice.")
@@ -114,7 +114,7 @@ def read_for_scoring(options: RowOptions) -> list[Example]:
 
 
 def read_questions(options: RowOptions) -> list[Question]:
-    """Read the rows with their choices: of format classification the labels, of format choices each row's own."""
+    """Read the rows with their choices: the labels in format classification, each row's own in format choices."""
     questions = list[Question]()
     for source in options.sources():
         if source.format == CHOICES:
@@ -127,7 +127,7 @@ def read_questions(options: RowOptions) -> list[Question]:
 
 
 def _classified(source: Source) -> Iterator[Question]:
-    """The choices are the words of `labels`; without these, all labels that the file has."""
+    """Yield questions whose choices are the words of `labels` or, without `labels`, all labels in the file."""
     examples = list(read_examples([source]))
     words = list(dict.fromkeys(source.labels.values())) if source.labels else None
     choices = tuple(words or sorted({example.completion for example in examples}))
@@ -150,7 +150,7 @@ def _question(row: Row, source: Source) -> Question:
         right = texts.index(answer)
     else:
         raise DataError(
-            f"{row.where}: {names['answer']} is {answer!r}; it must be one of the choices, or its place from 0."
+            f"{row.where}: {names['answer']} is {answer!r}; it must be one of the choices, or its index from 0."
         )
     fields = prompt_fields(checked_text(prompt, names["prompt"], row.where))
     return Question(Example(fields, texts[right], row_language(row, source), row.where), texts, right)
@@ -169,7 +169,7 @@ T = TypeVar("T")
 
 
 def _limited(rows: Iterable[T], most: int | None, language: Any) -> list[T]:
-    """The first rows of each language."""
+    """Return the first rows of each language."""
     seen, kept = Counter[str](), list[T]()
     for row in rows:
         seen[language(row)] += 1

@@ -1,9 +1,9 @@
 """Task `loss`: nats per token and bits per byte.
 
-`loss` is what training calls loss: of an answer all its tokens and its end of text under the model's template, of a
-text all tokens but the first, and its end of text. `bits_per_byte` does not depend on the tokenizer: what the tokens
-of the answer or text cost, without the end of text, over their bytes in UTF-8. The first token of a text has nothing in
-front of it that would predict it: it is context, and its bytes are not counted.
+`loss` is the loss of training: over all tokens of an answer and its end-of-text token under the model's template, or
+over all tokens of a text except the first, and its end-of-text token. `bits_per_byte` does not depend on the tokenizer:
+it is the loss of the answer's or text's tokens, without the end of text, divided by their bytes in UTF-8. Nothing
+predicts the first token of a text, so it is only context and its bytes are not counted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,11 @@ from lola_ft.evaluation.scoring import score
 from lola_ft.evaluation.task import Measure, Measured
 from lola_ft.open_model import OpenModel
 
-_ROWS = 256  # tokenised at a time
+_ROWS = 256  # rows tokenised at a time
 
 
 class LossTask:
-    """Scores each row's answers, or its text."""
+    """The task that scores each row's answers, or its text."""
 
     name = "loss"
     measures: Mapping[str, Measure] = {
@@ -40,7 +40,7 @@ class LossTask:
         self.places = [example.where for example in examples]
 
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
-        """Score every row; raises UserError for a stride that leaves no context, or a tokenizer that loses bytes."""
+        """Score every row; raises UserError if the stride leaves no context or the tokenizer loses bytes."""
         positions = opened.sizes.positions
         if self.stride is not None and not 0 < self.stride < positions:
             raise UserError(f"--stride is {self.stride}; it must be between 1 and {positions - 1} for this model.")
@@ -55,7 +55,7 @@ class LossTask:
     def _scored(
         self, opened: OpenModel, template: PromptTemplate, advance: Advance
     ) -> Iterator[tuple[TokenizedRow, Floats]]:
-        """Yield each row with the nats of its labelled tokens; the texts of a few hundred rows are held as tokens."""
+        """Yield each row with the nats of its labelled tokens; a few hundred rows are tokenised at a time."""
         for start in range(0, len(self.examples), _ROWS):
             rows = list(tokenize(list(self.examples[start : start + _ROWS]), opened.tokenizer, template))
             counted = partial(_advance_by, advance, len(rows))
@@ -68,10 +68,10 @@ def _advance_by(advance: Advance, rows: int, share: float) -> None:
 
 
 def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:
-    """Bytes of the tokens that are scored, each counted once.
+    """Return the bytes of the scored tokens.
 
     Raises:
-        UserError: The tokens are not the text's bytes, so that a token's share of them is not known.
+        UserError: The tokens' bytes are not the text's bytes, so a token's share of them is unknown.
     """
     total = 0
     for turn in row.turns:
@@ -81,14 +81,14 @@ def predicted_bytes(row: TokenizedRow, tokenizer: Any) -> int:
         size = len(turn.text.encode())
         if sum(sizes) != size:
             raise UserError(
-                f"{row.example.where}: the tokenizer makes {sum(sizes)} bytes of a text of {size}. Bits per byte needs "
-                "one that keeps every byte, as LOLA's does (byte-level BPE)."
+                f"{row.example.where}: the tokenizer turns a text of {size} bytes into {sum(sizes)} bytes. Bits per "
+                "byte needs a tokenizer that keeps every byte, such as LOLA's (byte-level BPE)."
             )
         total += size if turn.prompt else size - sizes[0]
     return total
 
 
 def _is_text(row: TokenizedRow) -> np.ndarray:
-    """Return, for each labelled token, whether it is text rather than an end of text."""
+    """Return a mask of the labelled tokens that are text, not an end-of-text token."""
     ends = [flag for turn in row.turns for flag in [*[False] * (len(turn.prompt) + len(turn.answer) - 1), True]]
     return np.array([not end for end, label in zip(ends, row.whole.labels, strict=True) if label != MASKED], dtype=bool)

@@ -1,4 +1,4 @@
-"""Prompts too long for a model: found before any weights are loaded, and refused, skipped or cut."""
+"""Prompts that are too long for a model. They are found before weights are loaded, and refused, skipped or cut."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class Overlong:
     """A row whose prompt leaves a model no position for an answer.
 
     Attributes:
-        model: The first of the models for which it is too long.
-        tokens: Of the prompt, as that model reads it.
-        positions: Of that model.
+        model: The first model for which the prompt is too long.
+        tokens: Number of tokens of the prompt for that model.
+        positions: Number of positions of that model.
     """
 
     example: Example
@@ -41,7 +41,7 @@ class Overlong:
 def find_overlong(
     examples: Sequence[Example], readers: Sequence[tuple[PromptReader, PromptTemplate]]
 ) -> dict[int, Overlong]:
-    """Return the rows that are too long for at least one model, by their place among the examples."""
+    """Return the rows that are too long for at least one model, by their index among the examples."""
     found = dict[int, Overlong]()
     for reader, template in readers:
         for place, example in enumerate(examples):
@@ -52,7 +52,7 @@ def find_overlong(
 
 
 def say_rows(found: dict[int, Overlong]) -> str:
-    """Count the rows by language: `en 2, sw 1`, the language with most first."""
+    """Return the counts of rows by language as text, `en 2, sw 1`, the largest first."""
     return ", ".join(f"{code} {count}" for code, count in languages_of(found).most_common())
 
 
@@ -62,13 +62,13 @@ def languages_of(found: dict[int, Overlong]) -> Counter[str]:
 
 
 def cut_prompt(turns: Sequence[Turn], positions: int, sampling: Sampling) -> list[int]:
-    """Return the end of a prompt, so that an answer of full length has room, or takes half of the positions.
+    """Return the end of a prompt that leaves room for a full answer, or for half of the positions if that is less.
 
-    As in training a conversation loses its first exchanges, then the last prompt its beginning.
+    As in training, first a conversation's earliest exchanges are cut, then the beginning of the last prompt.
 
     Args:
         turns: The row's exchanges; the answer of the last one is not part of the prompt.
-        positions: Of the model.
+        positions: Number of positions of the model.
     """
     room = max(positions - sampling.max_new_tokens, positions // 2)
     *earlier, last = turns

@@ -1,4 +1,4 @@
-"""Nats per token of sequences under a model; the logits of a whole batch never exist."""
+"""Scoring sequences: the nats of each token under a model, without ever computing a whole batch's logits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class _Piece:
-    """A window of a sequence: its ids, and the labels of what it scores."""
+    """A window of a sequence: its ids, and labels for the tokens that it scores."""
 
     place: int
     ids: list[int]
@@ -38,14 +38,14 @@ def score(
     stride: int | None = None,
     advance: Advance | None = None,
 ) -> list[Floats]:
-    """The nats of each sequence's labelled tokens, in their order.
+    """Return the nats of each sequence's labelled tokens, in their order.
 
-    Sequences of like length are read together. They are padded on the right, where causal attention sees nothing of
-    it, so that neither batch size nor padding changes a number beyond rounding.
+    Sequences of similar length are read together. They are padded on the right, which causal attention never sees, so
+    batch size and padding change numbers only by rounding.
 
     Args:
-        stride: Of the windows over sequences longer than the model's positions; half of these if not given.
-        advance: Told, after each batch, which share of all was in it.
+        stride: Tokens between windows over sequences longer than the model's positions; None means half of these.
+        advance: Called after each batch with its share of all pieces.
     """
     positions = architecture_of(model.config).sizes.positions
     pieces = list(_pieces(sequences, positions, stride or positions // 2))
@@ -64,7 +64,7 @@ def score(
 
 
 def _pieces(sequences: Sequence[Tokens], positions: int, stride: int) -> Iterator[_Piece]:
-    """The windows of all sequences, those that score nothing left out."""
+    """Yield the windows of all sequences, except windows that score nothing."""
     for place, (ids, labels) in enumerate(sequences):
         for begin, end, scored in windows(len(ids), positions, stride):
             piece = _Piece(place, ids[begin:end], [MASKED] * (scored - begin) + labels[scored:end])
@@ -87,7 +87,7 @@ def _batch_nats(model: Any, batch: list[_Piece]) -> list[Floats]:
 
 
 class Window(NamedTuple):
-    """Tokens `begin` to `end` are read, those from `scored` on are scored."""
+    """A window: tokens `begin` to `end` are read, and those from `scored` on are scored."""
 
     begin: int
     end: int
@@ -95,11 +95,11 @@ class Window(NamedTuple):
 
 
 def windows(length: int, size: int, stride: int) -> Iterator[Window]:
-    """Cover a sequence. The first token is never scored, since nothing precedes it.
+    """Yield windows that cover a sequence. The first token is never scored, because nothing precedes it.
 
     Args:
         size: Tokens that the model can read at a time.
-        stride: Tokens that a window but the first scores at most; each then has at least `size - stride` before it.
+        stride: Most tokens that a window scores, except the first; each has at least `size - stride` tokens before it.
     """
     assert 0 < stride < size, f"stride {stride} must be between 1 and {size - 1}"
     scored, end = 1, min(length, size)

@@ -1,4 +1,4 @@
-"""Tasks and measures: a task asks a model about rows; each measure is a function of sums over rows."""
+"""Tasks and measures. A task asks a model about rows; a measure is a function of sums over rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from lola_ft.open_model import OpenModel
 
 @dataclass(frozen=True)
 class Measure:
-    """One number that a task gives.
+    """One number that a task measures.
 
     Attributes:
-        value: From the rows' summed parts.
+        value: The function from the rows' summed parts to the number.
         percent: Shown as a percentage.
-        lower_is_better: For the reader.
-        digits: Shown after the point, where it is no percentage.
+        lower_is_better: Noted in the title, for the reader.
+        digits: Digits after the point, if it is not a percentage.
     """
 
     title: str
@@ -29,11 +29,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Measured:
-    """Result of one model on all rows.
+    """The result of one model on all rows.
 
     Attributes:
-        parts: For each measure by its name, what each row contributes (rows, parts).
-        rows: For each row, what is worth writing down.
+        parts: Per measure's name, the contributions of each row (rows, parts).
+        rows: Per row, the values to write to the file of rows.
     """
 
     parts: Mapping[str, Floats]
@@ -41,14 +41,14 @@ class Measured:
 
 
 class Task(Protocol):
-    """A way to ask. Rows have been given to it when it was made."""
+    """A task, which has its rows from its construction."""
 
     name: str
     measures: Mapping[str, Measure]
     languages: list[str]
     """Each row's language."""
     places: list[str]
-    """Where each row came from."""
+    """Each row's place (`file:line`)."""
 
     def run(self, opened: OpenModel, template: PromptTemplate) -> Measured:
         """Ask a model about every row."""

@@ -1,4 +1,4 @@
-"""The transfer matrix: what training on one language did to the others, as a change in bits per byte."""
+"""The transfer matrix: the effect of training on one language on other languages, as changes in bits per byte."""
 
 import json
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ _UPRIGHT = 6  # characters of a language's name that fit under a column of the p
 
 
 def trained_languages(run: str) -> list[str]:
-    """Read from a run's manifest the languages it was trained on, those with most tokens first."""
+    """Return the languages of a run's training from its manifest, those with most tokens first."""
     file = Path(run) / MANIFEST_FILE
     if not file.is_file():
-        raise UserError(f"--transfer needs a base, then runs; {run} has no {MANIFEST_FILE} that names its languages.")
+        raise UserError(f"--transfer needs a base, then runs; {run} has no {MANIFEST_FILE} that lists its languages.")
     try:
         counts = json.loads(file.read_text(encoding="utf-8"))["data"]["train"]["languages"]
         return sorted(counts, key=lambda code: (-counts[code]["trained_tokens"], code))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: does not tell which languages the run was trained on ({error!r}).") from error
+        raise UserError(f"{file}: does not list the languages of the run's training ({error!r}).") from error
 
 
 def transfer_rows(models: Sequence[str]) -> dict[str, list[str]]:
@@ -38,7 +38,7 @@ def transfer_rows(models: Sequence[str]) -> dict[str, list[str]]:
 
 
 def transfer_table(comparison: Comparison, trained: dict[str, list[str]]) -> Table:
-    """A line for each run, a column for each language that was tested."""
+    """Make a table with one line per run and one column per tested language."""
     tested = comparison.lines[MEASURE]
     table = Table(title="Change in bits per byte, trained × tested (below zero is better)", title_justify="left")
     for heading in ("trained on", "run"):
@@ -52,7 +52,7 @@ def transfer_table(comparison: Comparison, trained: dict[str, list[str]]) -> Tab
 
 
 def transfer_dict(comparison: Comparison, trained: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """The matrix for JSON: of each run the languages and the changes."""
+    """Return the matrix for JSON: per run its languages and the changes."""
     return [
         {
             "run": run,
@@ -64,7 +64,7 @@ def transfer_dict(comparison: Comparison, trained: dict[str, list[str]]) -> list
 
 
 def plot_transfer(comparison: Comparison, trained: dict[str, list[str]], path: Path) -> None:
-    """Draw the matrix: blue is better than the base, red worse; a star where the interval leaves out zero."""
+    """Draw the matrix: blue is better than the base, red worse; a star marks an interval that excludes zero."""
     plt = pyplot()
     tested = comparison.lines[MEASURE]
     changes = np.array(

@@ -16,7 +16,7 @@ def families_as_text() -> str:
         lines = [
             f"{family.title} (model_type {family.model_type})",
             f"  LoRA on        {', '.join(facts['lora'])}",
-            f"  fully trained  {', '.join(facts['trained_fully'])}, where a recipe asks for it",
+            f"  fully trained  {', '.join(facts['trained_fully'])}, if a recipe asks for it",
             f"  positions      {_POSITIONS[family.positions]}",
             f"  packing        {'yes' if family.packs else 'no: its attention would mix the documents of a row'}",
             f"  heads          {', '.join(facts['heads'])}",

@@ -78,7 +78,7 @@ def mixture_family(
         if found.moe_layers and not (isinstance(found.top_k, int) and 1 <= found.top_k <= found.num_experts):
             raise CheckpointError(
                 f"config.json: {keys.top_k} is {found.top_k}, but a token can use 1 to {found.num_experts} experts "
-                f"({keys.num_experts}). Take the config that belongs to the weights."
+                f"({keys.num_experts}). Use the config that belongs to the weights."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Answers to prompts of token ids: padded on the left, with the cache of keys and values, up to the end of text."""
+"""Answers to prompts of token ids, in batches padded on the left, with a cache of keys and values."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class Sampling:
     """Settings for choosing the next token.
 
     Attributes:
-        max_new_tokens: Longest answer, its end of text included.
-        temperature: 0 takes the likeliest token.
-        top_p: Sample among the likeliest tokens that have this probability together.
-        seed: Of the sampling; the same prompts in batches of the same size get the same answers.
+        max_new_tokens: Most tokens of an answer, including its end-of-text token.
+        temperature: 0 always takes the likeliest token.
+        top_p: Sample only among the likeliest tokens with this total probability.
+        seed: Random seed; the same prompts in batches of the same size get the same answers.
 
     Raises:
-        UserError: A number out of its range, or one that would be ignored.
+        UserError: A number is out of its range, or would be ignored.
     """
 
     max_new_tokens: int = 256
@@ -55,9 +55,9 @@ class Answer:
     """One answer of a model.
 
     Attributes:
-        text: Without the end of text.
-        ended: Whether the model ended it by itself.
-        tokens: How many it took, the end of text included.
+        text: The answer without the end-of-text token.
+        ended: True if the model ended the answer by itself.
+        tokens: Number of tokens, including the end-of-text token.
     """
 
     text: str
@@ -66,7 +66,7 @@ class Answer:
 
 
 def check_room(ids: Sequence[int], positions: int, where: str = "The prompt") -> None:
-    """Refuse a prompt that leaves no position for an answer; the message begins with `where`."""
+    """Raise DataError for a prompt that leaves no position for an answer; the message begins with `where`."""
     if not ids:
         raise DataError(f"{where} is empty. Write something.")
     if len(ids) >= positions:
@@ -79,7 +79,7 @@ def check_room(ids: Sequence[int], positions: int, where: str = "The prompt") ->
 def answer_one(
     model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, streamer: Any = None, end: int | None = None
 ) -> Answer:
-    """Answer a prompt; the streamer gets each token as it comes. `end` is as for `answer_all`."""
+    """Answer a prompt; the streamer receives each token at once. For `end` see `answer_all`."""
     _seed(sampling)
     return _answer_batch(model, tokenizer, [ids], sampling, streamer, end)[0]
 
@@ -92,10 +92,10 @@ def answer_all(
     batch_size: int = 32,
     end: int | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer prompts, those of like length together; yields each prompt's place and answer as they are done.
+    """Answer prompts in batches of similar length; yields each prompt's index and answer as soon as it is done.
 
     Args:
-        end: The token that ends a turn, where it is another one than the end of text (which ends an answer too).
+        end: The token that ends a turn, if it is not the end-of-text token (which also ends an answer).
     """
     _seed(sampling)
     positions = architecture_of(model.config).sizes.positions
@@ -112,7 +112,7 @@ def answer_in_order(
     batch_size: int = 32,
     end: int | None = None,
 ) -> list[Answer]:
-    """Answer prompts as `answer_all` does, behind a bar; returns the answers in the order of the prompts."""
+    """Answer prompts as in `answer_all`, with a progress bar; returns the answers in the order of the prompts."""
     found = dict[int, Answer]()
     with shown_progress("Answering", len(prompts), "prompts") as advance:
         for place, answer in answer_all(model, tokenizer, prompts, sampling, batch_size, end):
@@ -125,8 +125,8 @@ def _batches(prompts: Sequence[list[int]], longest: int, batch_size: int) -> lis
     """Group prompts' places, shortest first; a prompt that leaves too little room for an answer gets its own batch."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     roomy = [place for place in order if len(prompts[place]) <= longest]
-    alone = [[place] for place in order if len(prompts[place]) > longest]
-    return [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)] + alone
+    single = [[place] for place in order if len(prompts[place]) > longest]
+    return [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)] + single
 
 
 def _seed(sampling: Sampling) -> None:
@@ -150,7 +150,9 @@ def _answer_batch(
     sizes = architecture_of(model.config).sizes
     for ids in prompts:
         check_room(ids, sizes.positions)
-    unnamed = list(range(len(tokenizer), sizes.vocab))  # rows that only round the vocabulary up
+    unnamed = list(
+        range(len(tokenizer), sizes.vocab)
+    )  # embedding rows without a token, which only round the vocabulary up
     generated = model.generate(
         input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=model.device),
         attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]).to(model.device),

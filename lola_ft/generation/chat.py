@@ -1,4 +1,4 @@
-"""At the terminal: answers as they come, and a conversation."""
+"""Conversations at the terminal, with answers printed token by token."""
 
 import sys
 import unicodedata
@@ -14,7 +14,7 @@ from lola_ft.families import architecture_of
 from lola_ft.generation.answers import Answer, Sampling, answer_one, check_room
 from lola_ft.generation.prompts import request
 
-HELP = "Write a line. /new forgets what was said; /end or Ctrl-D ends."
+HELP = "Write a line. /new starts a new conversation; /end or Ctrl-D quits."
 
 
 def chat(
@@ -25,11 +25,11 @@ def chat(
     read: Callable[[str], str] = input,
     answer: Callable[..., Answer] = answer_one,
 ) -> None:
-    """Ask and answer until the user ends it. The template, one for several turns, renders what was said."""
+    """Hold a conversation until the user ends it; raises UserError for a template of single requests."""
     if not template.renders_turns:
         raise UserError(
-            f"Template {template.name} renders a single request, so it cannot hold a conversation: the model would "
-            "not see what was said. Use --prompt, or a model that was trained with chatml (or another template that "
+            f"Template {template.name} renders only single requests, so in a conversation the model would "
+            "not see earlier turns. Use --prompt, or a model that was trained with chatml (or another template that "
             "uses `messages`)."
         )
     end = template.end_of(tokenizer)
@@ -63,16 +63,16 @@ def _fitting(
         ids = template.prompt_ids(request(fields, earlier=kept), tokenizer)
         if len(ids) + sampling.max_new_tokens <= positions:
             break
-    check_room(ids, positions, "What was written")
+    check_room(ids, positions, "The line")
     if forgotten:
-        print(f"({forgotten} of the first answers are forgotten: {positions} positions)", file=sys.stderr)
+        print(f"(the first {forgotten} answers are left out: the model has {positions} positions)", file=sys.stderr)
     return kept, ids
 
 
 class TerminalStreamer(TextStreamer):
-    """Prints each token as soon as its characters are whole, in any script; nothing that could steer the terminal.
+    """A streamer that prints each token as soon as its characters are complete, without control characters.
 
-    transformers' own waits for a space, which some languages do not write.
+    transformers' own streamer waits for a space, which some languages do not write.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -86,7 +86,7 @@ class TerminalStreamer(TextStreamer):
             return
         self.token_cache.extend(value.flatten().tolist())
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)
-        if text.endswith("\ufffd"):  # a character of which some bytes are still to come
+        if text.endswith("\ufffd"):  # a character whose last bytes are in the next tokens
             return
         self.on_finalized_text(text[self.print_len :])
         self.print_len = len(text)
@@ -96,7 +96,7 @@ class TerminalStreamer(TextStreamer):
 
 
 def without_control_characters(text: str) -> str:
-    """Text without characters that steer a terminal; line breaks and tabs stay."""
+    """Return text with control characters escaped, except line breaks and tabs."""
     return "".join(
         char if char in "\n\t" or unicodedata.category(char) != "Cc" else char.encode("unicode_escape").decode()
         for char in text

@@ -29,7 +29,7 @@ def generate_command(
     batch_size: int = 32,
     out: str | None = None,
 ) -> None:
-    """Answer one prompt, a file of prompts, or the turns of a conversation; options that do not fit are refused."""
+    """Answer one prompt, a file of prompts, or a conversation; raises UserError for options that do not fit."""
     if sum((prompt is not None, file is not None, chat)) != 1:
         raise UserError("Give one of --prompt TEXT, --file FILE and --chat.")
     if out and chat:
@@ -65,13 +65,13 @@ def _streamed(opened: OpenModel, asked: Example, template: PromptTemplate, sampl
     answer = answer_one(opened.model, opened.tokenizer, ids, sampling, TerminalStreamer(opened.tokenizer), end)
     if not answer.ended:
         used_up = len(ids) + answer.tokens >= positions
-        cause = f"the model's {positions} positions are used up" if used_up else "raise --max-new-tokens to read on"
+        cause = f"all {positions} positions of the model are used" if used_up else "raise --max-new-tokens for more"
         print(f"(cut after {answer.tokens} tokens, before the model ended its answer: {cause})", file=sys.stderr)
     return answer
 
 
 def _write(rows: list[dict[str, Any]], answers: list[Answer], out: str | None, printed: bool) -> None:
-    """One JSON object a prompt, to the file or, where nothing was printed yet, to stdout."""
+    """Write one JSON object per prompt to the file or, if answers were not printed yet, to stdout."""
     lines = [
         json.dumps(row | {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens}, ensure_ascii=False)
         for row, answer in zip(rows, answers, strict=True)

@@ -1,4 +1,4 @@
-"""Prompts as a model learned to read them: written by its template, tokenised as in training."""
+"""Prompts in the form of a model's training: written by its template and tokenised as in training."""
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from lola_ft.open_model import OpenModel, PromptReader
 from lola_ft.row_formats import kind_of_file
 
 ADDED = ("answer", "ended", "tokens")
-"""What an output line has beside the row's own fields."""
+"""The fields that an output line adds to the row's own fields."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Asked:
     """One request of a file.
 
     Attributes:
-        row: The fields that it came with.
-        example: Its completion is not known, and empty.
+        row: The request's own fields.
+        example: The request as an example, with an empty completion.
     """
 
     row: dict[str, Any]
@@ -34,7 +34,7 @@ class Asked:
 
 
 def request(fields: Fields, where: str = "The prompt", earlier: Sequence[Exchange] = ()) -> Example:
-    """An example whose answer is to come."""
+    """Return a request as an example without an answer."""
     return Example(fields, "", UNKNOWN_LANGUAGE, where, tuple(earlier))
 
 
@@ -42,17 +42,17 @@ STANDARD_INPUT = "-"
 
 
 def prompt_from_standard_input() -> str:
-    """Read a prompt: all that comes, without the line break at its end."""
+    """Read a prompt: all of standard input, without the line break at its end."""
     return decode(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
 
 
 def read_prompts(path: str) -> list[Asked]:
-    """The requests of a .txt file, one a line, or of a .jsonl file, one an object; `-` is standard input, of either.
+    """Read the requests of a .txt file (one per line), of a .jsonl file (one per object) or of standard input (`-`).
 
-    An object has `prompt`; or `instruction` and perhaps `input`; or `messages`, the last one the user's.
+    An object has `prompt`, or `instruction` and optionally `input`, or `messages` that end with the user's.
 
     Raises:
-        DataError: Naming file and line.
+        DataError: A request cannot be read; the message names file and line.
     """
     rows: Iterable[Row]
     if path == STANDARD_INPUT:
@@ -63,12 +63,14 @@ def read_prompts(path: str) -> list[Asked]:
         lines = kind == ".txt"
         rows = read_rows(Source("text", path=path, unit="line" if lines else None))
     else:
-        raise DataError(f"{path}: prompts are read from .txt (one a line) or .jsonl (one an object).")
+        raise DataError(
+            f"{path}: prompts must be in a .txt file (one per line) or a .jsonl file (one object per line)."
+        )
     return [Asked(row.fields, _request(row, "text" if lines else "prompt")) for row in rows]
 
 
 def _rows_of_input(given: bytes, lines: bool) -> Iterator[Row]:
-    """Rows of standard input: lines of text, or objects."""
+    """Yield the rows of standard input, which are lines of text or objects."""
     numbered, name = enumerate(given.splitlines(), start=1), "standard input"
     if lines:
         rows = [Row({"text": decode(line, f"{name}:{number}")}, f"{name}:{number}") for number, line in numbered]
@@ -80,7 +82,7 @@ def _rows_of_input(given: bytes, lines: bool) -> Iterator[Row]:
 def _request(row: Row, prompt: str) -> Example:
     fields, where = row.fields, row.where
     if taken := [name for name in ADDED if name in fields]:
-        raise DataError(f"{where}: field '{taken[0]}' would be overwritten by the answer's. Rename it.")
+        raise DataError(f"{where}: the answer would overwrite the field '{taken[0]}'. Rename it.")
     if prompt in fields:
         return request(prompt_fields(checked_text(fields[prompt], f"field '{prompt}'", where)), where)
     if "instruction" in fields:
@@ -93,7 +95,7 @@ def _request(row: Row, prompt: str) -> Example:
 
 
 def _open_conversation(row: Row) -> Example:
-    """Read a conversation without its last answer as training does, by adding a placeholder answer."""
+    """Read a conversation that lacks its last answer like training data, by adding a placeholder answer."""
     messages = [*row.fields["messages"], {"role": "assistant", "content": "?"}]
     *earlier, (last, _) = read_conversation(Row({"messages": messages}, row.where), Source("messages"))
     return request(last, row.where, earlier)
@@ -102,19 +104,20 @@ def _open_conversation(row: Row) -> Example:
 def template_of(
     opened: OpenModel | PromptReader, given: str | None, others: PromptTemplate | None = None
 ) -> PromptTemplate:
-    """The template to talk to a model with: the given one, or the one it was trained with.
+    """Return the template for a model's prompts: the given one, else the one that it was trained with.
+
+    A base was trained with none. It gets `others`, else its tokenizer's chat template, else `plain`; a line is printed.
 
     Args:
         given: A template's name, as in a recipe.
-        others: Of the models that it is compared with: a base has none, and gets this one, so that all read the same.
-            Without one, its tokenizer's chat template; without that, `plain`.
+        others: The template of the models that a base is compared with, so that all models read the same prompts.
     """
     if given:
         return load_template(given, opened.tokenizer)
     if opened.template:
         return opened.template
     found = others or ChatTemplate.of(opened.tokenizer)
-    how = "as they are (plain)" if found is None else "by its tokenizer's chat template"
-    how = how if others is None else "by the template that the others were trained with"
-    print(f"{opened.subject.name} has no prompt template: prompts are given {how}.", file=sys.stderr)
+    how = "without a template (plain)" if found is None else "with its tokenizer's chat template"
+    how = how if others is None else "with the template that the other models were trained with"
+    print(f"{opened.subject.name} has no prompt template, so prompts are written {how}.", file=sys.stderr)
     return found or Template.load("plain")

@@ -1,4 +1,4 @@
-"""A folder to publish, recognised as a run, an adapter or a merged model, and its base: on the Hub, and here."""
+"""A folder to publish, recognised as a run, an adapter or a merged model, and its base on the Hub and on disk."""
 
 import json
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Source:
     """A folder to publish.
 
     Attributes:
-        folder: Where the weights are.
-        run: The run they come from, if it is known.
-        base: The base as run or adapter names it; "" if neither does.
-        revision: The base's.
-        layout: The adapter's; None for merged weights.
-        manifest: The run's `manifest.json`, {} without a run.
+        folder: The folder with the weights.
+        run: The run that they come from; None if unknown.
+        base: The base's name in the run or the adapter; "" if neither names it.
+        revision: The base's revision.
+        layout: The adapter's layout; None for merged weights.
+        manifest: The run's `manifest.json`; {} without a run.
     """
 
     kind: Literal["adapter", "merged"]
@@ -39,7 +39,7 @@ class Source:
 
 
 def find_source(path: str | Path) -> Source:
-    """Recognise the folder to publish; anything but a finished run, an adapter or a merged model is refused."""
+    """Recognise the folder to publish: a finished run, an adapter or a merged model; else raise PublishError."""
     given = Path(path)
     if not given.is_dir():
         raise PublishError(f"{given}: no such folder. Give a run, an adapter's folder or a merged model's.")
@@ -68,7 +68,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        PublishError: If the file holds anything else.
+        PublishError: The file holds something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -81,12 +81,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Base:
-    """A base that others can have.
+    """A base that other people can download.
 
     Attributes:
-        id: On the Hub.
-        revision: Branch, tag or commit, as exactly as it is known.
-        folder: On this machine; None if it is not here.
+        id: Its id on the Hub.
+        revision: Branch, tag or commit, as exactly as known.
+        folder: Its folder on this machine; None if it is not here.
     """
 
     id: str
@@ -95,11 +95,11 @@ class Base:
 
 
 def find_base(source: Source, base: str | None = None, base_id: str | None = None) -> Base:
-    """Find the base's Hub id and local folder; raises PublishError if no Hub id is known, or a given one is none.
+    """Find the base's Hub id and local folder; raises PublishError if its Hub id is unknown or malformed.
 
     Args:
-        base: Folder or Hub id that the user gave for the check.
-        base_id: Hub id that the user gave for the card.
+        base: Folder or Hub id for the check, from the user.
+        base_id: Hub id for the card, from the user.
     """
     if base_id is not None and not is_repo_id(base_id):
         raise PublishError(f"--base-id {base_id}: not the id of a repository. Write it as owner/name.")
@@ -108,10 +108,10 @@ def find_base(source: Source, base: str | None = None, base_id: str | None = Non
     on_hub = [name for name in (source.base, base) if name and is_repo_id(name) and not Path(name).is_dir()]
     public = base_id or (on_hub[0] if on_hub else None)
     if public is None:
-        known = f"its base is a local folder ({source.base})" if source.base else "does not say which base it has"
+        known = f"its base is a local folder ({source.base})" if source.base else "its base is unknown"
         raise PublishError(
-            f"{source.folder}: {known}; whoever downloads it could not load it. Give the base's id on the Hub with "
-            "--base-id owner/name."
+            f"{source.folder}: {known}, so other people could not load what you publish. Give the base's id on the Hub "
+            "with --base-id owner/name."
         )
     revision = source.revision if public == source.base else None
     local = base or source.base
@@ -124,7 +124,7 @@ def find_base(source: Source, base: str | None = None, base_id: str | None = Non
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
-    """Return the snapshot in the Hub's cache; nothing is downloaded for a check."""
+    """Return the snapshot in the Hub's local cache; None if it is not there. Nothing is downloaded for a check."""
     files = ["*.safetensors", "*.json"]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files, local_files_only=True))

@@ -1,4 +1,4 @@
-"""The `publish` verb: choose, check, send, and print what was done."""
+"""The verb `lola-ft publish`: choose the files, check them, send them, and print the result."""
 
 import tempfile
 import time
@@ -32,18 +32,18 @@ def publish(
     dry_run: bool = False,
     wait: Wait = time.sleep,
 ) -> None:
-    """Publish a run's adapter, an adapter's folder or a merged model; a second time updates the first.
+    """Publish a run's adapter, an adapter's folder or a merged model; publishing again updates the repository.
 
     Args:
         repo: The repository, `owner/name`; created if it does not exist.
         layout: Layout to convert an adapter to; None keeps its own.
-        base: The base's folder or Hub id, for the check, if the source names none that is on this machine.
+        base: The base's folder or Hub id for the check, if the base that the source names is not on this machine.
         base_id: Hub id of the base, if the source names a local folder.
-        skip_check: Do not reload and compare.
-        dry_run: Do everything but send.
+        skip_check: Do not reload the files and compare them.
+        dry_run: Do everything except sending.
 
     Raises:
-        PublishError: If the folder must not be sent, cannot be sent, or did not arrive whole.
+        PublishError: The folder must not be sent, cannot be sent, or did not arrive completely.
     """
     if not is_repo_id(repo):
         raise PublishError(f"--repo {repo}: not the id of a repository. Write it as owner/name.")
@@ -65,7 +65,7 @@ def publish(
             return
         what = "an adapter" if source.kind == "adapter" else "merged weights"
         done = upload(staged, repo, private, f"Publish {what} with lola_ft", wait)
-    deleted = f"; deleted {', '.join(done.deleted)}, which an earlier publication had left" if done.deleted else ""
+    deleted = f"; deleted {', '.join(done.deleted)} of an earlier publication" if done.deleted else ""
     visible = "private" if done.private else "public"
     console.print(f"{len(staged.files)} files sent{deleted}.")
     _say_left_out(staged, console)
@@ -73,23 +73,23 @@ def publish(
 
 
 def publish_run(run: Path, repo: str, private: bool, layout: str, base_id: str | None, wait: Wait = time.sleep) -> None:
-    """Publish a run that just ended; a failure leaves the run complete and says how to publish it later."""
+    """Publish a run that just ended. On failure the run stays complete, and the error says how to publish it later."""
     try:
         publish(run, repo, private, layout, base_id=base_id, wait=wait)
     except UserError as error:
         options = [f"--repo {repo}", *(["--private"] if private else []), f"--layout {layout}"]
         options += [f"--base-id {base_id}"] if base_id else []
         raise PublishError(
-            f"{error}\nThe run itself is complete, its adapter is in {run / 'adapter'}; it is not published. Publish "
-            f"it later with: lola-ft publish {run} {' '.join(options)}"
+            f"{error}\nThe run itself is complete, and its adapter is in {run / 'adapter'}, but it was not published. "
+            f"Publish it later with: lola-ft publish {run} {' '.join(options)}"
         ) from error
 
 
 def require_token(repo: str) -> None:
-    """Refuse early, before training or a long check, if nobody is logged in, and say how to."""
+    """Raise PublishError, before training or a long check, if the user is not logged in to the Hub."""
     if not get_token():
         raise PublishError(
-            f"{repo}: publishing needs a token of the Hub that may write. Log in with `hf auth login`, or set HF_TOKEN."
+            f"{repo}: publishing needs a Hub token with write access. Log in with `hf auth login`, or set HF_TOKEN."
         )
 
 
@@ -98,14 +98,14 @@ def _check(source: Source, staged: Staged, base: Base, skip: bool) -> str:
         return "NOT CHECKED: the files were not reloaded and compared before sending (--skip-check)."
     if source.kind == "adapter" and base.folder is None:
         raise PublishError(
-            f"{source.folder}: its base {base.id} is not on this machine, so what would be sent cannot be checked. "
-            "Name its folder with --base, or pass --skip-check."
+            f"{source.folder}: its base {base.id} is not on this machine, so the files to send cannot be checked. Name "
+            "the base's folder with --base, or pass --skip-check."
         )
     return check_in_fresh_process(source, staged.folder, base.folder)
 
 
 def _show(staged: Staged, repo: str, console: Console) -> None:
-    """Print what would be sent."""
+    """Print the files that would be sent, and the card."""
     table = Table(title=f"Would be sent to {repo}", title_justify="left")
     table.add_column("file")
     table.add_column("bytes", justify="right")
@@ -119,14 +119,15 @@ def _show(staged: Staged, repo: str, console: Console) -> None:
 
 
 def _say_terms(staged: Staged, base: Base, console: Console) -> None:
-    """Print what the base's card says of its licence, and warn of a gate, which the new repository will not have."""
+    """Print the base's licence, and warn of a gated base, because the new repository will not be gated."""
     terms = staged.terms
     if terms.licence:
-        console.print(f"Licence of {base.id}, by its card: {terms.name or terms.licence}; the new card names it.")
+        console.print(f"The card of {base.id} names the licence {terms.name or terms.licence}; the new card does too.")
     if terms.gate:
         console.print(
-            f"Warning: {base.id} is gated: its weights are for those who accepted its authors' terms. Check that these "
-            "let you share what is made from it. The card says so; the new repository has no gate unless you set one."
+            f"Warning: {base.id} is gated: only people who accept its authors' terms may use its weights. Check that "
+            "the terms allow you to share a model made from it. The new card mentions the gate, but the new repository "
+            "is not gated unless you set that up."
         )
 
 

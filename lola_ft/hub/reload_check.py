@@ -1,9 +1,9 @@
-"""Proof, in a process of its own, that the sent files compute what was trained.
+"""A check, in a separate process, that the files to send give the same logits as the trained model.
 
     python -m lola_ft.hub.reload_check adapter SOURCE STAGED --base FOLDER
     python -m lola_ft.hub.reload_check merged SOURCE STAGED
 
-loads both folders from disk, one after the other, and prints one line of JSON: the largest difference between their
+loads both folders from disk, one after the other, and prints one line of JSON with the largest difference of their
 logits and the largest logit.
 """
 
@@ -31,14 +31,14 @@ from lola_ft.quantization import load_base
 from lola_ft.quantization.load import default_device
 
 _ROWS, _LENGTH = 6, 32
-# As a share of the largest logit. Both sides compute the same, so only a kernel that sums in another order each time
-# makes a difference: one rounding of the number format.
+# Tolerances as a share of the largest logit. Both sides compute the same, so only kernels that sum in varying order
+# make a difference, of about one rounding of the number format.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tokens that were compared, and the differences of their logits."""
+    """The number of tokens compared, and the differences of their logits."""
 
     tokens: int
     max_logit_difference: float
@@ -46,15 +46,15 @@ class Comparison:
 
 
 def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
-    """Compare the base's logits with the trained adapter, and with the adapter that is sent.
+    """Compare the base's logits with the trained adapter and with the adapter to send.
 
     Raises:
-        PublishError: If they differ, or if the adapter changes nothing.
-        AdapterError: If one of them does not fit the base.
+        PublishError: The logits differ, or the adapter changes nothing.
+        AdapterError: One of the adapters does not fit the base.
     """
     quantization, dtype = _how_to_load(base)
     if read_adapter(source).starts_at_rounding_error:
-        quantization = "nf4"  # on other weights it is refused
+        quantization = "nf4"  # this adapter cannot be loaded onto other weights
     model = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
     plain = _logits(model)
     expected = _logits(load_adapter(model, source))
@@ -63,13 +63,13 @@ def compare_adapter(base: Path, source: Path, staged: Path) -> Comparison:
     actual = _logits(load_adapter(model, staged))
     if torch.equal(plain, actual):
         raise PublishError(
-            f"{source}: the adapter changes nothing: the base alone gives the same logits. Was it trained?"
+            f"{source}: the adapter changes nothing: the base without it gives the same logits. Was it trained?"
         )
     return _compare(expected, actual, dtype)
 
 
 def compare_merged(source: Path, staged: Path) -> Comparison:
-    """Compare the logits of the merged model here, and of the one that is sent; raises PublishError if they differ."""
+    """Compare the logits of the merged model and of the files to send; raises PublishError if they differ."""
     quantization, dtype = _how_to_load(source)
     expected = _logits(load_base(source, quantization=quantization, dtype=dtype, quiet=True))
     actual = _logits(load_base(staged, quantization=quantization, dtype=dtype, quiet=True))
@@ -79,13 +79,13 @@ def compare_merged(source: Path, staged: Path) -> Comparison:
 def _how_to_load(folder: Path) -> tuple[str | None, torch.dtype]:
     entries = BaseCheckpoint.open(folder).entries.values()
     numel = sum(entry.num_bytes // entry.dtype.itemsize for entry in entries)
-    # A large model in 4 bit, so that the check fits where training did.
+    # A large model is loaded in 4 bit, so that the check fits on the machine of the training.
     return None if is_small(numel) else "nf4", comparison_dtype(numel, torch.bfloat16, default_device())
 
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    """Return logits (R, S, V) in float32 on ids spread over the vocabulary."""
+    """Return logits (R, S, V) in float32, for ids spread over the vocabulary."""
     model.eval()
     sizes = architecture_of(model.config).sizes
     length = min(_LENGTH, sizes.positions)
@@ -95,16 +95,16 @@ def _logits(model: nn.Module) -> Tensor:
 
 def _compare(expected: Tensor, actual: Tensor, dtype: torch.dtype) -> Comparison:
     difference, largest = (expected - actual).abs().max().item(), expected.abs().max().item()
-    if not difference <= _TOLERANCE[dtype] * largest:  # false for NaN, too
+    if not difference <= _TOLERANCE[dtype] * largest:  # NaN also fails the comparison
         raise PublishError(
-            f"What would be sent computes something else than what was trained: logits differ by {difference:.3g} "
+            f"The files to send do not compute the same as the trained model: logits differ by {difference:.3g} "
             f"(largest {largest:.3g}). Nothing was sent."
         )
     return Comparison(expected.shape[0] * expected.shape[1], difference, largest)
 
 
 def main() -> None:
-    """Compare, and print one line of JSON; a refusal is one message on stderr and exit code 2."""
+    """Compare and print one line of JSON; an error prints one message on stderr and exits with code 2."""
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=("adapter", "merged"))
     parser.add_argument("source", type=Path)
@@ -125,11 +125,11 @@ if __name__ == "__main__":
 
 
 def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> str:
-    """Compare the staged folder with its source, which it must equal; says in a sentence what was found.
+    """Compare the staged folder with its source in a new process; returns a sentence with the result.
 
-    The process is a new one, so that nothing of this one's memory can stand in for what is on disk.
+    A new process reads everything from disk, so that nothing in this process's memory can hide a wrong file.
     """
-    gc.collect()  # a run that just ended may hold its model; the check needs the place
+    gc.collect()  # frees the model of a run that just ended, because the check needs the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     command = [sys.executable, "-m", "lola_ft.hub.reload_check", source.kind, str(source.folder), str(staged)]
@@ -142,7 +142,7 @@ def check_in_fresh_process(source: Source, staged: Path, base: Path | None) -> s
     if result.returncode == 2:
         raise PublishError(result.stderr.strip().splitlines()[-1])
     if result.returncode != 0:
-        raise PublishError(f"{source.folder}: the check before sending broke off; nothing was sent.\n{result.stderr}")
+        raise PublishError(f"{source.folder}: the check before sending failed; nothing was sent.\n{result.stderr}")
     found = json.loads(result.stdout.splitlines()[-1])
     return (
         f"Reloaded in a fresh process and compared with {source.folder} on {found['tokens']} tokens: largest logit "

@@ -1,4 +1,4 @@
-"""The Hub's refusals: their meaning, and which of them are worth another try."""
+"""Errors of the Hub: their meaning for the user, and trying again after passing errors."""
 
 import json
 import time
@@ -13,14 +13,14 @@ T = TypeVar("T")
 Wait = Callable[[float], None]
 
 WAITS = (1.0, 4.0, 10.0)
-"""Seconds before each further try."""
+"""Seconds to wait before each further try."""
 
 _CONFLICTS = (409, 412)
 _LATER = (408, 429)
 
 
 def with_retries(call: Callable[[], T], repo: str, wait: Wait = time.sleep) -> T:
-    """Call a function; after a dropped connection, a server's error or a conflict call it again, a few times."""
+    """Call a function, and up to three times again after a dropped connection, a server error or a conflict."""
     for seconds in (*WAITS, None):
         try:
             return call()
@@ -32,23 +32,23 @@ def with_retries(call: Callable[[], T], repo: str, wait: Wait = time.sleep) -> T
 
 
 def explain(error: Exception, repo: str) -> PublishError:
-    """Put a refusal into words that a user can act on."""
+    """Return an error of the Hub in words that a user can act on."""
     status, owner = _status(error), repo.partition("/")[0]
     if status == 401:
         return PublishError(
             f"{repo}: the Hub does not accept your token (401). Log in with `hf auth login`, or set HF_TOKEN, with a "
-            "token that may write."
+            "token with write access."
         )
     if status == 403:
         return PublishError(
-            f"{repo}: your token may not write there (403). Use a token with write rights to '{owner}' (`hf auth "
+            f"{repo}: your token may not write there (403). Use a token with write access to '{owner}' (`hf auth "
             "login`), or another --repo."
         )
     if status == 404:
         return PublishError(f"{repo}: the Hub has no such repository, or your token may not see it (404).")
     if status in _CONFLICTS:
         return PublishError(
-            f"{repo}: somebody else changes the repository at the same time ({status}). Run the command again."
+            f"{repo}: the repository is being changed by someone else ({status}). Run the command again."
         )
     if status is not None:
         again = " Run the command again later." if status >= 500 or status in _LATER else ""
@@ -57,7 +57,7 @@ def explain(error: Exception, repo: str) -> PublishError:
         return PublishError(f"{repo}: HF_HUB_OFFLINE is set, so nothing can be sent. Unset it.")
     if _passing(error):
         return PublishError(
-            f"{repo}: no connection to the Hub, or it broke off ({_reason(error)}). Run the command again."
+            f"{repo}: the Hub cannot be reached, or the connection dropped ({_reason(error)}). Run the command again."
         )
     return PublishError(f"{repo}: the upload failed ({_reason(error)}).")
 
@@ -74,7 +74,7 @@ def _passing(error: Exception) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """Return the HTTP status behind an error; an upload's own errors wrap the server's."""
+    """Return the HTTP status behind an error, which an upload's error may wrap; None if there is none."""
     return next((link.response.status_code for link in _chain(error) if isinstance(link, HfHubHTTPError)), None)
 
 

@@ -1,6 +1,6 @@
-"""Search for what must not leave this machine: its paths and its name, tokens, values of secret environment variables.
+"""A search for private text that must not be published: paths, the machine's name, tokens, secret variables' values.
 
-Text files are read line by line. In weights the header's metadata and names are read, in pictures the readable bytes.
+Text files are read line by line; of weights the header's metadata and names; of pictures the readable bytes.
 """
 
 import json
@@ -17,8 +17,8 @@ from safetensors import safe_open
 
 from lola_ft.errors import PublishError
 
-# Vocabularies hold pieces such as "/usr/lib", and compressed pictures such bytes by chance: there, only this machine's
-# own folders count as paths.
+# Vocabularies contain pieces such as "/usr/lib", and compressed pictures contain such bytes by chance. In these files
+# only this machine's own folders count as paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model")
 _TOKENS = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}"
@@ -40,7 +40,7 @@ _IN_BINARY = " (readable bytes)"
 
 @dataclass(frozen=True)
 class Finding:
-    """The place of private text in a file; the text itself is not repeated."""
+    """The place and kind of private text in a file, without the text itself."""
 
     place: str
     kind: str
@@ -50,13 +50,13 @@ class Finding:
 
 
 def refuse_private(folder: Path, names: Iterable[str], own_folders: Iterable[Path] = ()) -> None:
-    """Refuse a folder with anything private in one of these files.
+    """Raise PublishError if a file contains private text.
 
     Args:
-        own_folders: Folders of this machine to look for, besides home, temporary and working folder.
+        own_folders: Folders of this machine to search for, besides the home, temporary and working folders.
 
     Raises:
-        PublishError: Naming each place and kind, never the secret.
+        PublishError: Private text was found. The message names each place and kind, never the text.
     """
     scanner = Scanner(own_folders)
     findings = [finding for name in sorted(names) for finding in scanner.scan(folder / name)]
@@ -65,13 +65,13 @@ def refuse_private(folder: Path, names: Iterable[str], own_folders: Iterable[Pat
     shown = "\n".join(f"  {finding}" for finding in findings[:20])
     more = f"\n  and {len(findings) - 20} more" if len(findings) > 20 else ""
     raise PublishError(
-        f"{len(findings)} places hold what should not leave this machine; nothing was sent:\n{shown}{more}\n"
-        "Take them out of these files of the folder that you publish, then run the command again."
+        f"{len(findings)} places contain private text of this machine; nothing was sent:\n{shown}{more}\n"
+        "Remove it from these files of the folder that you publish, then run the command again."
     )
 
 
 class Scanner:
-    """Knows this machine's secrets and looks for them."""
+    """A search for this machine's secrets in files."""
 
     def __init__(self, own_folders: Iterable[Path] = ()) -> None:
         self._secrets = dict(_secrets())
@@ -82,7 +82,7 @@ class Scanner:
         self._host = re.compile(rf"(?<![\w-]){re.escape(host)}(?![\w-])") if telling else None
 
     def scan(self, file: Path) -> list[Finding]:
-        """List what is private in a file."""
+        """List the private text in a file."""
         return [
             Finding(f"{file.name}{place}", kind)
             for place, text in _texts(file)
@@ -90,10 +90,10 @@ class Scanner:
         ]
 
     def _kinds(self, text: str, only_own: bool) -> Iterator[str]:
-        """Name each kind of private thing in a text.
+        """Yield each kind of private text in a text.
 
         Args:
-            only_own: Only this machine's own folders count as paths: the text may look like a path by chance.
+            only_own: Only this machine's own folders count as paths, because the text may look like a path by chance.
         """
         plain = text.replace("\\/", "/")
         if _TOKENS.search(plain):
@@ -106,7 +106,7 @@ class Scanner:
 
 
 def _secrets() -> Iterator[tuple[str, str]]:
-    """Return the values to look for, plain and as JSON writes them, each with its name."""
+    """Yield the values to search for, plain and in JSON's spelling, each with its name."""
     named = [(name, value) for name, value in os.environ.items() if _SECRET_NAMES.search(name)]
     if token := get_token():
         named.append(("the token of the Hub", token))

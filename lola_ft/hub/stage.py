@@ -1,4 +1,4 @@
-"""The folder that is sent: chosen files of the source, rewritten where they name this machine."""
+"""The folder that is sent: selected files of the source, rewritten if they name this machine."""
 
 import io
 import json
@@ -30,9 +30,9 @@ from lola_ft.file_names import (
 )
 from lola_ft.hub.publication import Base, Source, read_json
 
-_HEADER = "# The recipe of this model. Local files go by their names alone.\n"
+_HEADER = "# The recipe of this model. Local files are named without their folders.\n"
 LIST_FILE = "published.json"
-"""Names what a publication put into the repository, so that the next one can tell its files from the owner's."""
+"""A list of the files of a publication, which lets the next publication tell them from the owner's own files."""
 
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -40,7 +40,7 @@ _TOKENIZER = (
 )
 _MERGED = ("generation_config.json", "modeling_*.py", "configuration_*.py", MERGE_REPORT_FILE, *TERMS_FILES)
 _RUN = (METRICS_FILE, LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT)
-# What libraries leave in these files of where they were made; nobody reads it.
+# Keys in which libraries store where a file was made; no code reads them.
 _TRACES = ("_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file")
 _MANIFEST_KEYS = (
     "versions", "hardware", "base", "trained", "data", "stages", "results", "timings", "memory", "routing", "energy",
@@ -52,9 +52,9 @@ class Staged:
     """A folder ready to be sent.
 
     Attributes:
-        files: Names of all its files.
+        files: Names of all files.
         left_out: Names in the source that are not sent.
-        terms: The base's.
+        terms: The base's terms of use.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class Staged:
 
 
 def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Path) -> Staged:
-    """Fill `folder`, which does not exist yet; an adapter is converted to `layout`, or keeps its own if it is None."""
+    """Fill the new folder `folder`. An adapter is converted to `layout`; None keeps its own layout."""
     if source.kind == "adapter":
         _stage_adapter(source, base, layout or source.layout, folder)
     else:
@@ -98,7 +98,7 @@ def stage(source: Source, base: Base, repo: str, layout: str | None, folder: Pat
 
 
 def _terms_of(source: Source, base: Base) -> BaseTerms:
-    """Return the base's terms from its card, or as the card of merged weights repeats them."""
+    """Return the base's terms from its card or, if it has none, from the card of the merged weights."""
     terms = read_terms(base.folder)
     return read_terms(source.folder) if terms == BaseTerms() and source.kind == "merged" else terms
 
@@ -106,7 +106,7 @@ def _terms_of(source: Source, base: Base) -> BaseTerms:
 def _family_of(source: Source, base: Base) -> Family | None:
     """Return the base's family, from the config of the merged model or the base, the run's manifest, or the tensors.
 
-    None where there is neither config nor manifest and the adapter's tensors would fit several families.
+    Returns None if there is neither config nor manifest and the adapter's tensors fit several families.
     """
     folder = source.folder if source.kind == "merged" else base.folder
     if folder is not None and (folder / MODEL_CONFIG_FILE).is_file():
@@ -136,7 +136,7 @@ def _stage_adapter(source: Source, base: Base, layout: str | None, folder: Path)
         if base.folder is None:
             raise PublishError(
                 f"{source.folder}: to convert it to layout '{layout}', its base {base.id} must be on this machine. "
-                "Name its folder with --base."
+                "Name the base's folder with --base."
             )
         convert_adapter(source.folder, base.folder, str(layout), folder)
     config = read_json(folder / CONFIG_FILE)
@@ -186,7 +186,7 @@ def _without_traces(file: Path) -> dict[str, Any] | None:
 
 
 def _link(file: Path, folder: Path) -> None:
-    """Put a file into the folder without a copy: weights may be many gigabytes."""
+    """Link a file into the folder; a copy of weights could be many gigabytes."""
     (folder / file.name).symlink_to(file.resolve())
 
 

@@ -1,4 +1,4 @@
-"""Sending a staged folder: one commit for everything, looked up on the Hub before it counts as done."""
+"""Sending a staged folder in one commit, and checking on the Hub that everything arrived."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ from lola_ft.hub.stage import LIST_FILE, Staged
 
 @dataclass(frozen=True)
 class Published:
-    """The publication that the Hub holds now.
+    """The publication as it is on the Hub.
 
     Attributes:
-        deleted: Files of an earlier publication that are no longer part of it.
+        deleted: Files of an earlier publication that were deleted.
     """
 
     url: str
@@ -31,14 +31,14 @@ class Published:
 
 
 def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = time.sleep) -> Published:
-    """Send the folder in one commit and check what arrived.
+    """Send the folder in one commit and check that it arrived.
 
     Args:
-        private: A new repository becomes private; an existing one must be.
-        wait: Waits some seconds before another try.
+        private: A new repository becomes private; an existing repository must be private.
+        wait: A function that waits some seconds before another try.
 
     Raises:
-        PublishError: If the Hub refuses, or holds something else afterwards.
+        PublishError: The Hub refuses the upload, or holds other files afterwards.
     """
     api = HfApi(library_name="lola_ft")
     sent = with_retries(partial(_send, api, staged, repo, private, message), repo, wait)
@@ -47,11 +47,13 @@ def upload(staged: Staged, repo: str, private: bool, message: str, wait: Wait = 
 
 
 def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) -> Published:
-    """Try once, from the repository's present state; if the answer of an earlier try got lost, its commit is found."""
+    """Try once, from the repository's present state, which may contain an earlier try whose answer was lost."""
     api.create_repo(repo, private=True if private else None, exist_ok=True)
     head = api.model_info(repo)
     if private and head.private is False:
-        raise PublishError(f"{repo}: is there already and public, but --private was asked. Make it private, or rename.")
+        raise PublishError(
+            f"{repo}: exists and is public, but --private was given. Make it private, or choose a new name."
+        )
     stale = sorted(_published_before(api, repo, head) - set(staged.files))
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, staged.folder / name) for name in staged.files
@@ -62,7 +64,7 @@ def _send(api: HfApi, staged: Staged, repo: str, private: bool, message: str) ->
 
 
 def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
-    """List the files in the repository that an earlier publication put there."""
+    """Return the files in the repository that come from an earlier publication."""
     present = {sibling.rfilename for sibling in head.siblings or ()}
     if LIST_FILE not in present:
         return set()
@@ -74,12 +76,12 @@ def _published_before(api: HfApi, repo: str, head: ModelInfo) -> set[str]:
 
 
 def _verify(api: HfApi, staged: Staged, repo: str, sent: Published) -> None:
-    """Compare size and hash of every file with what the Hub lists."""
+    """Compare every file's size and hash with the Hub's list."""
     info = api.model_info(repo, files_metadata=True)
     if info.sha != sent.commit:
         raise PublishError(
-            f"{repo}: after the upload its head is {info.sha}, not our commit {sent.commit}: somebody else changed it. "
-            "Look at the repository, then run the command again."
+            f"{repo}: after the upload its head is {info.sha}, not our commit {sent.commit}, so someone else changed "
+            "it. Look at the repository, then run the command again."
         )
     there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     wrong = [name for name in staged.files if name not in there or not _same(staged.folder / name, there[name])]
@@ -89,7 +91,7 @@ def _verify(api: HfApi, staged: Staged, repo: str, sent: Published) -> None:
 
 
 def _same(file: Path, sibling: object) -> bool:
-    """Tell whether the Hub's size and hash are the file's: SHA-256 of large files, git's blob hash of small ones."""
+    """Tell whether the Hub's size and hash equal the file's: SHA-256 of large files, git's blob hash of small files."""
     size, lfs, blob = (getattr(sibling, name, None) for name in ("size", "lfs", "blob_id"))
     if size != file.stat().st_size:
         return False

@@ -76,13 +76,14 @@ def effects_table(effects: Effects, rounding: str) -> Table:
 
 
 def advice(effects: Effects) -> str:
-    """Say in one sentence which rounding to choose; "" where there is no choice."""
+    """Say which rounding to choose; "" if there is no choice."""
     if effects.original_from_4_bit is None:
         return ""
     return (
-        "But for the output's own rounding, --rounding base computes what the adapter does on the original base and "
-        "--rounding nf4 what it does on the 4-bit base that training saw: choose nf4 to keep what you trained and "
-        f"evaluated in 4 bit, base for the original weights ({original_minus_4_bit(effects):+.4f} nats a token here)."
+        "Apart from the rounding of the output dtype, --rounding base gives the adapter on the original base, and "
+        "--rounding nf4 gives the adapter on the 4-bit base of training. Choose nf4 to keep what you trained and "
+        "evaluated in 4 bit, or base for the original weights (their loss minus the 4-bit loss: "
+        f"{original_minus_4_bit(effects):+.4f} nats per token here)."
     )
 
 

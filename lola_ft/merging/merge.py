@@ -154,7 +154,7 @@ def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Wri
     expected = deltas.outline.tensor_count()
     once = sum(count == 1 for count in written.applied.values())
     if once != expected or len(written.applied) != expected:
-        raise AdapterError(f"{once} of {expected} adapter tensors were merged once; the rest has no place.")
+        raise AdapterError(f"Only {once} of {expected} adapter tensors were merged exactly once.")
     largest = max(written.changes.values(), default=0.0)
     if largest == 0:
         raise AdapterError(

@@ -28,10 +28,10 @@ def merge_command(
     if not folder.is_dir():
         raise UserError(f"{missing(folder, 'folder')} Give a run folder or an adapter's folder.")
     if not is_adapted(folder):
-        raise UserError(f"{folder}: is neither a run's folder nor an adapter's. A base is named with --base.")
+        raise UserError(f"{folder}: is neither a run's folder nor an adapter's. To name a base, use --base.")
     subject = find_subject(folder, base)
     if not out and subject.kind != "run":
-        raise UserError("Give the folder to write with --out. (Only a run has a default, RUN/merged.)")
+        raise UserError("Give the folder to write with --out. (Only a run has a default: RUN/merged.)")
     target = Path(out) if out else folder / MERGED_FOLDER
     with naming_base_of(subject):
         report = merge(subject.base, subject.folder, target, dtype, rounding, subject.revision, allow_other_base, check)
@@ -42,19 +42,19 @@ def _say(report: MergeReport, target: Path) -> None:
     console = Console()
     if report.base_kind == "nf4":
         console.print(
-            "Merged into a 4-bit base: the original weights were not there and were not used. To merge into them, give "
-            "their folder or Hub id with --base."
+            "Merged into a 4-bit base, because the original weights are not here. To merge into the original weights, "
+            "give their folder or Hub id with --base."
         )
     console.print(
         f"{report.applied} of {report.adapter_tensors} adapter tensors applied; {report.changed} weights changed, "
-        f"{report.copied} copied as they were."
+        f"{report.copied} copied unchanged."
     )
     if report.rounded:
-        console.print(f"{report.rounded} more were written as 4-bit rounding leaves them.")
+        console.print(f"{report.rounded} more were rounded to NF4.")
     if report.dropped:
         console.print(f"Left out {len(report.dropped)} legacy tensors: {', '.join(report.dropped[:3])}.")
     if report.other_code:
-        console.print(f"Kept the base's own {', '.join(report.other_code)}; config.json now names our code.")
+        console.print(f"Kept the base's own {', '.join(report.other_code)}; config.json now names lola_ft's code.")
     if report.weights:
         _say_weights(report.weights, report, console)
     if report.skipped:
@@ -65,27 +65,27 @@ def _say(report: MergeReport, target: Path) -> None:
         console.print(effects_table(report.effects, report.rounding))
         if hint := advice(report.effects):
             console.print(hint)
-    console.print(f"The merged model is in {target}; the proof in {target / MERGE_REPORT_FILE}.")
+    console.print(f"The merged model is in {target}; the proof is in {target / MERGE_REPORT_FILE}.")
 
 
 def _say_weights(proof: WeightProof, report: MergeReport, console: Console) -> None:
     console.print(
-        f"Checked in the written files: {proof.untouched} tensors are the base's bit by bit; {proof.applied_once} of "
-        f"{report.adapter_tensors} adapter tensors are there exactly once ({proof.rows} rows of {proof.touched} "
-        f"weights recomputed); {len(proof.sample)} weights recomputed in whole differ by at most "
-        f"{proof.largest_error:.0%} of what rounding allows, and with the update taken off "
-        f"{proof.unmerged_exactly:.1%} of their values are the base's again, the rest within rounding."
+        f"Checked in the written files: {proof.untouched} tensors equal the base's bit by bit; {proof.applied_once} of "
+        f"{report.adapter_tensors} adapter tensors are applied exactly once ({proof.rows} rows of {proof.touched} "
+        f"weights recomputed). {len(proof.sample)} weights recomputed completely differ by at most "
+        f"{proof.largest_error:.0%} of what rounding allows. After subtracting the update, "
+        f"{proof.unmerged_exactly:.1%} of their values equal the base's; the others differ only by rounding."
     )
     if proof.without_update:
         console.print(
-            f"For {len(proof.without_update)} weights the adapter's update is zero, as where training reached no token "
-            f"of an expert: {', '.join(proof.without_update[:3])}."
+            f"For {len(proof.without_update)} weights the adapter's update is zero, for example because training sent "
+            f"no token to an expert: {', '.join(proof.without_update[:3])}."
         )
     if proof.below_rounding:
         wider = "" if report.dtype == "float32" else "; --dtype float32 would keep it"
         console.print(
-            f"In {len(proof.below_rounding)} weights the update is smaller than the output's rounding at the rows "
-            f"looked at{wider}."
+            f"In {len(proof.below_rounding)} weights the update is smaller than the rounding of the output dtype, in "
+            f"the rows checked{wider}."
         )
 
 
@@ -96,4 +96,4 @@ def _say_logits(proof: Verification, console: Console) -> None:
         f"{proof.largest_logit:.3g}), same next token at {proof.top1_agreement:.1%} of positions."
     )
     if proof.compared < proof.tokens:
-        console.print("The other tokens come with or after one that rounding sent to another expert.")
+        console.print("The other tokens were left out: rounding sent them, or a token before them, to another expert.")

@@ -90,7 +90,7 @@ def prove(
     merged = {entry.name: entry for entry in BaseCheckpoint.open(folder).copied}  # checks names and shapes
     wrong = [entry for entry in merged.values() if entry.dtype != (dtype or base.entries[entry.name].dtype)]
     if wrong:
-        raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, which was not asked for.")
+        raise CheckpointError(f"{wrong[0].file}: tensor '{wrong[0].name}' is {wrong[0].kind}, not the dtype asked for.")
     adapter = _AdapterFile(stored, base)
     touched = [name for name in base.entries if adapter.keys_of(name)]
     _check_all_used(adapter, touched)
@@ -270,8 +270,8 @@ def _check_stored(entry: TensorEntry, checksum: int) -> None:
         found = zlib.crc32(bytes_of(piece), found)
     if found != checksum:
         raise CheckpointError(
-            f"{entry.file}: tensor '{entry.name}' is not what was written. The disk may be at fault; nothing was kept. "
-            "Merge again, elsewhere."
+            f"{entry.file}: tensor '{entry.name}' differs from what was written, possibly a fault of the disk. Nothing "
+            "was kept. Merge again, to another disk."
         )
 
 
@@ -281,8 +281,8 @@ def _check_untouched(base: MergeBase, entry: TensorEntry, merged: TensorEntry) -
         written = _stretch(merged, start, values.numel())
         if not torch.equal(values.to(written.dtype).view(torch.uint8), written.view(torch.uint8)):
             raise CheckpointError(
-                f"{merged.file}: tensor '{merged.name}' is not the base's, though the adapter leaves it alone. The "
-                "merge was damaged on its way to the disk; nothing was kept. Merge again."
+                f"{merged.file}: tensor '{merged.name}' differs from the base's, but the adapter does not change it. "
+                "The file was damaged while it was written. Nothing was kept. Merge again."
             )
 
 
@@ -337,7 +337,7 @@ def _compare(adapter: _AdapterFile, merged: TensorEntry, start: Tensor, written:
     if error > 1:
         raise CheckpointError(
             f"{merged.file}: tensor '{merged.name}' is not base plus update: rows {rows[0]} to {rows[-1]} hold a value "
-            f"{error:.3g} times as far off as rounding allows. The merge or the disk is at fault; nothing was kept."
+            f"{error:.3g} times as far off as rounding allows. The merge or the disk is faulty. Nothing was kept."
         )
     back = (written.float() - update.float()).to(written.dtype)
     twice = allowed + _half_step(start.double(), written.dtype) + 2.0**-23 * exact.abs()

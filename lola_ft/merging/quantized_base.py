@@ -46,12 +46,12 @@ class QuantizedBase(MergeBase):
             fingerprint, dtype = source["fingerprint"], getattr(torch, source["dtype"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{folder}: not a whole quantised base ({error}). Quantise the base again."
+                f"{folder}: not a complete quantised base ({error}). Quantise the base again."
             ) from error
         if set_aside := source.get("set_aside"):
             raise CheckpointError(
-                f"{folder}: the base has {len(set_aside)} tensors that no model loads, such as '{set_aside[0]}', and a "
-                "merge copies; its 4-bit form is without them. Give the original base with --base."
+                f"{folder}: this 4-bit form of the base lacks {len(set_aside)} tensors that no model loads, such as "
+                f"'{set_aside[0]}', but that a merge has to copy. Give the original base with --base."
             )
         config_json, architecture = open_config(folder)
         base = QuantizedBase(

@@ -117,8 +117,8 @@ class _Update:
         merged.copy_(update.add_(piece.values) if trained is None else trained)
         if not torch.stack(torch.aminmax(merged)).isfinite().all():
             raise CheckpointError(
-                f"{piece.entry.file}: tensor '{name}' is not finite once merged: the base holds NaN or infinity, or "
-                f"{own.dtype} is too narrow for the sum (--dtype float32 is not)."
+                f"{piece.entry.file}: tensor '{name}' is not finite after merging: the base holds NaN or infinity, or "
+                f"{own.dtype} is too narrow for the sum. Try --dtype float32."
             )
         change = 0.0 if torch.equal(merged, own) else max(-low.item(), high.item())
         self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))

@@ -42,7 +42,7 @@ class LolaPreTrainedModel(PreTrainedModel):
         """As transformers' own, but for bitsandbytes' quantiser: it would leave every expert dense, silently."""
         if kwargs.get("quantization_config") is not None:
             raise UserError(
-                "transformers' quantisers do not know fused experts: they would stay dense and the router would not. "
+                "transformers' quantisers do not support fused experts: they would quantise the router but no expert. "
                 "Load in 4 bit with lola_ft.load_base(path, quantization='nf4')."
             )
         return super().from_pretrained(*args, **kwargs)
@@ -168,12 +168,12 @@ class LolaModel(LolaPreTrainedModel):
         chosen = self.config._attn_implementation
         if output_attentions and chosen != "eager":
             raise UserError(
-                f"{chosen} attention does not form its weights. For output_attentions, call "
+                f"{chosen} attention does not compute attention weights. For output_attentions, call "
                 "model.set_attn_implementation('eager') first."
             )
         if chosen == "flex_attention" and device.type == "cpu" and not torch._dynamo.config.disable:
             raise UserError(
-                "flex attention, compiled for a CPU, answers NaN (torch 2.13). Call "
+                "flex attention, compiled for a CPU, returns NaN (torch 2.13). Call "
                 "model.set_attn_implementation('sdpa') first, or use a GPU."
             )
 

@@ -1,7 +1,7 @@
-"""The nano base: LOLA, or another family, at nano size, and the text that it is pre-trained on.
+"""The nano base: a tiny LOLA (or another family), and the text that it is pre-trained on.
 
-The text is the Universal Declaration of Human Rights in 197 languages and scripts, and Unicode CLDR's names in
-144 languages.
+The text is the Universal Declaration of Human Rights in 197 languages and scripts, and names from Unicode CLDR in 144
+languages.
 """
 
 from lola_ft.nano.build import build_nano

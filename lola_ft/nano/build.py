@@ -1,6 +1,6 @@
-"""Building a nano base: corpus, tokenizer, pre-training, one folder in the Hub's layout; kept for the next time.
+"""Building a nano base: corpus, tokenizer, pre-training, and a folder in the Hub's layout, which later runs reuse.
 
-The tokenizer is byte-level BPE like LOLA's own, with the same special ids: any text survives it, whatever its script.
+The tokenizer is byte-level BPE like LOLA's, with the same special ids, so it can encode any text in any script.
 """
 
 import json
@@ -28,16 +28,16 @@ from lola_ft.quantization import load_base
 
 RECORD_FILE = "nano.json"
 NANO_FOLDER = ".cache/nano"
-# Id = place in the list, as in LOLA's tokenizer: bos 0, pad 1, end of text 5.
+# A token's id is its index here, as in LOLA's tokenizer: bos 0, pad 1, end of text 5.
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<|endoftext|>"]
 
 
 def build_nano(out: str | Path | None = None, settings: NanoSettings | None = None, family: str | None = None) -> Path:
-    """Build a nano base, or keep the one there if the settings are the same; anything else there is refused.
+    """Build a nano base, or keep an existing one with the same settings; raises UserError for other folders.
 
     Args:
         out: The folder; by default `.cache/nano` for LOLA, `.cache/nano-MODEL_TYPE` for other families.
-        family: The model type of a base family; LOLA if left out.
+        family: The model type of a base family; None means LOLA.
 
     Returns:
         The folder.
@@ -47,9 +47,9 @@ def build_nano(out: str | Path | None = None, settings: NanoSettings | None = No
     architecture = nano_architecture(known, settings)
     folder = Path(out or (NANO_FOLDER if known is LOLA else f"{NANO_FOLDER}-{known.model_type}"))
     console, name = Console(), f"The nano base ({known.title})"
-    key = settings.key(architecture)  # before transformers writes into the config
+    key = settings.key(architecture)  # computed before transformers changes the config
     if _is_kept(folder, known, key):
-        console.print(f"{name} is in {folder} already (same settings and versions).")
+        console.print(f"{name} is already in {folder} (same settings and versions).")
         return folder
     began = time.perf_counter()
     split, declarations = load_split(), load_declarations().values()
@@ -80,22 +80,22 @@ def build_nano(out: str | Path | None = None, settings: NanoSettings | None = No
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    console.print(f"{name} is in {folder}: loss {loss:.2f} nats a token after {seconds:.0f} s.")
+    console.print(f"{name} is in {folder}: loss {loss:.2f} nats per token after {seconds:.0f} s.")
     return folder
 
 
 def _is_kept(folder: Path, family: Family, key: str) -> bool:
-    """Tell whether the folder holds this nano base already.
+    """Tell whether the folder already holds this nano base.
 
     Raises:
-        UserError: If it holds something that must not be replaced.
+        UserError: The folder holds something that must not be replaced.
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        found, its_key = record.get("family", LOLA.model_type), record["key"]  # earlier versions built LOLA only
+        found, its_key = record.get("family", LOLA.model_type), record["key"]  # earlier versions built only LOLA
     except (OSError, ValueError, KeyError, AttributeError):
         if folder.exists() and any(folder.iterdir()) and not (folder / RECORD_FILE).is_file():
-            raise UserError(f"{folder}: is not a nano base and not empty. Choose another folder.") from None
+            raise UserError(f"{folder}: is not empty and holds no nano base. Choose another folder.") from None
         return False
     if found != family.model_type:
         raise UserError(f"{folder}: holds the nano base of {found}, not of {family.model_type}. Choose another folder.")
@@ -103,9 +103,9 @@ def _is_kept(folder: Path, family: Family, key: str) -> bool:
 
 
 def new_model(architecture: Architecture, settings: NanoSettings) -> Any:
-    """Return a model with random weights, as transformers draws them but for the embeddings; every weight is trained.
+    """Return a model with random weights, drawn by transformers except for the embeddings; all weights are trained.
 
-    It is loaded from a checkpoint, so that it is the model that every other verb works on.
+    It is loaded from a checkpoint, so that it has the same class as in every other verb.
     """
     torch.manual_seed(settings.pretrain.seed)
     stock = AutoModelForCausalLM.from_config(architecture.config)
@@ -116,7 +116,7 @@ def new_model(architecture: Architecture, settings: NanoSettings) -> Any:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Train a tokenizer for a model of `max_length` positions; the same documents in their order give the same ids."""
+    """Train a tokenizer for a model of `max_length` positions; equal documents in equal order give the same ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,8 +1,8 @@
-"""Real multilingual text that needs no download: names from Unicode CLDR, as the Babel package carries them.
+"""Real multilingual text without a download: names from Unicode CLDR, which the Babel package contains.
 
-CLDR gives the names of countries, languages, scripts, currencies, units, months and days in the languages of the world.
-Only a language's own file is read, not what it inherits: where a name is missing, Babel's tables hand out the parent
-language's name or a code, and some of what they say depends on which language was read first.
+CLDR has the names of countries, languages, scripts, currencies, units, months and days in the world's languages. Only a
+language's own file is read, without inherited names: if a name is missing, Babel's tables return the parent language's
+name or a code, and some results depend on which language was read first.
 """
 
 import functools
@@ -18,17 +18,17 @@ from typing import Any
 from babel.localedata import locale_identifiers, resolve_locale_filename
 
 MIN_TERMS = 400
-"""A language with fewer names has no steady picture in CLDR."""
+"""Fewest names of a language that is used; fewer names are not a reliable sample of the language."""
 
 MAX_COPIED = 0.5
-"""A language that shares a larger part of its names with one other is, in CLDR, mostly a copy of it."""
+"""Largest share of a language's names that another language may have too; beyond it, CLDR's file is mostly a copy."""
 
 MAX_CHARACTERS = 60
 
 
 @dataclass(frozen=True, order=True)
 class Term:
-    """One name, in the language it is written in."""
+    """A name and the language that it is written in."""
 
     text: str
     language: str  # ISO 639 code, as CLDR names its files
@@ -37,16 +37,16 @@ class Term:
 
 @functools.cache
 def normalise(text: str) -> str:
-    """The form by which two names count as one: composed, without case or doubled spaces."""
+    """Return the form that decides if two names are equal: composed, without case and repeated spaces."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 @functools.cache
 def load_terms() -> tuple[Term, ...]:
-    """Every usable name of every chosen language, sorted by language, kind and text.
+    """Return all usable names of all chosen languages, sorted by language, kind and text.
 
-    English is a language like any other; the others keep only names that English does not have,
-    for CLDR does not tell a shared name from a missing translation.
+    All languages except English keep only names that English does not have, because CLDR does not distinguish a shared
+    name from a missing translation.
     """
     english = {normalise(text) for _, text in _names("en")}
     by_language = {"en": _clean("en", set())}
@@ -59,17 +59,17 @@ def load_terms() -> tuple[Term, ...]:
 
 
 def english_names() -> dict[str, str]:
-    """CLDR's English names of languages, by code."""
+    """Return CLDR's English names of languages, by code."""
     return _own_file("en")["languages"]
 
 
 def language_name(language: str) -> str:
-    """The English name of a language, e.g. "Swahili" for "sw"."""
+    """Return the English name of a language, such as "Swahili" for "sw"."""
     return english_names()[language]
 
 
 def join_names(names: list[str], language: str) -> str:
-    """Write names as a list the way the language does: "Kenya, Uganda na Tanzania"."""
+    """Join names to a list in the style of the language, such as "Kenya, Uganda na Tanzania"."""
     patterns = dict.fromkeys(("start", "middle", "end", "2"), "{0}, {1}")
     patterns |= _own_file(language).get("list_patterns", {}).get("standard", {})
     if len(names) < 3:
@@ -82,18 +82,18 @@ def join_names(names: list[str], language: str) -> str:
 
 @functools.cache
 def _own_file(language: str) -> dict[str, Any]:
-    """CLDR's data of one language, without what it inherits. (`babel.localedata.load` would cache it as the whole.)"""
+    """Return CLDR's own data of a language, without inherited data, which `babel.localedata.load` would add."""
     return pickle.loads(Path(resolve_locale_filename(language)).read_bytes())
 
 
 def _language_codes() -> list[str]:
-    """One code a language: neither regional nor script variants, and only what English has a name for."""
+    """Return one code per language with an English name, without regional and script variants."""
     english_names = _own_file("en")["languages"]
     return sorted(code for code in locale_identifiers() if "_" not in code and code != "en" and code in english_names)
 
 
 def _names(language: str) -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) of everything that a language's own file names."""
+    """Yield (kind, text) of all names in a language's own file."""
     data = _own_file(language)
     units = data.get("unit_display_names", {})
     for kind, table in (
@@ -110,14 +110,14 @@ def _names(language: str) -> Iterator[tuple[str, str]]:
 
 
 def _wide(data: Mapping[str, Any], key: str, form: str) -> Mapping[int, str]:
-    """Return full names of months or days, alone ("январь") or as in a date ("января"); {} if the file has none."""
+    """Return full names of months or days, standing by themselves ("январь") or in a date ("января"); {} if missing."""
     table = data.get(key, {}).get(form)
     names = table.get("wide") if isinstance(table, Mapping) else None
     return names if isinstance(names, Mapping) else {}
 
 
 def _clean(language: str, not_these: set[str]) -> list[Term]:
-    """The names of a language, each once, without codes, numbers, overlong ones and those in `not_these`."""
+    """Return a language's distinct names, without codes, numbers, long names and those in `not_these`."""
     seen = set(not_these)
     terms = []
     for kind, text in _names(language):
@@ -131,7 +131,7 @@ def _clean(language: str, not_these: set[str]) -> list[Term]:
 
 
 def _is_name(text: str) -> bool:
-    """Two to MAX_CHARACTERS characters with a letter and no digit."""
+    """Tell whether a text has 2 to MAX_CHARACTERS characters, a letter and no digit."""
     has_digit = any(char.isdigit() for char in text)
     return 2 <= len(text) <= MAX_CHARACTERS and not has_digit and _LETTER.search(text) is not None
 
@@ -141,7 +141,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200e\u200f\u061c\u00ad"))  # direction ma
 
 
 def _without_copies(by_language: dict[str, list[Term]]) -> dict[str, list[Term]]:
-    """Leave out a language most of whose names a more widespread one has too (in CLDR, Haitian Creole is French)."""
+    """Leave out languages whose names are mostly a more widespread language's, as Haitian Creole's are French."""
     spread = _territories_by_language()
     kept: dict[str, list[Term]] = {}
     owners: dict[str, list[str]] = {}

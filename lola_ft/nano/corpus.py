@@ -1,8 +1,8 @@
-"""The nano base's pre-training text, and what is held out of it.
+"""The nano base's pre-training text, and the text held out from it.
 
-LOLA was pre-trained on plain documents, one language each. Here a document is a paragraph of the declaration of human
-rights, or a list of names in one language, joined the way that language joins a list ("Kenya, Uganda na Tanzania"), by
-CLDR's own patterns.
+LOLA was pre-trained on plain documents of one language each. Here a document is a paragraph of the declaration of human
+rights, or a list of names in one language, joined in that language's style with CLDR's patterns ("Kenya, Uganda na
+Tanzania").
 """
 
 import functools
@@ -21,7 +21,7 @@ from lola_ft.nano.declaration import Declaration, load_declarations
 
 HELD_OUT_SHARE = 0.06
 KINDS = ("all", "names", "declaration")
-"""Kinds of text, of `lola-ft routing texts --text`."""
+"""Kinds of text for `lola-ft routing texts --text`."""
 SHORTEST_LIST, LONGEST_LIST = 4, 24  # names in a document
 
 
@@ -35,15 +35,15 @@ class Split:
 
 @functools.cache
 def load_split(held_out_share: float = HELD_OUT_SHARE) -> Split:
-    """CLDR's terms, split; the same on every machine with the same Babel."""
+    """Return CLDR's terms, split; the same on every machine with the same version of Babel."""
     return split_terms(load_terms(), held_out_share, keep_in_train={normalise(name) for name in _answers()})
 
 
 def split_terms(terms: Iterable[Term], held_out_share: float, keep_in_train: Iterable[str] = ()) -> Split:
-    """Hold out terms by the hash of their normalised text, so that a string shared by languages is on one side.
+    """Hold out terms by the hash of their normalised text, so that equal strings of several languages stay together.
 
     A candidate that occurs inside a training term ("Niger" in "Nigeria") or in `keep_in_train` (normalised texts) goes
-    back to training: what is held out is then no substring of anything that is trained on.
+    back to training. So no held-out text is a substring of a training text.
     """
     terms = tuple(terms)
     texts = {normalise(term.text) for term in terms}
@@ -58,10 +58,10 @@ def split_terms(terms: Iterable[Term], held_out_share: float, keep_in_train: Ite
 def build_documents(
     terms: Iterable[Term], passes: int, english_passes: int, seed: int, held_out: Iterable[Term] = ()
 ) -> list[str]:
-    """Documents of one language each, in shuffled order; every term occurs `passes` times, each time in other company.
+    """Make documents of one language each, in shuffled order; every term occurs `passes` times, in different lists.
 
-    English has passes of its own: it is the largest part of LOLA's text too, and the demo answers in English.
-    A list whose joining word happens to build a term of `held_out` ("Antigua na Barbuda") is left out.
+    English has its own number of passes, because it is the largest part of LOLA's text too, and the demo answers in
+    English. A list is left out if its joining word creates a term of `held_out` ("Antigua na Barbuda").
     """
     rng = random.Random(seed)
     forbidden: defaultdict[str, set[str]] = defaultdict(set)
@@ -85,8 +85,8 @@ def build_documents(
 def build_corpus(names: Iterable[str], declarations: Iterable[Declaration], passes: int, seed: int) -> list[str]:
     """Shuffle documents of names and the declarations' paragraphs together, each paragraph `passes` times.
 
-    A paragraph is signed with the English name of its language ("Kila mtu … — Swahili"), so that the base knows the
-    names that the demo's answers are made of. Held-out articles are left out.
+    A paragraph ends with the English name of its language ("Kila mtu … — Swahili"), so that the base knows the names
+    that the demo asks for. Held-out articles are left out.
     """
     paragraphs = [
         f"{' '.join(paragraph.split())} — {declaration.name}"
@@ -99,20 +99,20 @@ def build_corpus(names: Iterable[str], declarations: Iterable[Declaration], pass
 
 
 def write_texts(folder: Path, seed: int = 0, kind: str = "all", languages: Sequence[str] | None = None) -> list[Path]:
-    """Write the texts of each language into a file of its own (`sw.txt`, `sr-Latn.txt`), blank lines between them.
+    """Write one file per language (`sw.txt`, `sr-Latn.txt`), with blank lines between its texts.
 
-    Every name and every paragraph is written once, held-out ones too: these texts are for examining a model, not for
-    training. Lists of names come before the declaration.
+    Every name and every paragraph is written once, including held-out ones, because these texts are for examining a
+    model, not for training it. Lists of names come before the declaration.
 
     Args:
         kind: `names` (CLDR's), `declaration` (of human rights), or `all`.
-        languages: Tags to write; all if left out.
+        languages: Tags to write; None writes all.
 
     Raises:
-        DataError: There is no such kind, or no text of a language.
+        DataError: The kind is unknown, or a language has no text.
     """
     if kind not in KINDS:
-        raise DataError(f"--text {kind}: there is {', '.join(KINDS)}.")
+        raise DataError(f"--text {kind}: is unknown; choose one of {', '.join(KINDS)}.")
     texts_of: defaultdict[str, list[str]] = defaultdict(list)
     if kind != "declaration":
         for language, terms in _by_language(load_terms()).items():
@@ -124,7 +124,7 @@ def write_texts(folder: Path, seed: int = 0, kind: str = "all", languages: Seque
         if language not in texts_of:
             near = "".join(f"Did you mean '{tag}'? " for tag in get_close_matches(language, texts_of, n=1))
             raise DataError(
-                f"--languages {language}: there is no text in it. {near}There is of {', '.join(sorted(texts_of))}."
+                f"--languages {language}: there is no such text. {near}Choose among {', '.join(sorted(texts_of))}."
             )
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -142,7 +142,7 @@ def _by_language(terms: Iterable[Term]) -> dict[str, list[Term]]:
 
 
 def _answers() -> set[str]:
-    """The English names of the languages: the demo's answers, which fine-tuning must show."""
+    """Return the English names of the languages, which are the demo's answers and must occur in training text."""
     return {language_name(language) for language in {term.language for term in load_terms()}}
 
 
@@ -152,12 +152,12 @@ def _hash_fraction(text: str) -> float:
 
 
 def _found_inside(candidates: set[str], texts: set[str]) -> set[str]:
-    """The candidates that occur inside a text which is not itself a candidate that stays held out."""
+    """Return the candidates that occur inside a training text, or inside a candidate that goes back to training."""
     if not candidates:
         return set()
     shortest, longest = min(map(len, candidates)), max(map(len, candidates))
     found: set[str] = set()
-    # From long to short: when a candidate's turn comes, every text it could occur in has been looked through.
+    # From long to short: before a candidate is reached, all texts that it could occur in have been searched.
     for text in sorted(texts, key=lambda text: (-len(text), text)):
         if text in candidates and text not in found:
             continue

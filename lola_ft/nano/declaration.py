@@ -1,9 +1,9 @@
 """The Universal Declaration of Human Rights in many languages: real sentences, the same 30 articles in each.
 
-The package ships the texts in `declaration.jsonl.xz`; `declaration.md` beside it names their source and terms. Article
-n says the same in every language, so the texts are parallel by article, though not by paragraph or sentence.
+The package has the texts in `declaration.jsonl.xz`; `declaration.md` beside it names their source and terms. Article n
+says the same in every language, so the texts are parallel by article, although not by paragraph or sentence.
 
-Articles 26 to 30 are held out: the nano base is not pre-trained on them, and the demo asks about them only.
+Articles 26 to 30 are held out: the nano base is not pre-trained on them, and the demo's test uses only them.
 """
 
 import functools
@@ -43,10 +43,10 @@ class Declaration:
     """The declaration in one language and script.
 
     Attributes:
-        tag: BCP 47: CLDR's code of the language, and a script where it is not the usual one (`sr`, `sr-Latn`).
+        tag: BCP 47 tag: CLDR's code of the language, and the script if it is not the usual one (`sr`, `sr-Latn`).
         name: English name of the language.
-        latitude, longitude: Where the language is spoken, degrees; one place stands for the whole area.
-        preamble: Paragraphs; empty where the source has none (Guarani).
+        latitude, longitude: One place in the area where the language is spoken, in degrees.
+        preamble: Paragraphs; empty if the source has none (Guarani).
         articles: All 30; article n is `articles[n - 1]`.
     """
 
@@ -80,7 +80,7 @@ def load_declarations() -> dict[str, Declaration]:
     """Return the package's declarations by tag, sorted by tag.
 
     Raises:
-        DataError: The package's file is absent or damaged.
+        DataError: The package's file is missing or damaged.
     """
     return read_declarations(DECLARATION_FILE)
 
@@ -89,7 +89,7 @@ def find_declaration(tag: str) -> Declaration:
     """Return the declaration of a tag.
 
     Raises:
-        DataError: There is none of that tag.
+        DataError: There is no declaration with this tag.
     """
     declarations = load_declarations()
     if tag not in declarations:
@@ -104,10 +104,10 @@ def find_declaration(tag: str) -> Declaration:
 
 
 def parallel_articles(number: int, tags: Iterable[str] | None = None) -> dict[str, Article]:
-    """Return one article in several languages, by tag; in all if `tags` is left out.
+    """Return one article in several languages, by tag; `tags` None means all languages.
 
     Raises:
-        DataError: The number is not from 1 to 30, or there is no declaration of a tag.
+        DataError: The number is not from 1 to 30, or a tag has no declaration.
     """
     if not 1 <= number <= NUM_ARTICLES:
         raise DataError(f"article {number}: the declaration has articles 1 to {NUM_ARTICLES}.")
@@ -119,7 +119,7 @@ def read_declarations(path: Path) -> dict[str, Declaration]:
     """Read a file of declarations: xz, one JSON object per line.
 
     Raises:
-        DataError: The file is absent, damaged or incomplete; the message has the line and the language.
+        DataError: The file is missing, damaged or incomplete; the message names the line and the language.
     """
     try:
         lines = lzma.decompress(path.read_bytes()).decode().splitlines()
@@ -132,7 +132,7 @@ def read_declarations(path: Path) -> dict[str, Declaration]:
         try:
             declaration = _declaration_of(json.loads(line))
             if declaration.tag in declarations:
-                raise ValueError(f"{declaration.tag} is there twice")
+                raise ValueError(f"{declaration.tag} occurs twice")
         except (ValueError, KeyError, TypeError) as error:
             what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
             raise DataError(f"{path}:{number}: is not a declaration ({what}). {_REINSTALL}") from None
@@ -147,7 +147,7 @@ def _declaration_of(row: dict[str, Any]) -> Declaration:
 
     Raises:
         ValueError: An article is missing or empty.
-        KeyError, TypeError: A field is missing or of another kind.
+        KeyError, TypeError: A field is missing or of a wrong type.
     """
     articles = tuple(Article(article["heading"], _paragraphs(article["paragraphs"])) for article in row["articles"])
     empty = [number for number, article in enumerate(articles, 1) if not article.text.strip()]

@@ -1,6 +1,6 @@
-"""Pre-training of the nano base: a plain loop over packed rows, the same numbers on every run of one machine.
+"""Pre-training of the nano base: a plain loop over packed rows, with the same numbers in every run on one machine.
 
-Shapes: N rows, B rows of a step, S tokens of a row.
+Shapes: N rows, B rows per step, S tokens per row.
 """
 
 import math
@@ -19,10 +19,10 @@ from lola_ft.families import architecture_of
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Settings of the pre-training; steps are fixed, so the result does not depend on the machine's speed."""
+    """The settings of pre-training. The number of steps is fixed, so the machine's speed does not matter."""
 
     steps: int = 800
-    rows_per_step: int = 4  # few: so short a run learns more from many small steps
+    rows_per_step: int = 4  # few rows, because a short run learns more from many small steps
     row_length: int = 256  # tokens
     learning_rate: float = 5e-3
     warmup_steps: int = 20
@@ -31,13 +31,13 @@ class PretrainSettings:
 
 
 def pretrain(model: Any, rows_NS: Tensor, eos_token_id: int, settings: PretrainSettings) -> float:
-    """Train in place on next-token prediction, with the family's balancing loss if it has one.
+    """Train a model in place on next-token prediction, with the family's load-balancing loss if it has one.
 
     Args:
-        rows_NS: Packed token ids (N, S), int64; a document ends with the end-of-text token.
+        rows_NS: Packed token ids (N, S), int64. Every document ends with the end-of-text token.
 
     Returns:
-        The mean loss of the last tenth of the steps, without balance.
+        The mean loss of the last tenth of the steps, without the load-balancing loss.
     """
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
@@ -72,7 +72,7 @@ def pretrain(model: Any, rows_NS: Tensor, eos_token_id: int, settings: PretrainS
 
 
 def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, row_length: int) -> Tensor:
-    """Write the documents one after the other, each closed by the end-of-text token, and cut into rows (N, S)."""
+    """Join the documents, each followed by the end-of-text token, and cut them into rows (N, S)."""
     ids: list[int] = []
     for document_ids in tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]:
         ids += [*document_ids, tokenizer.eos_token_id]
@@ -81,7 +81,7 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, row_lengt
 
 
 def restarting_positions(rows_BS: Tensor, eos_token_id: int) -> Tensor:
-    """Position ids (B, S) that restart after each end of text, which keeps the documents of a row apart."""
+    """Return position ids (B, S) that restart after each end of text, which keeps the documents of a row apart."""
     places_BS = torch.arange(rows_BS.shape[1]).expand_as(rows_BS)
     starts_BS = torch.zeros_like(rows_BS)
     starts_BS[:, 1:] = places_BS[:, 1:] * (rows_BS[:, :-1] == eos_token_id)
@@ -89,7 +89,7 @@ def restarting_positions(rows_BS: Tensor, eos_token_id: int) -> Tensor:
 
 
 def _batches(rows_NS: Tensor, settings: PretrainSettings) -> Iterator[Tensor]:
-    """Exactly `steps` batches, in a new order each time the rows are used up."""
+    """Yield exactly `steps` batches (B, S), in a new order each time all rows were used."""
     generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = []
     for _ in range(settings.steps):
@@ -100,14 +100,14 @@ def _batches(rows_NS: Tensor, settings: PretrainSettings) -> Iterator[Tensor]:
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices, none for biases and norms (an expert's bias is a row of a 2-D stack)."""
+    """Return parameter groups: weight decay for matrices, none for biases (also 2-D stacks of experts') and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias")]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or name.endswith("bias")]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def _cosine_with_warmup(step: int, settings: PretrainSettings) -> float:
-    """The learning rate's factor: up in a line, down to a tenth in half a cosine."""
+    """Return the learning rate's factor: a linear rise, then half a cosine down to a tenth."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)

@@ -1,6 +1,6 @@
 """Cutting paragraphs into sentences of one or two lines, in any script.
 
-Lengths are in bytes of UTF-8, so that a sentence carries about as many tokens in every script.
+Lengths are in bytes of UTF-8, so that sentences have about the same number of tokens in every script.
 """
 
 import re
@@ -8,15 +8,15 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 
 MIN_BYTES, MAX_BYTES = 60, 240
-# After a mark that ends a sentence: before the next word, or at once where a script has no spaces between sentences.
+# The end of a sentence: an end mark and spaces, or only the mark in scripts without spaces between sentences.
 _END = re.compile(r"(?<=[.!?;։؟۔।॥።၊။។༎])\s+|(?<=[。！？；])\s*")
 
 
 def sentences_of(paragraphs: Iterable[str], least: int = MIN_BYTES, most: int = MAX_BYTES) -> Iterator[str]:
-    """Yield the sentences of paragraphs; a long one in parts of about equal length, short ones not at all.
+    """Yield the sentences of paragraphs. Long sentences are cut into parts of equal length, short ones are left out.
 
     Args:
-        least, most: Bytes of a sentence. Parts are cut between words; where a script has no spaces, between characters.
+        least, most: Bytes of a sentence. Parts are cut between words or, in scripts without spaces, between characters.
     """
     for paragraph in paragraphs:
         for sentence in _END.split(" ".join(paragraph.split())):
@@ -24,7 +24,7 @@ def sentences_of(paragraphs: Iterable[str], least: int = MIN_BYTES, most: int = 
 
 
 def _parts(sentence: str, most: int) -> Iterator[str]:
-    """Cut a sentence into as few parts as possible, none of more than `most` bytes."""
+    """Cut a sentence into as few parts of at most `most` bytes as possible."""
     count = -(-len(sentence.encode()) // most)
     goal = len(sentence.encode()) / max(count, 1)
     part = ""
@@ -39,7 +39,7 @@ def _parts(sentence: str, most: int) -> Iterator[str]:
 
 
 def _words(sentence: str, most: int) -> Iterator[str]:
-    """Words with what separates them from the next; a text without spaces, as Thai or Japanese, by characters."""
+    """Yield words with the spaces after them; characters for text without spaces, such as Thai or Japanese."""
     for word in re.findall(r"[^\s፡]*[\s፡]*", sentence):
         if len(word.encode()) > most // 3:
             yield from _characters(word)
@@ -48,7 +48,7 @@ def _words(sentence: str, most: int) -> Iterator[str]:
 
 
 def _characters(word: str) -> Iterator[str]:
-    """Characters with the marks that are written on them."""
+    """Yield characters together with their combining marks."""
     character = ""
     for char in word:
         if character and unicodedata.category(char)[0] != "M":

@@ -1,4 +1,4 @@
-"""Settings of the nano base, and a family's config of that size: as many weights work on a token as in a nano LOLA."""
+"""Settings of the nano base, and a family's config with as many active parameters per token as the nano LOLA."""
 
 import hashlib
 import json
@@ -13,23 +13,23 @@ from lola_ft.families import FAMILIES, LOLA, Architecture, Family, Sizes
 from lola_ft.nano.pretrain import PretrainSettings
 
 TEXT_VERSION = 2
-"""Rises when the pre-training text changes in a way that no setting shows."""
+"""Version of the pre-training text; raise it when the text changes without a change of settings."""
 TOP_K = 2
-"""Experts of a token in a mixture other than LOLA."""
+"""Experts per token in mixtures other than LOLA."""
 WIDTH_STEP = 8
-"""Inner widths are multiples of this: experts' products in bfloat16 want rows of 16 bytes."""
+"""Inner widths are multiples of this, because experts' products in bfloat16 need rows of 16 bytes."""
 
 
 @dataclass(frozen=True)
 class NanoSettings:
-    """Everything that decides the nano base: a size that two cores pre-train in two minutes, in LOLA's words.
+    """All settings of the nano base, by LOLA's names. Two cores pre-train this size in two minutes.
 
     Attributes:
-        embedding_std: Spread of the embeddings at the start. Logits reach about `embedding_std * n_embd`, 32 here and
-            41 in LOLA (0.02 * 2048). With LOLA's own 0.02 they reached 2.6, and an adapter, which does not
+        embedding_std: Standard deviation of the embeddings at the start. Logits reach about `embedding_std * n_embd`,
+            32 here and 41 in LOLA (0.02 * 2048). With LOLA's own 0.02 they reached 2.6, and an adapter, which does not
             change the embeddings, could not give any answer much probability.
-        passes, english_passes: Over all terms, each time in other lists.
-        declaration_passes: Over the declaration's paragraphs that are not held out.
+        passes, english_passes: Passes over all terms, each time in different lists.
+        declaration_passes: Passes over the declaration's paragraphs that are not held out.
     """
 
     n_embd: int = 128
@@ -50,7 +50,7 @@ class NanoSettings:
         """Return a hash of the settings and library versions; a built folder with the same key is used again."""
         record = asdict(self) | {name: version(name) for name in ("babel", "tokenizers", "torch")}
         record["text"] = TEXT_VERSION
-        if architecture.family is not LOLA:  # whose settings say all
+        if architecture.family is not LOLA:  # LOLA's config follows from the settings
             record["config"] = architecture.config.to_dict()
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -58,11 +58,11 @@ class NanoSettings:
 def nano_architecture(family: Family, settings: NanoSettings) -> Architecture:
     """Return a family's architecture at nano size.
 
-    Vocabulary, hidden size, heads, layers and number of experts are LOLA's. The inner width is the one with which
-    about as many parameters are active per token as in LOLA.
+    Vocabulary, hidden size, heads, layers and number of experts are those of the nano LOLA. The inner width is chosen
+    so that about as many parameters are active per token.
 
     Raises:
-        UserError: If no such base can be pre-trained.
+        UserError: No such base can be pre-trained.
     """
     if not family.packs:
         possible = (name for name, other in FAMILIES.items() if other.packs)
@@ -74,19 +74,19 @@ def nano_architecture(family: Family, settings: NanoSettings) -> Architecture:
     if family is LOLA:
         return lola
     least, next_to_it = (_of_width(family, settings, width, TOP_K) for width in (WIDTH_STEP, 2 * WIDTH_STEP))
-    per_step = next_to_it.active_parameters - least.active_parameters  # the same from every width to the next
+    per_step = next_to_it.active_parameters - least.active_parameters  # the same for every step of the width
     steps = round((lola.active_parameters - least.active_parameters) / per_step)
     if steps < 0:
         raise UserError(
-            f"There is no nano base of {family.title} ({family.model_type}) with these settings: of its narrowest form "
-            f"{least.active_parameters:,} parameters are active per token, of LOLA's {lola.active_parameters:,}. "
-            "Raise n_inner."
+            f"There is no nano base of {family.title} ({family.model_type}) with these settings: its narrowest form "
+            f"has {least.active_parameters:,} active parameters per token, LOLA has {lola.active_parameters:,}. Raise "
+            "n_inner."
         )
     return _of_width(family, settings, WIDTH_STEP * (1 + steps), TOP_K)
 
 
 def _of_width(family: Family, settings: NanoSettings, width: int, top_k: int) -> Architecture:
-    """A family at nano size with experts of a width; a dense layer is as wide as the experts of a token together."""
+    """Return a family at nano size with experts of a width; a dense layer is as wide as a token's experts together."""
     sizes = Sizes(
         vocab=settings.vocab_size,
         hidden=settings.n_embd,

@@ -1,7 +1,7 @@
-"""Planning: what a run will need, from the base's config and plain settings; no weights are read.
+"""Planning: predict a run's memory and file sizes from the base's config and plain settings. Reads no weights.
 
-Weights, adapter, gradients, optimiser state and file sizes are counted exactly; activations follow what each part of a
-layer saves for backward; work space and the CUDA context are estimates.
+Weights, adapter, gradients, optimiser state and file sizes are counted exactly. Activations are the sum of the tensors
+that each part of a layer saves for backward. Work space and the CUDA context are estimates.
 """
 
 from lola_ft.planning.fit import Change, first_fit

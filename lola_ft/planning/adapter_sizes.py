@@ -1,4 +1,4 @@
-"""An adapter before it exists: its tensors in the model and in its file, as shapes without numbers."""
+"""The sizes of an adapter before it exists: its tensors in the model and in its file, as shapes without values."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ _DORA_GROUPS = ("attention", "mlp", "shared_experts")
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """Counts of an adapter.
+    """The sizes of an adapter.
 
     Attributes:
-        held: Bytes that it adds to the model: its tensors, and for DoRA the lengths of the base's rows (float32).
+        held: Bytes that it adds to the model: its tensors and, for DoRA, the lengths of the base's rows (float32).
         file: Bytes of `adapter_model.safetensors` at the end of a run.
-        numels: Number of values in each trained tensor as the model holds it, an MoE layer's experts stacked.
+        numels: Number of values of each trained tensor in the model, where the experts of a MoE layer are stacked.
     """
 
     held: int
@@ -35,7 +35,7 @@ def adapter_sizes(architecture: Architecture, settings: AdapterSettings) -> Adap
     """Count an adapter's tensors.
 
     Raises:
-        UserError: If the base lacks something that the settings train, or the selection of experts does not fit it.
+        UserError: The base lacks a group that the settings train, or the selection of experts does not fit the base.
     """
     outline = adapter_outline(architecture, settings)
     state = to_state(outline, "peft", outline.experts_of())
@@ -46,10 +46,10 @@ def adapter_sizes(architecture: Architecture, settings: AdapterSettings) -> Adap
 
 
 def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> AdapterWeights:
-    """Return the adapter by Hub names, of tensors that have shapes and no values.
+    """Return the adapter by Hub names, with meta tensors that have shapes but no values.
 
     Raises:
-        UserError: As `adapter_sizes`.
+        UserError: See `adapter_sizes`.
     """
     architecture.require(settings.wanted())
     chosen, ranks = _chosen(architecture, settings), settings.ranks()
@@ -75,7 +75,7 @@ def adapter_outline(architecture: Architecture, settings: AdapterSettings) -> Ad
 
 
 def adapter_file_bytes(weights: AdapterWeights) -> int:
-    """Return the size of `adapter_model.safetensors` at the end of a run, header included."""
+    """Return the bytes of `adapter_model.safetensors` at the end of a run, including its header."""
     layout = "per_expert" if weights.experts_of() and not weights.dora else "peft"
     state = to_state(weights, layout)
     header, num_bytes = file_header(
@@ -86,7 +86,7 @@ def adapter_file_bytes(weights: AdapterWeights) -> int:
 
 
 def _chosen(architecture: Architecture, settings: AdapterSettings) -> dict[int | None, tuple[int, ...]]:
-    """The experts that are trained, by layer."""
+    """Return the ids of the trained experts, by layer."""
     layers, num_experts = architecture.sizes.moe_layers, architecture.num_experts
     if settings.selection is None or (settings.expert_rank is None and not settings.tune_biases):
         return dict.fromkeys(layers, tuple(range(num_experts)))
@@ -106,7 +106,7 @@ def _pair(place: Place, rank: int, settings: AdapterSettings) -> LoraPair:
 
 
 def _is_trained(place: Place, kind: str, settings: AdapterSettings) -> bool:
-    """Whether the base's own tensor is fully trained (no LoRA)."""
+    """Tell whether a tensor of the base is fully trained (no LoRA)."""
     if kind == "bias" and settings.tune_biases:
         return True
     return (settings.tune_router and place.group == "router") or (settings.tune_norms and place.group == "norms")

@@ -1,9 +1,11 @@
-"""Attention's share of the memory, between its linear layers, by the kind that a family's table names.
+"""The memory of attention between its linear layers, by the kind of attention in the family's table.
 
-`fused` is PyTorch's `scaled_dot_product_attention`: it holds no scores, but on a CPU with dropout, where it is computed
-step by step in float32. `stretches` is the same, on packed documents a stretch at a time (`model/packed.py`), and in
-bfloat16 on a CPU by `kernels/attention.py`. `scores` computes every score, with a mask of numbers. `latent` has queries
-and keys wider than its values: fused on a GPU, step by step in float32 on a CPU.
+`fused`       PyTorch's `scaled_dot_product_attention`. It keeps no scores, except on a CPU with dropout, where it is
+              computed step by step in float32.
+`stretches`   The same, applied to one stretch of packed documents at a time (`model/packed.py`); on a CPU in bfloat16
+              by `kernels/attention.py`.
+`scores`      Computes and keeps every score, with a mask of numbers.
+`latent`      Queries and keys are wider than values. Fused on a GPU, step by step in float32 on a CPU.
 
 Letters: T tokens, H heads, S length of a sequence.
 """
@@ -16,9 +18,9 @@ _FLOAT = 4
 
 
 def attended(job: Job) -> tuple[int, float]:
-    """Return the most tokens that attend to one another, and how often a micro batch has so many.
+    """Return the number of tokens that attend to one another, and how many such groups a micro batch has.
 
-    These are rows or, of packed rows, all of them at once or stretches of whole documents.
+    A group is a row or, with packing, all packed rows together or a stretch of whole documents.
     """
     if not job.packing:
         return job.length, job.sequences
@@ -28,28 +30,28 @@ def attended(job: Job) -> tuple[int, float]:
 
 
 def score_numbers(job: Job) -> int:
-    """Return how many scores a layer has (H, S, S)."""
+    """Return the number of scores of a layer (H, S, S), over the whole micro batch."""
     length, count = attended(job)
     return round(count * job.sizes.heads * length**2)
 
 
 def mask_numbers(job: Job) -> int:
-    """Return the size of the mask that all layers share; a single unpacked row needs none where attention is fused."""
+    """Return the number of values in the mask that all layers share; fused attention on one unpacked row has none."""
     length, count = attended(job)
     needed = job.packing or count > 1 or job.architecture.family.attention == "scores"
     return round(count * length**2) if needed else 0
 
 
 def mask_bytes(job: Job) -> int:
-    """Return the same in bytes: truth values where attention is fused, else numbers."""
+    """Return the bytes of the mask: numbers for kind `scores`, else bools."""
     return mask_numbers(job) * (job.width if job.architecture.family.attention == "scores" else 1)
 
 
 def kept_inside(job: Job, size: int) -> tuple[int, bool]:
-    """Return the bytes that attention keeps for backward, and whether the output projection's input is among them.
+    """Return the bytes that attention keeps for backward, and True if they include the output projection's input.
 
     Args:
-        size: Values per token of a query, all heads together.
+        size: Values per token of the queries of all heads.
     """
     sizes, row = job.sizes, job.tokens * size
     if job.architecture.family.attention == "scores":
@@ -57,11 +59,13 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
         kept = 3 * row * job.width + scores * _FLOAT  # softmax is float32
         if sizes.attention_dropout:
             kept += scores * (1 if job.on_cuda else job.width)
-        if sizes.attention_dropout or job.half:  # what is multiplied with the values is another tensor
+        if sizes.attention_dropout or job.half:  # the probabilities after dropout or cast are another tensor
             kept += scores * job.width
         return kept, False
     if is_stepwise(job):
-        rows = 5 if (job.packing or job.sequences == 1) and not job.half else 3  # a single row's values are not copied
+        rows = (
+            5 if (job.packing or job.sequences == 1) and not job.half else 3
+        )  # the values of a single row are not copied
         return (rows * row + 3 * score_numbers(job)) * _FLOAT, False
     kept = 4 * row * job.width + job.tokens * sizes.heads * _FLOAT
     if not _takes_mask_as_it_is(job):
@@ -70,11 +74,11 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
 
 
 def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int, bool]:
-    """Return the same of latent attention.
+    """Return the result of `kept_inside` for latent attention.
 
     Args:
-        query, value: Values per token of a query and of a value, all heads together.
-        wide: Of the layer that gives keys and values: values stay a view of its output unless they are cast.
+        query, value: Values per token of the queries and of the values of all heads.
+        wide: Outputs of the layer that gives keys and values; values are a view of its output unless they are cast.
     """
     tokens, sizes = job.tokens, job.sizes
     if job.on_cuda:
@@ -85,13 +89,13 @@ def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int
 
 
 def is_stepwise(job: Job) -> bool:
-    """Whether fused attention is computed step by step, with its scores in memory: on a CPU, with dropout or latent."""
+    """Tell whether attention that is not of kind `scores` keeps its scores: on a CPU with dropout, or latent."""
     attention = job.architecture.family.attention
     dropout = bool(job.sizes.attention_dropout)
     return not job.on_cuda and (attention == "latent" or (dropout and attention != "scores"))
 
 
 def _takes_mask_as_it_is(job: Job) -> bool:
-    """Whether no layer makes numbers of the mask's truth values (`kernels/attention.py`)."""
+    """Tell whether attention uses the mask's bools directly, without converting them (`kernels/attention.py`)."""
     own = job.architecture.family.attention == "stretches" and not job.on_cuda and job.half
     return own and attended(job)[0] <= LONGEST

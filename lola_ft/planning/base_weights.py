@@ -1,4 +1,4 @@
-"""The memory that a loaded base takes, counted from its architecture as `quantization/audit.py` counts a model."""
+"""The memory of a loaded base, counted from its architecture. `quantization/audit.py` counts the loaded model."""
 
 from math import prod
 
@@ -13,7 +13,7 @@ _FLOAT = 4
 
 
 def base_audit(architecture: Architecture, quantization: str | None, dtype: str) -> Audit:
-    """Count parameters and bytes by part and format; the same as an audit of the loaded model."""
+    """Count parameters and bytes by part and number format; equals an audit of the loaded model."""
     result = Audit()
     for place in architecture.places.values():
         numel = prod(place.shape)
@@ -31,11 +31,11 @@ def base_audit(architecture: Architecture, quantization: str | None, dtype: str)
 
 
 def nf4_bytes(numel: int) -> int:
-    """Return the size of codes, their scales, the scales' scales and their mean; without tables."""
+    """Return the bytes of a weight's NF4 codes, their scales, the scales' scales and mean, without tables."""
     packed, blocks, superblocks = packed_sizes(numel)
     return packed + blocks + _FLOAT * superblocks + _FLOAT
 
 
 def nf4_linear_bytes(numel: int) -> int:
-    """Return the size of a linear layer's weight, with its tables."""
+    """Return the bytes of a linear layer's NF4 weight, including its tables."""
     return nf4_bytes(numel) + _CODE_BYTES + _SCALE_CODE_BYTES

@@ -1,8 +1,14 @@
-"""The first change of a run that makes it fit, in the order of what it costs.
+"""The search for the first change that makes a run fit into memory, cheapest changes first.
 
-Gradient checkpointing costs time alone. A smaller micro batch, with more of them in a step, costs time and changes
-nothing that is learned. Shorter rows drop or cut data; smaller ranks learn less, and an adapter that a run goes on from
-has its ranks. Each change comes on top of those before.
+The candidates build on one another. For example, a run with micro batch 4, 4 accumulation steps, rows of 1024 tokens
+and rank 16 is tried with:
+
+1. gradient checkpointing (costs only time)
+2. micro batch 2 x 8 steps, then 1 x 16 (costs time; the batch of 16 rows stays the same)
+3. rows of 960, 896, ... 128 tokens (drops or cuts data)
+4. ranks 8, 4, 2, 1 (learns less; not if the run continues an adapter, whose ranks are fixed)
+
+The first candidate whose predicted peak is within the limit is the advice.
 """
 
 from collections.abc import Iterator
@@ -24,14 +30,14 @@ _RANK_KEYS = {
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of a recipe, and what they make of it."""
+    """Overrides of a recipe, and the prediction with these overrides."""
 
     overrides: tuple[str, ...]
     prediction: Prediction
 
 
 def first_fit(job: Job, limit: int) -> Change | None:
-    """The first change after which the run takes at most `limit` bytes; None if none of them is enough."""
+    """Return the first change after which the run needs at most `limit` bytes; None if no change is enough."""
     candidates = list(_candidates(job))
     if not candidates or predict(candidates[-1]).total > limit:  # the smallest of all
         return None
@@ -64,7 +70,7 @@ def _candidates(job: Job) -> Iterator[Job]:
 
 
 def _overrides(before: Job, after: Job) -> Iterator[str]:
-    """What to write behind the recipe to get from one to the other."""
+    """Yield the overrides that turn the recipe of one job into that of the other."""
     if after.checkpointing != before.checkpointing:
         yield "train.gradient_checkpointing=true"
     if after.micro_batch_size != before.micro_batch_size:

@@ -8,21 +8,21 @@ from lola_ft.families import Architecture, Sizes
 
 @dataclass(frozen=True)
 class Job:
-    """A run, as far as its memory goes.
+    """A run, reduced to the facts that its memory depends on.
 
     Attributes:
-        architecture: The base's.
-        dtype: What is computed in, and what stays dense is held in: bfloat16, float16 or float32.
-        device: `cuda` or `cpu`; they save different things for backward.
+        architecture: The base's architecture.
+        dtype: Dtype of computation and of unquantised weights: bfloat16, float16 or float32.
+        device: `cuda` or `cpu`, which save different tensors for backward.
         length: Longest row of a batch in tokens.
-        row_sequences: Sequences that a row of the data is computed as: two of a pair for DPO.
+        row_sequences: Sequences computed per row of the data: 2 for a pair of DPO, else 1.
         least_micro_batch: Fewest rows that a micro batch may have.
-        packing: Rows hold several sequences; a batch is then one long row in which they are kept apart.
-        optimizer: A recipe's name for it.
-        router_losses: How many losses of the routers there are.
-        continues: Whether the adapter exists already, so that its ranks stay.
-        base_dropout: Whether the base's own dropouts are at work; preferences are learned without them.
-        reference: Whether a frozen copy of the adapter lies beside it, as the reference of preferences.
+        packing: Rows hold several sequences. A batch is then one long row whose sequences are kept apart.
+        optimizer: The optimiser's name in a recipe.
+        router_losses: Number of router losses.
+        continues: The run continues an adapter, whose ranks are fixed.
+        base_dropout: The base's own dropouts are on; dpo and kto train without them.
+        reference: A frozen copy of the adapter is in memory, as the reference of dpo and kto.
     """
 
     architecture: Architecture
@@ -45,7 +45,7 @@ class Job:
 
     @property
     def sizes(self) -> Sizes:
-        """The base's, with the dropouts that are at work."""
+        """The base's sizes, with the dropouts that are on."""
         sizes = self.architecture.sizes
         if self.base_dropout:
             return sizes
@@ -53,22 +53,22 @@ class Job:
 
     @property
     def sequences(self) -> int:
-        """Of a micro batch, if its rows are not packed."""
+        """The number of sequences of a micro batch whose rows are not packed."""
         return self.micro_batch_size * self.row_sequences
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch, at most."""
+        """The most tokens of a micro batch."""
         return self.sequences * self.length
 
     @property
     def width(self) -> int:
-        """Bytes of a computed number; 2 means autocast."""
+        """Bytes per computed number; 2 means autocast."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def half(self) -> bool:
-        """Whether numbers have 16 bits."""
+        """True if computed numbers have 16 bits."""
         return self.width == 2
 
     @property

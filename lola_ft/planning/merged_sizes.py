@@ -1,4 +1,4 @@
-"""Sizes of a merged model's files: the base's files, each tensor in the base's dtype or the one that is asked for."""
+"""The sizes of a merged model's files: the base's files, with tensors in the base's dtype or a requested one."""
 
 import json
 from dataclasses import replace
@@ -19,16 +19,16 @@ from lola_ft.kernels.precision import DTYPES
 
 
 def merged_files(folder: Path, architecture: Architecture, dtype: torch.dtype | None = None) -> dict[str, int]:
-    """Return the bytes of each file that `lola-ft merge` will write, headers included.
+    """Return the bytes of each file that `lola-ft merge` will write, including headers.
 
     Args:
-        architecture: Of the merged model.
-        folder: The base's. Only the headers of its weights are read. Without weights, its index and the dtype in its
-            config count; without an index, one file.
-        dtype: Of the merged tensors; None keeps each one's own.
+        architecture: The architecture of the merged model.
+        folder: The base's folder. Only the headers of its weights are read. If there are no weights, its index and the
+            dtype in its config are used; without an index, one file is assumed.
+        dtype: Dtype of the merged tensors; None keeps each tensor's own.
 
     Raises:
-        CheckpointError: If the base's weights are damaged or do not fit its config.
+        CheckpointError: The base's weights are damaged or do not fit its config.
     """
     sizes = {}
     for file, tensors in _shards(folder, architecture).items():
@@ -38,7 +38,7 @@ def merged_files(folder: Path, architecture: Architecture, dtype: torch.dtype | 
 
 
 def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]]:
-    """Each file's tensors, in order."""
+    """Return each file's tensors, in order."""
     try:
         weight_files(folder)
     except CheckpointError:
@@ -56,7 +56,7 @@ def _shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]
 
 
 def _planned_shards(folder: Path, architecture: Architecture) -> dict[str, list[Outline]]:
-    """The same from index and config; safetensors puts tensors of one dtype in the order of their names."""
+    """Return each file's tensors from index and config. safetensors sorts tensors of one dtype by name."""
     dtype = _stated_dtype(folder)
     weight_map = _json(folder / WEIGHTS_INDEX_FILE).get("weight_map")
     files: dict[str, str] = weight_map if isinstance(weight_map, dict) else {}
@@ -72,7 +72,7 @@ def _planned_shards(folder: Path, architecture: Architecture) -> dict[str, list[
 
 
 def _stated_dtype(folder: Path) -> torch.dtype:
-    """The dtype that a base's config gives for its weights."""
+    """Return the dtype that a base's config gives for its weights."""
     stated = _json(folder / CONFIG_FILE)
     return DTYPES.get(str(stated.get("dtype") or stated.get("torch_dtype") or "float32"), torch.float32)
 

@@ -1,27 +1,27 @@
-"""What an optimiser keeps for each trained tensor, and what it needs while it steps."""
+"""The memory of an optimiser: its state per trained tensor, and its work space during a step."""
 
 from dataclasses import dataclass
 
 _FLOAT = 4
-_BLOCK = 256  # bitsandbytes: numbers that share a scale
+_BLOCK = 256  # bitsandbytes: numbers per scale
 _SMALL = 4096  # bitsandbytes: tensors of fewer numbers are kept in float32
 _PAGED_FROM = 100_000  # bitsandbytes: tensors of fewer numbers are not paged
-_TABLE_BYTES = 256 * _FLOAT  # bitsandbytes: the values of an 8-bit state, once for all tensors
+_TABLE_BYTES = 256 * _FLOAT  # bitsandbytes: the table of 8-bit values, shared by all tensors
 
-# How many numbers each optimiser keeps for one that is trained.
+# Numbers that each optimiser keeps per trained number.
 _TORCH = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1}
 _BITSANDBYTES = {"adamw": 2, "adamw_bnb": 2, "ademamix": 3, "lion": 1, "rmsprop_bnb": 1}
 
 
 @dataclass(frozen=True)
 class OptimizerBytes:
-    """Of one optimiser.
+    """The memory of an optimiser in bytes.
 
     Attributes:
-        state: Between steps, where it has to stay.
-        paged: Between steps, what the driver may move to the machine's memory (paged optimisers on a GPU).
-        work: Beside that, during a step.
-        exact: Whether the state is counted; else it is taken to be two float32 numbers for each one trained.
+        state: State that stays on the device between steps.
+        paged: State that the driver may move to the machine's memory between steps (paged optimisers on a GPU).
+        work: Additional work space during a step.
+        exact: True if the state is counted; otherwise it is assumed to be two float32 numbers per trained number.
     """
 
     state: int
@@ -31,12 +31,12 @@ class OptimizerBytes:
 
 
 def optimizer_bytes(name: str, numels: list[int], on_cuda: bool) -> OptimizerBytes:
-    """State of the optimiser that a recipe calls `name`, for trained tensors of these sizes."""
+    """Count the memory of the optimiser called `name` in a recipe, for trained tensors of the given sizes."""
     total = sum(numels)
     if name == "sgd":
         return OptimizerBytes(0)
     if name in _TORCH:
-        # On a GPU all tensors are updated at once, which takes a root of every second moment; `fused` does without.
+        # On a GPU all tensors are updated at once, which stores the root of every second moment, except in `fused`.
         work = _FLOAT * total if on_cuda and not name.endswith("fused") else 0
         return OptimizerBytes(_FLOAT * (_TORCH[name] * total + len(numels)), work=work)
     paged = name.startswith("paged_")
@@ -60,7 +60,7 @@ def optimizer_bytes(name: str, numels: list[int], on_cuda: bool) -> OptimizerByt
 
 
 def _bitsandbytes_bytes(numel: int, states: int, eight_bit: bool) -> tuple[int, int]:
-    """Bytes of the states and of their scales."""
+    """Return the bytes of a tensor's states, and of their scales."""
     if not eight_bit or numel < _SMALL:
         return states * _FLOAT * numel, 0
     return states * numel, states * _FLOAT * -(-numel // _BLOCK)

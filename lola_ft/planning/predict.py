@@ -1,4 +1,14 @@
-"""A run's peak memory, by part."""
+"""The prediction of a run's peak memory, by part.
+
+Weights, adapter, gradients and optimiser state are there all the time. At one of three moments the work space on top of
+them is largest:
+
+    loss             all saved activations  +  one chunk of logits with its softmax and gradient
+    backward pass    all saved activations  +  the recomputed layer  +  one part's gradients and dense weights
+    optimizer step   no activations         +  the optimiser's work space
+
+The peak is the largest of the three sums.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +23,17 @@ from lola_ft.planning.workspace import backward_work, loss_work
 
 _FLOAT = 4
 CONTEXT_BYTES = {"cuda": 600_000_000, "cpu": 900_000_000}
-"""Estimates: the CUDA context with the libraries' kernels and work space; Python with the libraries."""
+"""Estimated bytes of the CUDA context with the libraries' kernels and work space, and of Python with the libraries."""
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What does not depend on the batch: counted exactly.
+    """The memory that does not depend on the batch, counted exactly.
 
     Attributes:
-        adapter: Bytes that it adds to the model.
+        adapter: Bytes that the adapter adds to the model.
         adapter_file: Size of `adapter_model.safetensors`.
-        trained: Numbers that are trained; each has a float32 gradient.
+        trained: Number of trained values, each with a float32 gradient.
     """
 
     base: Audit
@@ -38,8 +48,8 @@ class Prediction:
     """Peak memory of training.
 
     Attributes:
-        moment: When the peak is: `loss`, `backward pass` or `optimizer step`.
-        work: What that moment needs for itself.
+        moment: The moment of the peak: `loss`, `backward pass` or `optimizer step`.
+        work: Bytes of work space at that moment.
     """
 
     job: Job
@@ -50,7 +60,7 @@ class Prediction:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes of each part at the peak; paged optimiser state is left out, for it may leave the GPU."""
+        """The bytes of each part at the peak, without paged optimiser state, which may leave the GPU."""
         kept = 0 if self.moment == "optimizer step" else self.activations.saved + self.activations.held
         return {
             "weights": self.fixed.base.total_bytes,
@@ -69,11 +79,11 @@ class Prediction:
 
     @property
     def allocated(self) -> int:
-        """Without the context: what `torch.cuda.max_memory_allocated` counts."""
+        """The total without the context, as `torch.cuda.max_memory_allocated` counts."""
         return self.total - self.parts["context"]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the prediction as plain values, for JSON."""
         return {
             "peak_bytes": self.total,
             "moment": self.moment,
@@ -88,7 +98,7 @@ def count_fixed(job: Job) -> Fixed:
     """Count weights, adapter, gradients and optimiser state.
 
     Raises:
-        UserError: If the base lacks something that is to be trained, or the selection of experts does not fit it.
+        UserError: The base lacks a group that the settings train, or the selection of experts does not fit the base.
     """
     adapter = adapter_sizes(job.architecture, job.settings)
     return Fixed(
@@ -104,12 +114,14 @@ def predict(job: Job, fixed: Fixed | None = None) -> Prediction:
     """Predict the peak memory of a run.
 
     Args:
-        fixed: The run's `count_fixed`, if it is known.
+        fixed: The result of `count_fixed` for this run, if already known.
     """
     fixed = fixed or count_fixed(job)
     kept = activations(job)
+    # Both moments have all activations in memory, so the one with more work space is higher.
     work = {"loss": loss_work(job), "backward pass": kept.recomputed + backward_work(job)}
     moment = max(work, key=lambda name: work[name])
+    # The optimiser steps after the activations are freed.
     if kept.saved + kept.held + work[moment] < fixed.optimizer.work:
         return Prediction(job, fixed, kept, "optimizer step", fixed.optimizer.work)
     return Prediction(job, fixed, kept, moment, work[moment])

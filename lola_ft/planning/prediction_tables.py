@@ -1,4 +1,4 @@
-"""A prediction for people to read."""
+"""A prediction as tables and sentences."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ _WHERE = {"cuda": "GPU memory", "cpu": "memory"}
 
 
 def memory_table(prediction: Prediction) -> Table:
-    """Bytes of each part at the peak, weights by part of the model and format."""
+    """Make a table of the bytes of each part at the peak."""
     table = Table(title=f"Peak {_WHERE[prediction.job.device]}", title_justify="left")
     for heading in ("part", "how"):
         table.add_column(heading)
@@ -26,7 +26,7 @@ def memory_table(prediction: Prediction) -> Table:
 
 
 def memory_lines(prediction: Prediction) -> list[str]:
-    """The same as lines of text."""
+    """Return the table of bytes at the peak as lines of text."""
     rows = [*_rows(prediction), ("all", ("", prediction.total))]
     return [f"  {name:12} {show_size(size):>12}  {how}".rstrip() for name, (how, size) in rows]
 
@@ -39,11 +39,11 @@ def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
     how = {
         "weights": " and ".join(sorted(formats, key=lambda kind: kind != "nf4")),
         "adapter": f"{fixed.trained:,} trained parameters, float32",
-        "reference": "the starting adapter, frozen, float32",
+        "reference": "frozen copy of the starting adapter, float32",
         "gradients": "float32",
         "optimizer": f"{job.optimizer}{'' if fixed.optimizer.exact else ', an estimate'}{paged}",
         "activations": f"{shape(job)}{', checkpointed' if job.checkpointing else ''}",
-        "work space": f"of the {prediction.moment}, an estimate",
+        "work space": f"during the {prediction.moment}, an estimate",
         "context": "CUDA and libraries, an estimate" if job.on_cuda else "Python and libraries, an estimate",
     }
     for name, size in sizes.items():
@@ -51,23 +51,23 @@ def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
 
 
 def shape(job: Job) -> str:
-    """A micro batch in words."""
+    """Describe a micro batch in words, such as "4 rows of 1024 tokens, packed"."""
     name, each = ("row", "") if job.row_sequences == 1 else ("pair", f"{job.row_sequences} x ")
     rows = f"{job.micro_batch_size} {name}{'s' * (job.micro_batch_size > 1)} of {each}{job.length} tokens"
     return rows + ", packed" * job.packing
 
 
 def verdict(prediction: Prediction, limit: int, change: Change | None) -> list[str]:
-    """Whether it fits; if not, what to write behind the recipe."""
+    """Return lines that say if the run fits and, if not, the overrides that would make it fit."""
     need, room = show_size(prediction.total), show_size(limit)
     if prediction.total <= limit:
         return [f"It fits: {need} of {room}."]
-    lines = [f"It does not fit: {need} are needed, and there are {room}."]
+    lines = [f"It does not fit: it needs {need}, and there are {room}."]
     if change is None:
         hint = " Set base.quantization=nf4 first." if prediction.job.quantization is None else ""
         return [*lines, f"No smaller batch, length or rank makes it fit.{hint}"]
     return [
         *lines,
-        f"The first change that fits, with {show_size(change.prediction.total)}:",
+        f"Add this to the command to make it fit ({show_size(change.prediction.total)}):",
         f"  {' '.join(change.overrides)}",
     ]

@@ -1,22 +1,22 @@
-"""What the reference of preferences costs: log-probabilities computed before the first step, or beside the steps."""
+"""The cost of the reference of dpo and kto, computed before the first step or beside the steps."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lola_ft.planning.sizes import show_size
 
-_ROW = 2 * 4  # two float32 numbers: of both answers of a pair; of an answer and of the one it is exchanged for
+_ROW = 2 * 4  # two float32 numbers per row: for both answers of a pair, or for an answer and the one swapped in
 
 
 @dataclass(frozen=True)
 class ReferencePasses:
-    """The reference's costs in a run, as far as they depend on when it is computed.
+    """The costs of the reference in a run, for both ways of computing it.
 
     Attributes:
-        before: Rows that it reads before the first step: each row of the run once. None if the data was not read.
-        beside: Rows that it reads beside the steps and in evaluations: each row as often as it is seen.
-        copy_bytes: Size of the frozen copy of the starting adapter, which only the way beside the steps needs; 0 where
-            the reference is the base.
+        before: Rows that the reference reads before the first step, each row once. None if the data was not read.
+        beside: Rows that it reads during steps and evaluations, each row as often as it is used.
+        copy_bytes: Bytes of the frozen copy of the starting adapter, needed only beside the steps; 0 if the reference
+            is the base.
     """
 
     before: int | None
@@ -27,7 +27,7 @@ class ReferencePasses:
     def cheaper(self) -> str | None:
         """`before` or `beside`; None if that depends on data that was not read.
 
-        `before` never reads more rows. Where both cost the same, `beside` compares numbers of the same micro batch.
+        `before` never reads more rows. If both read the same number, `beside` compares within the same micro batch.
         """
         if self.copy_bytes:
             return "before"
@@ -36,15 +36,15 @@ class ReferencePasses:
         return "before" if self.before < self.beside else "beside"
 
     def line(self, chosen: str | None) -> str:
-        """Say both costs, and which way is chosen."""
+        """Return a sentence with both costs and the chosen way."""
         kept, copy = show_size(_ROW * (self.before or 0)), show_size(self.copy_bytes)
         before = "each row once" if self.before is None else f"{self.before:,} rows, {kept} kept"
-        beside = "each row as often as it is seen" if self.beside is None else f"{self.beside:,} rows"
+        beside = "each row as often as it is used" if self.beside is None else f"{self.beside:,} rows"
         memory = f" and {copy} for a frozen copy of the adapter" if self.copy_bytes else ""
         ways = {"before": "before the first step", "beside": "beside the steps", None: "the cheaper way"}
         return (
             f"The reference is computed {ways[chosen]}. Before the first step it reads {before}; beside the steps "
-            f"{beside}{memory}. train.reference_pass chooses."
+            f"{beside}{memory}. To choose, set train.reference_pass."
         )
 
     def as_dict(self, chosen: str | None) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def reference_passes(
     """Count the rows that the reference reads.
 
     Args:
-        rows: Of an epoch.
-        seen: Rows of all steps together, each as often as it is trained on.
-        evaluations: Of all validation rows.
+        rows: Rows of an epoch.
+        seen: Rows of all steps together, each counted as often as it is trained on.
+        evaluations: Number of evaluations, each of all validation rows.
     """
     once = min(rows, seen) + (validation_rows if evaluations else 0)
     return ReferencePasses(once, seen + evaluations * validation_rows, copy_bytes)

@@ -1,8 +1,19 @@
-"""The tensors that autograd keeps for backward, part by part as the model's own code saves them.
+"""The activations: bytes of the tensors that autograd keeps for backward, counted part by part through the layers.
 
-Dropout keeps its noise in the input's dtype on a CPU and in one byte per number on a GPU. Under autocast a GPU computes
-LayerNorms and powers in float32, a CPU does not. PEFT casts the input of LoRA to float32, unless autocast is on for a
-GPU.
+The idea: a part keeps its input if something trained is inside it, or before it in the network. An example is one MLP
+of LOLA with T tokens, hidden size D, inner size F, LoRA of rank R on both layers, 2 bytes per number, no dropout:
+
+    norm         x (T, D) and statistics      only if a gradient flows through it (`x_grad`)
+    linear D→F   input (T, D), LoRA (T, R)    T·D·2 + T·R·2 bytes, plus cast copies of A and B
+    activation   input (T, F)                 T·F·2 bytes
+    linear F→D   input (T, F), LoRA (T, R)    T·F·2 + T·R·2 bytes
+
+`Walk` goes through all layers this way. With gradient checkpointing only the inputs of layers, (T, D) each, are kept,
+and the largest layer is added once, because it is recomputed in the backward pass.
+
+Rules that differ by device: dropout keeps its noise in the input's dtype on a CPU, in one byte per number on a GPU.
+Under autocast a GPU computes LayerNorms and powers in float32, a CPU does not. PEFT casts the input of LoRA to float32,
+except under autocast on a GPU.
 
 Letters: T tokens, K experts per token, D hidden, F inner, E experts, R rank.
 """
@@ -24,12 +35,12 @@ _INDEX = 8
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes between forward and backward.
+    """Bytes kept between forward and backward.
 
     Attributes:
-        saved: What autograd holds at the end of a forward pass, without the attention mask.
-        recomputed: With gradient checkpointing, what the largest layer saves when it is run again.
-        held: Attention mask and choices of experts, which are kept beside it.
+        saved: Bytes that autograd keeps at the end of a forward pass, without the attention mask.
+        recomputed: With gradient checkpointing, bytes that the largest layer saves when it is recomputed.
+        held: Bytes of the attention mask and, with checkpointing, of the choices of experts.
     """
 
     saved: int
@@ -38,21 +49,25 @@ class Activations:
 
 
 def activations(job: Job) -> Activations:
-    """Count a full micro batch with a label for every token."""
+    """Count the activations of a full micro batch with a label for every token."""
     sizes = job.sizes
-    row = job.tokens * sizes.hidden
+    row = job.tokens * sizes.hidden  # numbers of the hidden states (T, D)
+    # 1. Walk through embeddings and layers. Checkpointing makes every layer's input require a gradient.
     walk = Walk(job, x_grad=job.checkpointing)
     saved = walk.embeddings()
     layers = [walk.layer(layer) for layer in range(sizes.layers)]
+    # 2. With checkpointing keep only the layers' inputs (T, D), else everything that the layers save.
     inputs = row * walk.stream_width
     saved += sizes.layers * inputs if job.checkpointing else sum(layers)
-    saved += walk.norm() + job.tokens + row * walk.norm_width  # d_rows of the loss
+    # 3. The last norm, and the loss, which keeps the gradient of its input rows (T, D).
+    saved += walk.norm() + job.tokens + row * walk.norm_width
+    # 4. Checkpointing also keeps the chosen experts (T, K), so that the recomputation chooses the same.
     choices = _INDEX * job.tokens * sizes.top_k * len(sizes.moe_layers) if job.checkpointing else 0
     return Activations(saved, max(layers) - inputs if job.checkpointing else 0, mask_bytes(job) + choices)
 
 
 class Walk:
-    """Goes through the layers in order, and knows from where on there is something to propagate back."""
+    """Counts the saved bytes of the layers in order. `x_grad` is True as soon as the hidden states need a gradient."""
 
     def __init__(self, job: Job, x_grad: bool) -> None:
         architecture = job.architecture
@@ -60,19 +75,21 @@ class Walk:
         self.family, self.sizes = architecture.family, job.sizes
         self.tokens, self.width, self.half, self.cuda = job.tokens, job.width, job.half, job.on_cuda
         self.ranks = job.settings.ranks()
-        self.exact_width = _FLOAT if self.half and self.cuda else self.width  # of what a GPU's autocast computes so
+        self.exact_width = (
+            _FLOAT if self.half and self.cuda else self.width
+        )  # bytes of numbers that autocast on a GPU computes in float32
         self.x_grad = x_grad
 
     @property
     def norm_width(self) -> int:
-        """Bytes per number that a norm gives."""
+        """Bytes per number of a norm's output."""
         if self.family.norm == "rms":
             return _FLOAT if self.settings.tune_norms else self.width  # a trained weight is float32
         return self.exact_width
 
     @property
     def stream_width(self) -> int:
-        """Bytes per number between two layers: what comes out of the embeddings."""
+        """Bytes per number of the hidden states between two layers."""
         return self.norm_width if self.family.normed_embeddings else self.width
 
     def embeddings(self) -> int:
@@ -84,10 +101,10 @@ class Walk:
         return saved + (self._moe(layer) if layer in self.sizes.moe_layers else self._mlp(layer, "mlp"))
 
     def norm(self, size: int | None = None) -> int:
-        """The input (a float32 copy where norms are computed in that), statistics, cast or trained weights.
+        """Count a norm: its input (a float32 copy if computed in float32), statistics, cast or trained weights.
 
         Args:
-            size: Numbers per token; the hidden size if left out.
+            size: Numbers per token; None means the hidden size.
         """
         row, tuned, before = self.tokens * (size or self.sizes.hidden), self.settings.tune_norms, self.x_grad
         if self.family.norm == "rms":
@@ -100,7 +117,7 @@ class Walk:
         return row * self.norm_width + 2 * self.tokens * (_FLOAT if tuned else self.norm_width) + copies
 
     def dropout(self, probability: float, numbers: int, width: int | None = None) -> int:
-        """The noise, if there is a gradient to multiply with it."""
+        """Count dropout's noise, which is kept only if a gradient flows through it."""
         if not probability or not self.x_grad:
             return 0
         return numbers * (1 if self.cuda else width or self.width)
@@ -120,7 +137,7 @@ class Walk:
         return saved + self.dropout(self.sizes.residual_dropout, self.tokens * self.sizes.hidden)
 
     def _latent_attention(self, layer: int) -> int:
-        """Keys and values, and perhaps queries, pass a narrow layer and a norm."""
+        """Count latent attention, where keys and values, and in some models queries, pass a narrow layer and a norm."""
         *queries, narrow, wide, output = self.architecture.matrices[layer, "attention"]
         saved = self._side_by_side("attention", [queries[0], narrow])
         for second in [*queries[1:], wide]:
@@ -132,7 +149,7 @@ class Walk:
         return saved + self._linear("attention", output, self.width, kept_output)
 
     def _mlp(self, layer: int, group: str) -> int:
-        """Two linear layers with an activation between them, or three: gate and up side by side."""
+        """Count an MLP: two linear layers with an activation between them, or three (gate and up side by side)."""
         *inputs, output = self.architecture.matrices[layer, group]
         saved = self._side_by_side(group, inputs)
         if self.x_grad:
@@ -144,7 +161,7 @@ class Walk:
         return saved + self.dropout(self.sizes.residual_dropout, self.tokens * self.sizes.hidden)
 
     def _side_by_side(self, group: str, matrices: list[tuple[int, int]]) -> int:
-        """Linear layers with LoRA that read the same norm: the first keeps its input for all if none copies it."""
+        """Count linear layers that read the same norm's output. The first keeps it for all, if no layer copies it."""
         saved, before = 0, self.x_grad
         for place, matrix in enumerate(matrices):
             after, self.x_grad = self.x_grad, before
@@ -153,12 +170,12 @@ class Walk:
         return saved
 
     def _linear(self, group: str, matrix: tuple[int, int], x_width: int, kept: bool) -> int:
-        """A linear layer's LoRA; its frozen weight needs nothing.
+        """Count a linear layer's LoRA; its frozen weight keeps nothing.
 
         Args:
-            matrix: Outputs and inputs.
-            x_width: Bytes per number that comes in.
-            kept: Whether the input is kept already.
+            matrix: Numbers of outputs and of inputs.
+            x_width: Bytes per number of the input.
+            kept: True if the input is already kept elsewhere.
         """
         rank, (size_out, size_in) = self.ranks.get(group), matrix
         if rank is None:
@@ -169,10 +186,10 @@ class Walk:
         one_pass = self.job.quantization is not None and not settings.dora  # LoRA inside the 4-bit layer's own pass
         to_float = self.half and not one_pass and (not self.cuda or self.job.quantization is None)
         noise_width = self.width if one_pass else _FLOAT if to_float else x_width
-        saved = self.dropout(probability, tokens * size_in, noise_width)
-        if probability or not kept or to_float:
+        saved = self.dropout(probability, tokens * size_in, noise_width)  # noise (T, in)
+        if probability or not kept or to_float:  # A's input (T, in), which dropout or a cast makes a new tensor
             saved += tokens * size_in * self.width
-        saved += tokens * rank * self.width
+        saved += tokens * rank * self.width  # B's input (T, R)
         if one_pass:  # B is scaled, and both are cast
             saved += rank * self.width * (size_out + size_in * self.half)
         elif self.half:  # A and B are cast
@@ -199,7 +216,7 @@ class Walk:
         return saved + self.dropout(self.sizes.residual_dropout, row)
 
     def _router(self) -> int:
-        """Scores and probabilities, in float32."""
+        """Count the router: scores and probabilities (T, E), in float32."""
         settings, sizes, tokens = self.settings, self.sizes, self.tokens
         rank = settings.router_rank
         trained = settings.tune_router or rank is not None
@@ -219,20 +236,20 @@ class Walk:
         return saved
 
     def _experts(self, chosen: int) -> int:
-        """Inputs and pre-activations; of LoRA its factors, its rank-R intermediates and dropout masks.
+        """Count the experts: inputs and pre-activations; for LoRA its factors, rank-R intermediates and dropout masks.
 
         Args:
-            chosen: How many experts have LoRA.
+            chosen: Number of experts with LoRA.
         """
         settings, sizes, rows = self.settings, self.sizes, grouped_rows(self.job)
         hidden, inner, inputs = sizes.hidden, sizes.expert_inner, expert_inputs(self.job)
-        kept_inputs = rows if sizes.top_k == 1 else self.tokens  # grouped, or as they came
+        kept_inputs = rows if sizes.top_k == 1 else self.tokens  # rows grouped by expert, or tokens in their order
         saved = (kept_inputs * hidden + rows * inputs * inner) * self.width
-        if not self.cuda and inputs == 1:  # a GPU, and every machine for gated experts, computes it again
+        if not self.cuda and inputs == 1:  # the activation's output; a GPU and gated experts compute it again
             saved += rows * inner * self.width
         if chosen:
             rank = settings.expert_rank or 0
-            if chosen < sizes.num_experts:  # zeros for those without LoRA
+            if chosen < sizes.num_experts:  # experts without LoRA get zeros
                 saved += chosen * (expert_factors(self.job, rank) * _FLOAT + 2 * _INDEX)
             rank = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
             saved += (2 * rows * rank + sizes.num_experts * expert_factors(self.job, rank)) * self.width
@@ -250,7 +267,7 @@ class Walk:
 
 
 def grouped_rows(job: Job) -> int:
-    """Rows of the experts' buffer: on a GPU the most that could be needed, on a CPU half a bucket more for each."""
+    """Return the rows of the experts' buffer: on a GPU the most that can be needed, on a CPU an average padding."""
     sizes, chosen = job.sizes, job.tokens * job.sizes.top_k
     experts = min(sizes.num_experts, chosen)
     if job.on_cuda:
@@ -261,22 +278,22 @@ def grouped_rows(job: Job) -> int:
 
 
 def expert_inputs(job: Job) -> int:
-    """How many projections of an expert read the hidden states: one, or gate and up."""
+    """Return the number of an expert's projections that read the hidden states: 1, or 2 for gate and up."""
     layout = job.architecture.family.experts
     return len(layout.projections) - 1 if layout else 0
 
 
 def expert_factors(job: Job, rank: int) -> int:
-    """Numbers of one expert's LoRA: of what leads inside (gate and up share one A), and of what leads out."""
+    """Return the LoRA values per expert, of its input projections (gate and up share one A) and its output."""
     sizes = job.sizes
     return rank * (2 * sizes.hidden + (1 + expert_inputs(job)) * sizes.expert_inner)
 
 
 @cache
 def kept_by_activation(name: str) -> int:
-    """How many numbers an activation keeps for each that comes in, its result left out: it is asked with a few.
+    """Return how many numbers an activation keeps per input number, without its result, by running it once.
 
-    A function of a model's own, which transformers does not list, keeps its input.
+    A model's own function that transformers does not list is assumed to keep its input.
     """
     if name not in ACT2FN:
         return 1

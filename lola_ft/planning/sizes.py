@@ -1,4 +1,4 @@
-"""Sizes of memory, as people write them."""
+"""Sizes of memory as text, such as 8GB."""
 
 import re
 
@@ -9,10 +9,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `8GB` (10^9) or `8GiB` (2^30).
+    """Return the bytes of a size such as `8GB` (10^9) or `8GiB` (2^30).
 
     Raises:
-        UserError: It is no size, or nothing at all.
+        UserError: The text is not a size, or is 0.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].upper() if match else None
@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
 
 
 def show_size(num_bytes: int) -> str:
-    """`12.34 GB`, or `5.6 MB`, or bytes."""
+    """Return a size as text: `12.34 GB`, `5.6 MB` or `789 bytes`."""
     for unit, size, digits in (("GB", 10**9, 2), ("MB", 10**6, 1)):
         if num_bytes >= size:
             return f"{num_bytes / size:,.{digits}f} {unit}"

@@ -1,4 +1,4 @@
-"""Memory that is needed for a moment, beside what is kept: estimates, each from the code that allocates it.
+"""The work space: memory needed only for a moment. Each estimate follows the code that allocates the memory.
 
 Letters: T tokens, D hidden, F inner, V vocabulary, E experts, R rank.
 """
@@ -12,12 +12,12 @@ from lola_ft.planning.job import Job
 from lola_ft.planning.saved_for_backward import expert_factors, expert_inputs, grouped_rows
 
 _FLOAT = 4
-_CHUNK_ROWS = 256  # of the loss: `kernels/loss.py`
-_CPU_TILE = 1 << 20  # numbers that are made dense at a time on a CPU: `quantization/nf4.py`
+_CHUNK_ROWS = 256  # rows per chunk of the loss (`kernels/loss.py`)
+_CPU_TILE = 1 << 20  # numbers that are dequantised at a time on a CPU (`quantization/nf4.py`)
 
 
 def loss_work(job: Job) -> int:
-    """Return the size of the labelled rows, and of one chunk's logits with their softmax and gradient."""
+    """Return the bytes of the labelled rows (T, D), and of one chunk's logits with their softmax and gradient."""
     sizes = job.architecture.sizes
     logits = min(_CHUNK_ROWS, job.tokens) * sizes.vocab
     rows = job.tokens * sizes.hidden * (_FLOAT if job.on_cuda else job.width)
@@ -25,7 +25,7 @@ def loss_work(job: Job) -> int:
 
 
 def backward_work(job: Job) -> int:
-    """Return the largest of a layer's parts on the way back, with the gradient that flows along."""
+    """Return the bytes of a layer's largest part in the backward pass, with the gradient of the hidden states."""
     row = job.tokens * job.architecture.sizes.hidden
     stream = 2 * row * (_FLOAT if job.on_cuda else job.width)
     attention = 4 * row * job.width + _scores_work(job)
@@ -34,7 +34,7 @@ def backward_work(job: Job) -> int:
 
 
 def linear_tile(job: Job) -> int:
-    """How much of the largest 4-bit weight is dense at a time: all of it, or on a CPU in float32 a tile."""
+    """Return the bytes of the largest dequantised weight: all of it or, on a CPU in float32, one tile."""
     if job.quantization != "nf4":
         return 0
     architecture = job.architecture
@@ -46,14 +46,14 @@ def linear_tile(job: Job) -> int:
 
 
 def _scores_work(job: Job) -> int:
-    """Gradients of the scores, and where attention is not fused of the probabilities in float32."""
+    """Return the bytes of the gradients of attention scores and, if not fused, of float32 probabilities."""
     if job.architecture.family.attention == "scores":
         return score_numbers(job) * (_FLOAT + job.width)
     return score_numbers(job) * _FLOAT if is_stepwise(job) else 0
 
 
 def _activation_work(job: Job) -> int:
-    """Gradient of an activation: it takes the place of what was kept. A model's own function computes it in steps."""
+    """Return the bytes of an activation's gradient. A model's own function computes it in several steps."""
     numbers = job.tokens * job.architecture.sizes.inner
     if job.architecture.sizes.activation in ACT2FN:
         return numbers * (_FLOAT if job.on_cuda else job.width)
@@ -61,10 +61,10 @@ def _activation_work(job: Job) -> int:
 
 
 def _experts_work(job: Job) -> int:
-    """Gradients of grouped rows and of LoRA's factors; copies of the inner rows; what is dense of the weights.
+    """Return the bytes of gradients of grouped rows and LoRA factors, copies of inner rows, and dequantised weights.
 
-    A CPU makes one expert's weight dense at a time on each thread; a GPU all, if it finds that faster than decoding on
-    the way.
+    On a CPU each thread dequantises one expert's weight at a time. A GPU may dequantise all experts at once, if that is
+    faster than dequantising inside the kernel.
     """
     sizes, inputs = job.architecture.sizes, expert_inputs(job)
     hidden, inner = sizes.hidden, sizes.expert_inner

@@ -74,7 +74,7 @@ def load_base(
     if is_cache(path):
         if head != CAUSAL_LM:
             raise UserError(
-                f"{path}: only the 4-bit form of this base is here, which takes no head; give the original."
+                f"{path}: is the 4-bit form of a base, which cannot get another head. Give the original base."
             )
         return _load_quantized(Path(path), quantization, torch_dtype, target)
     return load_checkpoint(

@@ -1,4 +1,4 @@
-"""Recipes: the one file that says what a run does."""
+"""Recipes: the YAML files that describe runs."""
 
 from lola_ft.recipe.loader import load_recipe, render_recipe
 from lola_ft.recipe.schema import Recipe

@@ -1,4 +1,4 @@
-"""Values that recipe keys take. Names of other libraries are listed here, because importing those takes seconds."""
+"""The values that recipe keys accept. Other libraries' names are listed because importing those takes seconds."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ Format = Literal[
 ]  # fmt: skip
 
 OBJECTIVE_FORMATS: dict[str, str] = {"dpo": "preference", "kto": "unpaired_preference"}
-"""The format that an objective learns from; sft learns from all others."""
+"""The format that each objective learns from; sft learns from all other formats."""
 
 PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
     "dpo": (
@@ -17,7 +17,7 @@ PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
     ),
     "kto": ("kto", "apo_zero_unpaired"),
 }
-"""TRL's loss types that need no setting of their own, its default first."""
+"""TRL's loss types that need no further settings, TRL's default first."""
 
 PREFERENCE_LOSS_TYPES = tuple(name for names in PREFERENCE_LOSSES.values() for name in names)
 
@@ -25,7 +25,7 @@ INSTRUCTION_FIELDS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "text_pair", "labels"),
     "translation": ("source", "source_language", "target_language"),
 }
-"""What an `instruction` may name in braces."""
+"""The names that an `instruction` may have in braces, by format."""
 
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",

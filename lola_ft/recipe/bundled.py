@@ -1,4 +1,4 @@
-"""The recipes that come with lola_ft (where they are, what each is for, copies to start from), and their schema."""
+"""The recipes that come with lola_ft (their place, their purposes, copies to start from), and the JSON schema."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class BundledRecipe:
-    """A recipe file; its first comment is the command that runs it, its second what it is for."""
+    """A recipe file. Its first comment is the command that runs it, its second comment describes its purpose."""
 
     path: Path
 
@@ -31,14 +31,14 @@ class BundledRecipe:
 
     @property
     def purpose(self) -> str:
-        """The first sentence of its description."""
+        """The first sentence of the recipe's description."""
         comments = [line.removeprefix("#").strip() for line in self.text.splitlines() if line.startswith("#")]
         sentence, _, _ = " ".join(comments[comments.index("") + 1 :]).partition(". ")
         return sentence.rstrip(".")
 
     @property
     def data_files(self) -> list[str]:
-        """The bundled sample files that it reads or names in its comments, such as `recipes/data/qa_sample.jsonl`."""
+        """The bundled sample files that the recipe names, such as `recipes/data/qa_sample.jsonl`."""
         named = dict.fromkeys(re.findall(r"recipes/data/[\w.-]+\w", self.text))
         return [path for path in named if (self.path.parents[1] / path).is_file()]
 
@@ -50,11 +50,11 @@ def recipes_folder() -> Path:
 
 
 def bundled_recipes() -> dict[str, BundledRecipe]:
-    """Return all recipes by name; raises RecipeError where the package was copied by hand, without them."""
+    """Return all recipes by name; raises RecipeError if the folder with them is missing."""
     folder = recipes_folder()
     found = {path.stem: BundledRecipe(path) for path in sorted(folder.glob("*.yaml"))}
     if not found:
-        raise RecipeError(f"{folder}: the recipes are not here. Install lola_ft, or run it in a checkout.")
+        raise RecipeError(f"{folder}: the bundled recipes are missing. Install lola_ft again, or run it in a checkout.")
     return found
 
 
@@ -63,7 +63,7 @@ def find_recipe(name: str) -> BundledRecipe:
     recipes = bundled_recipes()
     wanted = Path(name).stem if name.endswith(".yaml") else name
     if wanted not in recipes:
-        hint = suggest_word(wanted, list(recipes)) or f" There is {', '.join(recipes)}."
+        hint = suggest_word(wanted, list(recipes)) or f" Choose one of {', '.join(recipes)}."
         raise RecipeError(f"there is no recipe '{name}'.{hint}")
     return recipes[wanted]
 
@@ -71,7 +71,7 @@ def find_recipe(name: str) -> BundledRecipe:
 def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
     """Copy a recipe, its samples and the schema to `OUT/recipes/`, or nothing at all.
 
-    Paths in the copy begin with OUT, and its command is `lola-ft train`: it runs where it was copied from.
+    Paths in the copy begin with OUT and its command is `lola-ft train`, so the copy runs from the current folder.
     """
     recipe = find_recipe(name)
     root = recipe.path.parents[1]
@@ -83,7 +83,7 @@ def copy_recipe(name: str, out: str | Path = ".") -> list[Path]:
     texts[copied] = _moved(texts[copied], Path(out))
     for target, text in texts.items():
         if target.exists() and target.read_text(encoding="utf-8") != text:
-            raise RecipeError(f"{target}: exists already and differs. Move it away, or copy to another folder.")
+            raise RecipeError(f"{target}: already exists and differs. Move it away, or choose another --out.")
     for target, text in texts.items():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +97,15 @@ _BUNDLED_PATH = re.compile(r"(?<![\w./])recipes/[\w./-]+")
 
 
 def _moved(text: str, out: Path) -> str:
-    """Return a recipe's text with the paths and the command of a copy in another folder.
+    """Return a recipe's text with its paths and command adapted to a copy in another folder.
 
-    Quotes of the shell are quotes of YAML as well.
+    The shell's quotes are also valid quotes in YAML.
     """
     text = text.replace("# python finetune.py ", "# lola-ft train ", 1)
     return text if out == Path() else _BUNDLED_PATH.sub(lambda path: shlex.quote(f"{out.as_posix()}/{path[0]}"), text)
 
 
 def schema_text() -> str:
-    """Return the JSON schema, with which editors complete keys; `recipes/schema.json` is this text."""
+    """Return the JSON schema of recipes, which lets editors complete keys; `recipes/schema.json` is this text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"

@@ -1,8 +1,8 @@
-"""A recipe's text as plain data that remembers where each key stands.
+"""A recipe's text as plain data, with the line and column of each key.
 
-The YAML is read as a tree of nodes, never constructed: no tag is executed, every key keeps its place, and all
-duplicate keys are found in one go. Values are YAML 1.2's: null, true, false, numbers (`1e-4` is one), text, lists
-and mappings.
+The YAML is read as a tree of nodes and no Python objects are constructed: no tag is executed, every key keeps its
+place, and all duplicate keys are found at once. Values follow YAML 1.2: null, true, false, numbers (also `1e-4`),
+text, lists and mappings.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a recipe: keys, and places in lists."""
+"""The path to a value in a recipe: keys, and indices in lists."""
 
 MAX_DEPTH = 20
 MAX_NODES = 20_000
 MAX_BYTES = 256 * 1024
-"""Of a recipe's file: YAML is read slowly, and a larger file is some other one, such as a data file."""
+"""Largest recipe file. YAML is read slowly, and a larger file is probably a data file."""
 
 _CORE = "tag:yaml.org,2002:"
 
 
 class Place(NamedTuple):
-    """Line and column where something begins in a file, both counted from 1."""
+    """The line and column where a value begins in a file, both counted from 1."""
 
     line: int
     column: int
@@ -35,8 +35,8 @@ class Place(NamedTuple):
         return f"{self.line}:{self.column}"
 
 
-class BadYaml(Exception):  # noqa: N818 - caught inside this package, never shown as it is
-    """Text that is not YAML: what is wrong and, where known, the place."""
+class BadYaml(Exception):  # noqa: N818 - caught inside this package, never shown to users
+    """Text that is not YAML; holds the message and, if known, the place."""
 
     def __init__(self, message: str, place: Place | None = None) -> None:
         super().__init__(message)
@@ -46,7 +46,7 @@ class BadYaml(Exception):  # noqa: N818 - caught inside this package, never show
 
 @dataclass
 class Document:
-    """Plain data, the place of every key and item in it, and the mistakes that YAML itself lets pass."""
+    """Plain data, the place of every key and list item, and mistakes that YAML itself accepts."""
 
     data: Any = None
     places: dict[KeyPath, Place] = field(default_factory=dict)
@@ -55,16 +55,16 @@ class Document:
 
 
 def parse_document(text: str) -> Document:
-    """Read YAML text; raises BadYaml if it is not one YAML document, or is nested beyond any recipe."""
+    """Read YAML text; raises BadYaml if it is not one YAML document or is nested too deeply."""
     document = Document()
     try:
         root = YAML(typ="safe", pure=True).compose(text)
     except RecursionError:
-        raise BadYaml("nested too deeply") from None
+        raise BadYaml("nested too deeply for a recipe") from None
     except YAMLError as error:
         raise _bad_yaml(error, text) from None
     except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        raise BadYaml(f"not valid YAML ({error})") from None  # ruamel's own slips on malformed text
+        raise BadYaml(f"not valid YAML ({error})") from None  # exceptions that ruamel lets slip on malformed text
     if root is not None:
         document.places[()] = _place(root.start_mark)
         document.data = _plain(root, (), document)
@@ -74,13 +74,13 @@ def parse_document(text: str) -> Document:
 def _bad_yaml(error: YAMLError, text: str) -> BadYaml:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     place = None if mark is None else _place(mark)
-    if isinstance(error, ReaderError):  # it knows only the character's number
+    if isinstance(error, ReaderError):  # has no line, only the index of the character
         before = text[: error.position]
         place = Place(before.count("\n") + 1, len(before) - before.rfind("\n"))
     problem = str(getattr(error, "problem", None) or error).partition("\n")[0]
     hint = ". Indent with spaces, not tabs" if "'\\t'" in problem else ""
     if place and "${" in "".join(text.split("\n")[place.line - 1 : place.line]):
-        hint = ". Variables such as ${X} are not replaced in a recipe: write the value out"
+        hint = ". Variables such as ${X} are not replaced in a recipe: write the value itself"
     return BadYaml(f"not valid YAML: {problem}{hint}", place)
 
 
@@ -110,14 +110,14 @@ def _mapping(node: MappingNode, path: KeyPath, document: Document) -> dict[str, 
     mapping: dict[str, Any] = {}
     for key_node, value_node in node.value:
         place = _place(key_node.start_mark)
-        # An escape such as "\\ud800" leaves half a surrogate pair, which no file can hold.
+        # An escape such as "\\ud800" gives half a surrogate pair, which no file can hold.
         if not isinstance(key_node, ScalarNode) or any("\ud800" <= char <= "\udfff" for char in key_node.value):
             document.problems.append((path, place, "a key must be plain text"))
             continue
         key = str(key_node.value)
         inner = (*path, key)
         if str(key_node.tag).endswith(":merge"):
-            document.problems.append((inner, place, "merge keys are not supported. Write the settings out"))
+            document.problems.append((inner, place, "merge keys (<<) are not supported. Write the settings themselves"))
         elif key in mapping:
             document.problems.append((inner, place, f"given twice, first on line {document.places[inner].line}"))
         else:
@@ -130,7 +130,7 @@ def _scalar(text: str, kind: str) -> Any:
     try:
         return _SCALARS[kind](text)
     except ValueError:
-        return text  # a tag such as !!int before something else: the schema then names what it wants
+        return text  # such as `!!int abc`: the schema then reports the expected type
 
 
 def _integer(text: str) -> int:

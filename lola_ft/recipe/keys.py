@@ -1,4 +1,4 @@
-"""The schema's keys by their dotted names, and "did you mean": the key or word that was probably meant."""
+"""The schema's keys by their dotted names, and suggestions of the key or word that was probably meant."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -11,12 +11,12 @@ from lola_ft.recipe.schema import Recipe, Section
 
 @cache
 def all_keys() -> tuple[str, ...]:
-    """Every key of a recipe, such as `train.max_steps`; items of lists go without their number."""
+    """Return every key of a recipe, such as `train.max_steps`; list items have no index in the name."""
     return tuple(_keys(Recipe, ""))
 
 
 def section_at(keys: Sequence[str]) -> type[Section] | None:
-    """The section's class behind a path of keys, None where the path leads to no section."""
+    """Return the section class at a path of keys; None if the path leads to no section."""
     section: type[Section] | None = Recipe
     for key in keys:
         info = section.model_fields.get(key) if section else None
@@ -25,8 +25,10 @@ def section_at(keys: Sequence[str]) -> type[Section] | None:
 
 
 def own_key(path: KeyPath) -> tuple[type[Section], KeyPath] | None:
-    """The innermost section on a path and the path of its key: `data.sources.0.fields` of `data.sources.0.fields.text`;
-    None where the path leads to none."""
+    """Return the innermost section on a path and the path of that section's key; None if there is none.
+
+    For `data.sources.0.fields.text` the section is Source, and the key is `data.sources.0.fields`.
+    """
     for end in range(len(path), 0, -1):
         section = section_at([part for part in path[: end - 1] if isinstance(part, str)])
         if section and path[end - 1] in section.model_fields:
@@ -35,7 +37,7 @@ def own_key(path: KeyPath) -> tuple[type[Section], KeyPath] | None:
 
 
 def describe_key(path: Sequence[str | int]) -> str:
-    """The schema's one-line description of a key, "" for one it does not know."""
+    """Return the schema's one-line description of a key; "" if the key is unknown."""
     *parents, key = [part for part in path if isinstance(part, str)]
     section = section_at(parents)
     info = section.model_fields.get(key) if section else None
@@ -50,7 +52,7 @@ def _keys(section: type[Section], prefix: str) -> Iterator[str]:
 
 
 def _inner_section(annotation: Any) -> type[Section] | None:
-    """The section inside an annotation such as `GroupLora | None` or `list[Source]`."""
+    """Return the section inside an annotation such as `GroupLora | None` or `list[Source]`."""
     if get_origin(annotation) is None and isinstance(annotation, type):
         return annotation if issubclass(annotation, Section) else None
     return next((inner for inner in map(_inner_section, get_args(annotation)) if inner), None)
@@ -91,22 +93,22 @@ OTHER_TOOLS = {
     "base.adapter": "adapter.continue_from",
     "adapter.start": "adapter.continue_from",
 }
-"""What others call a setting that a recipe has; with a section where the name alone means something else."""
+"""Other tools' names of a recipe's settings; with a section if the bare name means something else."""
 
 
 def suggest_word(given: object, words: Sequence[str]) -> str:
-    """A hint such as " Did you mean 'cosine'?", or nothing."""
+    """Return a hint such as " Did you mean 'cosine'?"; "" if no word is close."""
     close = get_close_matches(str(given).lower(), words, n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def suggest_key(path: Sequence[str | int]) -> str:
-    """Return a hint for an unknown key at a path: one of its section, or the place where such a key belongs."""
+    """Return a hint for an unknown key: a similar key of its section, or the section where the key belongs."""
     *parents, key = [part for part in path if isinstance(part, str)]
     section = section_at(parents)
     siblings = list(section.model_fields) if section else []
     if "." in str(key) and str(key) in all_keys():
-        return f" Dots work on the command line only; write {_nested(str(key))}."
+        return f" Dots in keys work only on the command line; write {_nested(str(key))}."
     if meant := OTHER_TOOLS.get(".".join([*parents, str(key)])) if parents else None:
         return f" Did you mean '{meant}'?"
     if meant := _belongs(str(key), parents):
@@ -126,7 +128,7 @@ def _nested(key: str) -> str:
 
 
 def _belongs(key: str, parents: list[str]) -> str:
-    """The dotted place of a key with this very name, nearest to `parents`; "" if no section has one."""
+    """Return the dotted name of the key called exactly `key` nearest to `parents`; "" if no section has one."""
     places = [place for place in all_keys() if place.rpartition(".")[2] == key]
     if key in OTHER_TOOLS:
         leaf = OTHER_TOOLS[key].rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a Recipe, or to one message that lists every mistake with its place; and back."""
+"""Loading: a YAML file and overrides become a Recipe, or one message with every mistake and its place; and back."""
 
 import copy
 import io
@@ -29,12 +29,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
     Args:
-        path: A YAML file. Relative paths inside it count from the working directory, as on the command line.
-        overrides: Settings such as `train.max_steps=20`; the later one wins.
+        path: A YAML file. Relative paths inside it start at the working directory, as on the command line.
+        overrides: Settings such as `train.max_steps=20`; a later override of a key wins.
 
     Raises:
-        RecipeError: The file cannot be read, or the recipe has mistakes: all of them, one a line, each as
-            `recipes/sw.yaml:14:15: adapter.attention.rnak: unknown key. Did you mean 'rank'?`.
+        RecipeError: The file cannot be read, or the recipe has mistakes. The message lists all of them, one per line,
+            such as `recipes/sw.yaml:14:15: adapter.attention.rnak: unknown key. Did you mean 'rank'?`.
     """
     document = _parse(path)
     if not isinstance(document.data, dict):
@@ -60,7 +60,7 @@ def _parse(path: str | Path) -> Document:
             f"{path}: no such recipe. Did you mean '{similar}'?" if similar else missing(Path(path), "recipe")
         ) from None
     except IsADirectoryError:
-        raise RecipeError(f"{path}: is a folder; expected a recipe file.") from None
+        raise RecipeError(f"{path}: is a folder. Give a recipe file.") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
     except (OSError, ValueError) as error:
@@ -81,11 +81,11 @@ def _content(path: Path) -> bytes:
 
 
 def _validate(overridden: Overridden) -> tuple[Recipe | None, list[tuple[KeyPath, str]]]:
-    """The recipe, if it is one, and its mistakes.
+    """Return the recipe if it is valid, and its mistakes.
 
-    A section's rules are looked at once its keys are right. Unknown keys and wrong values must not hide them, so they
-    are left out in a second and a third look. What these then find missing in the same section, or wrong with the
-    value itself, is only another sign of them.
+    pydantic checks a section's rules only when all its keys are right. A second pass leaves out unknown keys and a
+    third pass leaves out wrong values too, so that those mistakes do not hide broken rules. Problems that these passes
+    report at a key left out are consequences of leaving it out, and are dropped.
     """
     mistakes = [*unsupported.find(overridden.data), *_variables(overridden.data, ())]
     try:
@@ -112,23 +112,23 @@ _FREE_TEXT = ("instruction", "labels")
 
 
 def _variables(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
-    """Yield the values that name a variable of the shell: nothing would replace it."""
+    """Yield the values that name a shell variable, which nothing would replace."""
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if key not in _FREE_TEXT:
                 yield from _variables(inner, (*path, key))
     elif isinstance(value, str) and (found := _VARIABLE.search(value)):
         key = printable(".".join(map(str, path)))
-        yield path, f"{found[0]} is not replaced in a recipe. Write the value out, or add `{key}=…` to the command"
+        yield path, f"{found[0]} is not replaced in a recipe. Write the value itself, or add `{key}=…` to the command"
 
 
 def _leads_to(path: KeyPath, keys: list[KeyPath]) -> bool:
-    """Tell whether one of the keys is at this place or inside it."""
+    """Tell whether one of the keys is at `path` or inside it."""
     return any(key[: len(path)] == path for key in keys)
 
 
 def _without(data: Any, keys: list[KeyPath]) -> Any:
-    """The data without these keys."""
+    """Return the data without the given keys."""
     rest = copy.deepcopy(data)
     for *parents, key in keys:
         place = rest
@@ -141,7 +141,7 @@ def _without(data: Any, keys: list[KeyPath]) -> Any:
 def _locate(
     path: KeyPath, message: str, file: str | Path, document: Document, overridden: Overridden
 ) -> tuple[Place, str]:
-    """A mistake's place and text; one made by an override comes after those of the file."""
+    """Return a mistake's place and text; mistakes in overrides sort after those in the file."""
     text = f"{_dotted(path)}{message}{'' if message.endswith(('.', '?')) else '.'}"
     for prefix in _prefixes(path):
         if prefix in overridden.origins:
@@ -151,7 +151,7 @@ def _locate(
 
 
 def _prefixes(path: KeyPath) -> Iterator[KeyPath]:
-    """The path itself, then its parents, the nearest first."""
+    """Return the path itself and then its parents, the nearest first."""
     return (path[:end] for end in range(len(path), -1, -1))
 
 
@@ -160,7 +160,7 @@ def _dotted(path: KeyPath) -> str:
 
 
 def render_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML text that `load_recipe` reads back as an equal Recipe."""
+    """Return the resolved recipe as YAML text, which `load_recipe` reads back as an equal Recipe."""
     settings = _as_written(recipe.model_dump())
     if recipe.train.max_steps is not None:
         del settings["train"]["epochs"]  # the two exclude each other
@@ -172,7 +172,7 @@ def render_recipe(recipe: Recipe) -> str:
 
 
 def _as_written(value: Any) -> Any:
-    """Settings as a recipe writes them: one that is off is left out, odd characters are escaped in quotes."""
+    """Return settings as a recipe file has them: None left out, unprintable characters escaped in quotes."""
     if isinstance(value, dict):
         return {key: _as_written(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

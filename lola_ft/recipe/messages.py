@@ -1,4 +1,4 @@
-"""The schema's findings in words a user can act on: what was given, and what would be right."""
+"""pydantic's findings in words that a user can act on: the value given, and a value that would be right."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from lola_ft.recipe.schema import UNION_TAGS
 
 
 def explain(error: ValidationError) -> Iterator[tuple[KeyPath, str]]:
-    """Each mistake of a recipe: the path of the key to blame and the message."""
+    """Yield each mistake of a recipe: the path of the key to blame, and the message."""
     for detail in error.errors(include_url=False):
         if detail["type"] == _RULES:
             yield from _problems(detail)
@@ -33,29 +33,29 @@ def _problems(detail: ErrorDetails) -> Iterator[tuple[KeyPath, str]]:
 
 
 def unknown_keys(error: ValidationError) -> list[KeyPath]:
-    """The paths of keys that the schema does not have."""
+    """Return the paths of keys that the schema does not have."""
     return [_path(detail) for detail in error.errors(include_url=False) if detail["type"] == _UNKNOWN]
 
 
 def wrong_values(error: ValidationError) -> list[KeyPath]:
-    """The paths of values that are not what their keys take."""
+    """Return the paths of values that their keys do not accept."""
     others = (_UNKNOWN, _RULES, "missing")
     return [_path(detail) for detail in error.errors(include_url=False) if detail["type"] not in others]
 
 
-_UNKNOWN = "extra_forbidden"  # pydantic's word for it
-_RULES = "rules"  # ours
+_UNKNOWN = "extra_forbidden"  # pydantic's name of the mistake
+_RULES = "rules"  # our own, from schema.Section
 
 
 def _path(detail: ErrorDetails) -> KeyPath:
-    """Return a mistake's path without the names of a union's alternatives; an unknown key may have such a name."""
+    """Return a mistake's path without the names of union alternatives, which an unknown key may have by chance."""
     place = detail["loc"]
     end = len(place) - (detail["type"] == _UNKNOWN)
     return (*(part for part in place[:end] if part not in UNION_TAGS), *place[end:])
 
 
 def shown(value: Any) -> str:
-    """A value as its owner wrote it, kept short."""
+    """Return a value as its author wrote it, shortened."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -81,7 +81,7 @@ def _message(detail: ErrorDetails, path: KeyPath) -> str:
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     if kind in _EXPECTED:
-        return f"expected {_EXPECTED[kind]}; got {shown(given)}.{_mend(kind, given)}"
+        return f"expected {_EXPECTED[kind]}; got {shown(given)}.{_advice(kind, given)}"
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}; got {shown(given)}"
 
 
@@ -107,8 +107,8 @@ _RANGES = {
 }
 
 
-def _mend(kind: str, given: Any) -> str:
-    """Say what to write instead, where that is known."""
+def _advice(kind: str, given: Any) -> str:
+    """Return advice on the right form of the value; "" if none is known."""
     if isinstance(given, str) and kind in ("int_type", "float_type"):
         convert: Callable[[str], Any] = int if kind == "int_type" else float
         try:

@@ -1,7 +1,7 @@
-"""`key=value` on the command line, laid over a recipe's data.
+"""Overrides on the command line (`key=value`), applied to a recipe's data.
 
-A key is a dotted path into the recipe, a number being the place in a list (`data.sources.0.path`); a value is read
-as YAML, so `null`, `8`, `1e-4` and `{rank: 4}` mean what they mean in the file.
+A key is a dotted path into the recipe, with indices of list items (`data.sources.0.path`). A value is read as YAML,
+so `null`, `8`, `1e-4` and `{rank: 4}` have the same meaning as in the file.
 """
 
 import copy
@@ -12,13 +12,13 @@ from typing import Any
 from lola_ft.recipe.document import BadYaml, KeyPath, parse_document
 
 EXCLUSIVE = {("train", "max_steps"): ("train", "epochs"), ("train", "epochs"): ("train", "max_steps")}
-"""Overriding one of such a pair takes the other out of the file: a short trial of a recipe needs one word."""
+"""Overriding the first key removes the second one of the file, so that a short trial of a recipe needs one word."""
 
 PLACES = {
     "path": ("hub", "subset", "split", "revision", "streaming"),
     "hub": ("path", "unit", "delimiter", "quoting", "rows_under"),
 }
-"""In a source, overriding `path` takes out what belongs to a Hub dataset, and the other way round."""
+"""In a source, overriding `path` removes the keys of a Hub dataset, and overriding `hub` those of a local file."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Overridden:
 
     data: dict[str, Any]
     origins: dict[KeyPath, str] = field(default_factory=dict)
-    """The override, as typed, that set the value at a path."""
+    """The override, as typed, that set the value at each path."""
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """Overrides that could not be applied: as typed, and why."""
+    """Overrides that could not be applied: the text as typed, and the reason."""
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> Overridden:
-    """Lay overrides over a recipe's data, in their order; `data` itself does not change."""
+    """Apply overrides to a copy of a recipe's data, in their order."""
     result = Overridden(copy.deepcopy(data))
     for override in overrides:
         if problem := _apply(override, result):
@@ -42,7 +42,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> Overridde
 
 
 def _apply(override: str, result: Overridden) -> str | None:
-    """Apply one override; returns what is wrong with it."""
+    """Apply one override; returns the mistake in it, None if it was applied."""
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not equals or not all(parts):
@@ -83,7 +83,7 @@ def _put(parts: list[str], value: Any, override: str, result: Overridden) -> str
 
 
 def _step(place: Any, part: str, path: KeyPath) -> tuple[str | int, str | None]:
-    """The key or list place that `part` names in `place`, and what is wrong with it."""
+    """Return the key or list index that `part` names in `place`, and the mistake in it (None if it is right)."""
     name = ".".join(map(str, path)) or "the recipe"
     if isinstance(place, dict):
         return part, None

@@ -1,4 +1,4 @@
-"""Rules of the objectives that learn from judged answers: what they need, and what has no meaning for them."""
+"""Rules of the objectives that learn from judged answers (dpo, kto): settings they need, and settings they refuse."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,13 +7,13 @@ from lola_ft.recipe.allowed_values import OBJECTIVE_FORMATS, PREFERENCE_LOSSES
 from lola_ft.recipe.document import KeyPath
 
 LEAST_MICRO_BATCH = {"kto": 2}
-"""Fewest rows of a micro batch by loss type; kto pairs each prompt with the answer of another row."""
+"""Fewest rows of a micro batch by loss type. kto pairs each prompt with another row's answer."""
 
 _NOT_DEFAULTS = (("data", "packing", False), ("adapter", "dropout", 0.0))
 
 
 def with_defaults(given: Any) -> Any:
-    """A recipe as written, with the defaults that another objective has."""
+    """Return a recipe's data with the defaults of dpo and kto, where those differ from sft's."""
     if not isinstance(given, dict) or given.get("objective") not in OBJECTIVE_FORMATS:
         return given
     for section, key, value in _NOT_DEFAULTS:
@@ -31,7 +31,7 @@ def with_defaults(given: Any) -> Any:
 
 
 def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """Yield what does not fit the objective, in a valid recipe's plain data: (path, message)."""
+    """Yield (path, message) of each setting in a valid recipe's data that does not fit the objective."""
     objective, train = recipe["objective"], recipe["train"]
     yield from _formats(recipe["data"], objective)
     if objective not in OBJECTIVE_FORMATS:
@@ -47,7 +47,7 @@ def problems(recipe: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
         why = "kto pairs each prompt with another row's answer of the same micro batch"
         yield ("train", "micro_batch_size"), f"{why}. Give at least {least}"
     if train["reference"] == "adapter" and recipe["adapter"]["continue_from"] is None:
-        yield ("train", "reference"), "there is no adapter to refer to. Name it with adapter.continue_from, or use base"
+        yield ("train", "reference"), "there is no adapter to refer to. Set adapter.continue_from, or choose base"
     yield from _without_meaning(recipe, objective)
 
 
@@ -68,22 +68,22 @@ def _formats(data: dict[str, Any], objective: str) -> Iterator[tuple[KeyPath, st
 def _without_meaning(recipe: dict[str, Any], objective: str) -> Iterator[tuple[KeyPath, str]]:
     adapter = recipe["adapter"]
     if recipe["data"]["packing"]:
-        yield ("data", "packing"), f"{objective} compares whole answers, each in a row of its own. Set it to false"
+        yield ("data", "packing"), f"{objective} compares whole answers, which need a row each. Set it to false"
     for place in ((), ("attention",), ("mlp",), ("shared_experts",), ("experts",)):
         section = adapter[place[0]] if place else adapter
         if section and section["dropout"]:
             yield (
                 ("adapter", *place, "dropout"),
-                f"{objective} compares the model with its reference, and dropout would blur that. Set it to 0",
+                f"{objective} compares the model with its reference, and dropout would add noise. Set it to 0",
             )
     if adapter["init"] == "loftq" and adapter["continue_from"] is None:
         yield (
             ("adapter", "init"),
-            f"{objective} holds the model to where it starts, the base without its adapter; loftq starts elsewhere. "
+            f"{objective} keeps the model near its start, the base without an adapter, and loftq starts elsewhere. "
             "Choose default or gaussian",
         )
     if recipe["guards"]["router_collapse"] == "stop":
-        yield ("guards", "router_collapse"), f"{objective} does not count the routers' load. Choose warn or off"
+        yield ("guards", "router_collapse"), f"{objective} does not measure the router's load. Choose warn or off"
     for key in ("aux_loss", "z_loss"):
         if recipe["router"][key]:
-            yield ("router", key), f"{objective} has a loss of its own; the routers' are not added to it. Remove it"
+            yield ("router", key), f"{objective} does not add the router's losses to its own loss. Remove it"

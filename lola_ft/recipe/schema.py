@@ -1,8 +1,8 @@
-"""The recipe's schema: every key with its type, range, default and one line of explanation.
+"""The schema of a recipe: every key with its type, range, default and one line of explanation.
 
 A section is a frozen pydantic model: unknown keys are refused and nothing is converted (`"4"` and `true` are not
-numbers; a whole number may stand for a decimal). Rules that tie keys together live beside them in `_rules`; a rule
-names the key to blame, so that the loader can point at its line.
+numbers; a whole number is accepted as a decimal). Rules between keys are in the section's `_rules`. A rule names the
+key to blame, so that the loader can point at the key's line.
 """
 
 import os.path
@@ -29,21 +29,23 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 def _without_tilde(path: str) -> str:
-    """Put the home folder in place of a `~` at the beginning of a path, here and nowhere else."""
+    """Put the home folder in place of a `~` at the beginning of a path. No other code does this."""
     whole = os.path.expanduser(path)  # noqa: PTH111 - a name or Hub id must stay the text that it is
     if whole.startswith("~"):
-        raise PydanticCustomError("no_home", "no home folder is known for the `~` at its beginning. Write the path out")
+        raise PydanticCustomError(
+            "no_home", "no home folder is known for the `~` at its beginning. Write the whole path"
+        )
     return whole
 
 
 PathName = Annotated[Name, AfterValidator(_without_tilde)]
-"""A path, or a name that may stand in its place; relative paths count from the folder where the command runs."""
+"""A path, or a name in place of a path. Relative paths start at the folder where the command runs."""
 
 UNION_TAGS = ("<name>", "<layers>", "<share>", "<sources>")
-"""Names of the alternatives of a value, which pydantic puts into the place of a mistake."""
+"""Names of the alternative types of a value. pydantic makes them part of a mistake's place."""
 
 Problem = tuple[KeyPath, str]
-"""A broken rule: the key to blame, seen from its section (`()` for the section itself), and what is wrong."""
+"""A broken rule: the path from the section to the key to blame (`()` for the section itself), and the message."""
 
 
 class Section(BaseModel):
@@ -52,16 +54,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def _rules(self) -> Iterable[Problem]:
-        """The rules between this section's keys that are broken."""
+        """Yield this section's broken rules between keys."""
         return ()
 
     @model_validator(mode="after")
     def _follow_rules(self, info: ValidationInfo) -> Self:
         """Check the rules.
 
-        Validation's context may hold keys (section class, name) whose values were wrong and are left out. They are
-        taken away, defaults too: a rule that asks for one ends the look at its section, so that what was found until
-        then holds whatever their values should have been.
+        Validation's context may hold keys (section class, name) that were left out because their values were wrong.
+        Their defaults are removed here: a rule that reads such a key stops the check of its section. So every problem
+        reported is one that holds for any value of the missing keys.
         """
         problems = list[Problem]()
         for section, key in info.context or ():
@@ -80,13 +82,15 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    """The model that is fine-tuned; its weights stay as they are."""
+    """The base model to fine-tune. Its files never change."""
 
     model: PathName = Field(description="Hub id or folder of the base model")
     revision: Name = Field(default="main", description="branch, tag or commit of the base on the Hub")
-    quantization: Literal["nf4", "none"] = Field(default="nf4", description="how frozen weights are stored")
+    quantization: Literal["nf4", "none"] = Field(
+        default="nf4", description="form of the frozen weights: nf4 (4 bit) or none"
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        default="bfloat16", description="number format of the arithmetic"
+        default="bfloat16", description="number format for computing"
     )
 
 
@@ -95,26 +99,29 @@ class GroupLora(Section):
 
     rank: Rank = Field(description="rank of the two LoRA matrices")
     alpha: float | None = Field(default=None, gt=0, description="this group's alpha, in place of adapter.alpha")
-    dropout: float | None = Field(default=None, ge=0, lt=1, description="this group's, in place of adapter.dropout")
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="this group's dropout, in place of adapter.dropout"
+    )
 
 
 class ExpertLora(GroupLora):
-    """LoRA on the experts, one pair of matrices for each."""
+    """LoRA on the experts, one pair of matrices per expert."""
 
     select: Annotated[
         Annotated[PathName, Tag("<name>")] | Annotated[list[list[int]], Tag("<layers>")],
         Discriminator(
             lambda value: {str: "<name>", list: "<layers>"}.get(type(value)),
             custom_error_type="expert_selection",
-            custom_error_message="expected `all`, a list of expert numbers for each MoE layer, or a file",
+            custom_error_message="expected `all`, a list of expert numbers per MoE layer, or a file",
         ),
     ] = Field(
-        default="all", description="which experts are trained: all, a list for each MoE layer, or a selection file"
+        default="all",
+        description="experts to train: all, a list of numbers per MoE layer, or a file of `lola-ft routing select`",
     )
 
 
 class Adapter(Section):
-    """The weights that get LoRA; a group that is left out gets none."""
+    """The weights that get LoRA. A group that is left out gets no LoRA."""
 
     attention: GroupLora | None = Field(default=None, description="LoRA on the attention projections")
     mlp: GroupLora | None = Field(default=None, description="LoRA on the dense blocks' projections")
@@ -122,21 +129,22 @@ class Adapter(Section):
         default=None, description="LoRA on the experts that every token uses, where the base has them"
     )
     experts: ExpertLora | None = Field(default=None, description="LoRA on the experts' projections")
-    alpha: float = Field(default=32.0, gt=0, description="LoRA's numerator: updates are scaled by alpha / rank")
+    alpha: float = Field(default=32.0, gt=0, description="LoRA's alpha: updates are scaled by alpha / rank")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="share of LoRA's inputs dropped in training")
     variant: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="how updates are scaled and composed; dora acts on attention and mlp"
+        default="lora",
+        description="lora; rslora scales by alpha / sqrt(rank); dora also learns lengths (attention and mlp only)",
     )
     init: Literal["default", "gaussian", "loftq", "pissa"] = Field(
-        default="default", description="where LoRA starts; loftq: at the error of the 4-bit base"
+        default="default", description="starting values of LoRA; loftq corrects the rounding error of the 4-bit base"
     )
     norms: bool = Field(default=False, description="fully train the norms (no LoRA)")
     biases: bool = Field(
-        default=False, description="fully train every bias (no LoRA); of experts, those of the selected ones"
+        default=False, description="fully train the biases (no LoRA); in experts, only those of the selected experts"
     )
     continue_from: Name | None = Field(
         default=None,
-        description="run, adapter's folder or Hub id to go on training from; what is trained comes from there",
+        description="run, adapter folder or Hub id to continue training from; it decides which weights are trained",
     )
     revision: Name | None = Field(default=None, description="branch, tag or commit of continue_from on the Hub (main)")
 
@@ -144,30 +152,32 @@ class Adapter(Section):
         if self.init == "pissa":
             yield (
                 ("init",),
-                "pissa subtracts LoRA's start from the base's own weights: the adapter would belong to a base that "
+                "pissa subtracts LoRA's starting values from the base's weights: the adapter would fit a base that "
                 "nobody else has, and a 4-bit base would have to be quantised again. Choose loftq, gaussian or default",
             )
         if self.revision is not None and self.continue_from is None:
-            yield ("revision",), "belongs to continue_from, an adapter on the Hub. Name one, or remove this"
+            yield ("revision",), "belongs to continue_from, and that is not set. Set it, or remove this"
         groups = (self.attention, self.mlp, self.shared_experts)
         if self.variant == "dora" and not any(groups) and self.continue_from is None:
             yield ("variant",), "dora acts on attention and mlp, and neither has a rank. Give one, or choose lora"
         if self.variant == "dora" and self.init == "loftq":
             yield (
                 ("init",),
-                "loftq starts LoRA away from zero, which dora's lengths do not allow for. Choose one of them",
+                "loftq starts LoRA away from zero, and dora's lengths assume a start at zero. Choose one of the two",
             )
 
 
 class Router(Section):
-    """Training of the router, the layers that choose the experts."""
+    """Training of the router, which chooses each token's experts."""
 
     mode: Literal["frozen", "tuned", "lora"] = Field(
-        default="frozen", description="whether and how the router is trained"
+        default="frozen", description="training of the router: frozen (none), tuned (fully trained) or lora"
     )
-    rank: Rank | None = Field(default=None, description="rank of LoRA on the routers, with mode lora (8)")
-    aux_loss: float = Field(default=0.0, ge=0, description="weight of the loss that evens out the experts' load")
-    z_loss: float = Field(default=0.0, ge=0, description="weight of the loss that keeps the routers' scores small")
+    rank: Rank | None = Field(default=None, description="mode lora: rank of LoRA on the router (8)")
+    aux_loss: float = Field(default=0.0, ge=0, description="weight of the load-balancing loss (0: none)")
+    z_loss: float = Field(
+        default=0.0, ge=0, description="weight of the loss that keeps the router's scores small (0: none)"
+    )
 
     def _rules(self) -> Iterable[Problem]:
         if self.rank is not None and self.mode != "lora":
@@ -186,38 +196,40 @@ class Source(Section):
     split: Name | None = Field(default=None, description="split of the Hub dataset (train)")
     revision: Name | None = Field(default=None, description="branch, tag or commit of the Hub dataset")
     streaming: bool = Field(default=False, description="read the Hub dataset row by row, without downloading it first")
-    limit: Count | None = Field(default=None, description="read only so many rows")
+    limit: Count | None = Field(default=None, description="read only this many rows, the first ones")
     unit: Literal["paragraph", "line", "file"] | None = Field(
-        default=None, description="what a row of a .txt file is (paragraph: blank lines divide)"
+        default=None, description="one row of a .txt file: a paragraph (between blank lines), a line, or the whole file"
     )
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
-        default=None, description="character between the cells of a .csv or .tsv file, if it is not found by itself"
+        default=None, description="character between the cells of a .csv or .tsv file (found automatically if left out)"
     )
     quoting: bool | None = Field(
-        default=None, description="whether cells may stand in quotation marks (true for .csv, false for .tsv)"
+        default=None, description="whether cells may be in quotation marks (true for .csv, false for .tsv)"
     )
     rows_under: Name | None = Field(
-        default=None, description="key under which a .json file has its list of rows, if it is not found by itself"
+        default=None, description="key of a .json file that holds the list of rows (found automatically if left out)"
     )
-    format: Format = Field(description="what a row's fields mean")
+    format: Format = Field(description="format of the rows: the fields of a row and their meaning")
     language: Name | None = Field(default=None, description="language code of every row")
     language_column: Name | None = Field(default=None, description="field of a row that holds its language code")
-    fields: dict[str, Name] = Field(default={}, description="the format's field name: the file's field name")
-    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
-        default={}, description="conversations: a role's name in the file: what it means; common names are known"
+    fields: dict[str, Name] = Field(
+        default={}, description="field names that differ, as `name in the format: name in the file`"
     )
-    join_turns: bool = Field(default=False, description="conversations: join neighbouring turns of one role")
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        default={}, description="conversations: unusual role names, as `name in the file: role`; common ones are known"
+    )
+    join_turns: bool = Field(default=False, description="conversations: join consecutive turns of the same role")
     trim_last_turn: bool = Field(
-        default=False, description="conversations: leave out last turns that no answer follows"
+        default=False, description="conversations: leave out turns at the end that no answer follows"
     )
     labels: Annotated[dict[str, Name], Field(min_length=1)] | None = Field(
-        default=None, description="classification: a label as the file has it: the word for it"
+        default=None, description="classification: the word for each label, as `label in the file: word`"
     )
     source_language: Name | None = Field(default=None, description="translation: language code of every source text")
     target_language: Name | None = Field(default=None, description="translation: language code of every translation")
     instruction: Name | None = Field(
         default=None,
-        description="every row's request, for alpaca, classification and translation; {text} puts a field in its place",
+        description="alpaca, classification, translation: instruction of every row; {text} inserts its field text",
     )
 
     @model_validator(mode="before")
@@ -232,9 +244,9 @@ class Source(Section):
             yield (), "give exactly one of `path` (a local file) and `hub` (a dataset on the Hub)"
         for key in ("subset", "split", "revision", "streaming"):
             if self.hub is None and self.path is not None and getattr(self, key) not in (None, False):
-                yield (key,), "belongs to a Hub dataset; a local file has none. Remove it"
+                yield (key,), "is for a dataset on the Hub, and this source is a local file. Remove it"
         if self.unit is not None and (self.path is None or kind_of_file(self.path) in ROWS_OF_THEIR_OWN):
-            yield ("unit",), "divides .txt files; this source has rows of its own. Remove it"
+            yield ("unit",), "divides .txt files into rows; this source has rows already. Remove it"
         for key, kinds in (("delimiter", TEXT_TABLES), ("quoting", TEXT_TABLES), ("rows_under", JSON_FILES)):
             other = self.path is None or kind_of_file(self.path) in {*ROWS_OF_THEIR_OWN, ".txt"} - {*kinds}
             if getattr(self, key) is not None and other:
@@ -250,7 +262,7 @@ class Source(Section):
         yield from self._format_rules()
 
     def _format_rules(self) -> Iterable[Problem]:
-        """Yield keys that belong to another format, and names that an instruction may not use."""
+        """Yield broken rules: keys of another format, and names that the instruction cannot use."""
         for key, formats in _KEYS_OF_FORMATS.items():
             if getattr(self, key) not in (None, {}, False) and self.format not in formats:
                 yield (key,), f"belongs to format {' or '.join(formats)}; this source has {self.format}. Remove it"
@@ -291,31 +303,37 @@ class Data(Section):
 
     template: PathName = Field(
         default="alpaca",
-        description="bundled prompt template, chat (the tokenizer's own chat template), or a path that ends in .jinja",
+        description="prompt template: a bundled one, chat (the tokenizer's own), or a path that ends in .jinja",
     )
     sources: list[Source] = Field(min_length=1, description="where the training rows come from")
     learn: Literal["all_answers", "last_answer"] = Field(
-        default="all_answers", description="which answers of a conversation are learned; the others are read"
+        default="all_answers", description="answers of a conversation that are learned; other answers are only read"
     )
     special_tokens: list[Name] = Field(
-        default=[], description="special tokens to add to the tokenizer where it lacks them; their rows are trained"
+        default=[], description="special tokens to add to the tokenizer if it lacks them; their embeddings are trained"
     )
-    normalize: Literal["none", "nfc"] = Field(default="none", description="nfc composes characters; none changes none")
+    normalize: Literal["none", "nfc"] = Field(default="none", description="nfc: Unicode NFC; none: no change")
     on_bad_row: Literal["error", "skip"] = Field(
-        default="error", description="what happens to a row that cannot be used: stop at it, or count and list it"
+        default="error", description="a row that cannot be used: error stops, skip leaves it out and lists it"
     )
-    language_temperature: float = Field(default=1.0, ge=1, description="evens languages out: sampling follows n^(1/T)")
-    max_per_language: Count | None = Field(default=None, description="most examples of a language in an epoch")
-    max_repeats: Count = Field(default=4, description="how often a row may come in an epoch when languages are mixed")
-    deduplicate: bool = Field(default=False, description="leave out training rows that say the same as an earlier one")
+    language_temperature: float = Field(
+        default=1.0, ge=1, description="T evens languages out: n rows of a language count as n^(1/T)"
+    )
+    max_per_language: Count | None = Field(default=None, description="most examples of one language per epoch")
+    max_repeats: Count = Field(default=4, description="most times that mixing repeats a row per epoch")
+    deduplicate: bool = Field(default=False, description="leave out training rows that repeat an earlier one")
     leakage: Literal["error", "drop", "allow"] = Field(
-        default="error", description="what happens to training rows that are validation rows too"
+        default="error",
+        description="training rows that are also validation rows: error stops, drop leaves them out, allow keeps them",
     )
     max_length: int = Field(default=1024, ge=2, description="longest sequence in tokens")
     overlong: Literal["drop", "split", "truncate", "error"] = Field(
-        default="drop", description="what happens to longer rows"
+        default="drop",
+        description="rows longer than max_length: drop, split (plain text only), truncate, or stop with an error",
     )
-    packing: bool = Field(default=True, description="put several rows into one sequence")
+    packing: bool = Field(
+        default=True, description="put several rows into one sequence, kept apart by the attention mask"
+    )
     validation: Annotated[
         Annotated[Share, Tag("<share>")] | Annotated[list[Source], Field(min_length=1), Tag("<sources>")],
         Discriminator(
@@ -323,16 +341,18 @@ class Data(Section):
             custom_error_type="validation_kind",
             custom_error_message="expected a share such as 0.02, or a list of sources",
         ),
-    ] = Field(default=0.0, description="share of the rows held out for evaluation, or sources of its own")
+    ] = Field(
+        default=0.0, description="share of the rows to hold out for validation, or a list of sources of validation rows"
+    )
 
     def _rules(self) -> Iterable[Problem]:
         if self.max_repeats != 4 and self.language_temperature == 1:
-            yield ("max_repeats",), "no row is repeated at language_temperature 1. Raise that, or remove this"
+            yield ("max_repeats",), "no row is repeated at language_temperature 1. Raise that key, or remove this one"
         if self.leakage != "error" and not isinstance(self.validation, list):
-            yield ("leakage",), "is for validation sources of its own; of a share of the rows none can leak. Remove it"
+            yield ("leakage",), "is for a list of validation sources; a share of the rows cannot leak. Remove it"
         rows = [*self.sources, *(self.validation if isinstance(self.validation, list) else [])]
         if self.learn != "all_answers" and not any(source.format in ("messages", "alpaca") for source in rows):
-            yield ("learn",), "is for conversations of several answers, and no source has any. Remove it"
+            yield ("learn",), "is for conversations with several answers, and no source has them. Remove it"
         answers = next((source.format for source in rows if source.format != "text"), None)
         if self.overlong == "split" and answers is not None:
             yield (
@@ -343,20 +363,20 @@ class Data(Section):
 
 
 class EarlyStopping(Section):
-    """Rule for ending a run that no longer gets better."""
+    """Rule for ending a run that no longer improves."""
 
     metric: Name = Field(
-        default="eval_loss", description="what is watched: eval_loss, or eval_loss_by_language/sw for one language"
+        default="eval_loss", description="loss to watch: eval_loss, or eval_loss_by_language/sw for one language"
     )
-    patience: Count = Field(default=3, description="evaluations in a row without a better one that end the run")
-    min_delta: float = Field(default=0.0, ge=0, description="how much lower counts as better")
+    patience: Count = Field(default=3, description="evaluations in a row without improvement after which the run ends")
+    min_delta: float = Field(default=0.0, ge=0, description="smallest decrease that counts as an improvement")
 
 
 class Energy(Section):
     """Estimate of the energy used (needs the extra `energy`; never uses the network)."""
 
     country: Annotated[str, Field(pattern="^[A-Z]{3}$")] = Field(
-        description="ISO 3166 code of three letters, such as DEU: whose electricity it was"
+        description="country of the electricity: ISO 3166 code of three letters, such as DEU"
     )
 
 
@@ -375,11 +395,11 @@ class Train(Section):
     warmup_ratio: Share = Field(default=0.03, description="share of the steps in which the learning rate rises")
     extended_schedule: Literal["stretch", "restart"] = Field(
         default="stretch",
-        description="a run made longer: stretch its schedule over the new length, or restart it over the added steps",
+        description="a run made longer: stretch its schedule over all steps, or restart it over the added steps",
     )
     optimizer: Literal[OPTIMIZERS] = Field(default="adamw_8bit", description="optimiser")  # type: ignore[valid-type]
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="decay of the trained weights")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="larger gradients are scaled down to this norm")
     gradient_checkpointing: bool = Field(default=True, description="recompute activations: less memory, more time")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="seed of every random choice")
     save_every: Interval = Field(default=200, description="steps between checkpoints; 0: only at the end")
@@ -392,28 +412,28 @@ class Train(Section):
         default=False, description="keep the checkpoint with the lowest validation loss, and end with its adapter"
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        default=[], description="trackers that get the metrics as well"
+        default=[], description="trackers that receive the metrics too"
     )
     energy: Energy | None = Field(default=None, description="estimate energy and emissions with codecarbon")
     log_every: Count = Field(default=1, description="steps between lines of metrics.jsonl")
     beta: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="dpo and kto: how strongly the model is held to its reference (0.1)"
+        default=None, description="dpo and kto: how strongly the model is kept near its reference (0.1)"
     )
     reference: Literal["adapter", "base"] | None = Field(
         default=None,
-        description="dpo and kto: what the model is held to; the adapter of adapter.continue_from if there is one, "
-        "else the base",
+        description="dpo and kto: model that training is kept near: adapter (the one of adapter.continue_from; default "
+        "if that is set) or base",
     )
     reference_pass: Literal["auto", "before", "beside"] | None = Field(
         default=None,
-        description="dpo and kto: when the reference is computed; before: once before the first step, kept in the run; "
-        "beside: in every step; auto: whichever costs less",
+        description="dpo and kto: when the reference is computed: before (once, before the first step), beside (in "
+        "every step) or auto (the cheaper of the two)",
     )
     loss_type: Literal[PREFERENCE_LOSS_TYPES] | None = Field(  # type: ignore[valid-type]
         default=None, description="dpo: sigmoid, hinge, ipo, ...; kto: kto or apo_zero_unpaired"
     )
     resume: Literal["never", "auto"] = Field(
-        default="never", description="auto: go on with an unfinished run of the same recipe in the output folder"
+        default="never", description="auto: continue an unfinished run of the same recipe in the output folder"
     )
 
     @model_validator(mode="before")
@@ -435,25 +455,28 @@ class Guards(Section):
 
     max_nonfinite: Count = Field(
         default=3,
-        description="steps in a row with a loss or gradient that is not finite, each skipped, that end the run",
+        description="the run ends after this many steps in a row without a finite loss and gradient (each is skipped)",
     )
     loss_spike: float = Field(
-        default=6.0, ge=0, description="a loss so many deviations above the running median is reported; 0: never"
+        default=6.0, ge=0, description="report a loss that is this many deviations above the running median; 0: never"
     )
     router_collapse: Literal["warn", "stop", "off"] = Field(
-        default="warn", description="what happens when a router sends nearly everything to few experts"
+        default="warn", description="reaction to a router that sends nearly all tokens to few experts"
     )
     min_load_entropy: float = Field(
-        default=0.2, ge=0, le=1, description="a MoE layer has collapsed below this entropy of its load (1: even)"
+        default=0.2,
+        ge=0,
+        le=1,
+        description="a MoE layer has collapsed if the entropy of its load is below this (1: even load)",
     )
     max_load_share: float = Field(
         default=0.9, gt=0, le=1, description="a MoE layer has collapsed if one expert gets more than this share"
     )
     router_flips: bool = Field(
-        default=True, description="log the share of a probe text's tokens that no longer go to the base's expert"
+        default=True, description="log the share of a probe text's tokens whose expert differs from the base model's"
     )
     forgetting: float = Field(
-        default=0.1, ge=0, description="rise of a language's validation loss in nats that is reported; 0: never"
+        default=0.1, ge=0, description="report a language whose validation loss rises by this many nats; 0: never"
     )
 
 
@@ -461,7 +484,7 @@ class Hub(Section):
     """Repository where the adapter is published at the end of the run."""
 
     repo: Name = Field(description="repository to publish to, such as user/name")
-    private: bool = Field(default=False, description="whether a new repository can be seen only by its owner")
+    private: bool = Field(default=False, description="whether a new repository is private")
     base_id: Name | None = Field(default=None, description="Hub id of the base, if base.model is a folder")
     layout: Literal["peft", "per_expert"] = Field(default="peft", description="layout of the published adapter")
 
@@ -476,16 +499,16 @@ class Recipe(Section):
     """Everything a run needs to know."""
 
     objective: Literal["sft", "dpo", "kto"] = Field(
-        default="sft", description="what is learned: answers, which of two is better, or which are good"
+        default="sft", description="learn answers (sft), which of two is better (dpo), or which are good (kto)"
     )
-    base: Base = Field(description="the model that is fine-tuned")
+    base: Base = Field(description="the base model to fine-tune")
     adapter: Adapter = Field(default=Adapter(), description="which weights get LoRA")
-    router: Router = Field(default=Router(), description="what happens to the routers")
+    router: Router = Field(default=Router(), description="training of the router")
     data: Data = Field(description="what the model learns from")
-    train: Train = Field(default=Train(), description="how long, how fast, in which portions")
-    guards: Guards = Field(default=Guards(), description="what is watched while training")
-    hub: Hub | None = Field(default=None, description="where the adapter is published at the end")
-    output: PathName = Field(description="folder of the run")
+    train: Train = Field(default=Train(), description="length, speed and batch sizes")
+    guards: Guards = Field(default=Guards(), description="problems watched for while training")
+    hub: Hub | None = Field(default=None, description="repository where the adapter is published at the end")
+    output: PathName = Field(description="folder to write the run to")
 
     @model_validator(mode="before")
     @classmethod
@@ -502,7 +525,7 @@ class Recipe(Section):
         if self.adapter.variant == "dora" and self.router.mode == "lora":
             yield ("router", "mode"), "dora acts only on attention and mlp. Choose tuned or frozen, or another variant"
         if self.adapter.init == "loftq" and self.base.quantization == "none":
-            yield ("adapter", "init"), "loftq starts at the error of a 4-bit base, and this base is not quantised"
+            yield ("adapter", "init"), "loftq corrects a 4-bit base, and this base is not quantised. Choose default"
         for key in ("early_stopping", "keep_best"):
             if getattr(self.train, key) and not self.data.validation:
                 yield ("train", key), "needs validation data to choose by. Set data.validation"
@@ -512,14 +535,14 @@ class Recipe(Section):
         if self.hub and self.hub.base_id is None and (Path(base).is_dir() or not is_repo_id(base)):
             yield (
                 ("hub", "base_id"),
-                f"the base is a folder of this machine ({base}), which nobody else has. Give its Hub id, owner/name",
+                f"the base is a folder on this machine ({base}), which others cannot load. Give its Hub id, owner/name",
             )
         yield from preference_rules.problems(self.model_dump())
         yield from unsupported.find(self.model_dump())
 
 
 def _with_router_rank(given: Any) -> Any:
-    """Return a recipe as written, with the rank of LoRA on routers; an adapter to continue has its own."""
+    """Return the recipe's data with a default rank of LoRA on the router, unless an adapter to continue has one."""
     router, adapter = (given.get(key) if isinstance(given, dict) else None for key in ("router", "adapter"))
     if not isinstance(router, dict) or router.get("mode") != "lora" or router.get("rank") is not None:
         return given

@@ -1,7 +1,7 @@
-"""Settings the schema knows and this version does not carry out yet: refused, never ignored.
+"""Settings that the schema knows but this version does not support yet. They are refused, never ignored.
 
-An entry is (section, key, what is refused, message). Once a setting works, its entry is deleted here and nothing else
-changes.
+An entry is (section, key, test of a refused value, message). When a setting becomes supported, deleting its entry is
+the only change needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ UNSUPPORTED: list[tuple[str, str, Callable[[Any], bool], str]] = [
 
 
 def find(data: Any) -> Iterator[tuple[KeyPath, str]]:
-    """The refused settings in a recipe's plain data, valid or not: (path, message)."""
+    """Yield (path, message) of the refused settings in a recipe's plain data, valid or not."""
     for section, key, refused, message in UNSUPPORTED:
         settings = data.get(section) if isinstance(data, dict) else None
         if isinstance(settings, dict) and settings.get(key) is not None and refused(settings[key]):

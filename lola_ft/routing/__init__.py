@@ -1,6 +1,6 @@
-"""Which experts which languages use: profiles, their comparison, and the choice of experts to train.
+"""Routing by language: profiles of the experts that each language uses, their comparison, and the choice of experts.
 
-What needs PEFT or matplotlib is imported when it is first used: training takes the measures alone.
+Modules that need PEFT or matplotlib are imported when they are first used, because training needs only the measures.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Does routing follow descent? Distances between languages' expert profiles against family, script and tokens.
+"""Tests of routing against descent: distances between languages' routing, compared with family, script and tokens.
 
 Shapes: L languages, M MoE layers, E experts.
 """
@@ -22,25 +22,25 @@ ALL_LAYERS = "all"
 
 
 def routing_distances(profile: Profile) -> Tensor:
-    """Jensen-Shannon distance between languages (M, L, L), float64: the root of the divergence of their shares."""
+    """Return Jensen-Shannon distances between languages (M, L, L), float64: the root of the divergence of shares."""
     shares_LME = profile.shares
     rows = [jensen_shannon(one_ME[None], shares_LME).sqrt() for one_ME in shares_LME]  # a row at a time: L*L*M*E floats
     return torch.stack(rows).permute(2, 0, 1).contiguous()
 
 
 def token_distances(profile: Profile) -> Tensor:
-    """1 minus the overlap of two languages' token histograms (L, L), float64: 1 if they share no token."""
+    """Return distances between token histograms (L, L), float64: 1 minus their overlap, so 1 without shared tokens."""
     shares_LV = profile.token_shares()
     return 1 - torch.stack([torch.minimum(row_V, shares_LV).sum(dim=-1) for row_V in shares_LV])
 
 
 def follow_descent(profile: Profile, permutations: int = 999, seed: int = 0) -> dict[str, Any] | None:
-    """Test whether related languages go to the same experts, beyond their scripts and their tokens.
+    """Test whether related languages use the same experts more than their scripts and tokens explain.
 
     Returns:
-        For all layers together (the mean of their distances) and for each: rank correlations by Mantel's test
-        (`mantel`), plain and given script and tokens, and how often the nearest language is of the same family or
-        script (`neighbours`). None if fewer than 8 languages have a known family, or all have the same one.
+        For all layers together (the mean of their distances) and for each layer: rank correlations by Mantel's test
+        (`mantel`), plain and given script and tokens, and how often the nearest language has the same family or script
+        (`neighbours`). None if fewer than 8 languages have a known family, or all have the same family.
     """
     found = {place: find_language(code) for place, code in enumerate(profile.languages)}
     known = {place: language for place, language in found.items() if language and language.family}
@@ -88,10 +88,10 @@ def follow_descent(profile: Profile, permutations: int = 999, seed: int = 0) -> 
 
 
 def describe_descent(found: dict[str, Any]) -> list[str]:
-    """The tests of all layers together, a line each."""
+    """Return the tests of all layers together, one line per test."""
     tests = found["layers"][ALL_LAYERS]
     lines = [
-        f"  distance of routing against that of {name}: r {_number(test['r'])}, p {_number(test['p'])}"
+        f"  distance of routing against distance of {name}: r {_number(test['r'])}, p {_number(test['p'])}"
         for name, test in tests["mantel"].items()
     ]
     return lines + [
@@ -106,5 +106,5 @@ def _number(value: float | None) -> str:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as JSON has them: None for what is not one."""
+    """Return values for JSON, with None in place of NaN."""
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""How routing differs between two profiles, such as a base's and its adapter's."""
+"""The differences in routing between two profiles, such as a base's and its adapter's."""
 
 from dataclasses import dataclass
 
@@ -12,16 +12,16 @@ from lola_ft.routing.profile import Profile
 
 @dataclass(frozen=True)
 class Drift:
-    """What changed from a first profile to a second.
+    """The changes from a first profile to a second.
 
     Attributes:
-        layers: The MoE layers' places among all layers.
-        languages: Those of both profiles.
-        divergence_LM: Jensen-Shannon divergence of a language's shares, in bits.
-        flips: For each language the share of its sampled tokens that go elsewhere, by layer (M,); None where the two
+        layers: The MoE layers' numbers among all layers.
+        languages: The languages that both profiles have.
+        divergence_LM: Jensen-Shannon divergence of each language's shares by layer, in bits.
+        flips: Per language the share of its sampled tokens that go to another expert, by layer (M,); None if the two
             profiles did not sample the same tokens.
-        left_out: Languages of one profile alone.
-        quantizations: In what form each of the two models was read.
+        left_out: Languages that only one profile has.
+        quantizations: The quantisation of each of the two models.
     """
 
     layers: tuple[int, ...]
@@ -33,7 +33,7 @@ class Drift:
 
 
 def compare(first: Profile, second: Profile) -> Drift:
-    """Compare two profiles of models with the same layers and experts and a language in common; refuse others."""
+    """Compare two profiles; raises UserError unless layers and experts are the same and a language is in both."""
     if (first.about.layers, first.num_experts) != (second.about.layers, second.num_experts):
         raise UserError(
             f"{first.about.model} has {len(first.about.layers)} MoE layers of {first.num_experts} experts, "
@@ -59,6 +59,6 @@ def _flips(first: Profile, second: Profile, language: str) -> Tensor | None:
     chosen = [profile.choices(language) for profile in (first, second)]
     if len(digests) > 1 or not len(chosen[0]):
         return None
-    # a profile of one choice per token has no dimension for it
+    # a profile with one choice per token has no dimension of choices
     one = chosen[0].ndim == 2
     return flip_rate(*(choices.to(torch.int16)[..., None] if one else choices.to(torch.int16) for choices in chosen))

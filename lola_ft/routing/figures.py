@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG files in memory. Every one can be read with 3 languages and with 150.
+"""The figures of a report, as PNG files in memory. Each is readable with 3 languages and with 150.
 
 Shapes: L languages, M MoE layers, E experts.
 """
@@ -15,17 +15,17 @@ from matplotlib.lines import Line2D
 
 from lola_ft.routing.language_families import describe, find_language
 
-_ROW, _FONT, _DPI = 0.155, 7, 110  # inches a language; points; dots an inch
+_ROW, _FONT, _DPI = 0.155, 7, 110  # inches per language, points, dots per inch
 _OTHER = "#777777"
 
 
 def family_colours(languages: Sequence[str]) -> dict[str, str]:
-    """A colour for each family with two languages or more, the largest first; the others are grey."""
+    """Return a colour per family with two or more languages, the largest first; other families stay grey."""
     found = Counter(language.family for code in languages if (language := find_language(code)) and language.family)
     families = [family for family, count in sorted(found.items(), key=lambda item: (-item[1], item[0])) if count > 1]
-    # tab20's strong half first: neighbours in its order are two tones of one colour.
+    # The strong colours of tab20 first: its neighbouring colours are two tones of one colour.
     order = [*range(0, 20, 2), *range(1, 20, 2)]
-    order.remove(14)  # a grey
+    order.remove(14)  # grey
     order.remove(15)
     palette = mpl.colormaps["tab20"]
     return {family: mpl.colors.to_hex(palette(order[i])) for i, family in enumerate(families[: len(order)])}
@@ -39,11 +39,11 @@ def colour_of(language: str, colours: dict[str, str]) -> str:
 def heatmap(
     values: np.ndarray, languages: Sequence[str], columns: Sequence[str], title: str, below: str, top: float
 ) -> bytes:
-    """Languages by columns (experts, or layers), darker for more; codes in their family's colour.
+    """Draw languages by columns (experts or layers), darker for larger values; codes in their family's colour.
 
     Args:
-        below: What the columns are.
-        top: The value of the darkest cell, so that several pictures share a scale.
+        below: The label of the columns.
+        top: The value of the darkest colour, so that several figures share a scale.
     """
     rows, count = values.shape
     figure = Figure(figsize=(max(4.5, 2.6 + 0.3 * count), 1.3 + _ROW * max(rows, 6)), layout="constrained")
@@ -61,7 +61,7 @@ def heatmap(
 
 
 def specificity(values_ME: np.ndarray, layers: Sequence[int]) -> bytes:
-    """Each expert's highest share over the languages, layer by layer."""
+    """Draw each expert's highest share over the languages, layer by layer."""
     num_layers, num_experts = values_ME.shape
     figure = Figure(figsize=(max(4.5, 2 + 0.42 * num_experts), 1.4 + 0.32 * num_layers), layout="constrained")
     axes = figure.add_subplot()
@@ -79,16 +79,18 @@ def specificity(values_ME: np.ndarray, layers: Sequence[int]) -> bytes:
 
 
 def principal_components(shares_LF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the languages (L, 2) on the two directions in which they differ most, and the variance these explain."""
+    """Return the languages' first two principal components (L, 2), and their shares of the variance."""
     centred = shares_LF - shares_LF.mean(axis=0)
     left, sizes, right = np.linalg.svd(centred, full_matrices=False)
-    signs = np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])  # else the machine decides them
+    signs = np.sign(
+        right[np.arange(len(right)), np.abs(right).argmax(axis=1)]
+    )  # fixes the signs, which otherwise depend on the machine
     total = (sizes**2).sum()
     return (left * sizes * signs)[:, :2], (sizes**2 / total if total else sizes)[:2]
 
 
 def language_map(shares_LF: np.ndarray, languages: Sequence[str]) -> bytes:
-    """The languages' first two principal components."""
+    """Draw the languages' first two principal components."""
     places_L2, parts = principal_components(shares_LF)
     figure = Figure(figsize=(11, 8) if len(languages) < 60 else (16, 12), layout="constrained")
     axes = figure.add_subplot()
@@ -106,7 +108,7 @@ def language_map(shares_LF: np.ndarray, languages: Sequence[str]) -> bytes:
 
 
 def dendrogram(linkage: np.ndarray, languages: Sequence[str]) -> bytes:
-    """The tree of languages by their routing; a branch has its family's colour if all on it are of that family."""
+    """Draw the tree of languages by routing; a branch with languages of one family has that family's colour."""
     from scipy.cluster import hierarchy
 
     count, colours = len(languages), family_colours(languages)
@@ -129,7 +131,7 @@ def dendrogram(linkage: np.ndarray, languages: Sequence[str]) -> bytes:
     axes.tick_params(axis="x", labelsize=_FONT)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    _legend(axes, colours, "upper left")  # where the tree's root leaves room
+    _legend(axes, colours, "upper left")  # the tree's root leaves room there
     return _png(figure)
 
 
@@ -146,7 +148,7 @@ def _colour_labels(labels: Any, languages: Sequence[str]) -> None:
 
 
 def _png(figure: Figure) -> bytes:
-    """A fixed `Software` entry: the same numbers give the same bytes."""
+    """Return the figure as PNG; a fixed `Software` entry makes the same numbers give the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": "lola_ft"})
     return buffer.getvalue()

@@ -1,9 +1,9 @@
-"""What languages descend from and how they are written: a table, and distances between languages made of it.
+"""The families and scripts of languages: a table, and distances between languages computed from it.
 
 `families.csv` follows the top-level families of Glottolog, with branches as handbooks and Ethnologue name them. It was
-written down from general knowledge of the field, not taken from a database. Creoles and pidgins stand with the language
-that gave them their words, as in Glottolog; constructed languages have no family. Script: the one that CLDR, and
-CulturaX's text, mostly use, unless a code says another one (`sr_Latn`). `als` is Alemannic, as in CulturaX.
+written from general knowledge of the field, not taken from a database. Creoles and pidgins are in the family of the
+language that most of their words come from, as in Glottolog. Constructed languages have no family. The script is the
+one that CLDR and CulturaX mostly use, unless a code names another (`sr_Latn`). `als` is Alemannic, as in CulturaX.
 """
 
 import csv
@@ -25,13 +25,13 @@ _SCRIPTS = {
     "Olck": "Ol Chiki", "Orya": "Odia", "Sinh": "Sinhala", "Syrc": "Syriac", "Taml": "Tamil", "Telu": "Telugu",
     "Thaa": "Thaana", "Tibt": "Tibetan",
 }  # fmt: skip
-"""ISO 15924's codes of scripts that are not called what their code says."""
+"""Names of scripts by their code in ISO 15924."""
 SAME_BRANCH, SAME_FAMILY, UNRELATED = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Language:
-    """A line of the table; family and branch are empty for a constructed language."""
+    """A row of the table; family and branch are empty for a constructed language."""
 
     code: str
     name: str
@@ -42,13 +42,13 @@ class Language:
 
 @functools.cache
 def read_languages() -> dict[str, Language]:
-    """The table, by ISO 639 code."""
+    """Return the table, by ISO 639 code."""
     with Path(__file__).with_name("families.csv").open(encoding="utf-8", newline="") as file:
         return {row["code"]: Language(**row) for row in csv.DictReader(file)}
 
 
 def find_language(code: str) -> Language | None:
-    """The language of a code such as `sw`, `swh_Latn`, `pt-BR` or `sr_Latn` (in that script); None if there is none."""
+    """Return the language of a code such as `sw`, `swh_Latn`, `pt-BR` or `sr_Latn` (with that script), or None."""
     first, *rest = code.replace("_", "-").split("-")
     found = read_languages().get(first) or read_languages().get(short_code(first))
     script = next((part for part in rest if len(part) == 4 and part.istitle()), None)
@@ -56,7 +56,7 @@ def find_language(code: str) -> Language | None:
 
 
 def describe(code: str) -> str:
-    """ "sw Swahili" if the language is known, else the code."""
+    """Return a code with its language's name, "sw Swahili"; only the code if the language is unknown."""
     language = find_language(code)
     return f"{code} {language.name}" if language else code
 
@@ -67,21 +67,21 @@ def unknown_languages(codes: Sequence[str]) -> list[str]:
 
 
 def not_in_table(codes: Sequence[str]) -> str:
-    """Say of codes that the table does not have what that means."""
+    """Return a note on codes that the table does not have."""
     return (
-        f"not in the table of languages: {', '.join(codes)}. They are in the report without name, family and script, "
-        "and not in the tests of descent. Are they ISO 639 codes, as sw or swh_Latn?"
+        f"not in the table of languages: {', '.join(codes)}. The report has them without name, family and script, and "
+        "the tests of descent leave them out. Are they ISO 639 codes, such as sw or swh_Latn?"
     )
 
 
 def family_distances(languages: Sequence[Language]) -> Tensor:
-    """Distance by descent (L, L), float64: 0 in one branch, 1 in one family, 2 else."""
+    """Return distances by descent (L, L), float64: 0 in one branch, 1 in one family, otherwise 2."""
     rows = [[_descent(first, second) for second in languages] for first in languages]
     return torch.tensor(rows, dtype=torch.float64)
 
 
 def script_distances(languages: Sequence[Language]) -> Tensor:
-    """0 where two languages are written in the same script, else 1 (L, L), float64."""
+    """Return distances by script (L, L), float64: 0 for the same script, otherwise 1."""
     rows = [[first.script != second.script for second in languages] for first in languages]
     return torch.tensor(rows, dtype=torch.float64)
 

@@ -1,6 +1,6 @@
-"""Do two distances between the same things agree? Permutation tests, seeded.
+"""Seeded permutation tests of agreement between two distances on the same items.
 
-Shapes: K matrices of distances between L things, P = L*(L-1)/2 pairs.
+Shapes: K matrices of distances between L items, P = L*(L-1)/2 pairs.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Correlation:
-    """Rank correlation of two distances, and the share of permutations that reach it (one-sided).
+    """The rank correlation of two distances, and the share of permutations that reach it (one-sided).
 
     Attributes:
-        r: From -1 to 1; NaN where a distance is the same for all pairs, or the controls explain all of it.
+        r: From -1 to 1; NaN if a distance is the same for all pairs, or the controls explain all of it.
     """
 
     r: float
@@ -24,12 +24,12 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How often a thing's nearest neighbour has its label.
+    """The share of items whose nearest neighbour has the same label.
 
     Attributes:
-        share: Among the things whose label another one has too; these are `asked`.
-        chance: The mean share when labels are dealt out anew.
-        p: The share of such deals that reach `share`.
+        share: The share among the `asked` items, whose label at least one other item has.
+        chance: The mean share with permuted labels.
+        p: The share of permutations that reach `share`.
     """
 
     share: float
@@ -41,10 +41,10 @@ class Agreement:
 def mantel(
     distances_KLL: Tensor, other_LL: Tensor, controls: Sequence[Tensor] = (), permutations: int = 999, seed: int = 0
 ) -> list[Correlation]:
-    """Mantel's test of each of K distances against another one, on ranks (Spearman), ties sharing their mean rank.
+    """Run Mantel's test of each of K distances against another one, on ranks (Spearman; ties share their mean rank).
 
-    With controls it is the partial test: correlated is what a linear fit on the controls' ranks leaves of both. The
-    rows and columns of `other_LL` are permuted together (Smouse, Long and Sokal 1986).
+    With controls it is the partial test, which correlates the residuals of linear fits on the controls' ranks. The rows
+    and columns of `other_LL` are permuted together (Smouse, Long and Sokal 1986).
     """
     generator = np.random.default_rng(seed)
     first, second = np.triu_indices(len(other_LL), k=1)
@@ -68,7 +68,7 @@ def mantel(
 def neighbour_agreement(
     distances_LL: Tensor, labels: Sequence[str], permutations: int = 999, seed: int = 0
 ) -> Agreement:
-    """How often the nearest neighbour has the same label, against labels dealt out at random."""
+    """Compare how often the nearest neighbour has the same label with randomly permuted labels."""
     generator = np.random.default_rng(seed)
     matrix = distances_LL.numpy().copy()
     np.fill_diagonal(matrix, np.inf)
@@ -86,14 +86,14 @@ def neighbour_agreement(
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
+    """Return ranks from 1; ties share their mean rank."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum()
     return (last - (counts - 1) / 2)[places].astype(float)
 
 
 def _basis(controls: Sequence[np.ndarray], pairs: int) -> np.ndarray:
-    """Orthonormal columns (P, C) that span the constant and the controls; what adds nothing is left out."""
+    """Return orthonormal columns (P, C) that span the constant and the controls, without redundant columns."""
     columns = np.stack([np.ones(pairs), *(_unit(control - control.mean()) for control in controls)], axis=1)
     left, sizes, _ = np.linalg.svd(np.nan_to_num(columns), full_matrices=False)
     return left[:, sizes > 1e-9 * sizes[0]]
@@ -101,11 +101,11 @@ def _basis(controls: Sequence[np.ndarray], pairs: int) -> np.ndarray:
 
 def _without(values: np.ndarray, basis_PC: np.ndarray) -> np.ndarray:
     rest = values - basis_PC @ (basis_PC.T @ values)
-    # What rounding leaves of something that the basis explains is no signal.
+    # If the basis explains the values, only rounding errors remain, which are not a signal.
     return rest if np.linalg.norm(rest) > 1e-9 * np.linalg.norm(values) else np.zeros_like(rest)
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
-    """Length 1; NaN where there is nothing."""
+    """Return values scaled to length 1; NaN if all are 0."""
     length = np.linalg.norm(values)
     return values / length if length else np.full_like(values, np.nan)

@@ -1,6 +1,6 @@
-"""Numbers that say how tokens are spread over experts: pure functions of counts, shares and choices.
+"""Measures of how tokens are spread over experts: pure functions of counts, shares and choices.
 
-Shapes: E experts, last; whatever stands in front (languages, layers) is kept. A row without tokens gives NaN.
+Shapes: E experts is the last dimension; leading dimensions (languages, layers) are kept. No tokens give NaN.
 """
 
 import math
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def shares(counts: Tensor) -> Tensor:
-    """Return each expert's share of the tokens (..., E), float64, of counts or weights by expert, none negative."""
+    """Return each expert's share of the tokens (..., E), float64, from non-negative counts or weights by expert."""
     weights = counts.double()
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def load_entropy(counts: Tensor) -> Tensor:
-    """Return how even the load is: its entropy over that of an even load, from counts or shares by expert (..., E).
+    """Return the load's entropy divided by that of an even load, from counts or shares by expert (..., E).
 
-    float64 (...): 0 where one expert gets every token, 1 where all get as many (and of a single expert).
+    float64 (...): 0 if one expert gets every token, 1 if all get the same number (and for a single expert).
     """
     load = shares(counts)
     entropy = torch.special.entr(load).sum(dim=-1)
@@ -27,32 +27,32 @@ def load_entropy(counts: Tensor) -> Tensor:
 
 
 def largest_share(counts: Tensor) -> Tensor:
-    """The share of the expert that gets most (...), float64: from 1/E to 1."""
+    """Return the share of the busiest expert (...), float64, from 1/E to 1."""
     return shares(counts).amax(dim=-1)
 
 
 def dead_experts(counts: Tensor) -> Tensor:
-    """Which experts got no token (..., E), bool."""
+    """Return a mask of the experts that got no token (..., E), bool."""
     return counts == 0
 
 
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence of two distributions, in bits; its square root is a metric.
 
-    Of counts or shares (..., E) that broadcast, float64 (...): 0 where they are equal, 1 where no expert is in both.
+    From counts or shares (..., E) that broadcast; float64 (...): 0 if equal, 1 if no expert is in both.
     """
     p, q = shares(first), shares(second)
     middle = (p + q) / 2
     entropy = torch.special.entr(torch.stack(torch.broadcast_tensors(middle, p, q))).sum(dim=-1)
     bits = (entropy[0] - (entropy[1] + entropy[2]) / 2) / math.log(2)
-    return bits.clamp(min=0.0, max=1.0)  # rounding alone leaves the range
+    return bits.clamp(min=0.0, max=1.0)  # only rounding can leave the range
 
 
 def flip_rate(before: Tensor, after: Tensor) -> Tensor:
-    """The share of choices that are not made any more: with one choice per token, of tokens that go elsewhere.
+    """Return the share of choices that are no longer made; with one choice per token, of tokens that changed expert.
 
     Args:
-        before: Expert ids of tokens (T, ..., K), any integer dtype, K choices in any order.
+        before: Expert ids of tokens (T, ..., K), any integer dtype; the K choices in any order.
         after: The same tokens' expert ids later, of the same shape.
 
     Returns:

@@ -1,6 +1,6 @@
-"""A routing profile: which experts the tokens of each language went to, and its file.
+"""A routing profile: how many tokens of each language every expert got; and the profile's file.
 
-Shapes: L languages, M MoE layers, E experts, S sampled tokens of all languages one after the other.
+Shapes: L languages, M MoE layers, E experts, S sampled tokens of all languages, one language after another.
 """
 
 import json
@@ -27,15 +27,15 @@ _TENSORS = (
 
 @dataclass(frozen=True)
 class About:
-    """What a profile was made of.
+    """The model and settings that a profile was made with.
 
     Attributes:
-        model, kind: As the user named it, and base, run, adapter or merged.
-        base_fingerprint: Of the base's weights.
-        quantization: `nf4`, or `none` of a dense model.
-        layers: The MoE layers' places among all layers.
-        hidden_size, inner_size, vocab_size: Of the model.
-        max_length: Texts were cut into pieces of as many tokens.
+        model, kind: The model's name as the user gave it, and its kind: base, run, adapter or merged.
+        base_fingerprint: Fingerprint of the base's weights.
+        quantization: `nf4`, or `none` for an unquantised model.
+        layers: The MoE layers' numbers among all layers.
+        hidden_size, inner_size, vocab_size: Sizes of the model.
+        max_length: Most tokens of the pieces that texts were cut into.
     """
 
     model: str
@@ -51,18 +51,18 @@ class About:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the real tokens of each language went.
+    """The experts that the real tokens of each language went to.
 
     Attributes:
-        counts_LME: Tokens by expert, int64; a token with K choices counts for each of K experts.
-        mean_probs_LME: Mean of the router's probability of each expert over the language's tokens, float32.
-        mean_gates_LME: The same, but counting an expert's probability only for the tokens that went to it.
-        tokens_L, bytes_L, documents_L: What was read of each language, int64.
-        token_kinds_L: How many different token ids a language has; the ids and how often each occurs stand in
-            `token_ids` and `token_counts`, one language after the other.
-        choices_SM: Expert of each of a language's first tokens, or (S, M, K) its experts, the first choice first;
-            `sampled_L` says how many tokens these are.
-        sample_digests: Hash of these tokens' ids, by language: equal digests, same tokens.
+        counts_LME: Tokens by expert, int64; a token with K choices counts for each of its K experts.
+        mean_probs_LME: Mean router probability of each expert over the language's tokens, float32.
+        mean_gates_LME: The same mean, with an expert's probability counted as 0 for tokens that did not go to it.
+        tokens_L, bytes_L, documents_L: Amount read of each language, int64.
+        token_kinds_L: Number of different token ids per language; `token_ids` and `token_counts` hold the ids and their
+            counts, one language after another.
+        choices_SM: The expert of each sampled token (the first tokens of a language), or (S, M, K) its K experts, the
+            first choice first; `sampled_L` has the number of sampled tokens per language.
+        sample_digests: Hash of the sampled tokens' ids, by language; equal hashes mean equal tokens.
     """
 
     about: About
@@ -82,7 +82,7 @@ class Profile:
 
     @property
     def shares(self) -> Tensor:
-        """Each expert's share of a language's tokens in a layer; 1/E if the load is even."""
+        """Each expert's share of a language's tokens in a layer (L, M, E); 1/E if the load is even."""
         return shares(self.counts_LME)
 
     @property
@@ -90,11 +90,11 @@ class Profile:
         return self.counts_LME.shape[-1]
 
     def choices(self, language: str) -> Tensor:
-        """The sampled tokens' experts (tokens, M) or (tokens, M, K) of one language."""
+        """Return the experts of a language's sampled tokens, (tokens, M) or (tokens, M, K)."""
         return self.choices_SM.split(self.sampled_L.tolist())[self.languages.index(language)]
 
     def token_shares(self) -> Tensor:
-        """How often each token id is used (L, kinds), float64; ids that no language uses are left out."""
+        """Return the share of each token id per language (L, kinds), float64, without ids that no language uses."""
         used, places = self.token_ids.unique(return_inverse=True)
         rows = torch.repeat_interleave(torch.arange(len(self.languages)), self.token_kinds_L)
         histogram = torch.zeros(len(self.languages), len(used), dtype=torch.float64)
@@ -102,7 +102,7 @@ class Profile:
         return shares(histogram)
 
     def of(self, languages: Sequence[str]) -> Tensor:
-        """Return the places of languages, all of which the profile must have."""
+        """Return the indices of languages; raises UserError for a language that the profile does not have."""
         if missing := [language for language in languages if language not in self.languages]:
             known = ", ".join(self.languages[:20]) + ", …" * (len(self.languages) > 20)
             raise UserError(f"the profile has no language '{missing[0]}'. It has {known}.")
@@ -110,7 +110,7 @@ class Profile:
 
 
 def save_profile(profile: Profile, path: str | Path) -> Path:
-    """Write a profile as one safetensors file, whole or not at all."""
+    """Write a profile as one safetensors file, completely or not at all."""
     about = {name: getattr(profile.about, name) for name in About.__dataclass_fields__}
     about |= {"languages": profile.languages, "sample_digests": profile.sample_digests}
     metadata = {"format": FORMAT, "profile": json.dumps(about, ensure_ascii=False)}
@@ -122,7 +122,7 @@ def save_profile(profile: Profile, path: str | Path) -> Path:
 
 
 def read_profile(path: str | Path) -> Profile:
-    """Read a profile; a missing file, or one that is no profile of this version, is refused."""
+    """Read a profile; raises UserError if the file is missing, damaged or of another version."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{file}: no such file. `lola-ft routing profile MODEL --data FILES --out {file}` writes one.")
@@ -131,12 +131,16 @@ def read_profile(path: str | Path) -> Profile:
             metadata: dict[str, str] = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a routing profile, or a damaged one ({error}). Profile anew.") from error
+        raise UserError(
+            f"{file}: not a routing profile, or a damaged one ({error}). Run `lola-ft routing profile` again."
+        ) from error
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "no routing profile")
-        raise UserError(f"{file}: its format is '{found}'; this version reads {FORMAT}. Profile anew.")
+        raise UserError(
+            f"{file}: its format is '{found}'; this version reads {FORMAT}. Run `lola-ft routing profile` again."
+        )
     if missing := [name for name in _TENSORS if name not in tensors]:
-        raise UserError(f"{file}: damaged: tensor '{missing[0]}' is missing. Profile anew.")
+        raise UserError(f"{file}: damaged: tensor '{missing[0]}' is missing. Run `lola-ft routing profile` again.")
     record: dict[str, Any] = json.loads(metadata["profile"])
     languages, digests = tuple(record.pop("languages")), tuple(record.pop("sample_digests"))
     about = About(**record | {"layers": tuple(record["layers"])})

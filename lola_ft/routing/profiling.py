@@ -1,6 +1,6 @@
-"""Profiling: each text goes once through the backbone, and the routers' choices are counted where they are made.
+"""Profiling: each text passes once through the backbone, and the router's choices are counted inside each MoE layer.
 
-Shapes: T real tokens of a batch, P of them sampled, K choices of a token, C = T*K, L languages, M MoE layers,
+Shapes: T real tokens of a batch, P of them sampled, K choices per token, C = T*K, L languages, M MoE layers,
 E experts.
 """
 
@@ -25,8 +25,8 @@ from lola_ft.routing.profile import About, Profile
 from lola_ft.routing.texts import Piece, Texts, sources_of
 
 SAMPLED = 1000
-_BATCH_TOKENS = 8192  # of one forward, padding included
-_WINDOW_TOKENS = 1 << 18  # sorted by length at a time
+_BATCH_TOKENS = 8192  # tokens per forward pass, including padding
+_WINDOW_TOKENS = 1 << 18  # tokens that are sorted by length at a time
 
 
 def profile_routing(
@@ -47,16 +47,16 @@ def profile_routing(
     """Profile a base, a run, an adapter or a merged model on files in many languages.
 
     Args:
-        data: Files, folders or globs; a file's language stands in its name or in `language_column`.
-        format: As in a recipe; a format with prompts is rendered by `template`, else by the model's own, else Alpaca's.
-        max_length: Longest piece of text; the model's positions if left out.
-        sample: Tokens of each language whose single choices are kept, so that two profiles can be compared exactly.
+        data: Files, folders or globs. The language is in the file's name or in `language_column`.
+        format: As in a recipe. Prompts are rendered by `template`, else by the model's own, else by Alpaca's.
+        max_length: Most tokens of a piece of text; None means the model's positions.
+        sample: Tokens per language whose own choices are kept, so that two profiles can be compared token by token.
 
     Raises:
-        UserError: A model, a file or a row that cannot be used.
+        UserError: A model, a file or a row cannot be used.
     """
     if template is not None and format == "text":
-        raise UserError("--template does nothing to format text, which has no prompt. Leave it out.")
+        raise UserError("--template does nothing for format text, which has no prompt. Leave it out.")
     if template is not None:
         check_template(template)
     sources = sources_of(data, format, language_column, unit)
@@ -64,7 +64,7 @@ def profile_routing(
     opened.architecture.require({str(model): "experts"})
     positions = opened.sizes.positions
     if max_length is not None and not 1 <= max_length <= positions:
-        raise UserError(f"--max-length {max_length}: the model reads 1 to {positions} tokens.")
+        raise UserError(f"--max-length {max_length}: must be from 1 to {positions}, the model's positions.")
     rendered = (
         opened.template
         if template is None and opened.template
@@ -75,7 +75,7 @@ def profile_routing(
 
 
 def about_model(opened: OpenModel, max_length: int) -> About:
-    """What a profile says of its model."""
+    """Return a profile's facts about its model."""
     sizes = opened.sizes
     return About(
         model=opened.subject.name,
@@ -104,18 +104,18 @@ def profile_texts(model: Any, texts: Texts, about: About, sample: int = SAMPLED)
             tally.expect(window)
             for batch in _batches(window):
                 ids_BS = _padded([piece.ids for piece, _ in batch])
-                # Padding is on the right, where causal attention keeps it from every real token: no mask is needed.
+                # Padding is on the right, where causal attention hides it from all real tokens, so no mask is needed.
                 with seen_choices(backbone) as choices:
                     outputs = backbone(ids_BS.to(tally.device), use_cache=False, output_router_logits=True)
                 tally.count(outputs.router_logits, choices, batch, ids_BS.shape[1])
                 bar.advance(task, sum(len(piece.ids) for piece, _ in batch))
     if not tally.languages:
-        raise UserError("the texts hold no token.")
+        raise UserError("the texts have no tokens. Give files with text.")
     return tally.profile(about, texts)
 
 
 class _Tally:
-    """Counts on the device; read once, at the end."""
+    """The counts, which stay on the device and are read once, at the end."""
 
     def __init__(self, num_layers: int, num_experts: int, top_k: int, sample: int, device: torch.device) -> None:
         self.device, self.sample = device, sample
@@ -153,7 +153,7 @@ class _Tally:
     def count(
         self, router_logits: Sequence[Tensor], choices: Sequence[Choices], batch: list[tuple[Piece, int]], width: int
     ) -> None:
-        """Count one batch; nothing here waits for the device."""
+        """Count one batch, without waiting for the device."""
         real, language, slot = self._places(batch, width)
         real_T, language_T = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in (real, language))
         sampled = np.flatnonzero(slot < self.sample)
@@ -170,7 +170,7 @@ class _Tally:
             self.choices_LSMK[language_T[sampled_P], slot_P, layer] = ids_PK
 
     def _places(self, batch: list[tuple[Piece, int]], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each real token: its place in the padded batch, its language, and its place in the sample."""
+        """Return each real token's index in the padded batch, its language, and its index in the language's sample."""
         lengths = np.array([len(piece.ids) for piece, _ in batch])
         languages = np.array([self.languages[piece.language] for piece, _ in batch])
         within = np.concatenate([np.arange(length) for length in lengths])
@@ -179,7 +179,7 @@ class _Tally:
         return rows * width + within, np.repeat(languages, lengths), first + within
 
     def profile(self, about: About, texts: Texts) -> Profile:
-        """What was counted, languages in alphabetical order."""
+        """Return the counts as a profile, with languages in alphabetical order."""
         names = tuple(sorted(self.languages))
         order = [self.languages[name] for name in names]
         tokens_L = torch.tensor([texts.tokens[name] for name in names])
@@ -209,7 +209,7 @@ class _Tally:
 
 
 def _windows(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int]]]:
-    """Pieces in their order, some hundred thousand tokens at a time; each with a place for its sample's start."""
+    """Yield pieces in windows of about 260,000 tokens; each with a 0, later the start of its sample."""
     window: list[tuple[Piece, int]] = []
     tokens = 0
     for piece in pieces:
@@ -223,7 +223,7 @@ def _windows(pieces: Iterable[Piece]) -> Iterator[list[tuple[Piece, int]]]:
 
 
 def _batches(window: list[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]]]:
-    """Pieces of like length, the longest first, so that little is padded."""
+    """Yield batches of pieces with similar lengths, the longest first, so that there is little padding."""
     batch: list[tuple[Piece, int]] = []
     for item in sorted(window, key=lambda item: -len(item[0].ids)):
         if batch and (len(batch) + 1) * len(batch[0][0].ids) > _BATCH_TOKENS:
@@ -234,6 +234,6 @@ def _batches(window: list[tuple[Piece, int]]) -> Iterator[list[tuple[Piece, int]
 
 
 def _padded(rows: list[list[int]]) -> Tensor:
-    """Token ids (B, S), zeros behind the shorter rows."""
+    """Return token ids (B, S), with zeros after shorter rows."""
     width = len(rows[0])
     return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows])

@@ -1,6 +1,6 @@
-"""Which experts matter to some languages: the smallest set of each layer that does most of their work.
+"""The choice of experts for some languages: per layer, the smallest set that receives most of their tokens.
 
-After Expert-Specialised Fine-Tuning (arXiv 2407.01906), at top-1. Shapes: M MoE layers, E experts.
+Follows Expert-Specialised Fine-Tuning (arXiv 2407.01906), at top-1. Shapes: M MoE layers, E experts.
 """
 
 import json
@@ -24,13 +24,13 @@ CRITERIA = ("tokens", "gate")
 
 @dataclass(frozen=True)
 class Choice:
-    """Experts to train, and what they are worth.
+    """Experts to train, and the tokens that they receive.
 
     Attributes:
-        experts: Expert numbers of each MoE layer; what `adapter.experts.select` reads.
-        reached: The share of each chosen language's tokens that goes through these experts, by layer.
-        spill_over: The same of every other language: what training these experts may change there.
-        parameters, bytes: Of the experts' adapter tensors at `rank`, float32.
+        experts: Expert numbers per MoE layer, as `adapter.experts.select` reads.
+        reached: Share of each chosen language's tokens that goes through these experts, by layer.
+        spill_over: The same share of every other language, which training these experts may affect.
+        parameters, bytes: Size of the experts' adapter tensors at `rank`, in float32.
     """
 
     experts: list[list[int]]
@@ -54,25 +54,25 @@ def select_experts(
     seed: int | None = None,
     rank: int = 8,
 ) -> Choice:
-    """Choose the fewest experts of each layer that reach a coverage, the busiest first.
+    """Choose the fewest experts per layer that reach a coverage, the busiest first.
 
     Args:
-        coverage: Share, above 0 up to 1, of all tokens of the languages together (or of what they are weighted with).
-        by: `tokens`: an expert counts the tokens that it gets; `gate`: the sum of their router probabilities, by which
+        coverage: Share, above 0 and at most 1, of all tokens of the languages together, weighted by `by`.
+        by: `tokens` counts an expert's tokens; `gate` sums their router probabilities, by which
             LOLA scales the expert's output.
-        seed: Choose as many experts of each layer at random instead: a control.
-        rank: Of the adapter whose size is predicted.
+        seed: Choose the same number of experts per layer at random instead, as a control.
+        rank: LoRA rank of the predicted size.
 
     Raises:
-        UserError: A language that the profile does not have, or an impossible coverage.
+        UserError: The profile lacks a language, or the coverage is out of range.
     """
     languages = list(dict.fromkeys(languages))
     if not 0 < coverage <= 1:
         raise UserError(f"--coverage {coverage}: must be above 0 and at most 1.")
     if not languages:
-        raise UserError("--languages: names none. Give codes such as sw,rw.")
+        raise UserError("--languages: is empty. Give codes such as sw,rw.")
     if by not in CRITERIA:
-        raise UserError(f"--by {by}: there is {', '.join(CRITERIA)}.")
+        raise UserError(f"--by {by}: is unknown; choose one of {', '.join(CRITERIA)}.")
     wanted = profile.of(languages)
     weights_LME = profile.counts_LME if by == "tokens" else profile.mean_gates_LME * profile.tokens_L[:, None, None]
     experts = [_fewest(weights_E, coverage) for weights_E in weights_LME[wanted].sum(dim=0)]
@@ -98,12 +98,12 @@ def select_experts(
 
 
 def parameters_of_expert(profile: Profile, rank: int) -> int:
-    """LoRA parameters of one expert: A (rank, in) and B (out, rank) of both its projections."""
+    """Return the LoRA parameters per expert: A (rank, in) and B (out, rank) of both its projections."""
     return 2 * rank * (profile.about.hidden_size + profile.about.inner_size)
 
 
 def save_choice(choice: Choice, path: str | Path) -> Path:
-    """Write a choice as JSON: the file that a recipe's `adapter.experts.select` names."""
+    """Write a choice as JSON, for a recipe's `adapter.experts.select`."""
     check_file_target(path)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +113,13 @@ def save_choice(choice: Choice, path: str | Path) -> Path:
 
 
 def describe_choice(choice: Choice, others: int = 5) -> str:
-    """What a person wants to know of a choice, a few lines."""
+    """Return a few lines that describe a choice for the user."""
     how = "at random" if choice.random_seed is not None else f"by {choice.by}"
     counts = [len(ids) for ids in choice.experts]
     lines = [
         f"{sum(counts)} experts in {len(counts)} layers ({how}): {', '.join(map(str, counts))}",
         f"adapter of rank {choice.rank}: {choice.parameters:,} parameters, {choice.bytes:,} bytes",
-        "share of tokens through them (mean of the layers):",
+        "share of tokens that these experts receive (mean over layers):",
     ]
     spilt = sorted(choice.spill_over, key=lambda language: -fmean(choice.spill_over[language]))
     shown = {**choice.reached, **{language: choice.spill_over[language] for language in spilt[:others]}}
@@ -128,22 +128,22 @@ def describe_choice(choice: Choice, others: int = 5) -> str:
         lines.append(f"  {language:10} {fmean(by_layer):6.1%}  {mark}")
     if left := spilt[others:]:
         lowest = fmean(choice.spill_over[left[-1]])
-        lines.append(f"  and {len(left)} other languages, down to {lowest:.1%} ({left[-1]})")
+        lines.append(f"  and {len(left)} other languages, the lowest with {lowest:.1%} ({left[-1]})")
     return "\n".join(lines)
 
 
 def _fewest(weights_E: Tensor, coverage: float) -> list[int]:
-    """The experts with the largest weights whose sum reaches the share; of equal ones the lower number first."""
+    """Return the fewest experts whose weights sum to the share, largest first; equal ones by number."""
     sizes, ids = weights_E.double().sort(descending=True, stable=True)
     sums = sizes.cumsum(dim=0).tolist()
-    # As the user wrote the number: 0.7 of 10 tokens are 7, not 7.000000000000001.
+    # Exact fractions of the number as the user wrote it: 0.7 of 10 tokens are 7, not 7.000000000000001.
     needed = Fraction(str(coverage)) * Fraction(sums[-1])
     count = next(place for place, reached in enumerate(sums, start=1) if reached >= needed)
     return sorted(ids[:count].tolist())
 
 
 def _share_through(profile: Profile, experts: list[list[int]]) -> Tensor:
-    """The share of each language's tokens that goes through the experts (L, M)."""
+    """Return the share of each language's tokens that goes through the experts (L, M)."""
     chosen_ME = torch.zeros(len(experts), profile.num_experts, dtype=torch.float64)
     for layer, ids in enumerate(experts):
         chosen_ME[layer, ids] = 1

@@ -1,4 +1,4 @@
-"""A report of one profile, or of two and what changed between them: a page, its pictures, and all numbers as JSON."""
+"""A report on one profile, or on two and the changes between them: a page, its figures, and all numbers as JSON."""
 
 import base64
 import importlib.util
@@ -27,7 +27,7 @@ PAGE, NUMBERS = "report.html", "report.json"
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, and what the page says of it."""
+    """A figure as a PNG file, with its title on the page."""
 
     name: str
     title: str
@@ -35,19 +35,19 @@ class Picture:
 
     @property
     def embedded(self) -> str:
-        """As the source of an image in a page that needs no other file."""
+        """The figure as a data URL, for a page that needs no other file."""
         return "data:image/png;base64," + base64.b64encode(self.data).decode("ascii")
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the page is, and all numbers as `report.json` has them."""
+    """The page's path, and the numbers as in `report.json`."""
 
     page: Path
     numbers: dict[str, Any]
 
     def headlines(self) -> list[str]:
-        """The few numbers that a terminal shows."""
+        """Return the most important numbers as lines, for the terminal."""
         lines = []
         for one in filter(None, (self.numbers["first"], self.numbers["second"])):
             entropies = [layer["load_entropy"] for layer in one["layers"]]
@@ -68,17 +68,17 @@ def write_report(
     """Write a report into a folder; an earlier report there is replaced.
 
     Args:
-        second: Compared with the first, such as a fine-tuned model's profile with its base's.
-        permutations, seed: Of the tests whether routing follows descent.
+        second: A profile to compare with the first, such as a fine-tuned model's with its base's.
+        permutations, seed: Number of permutations and random seed of the tests of descent.
 
     Raises:
-        UserError: Two profiles that cannot be compared, something else in the folder, or scipy is missing.
+        UserError: The profiles cannot be compared, the folder holds something else, or scipy is missing.
     """
     folder = Path(out)
     if importlib.util.find_spec("scipy") is None:
         raise UserError("a routing report needs scipy: pip install 'lola-ft[routing]'.")
     if folder.exists() and not (folder / NUMBERS).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: already there and no report. Choose another folder.")
+        raise UserError(f"{folder}: exists and holds no report. Choose another folder.")
     check_folder_target(folder)
     drift = compare(first, second) if second else None
     numbers: dict[str, Any] = {
@@ -102,7 +102,7 @@ def write_report(
 
 
 def _pictures(profile: Profile) -> Iterator[Picture]:
-    """Draw the pictures of one profile; languages in the order of the tree, so that like ones stand together."""
+    """Draw the figures of one profile; languages are in the tree's order, so that similar ones are neighbours."""
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
@@ -116,7 +116,7 @@ def _pictures(profile: Profile) -> Iterator[Picture]:
         flat_LF = shares_LME.reshape(len(languages), -1)
         yield Picture("map", "Languages on a plane (PCA)", figures.language_map(flat_LF, languages))
     specificity = figures.specificity(shares_LME.max(axis=0), profile.about.layers)
-    yield Picture("specificity", "How specific each expert is", specificity)
+    yield Picture("specificity", "Specificity of each expert", specificity)
     ordered = [languages[place] for place in order]
     experts = [str(e) for e in range(profile.num_experts)]
     for m, layer in enumerate(profile.about.layers):
@@ -127,21 +127,21 @@ def _pictures(profile: Profile) -> Iterator[Picture]:
 
 
 def _drift_pictures(drift: Drift) -> Iterator[Picture]:
-    """Draw what changed; languages that changed most on top."""
+    """Draw the changes, with the languages that changed most on top."""
     order = drift.divergence_LM.mean(dim=-1).argsort(descending=True, stable=True)
     languages = [drift.languages[place] for place in order.tolist()]
     values_LM = drift.divergence_LM[order].numpy()
     columns = [str(layer) for layer in drift.layers]
     top = max(float(values_LM.max()), 1e-6)
     data = figures.heatmap(values_LM, languages, columns, "Jensen-Shannon divergence, bits", "layer", top)
-    yield Picture("drift", "What changed: shares", data)
+    yield Picture("drift", "Changes of shares", data)
     flips = {language: drift.flips[language] for language in languages}
     exact = {language: rates.numpy() for language, rates in flips.items() if rates is not None}
     if exact:
         values = np.stack(list(exact.values()))
         title = "share of sampled tokens that go to another expert"
         data = figures.heatmap(values, list(exact), columns, title, "layer", max(float(values.max()), 1e-6))
-        yield Picture("flips", "What changed: single tokens", data)
+        yield Picture("flips", "Changes of single tokens", data)
 
 
 def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:

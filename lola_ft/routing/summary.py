@@ -1,4 +1,4 @@
-"""All numbers of a report, as plain values for JSON."""
+"""The numbers of a report as plain values, for JSON."""
 
 from dataclasses import asdict
 from statistics import fmean
@@ -11,14 +11,14 @@ from lola_ft.routing.measures import dead_experts, largest_share, load_entropy
 from lola_ft.routing.profile import Profile
 
 ROUNDING = (
-    "One model was read in 4 bit and the other was not: what changed is rounding, too. Profile both with "
+    "One model was read in 4 bit and the other was not, so the changes include rounding. Profile both with "
     "--quantization nf4 (or none)."
 )
 _DIGITS = 6
 
 
 def summarise(profile: Profile) -> dict[str, Any]:
-    """What one profile says, by language and by layer.
+    """Return the numbers of one profile, by language and by layer.
 
     An expert's specificity is its highest share over the languages, as LOLA's authors define it (arXiv 2409.11272).
     The load of a layer is the mean of the languages' shares, so that each language counts the same.
@@ -58,9 +58,9 @@ def summarise(profile: Profile) -> dict[str, Any]:
 
 
 def summarise_drift(drift: Drift) -> dict[str, Any]:
-    """What changed, by language; flips are missing where the texts differ.
+    """Return the changes by language; flips are None if the texts differ.
 
-    `also_rounding` where one model was read in 4 bit and the other was not.
+    `also_rounding` is true if one model was read in 4 bit and the other was not.
     """
     return {
         "left_out": list(drift.left_out),
@@ -76,18 +76,18 @@ def summarise_drift(drift: Drift) -> dict[str, Any]:
 
 
 def describe_drift(drift: dict[str, Any]) -> list[str]:
-    """The means over languages and layers."""
+    """Return lines with the means over languages and layers."""
     changes = drift["languages"].values()
     flips = [fmean(change["flip_rate"]) for change in changes if change["flip_rate"] is not None]
     divergence = fmean(fmean(change["jensen_shannon"]) for change in changes)
     line = f"  between the two: Jensen-Shannon divergence {divergence:.4f} bits; "
     if flips:
-        line += f"{fmean(flips):.1%} of sampled tokens go elsewhere ({len(flips)} of {len(changes)} languages)"
+        line += f"{fmean(flips):.1%} of sampled tokens changed expert ({len(flips)} of {len(changes)} languages)"
     else:
-        line += "flips cannot be counted, the texts differ"
+        line += "changes of single tokens cannot be counted, because the texts differ"
     return [line, f"  {ROUNDING}"] if drift["also_rounding"] else [line]
 
 
 def rounded(values: torch.Tensor) -> Any:
-    """Values as nested lists with six digits behind the point."""
+    """Return values as nested lists, rounded to six digits after the point."""
     return values.double().round(decimals=_DIGITS).tolist()

@@ -1,4 +1,4 @@
-"""The texts of a profile: files in many languages to pieces of token ids, each token once."""
+"""The texts of a profile: files in many languages become pieces of token ids, each token exactly once."""
 
 import re
 from collections import Counter
@@ -15,13 +15,13 @@ from lola_ft.errors import DataError
 from lola_ft.row_formats import ROWS_OF_THEIR_OWN, kind_of_file
 
 _BATCH = 256
-# "sw", "sw_part_0", "zh_Hans", "pt-BR.train": the code and, if it is one, the script behind it.
+# "sw", "sw_part_0", "zh_Hans", "pt-BR.train": the language code and, if there is one, the script after it.
 _CODE = re.compile(r"^([a-z]{2,3}(?:[-_][A-Z][a-z]{3})?)(?:[-_.].*)?$")
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document's tokens, or a stretch of them where it is longer than the model reads at a time."""
+    """A document's tokens, or a stretch of them if the document is longer than the model's positions."""
 
     language: str
     ids: list[int]
@@ -29,12 +29,12 @@ class Piece:
 
 @dataclass
 class Texts:
-    """Reads sources piece by piece, and counts what it gave.
+    """Reads sources piece by piece, and counts the tokens, bytes and documents read.
 
     Attributes:
-        max_length: A longer document becomes several pieces, one after the other without overlap.
-        max_tokens: Tokens of each language, the first of its files; None takes all.
-        template: Renders the prompts of formats that have them.
+        max_length: Most tokens per piece; a longer document becomes several pieces without overlap.
+        max_tokens: Number of first tokens to read per language; None reads all.
+        template: The template for formats with prompts.
     """
 
     sources: Sequence[Source]
@@ -45,8 +45,8 @@ class Texts:
     tokens: Counter[str] = field(default_factory=Counter)
     bytes: Counter[str] = field(default_factory=Counter)
     documents: Counter[str] = field(default_factory=Counter)
-    _read: int = 0  # sources that are done
-    _bytes_read: int = 0  # of their texts
+    _read: int = 0  # sources read completely
+    _bytes_read: int = 0  # bytes of these sources
 
     def __iter__(self) -> Iterator[Piece]:
         for source in self.sources:
@@ -57,13 +57,13 @@ class Texts:
 
     @property
     def estimated_tokens(self) -> float:
-        """Estimate the tokens of all sources: those given so far, times the bytes of all files per byte read."""
+        """The estimated tokens of all sources: the tokens so far, times the bytes of all files per byte read."""
         sizes = [Path(source.path).stat().st_size if source.path else 0 for source in self.sources]
         here = min(self.bytes.total() - self._bytes_read, *sizes[self._read : self._read + 1], sum(sizes))
         return self.tokens.total() * sum(sizes) / max(sum(sizes[: self._read]) + here, 1)
 
     def _pieces(self, batch: list[Example]) -> Iterator[Piece]:
-        """Pieces of a batch. Prompts and answers are tokenised apart, as in training."""
+        """Yield the pieces of a batch. Prompts and answers are tokenised separately, as in training."""
         prompted = [example for example in batch if example.prompt is not None]
         assert not prompted or self.template is not None, "a format with prompts needs a template"
         turns = iter(self.template.turns(prompted, self.tokenizer) if self.template and prompted else ())
@@ -85,7 +85,7 @@ class Texts:
                 yield Piece(language, kept[start : start + self.max_length])
 
     def _bytes_of(self, ids: list[int]) -> int:
-        """Bytes of a text's beginning; exact but for a character that the cut falls into."""
+        """Return the bytes of a text's beginning, exact except for a character that is cut."""
         return len(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode())
 
     def _is_full(self, language: str | None) -> bool:
@@ -95,13 +95,13 @@ class Texts:
 def sources_of(
     paths: Iterable[str | Path], format: str = "text", language_column: str | None = None, unit: str | None = None
 ) -> list[Source]:
-    """Make a source of each file of the paths; its language is in a column, or in the file's name."""
+    """Make one source per file; its language is in a column, or in the file's name."""
     for option, value, known in (("format", format, FORMATS), ("unit", unit or UNITS[0], UNITS)):
         if value not in known:
-            raise DataError(f"--{option} {value}: there is {', '.join(known)}.")
+            raise DataError(f"--{option} {value}: is unknown; choose one of {', '.join(known)}.")
     files = [file for path in paths for file in files_of(str(path))]
     if unit is not None and all(kind_of_file(str(file)) in ROWS_OF_THEIR_OWN for file in files):
-        raise DataError("--unit divides .txt files, and there is none. Leave it out.")
+        raise DataError("--unit divides .txt files into texts, and no file is a .txt file. Leave it out.")
     return [
         Source(
             format=format,
@@ -118,7 +118,7 @@ def _language_of(file: Path) -> str:
     match = _CODE.match(file.stem)
     if match is None:
         raise DataError(
-            f"{file}: its name does not begin with a language code, as sw.txt or sw_part1.jsonl do. Rename it, or name "
-            "the field that holds the language with --language-column."
+            f"{file}: its name does not begin with a language code, such as sw.txt or sw_part1.jsonl. Rename it, or "
+            "name the field that holds the language with --language-column."
         )
     return match[1]

@@ -50,14 +50,14 @@ def export(source: str | Path, out: str | Path, revision: str | None = None) -> 
     check_new_folder(out)
     if is_adapted(Path(source)):
         raise UserError(
-            f"{source}: is a run or an adapter, without weights of a model. Merge it first: merge.py {source}"
+            f"{source}: is a run or an adapter, without a model's weights. Merge it first: merge.py {source}"
         )
     checkpoint = BaseCheckpoint.open(find_subject(source, revision=revision).folder)
     family = checkpoint.family
     if not family.auto_map:
         raise UserError(
-            f"{source}: transformers brings the class of {family.title} models ({family.model_type}), so this folder "
-            "loads without lola_ft as it is. Use it directly."
+            f"{source}: transformers has its own class for {family.title} models ({family.model_type}), so this model "
+            "already loads without lola_ft. Use it directly."
         )
     checkpoint.check_tied_head()
     linked, copied = list[str](), list[str]()
@@ -86,7 +86,7 @@ def export_command(source: str, out: str, revision: str | None) -> None:
     """Export, and print what was done."""
     done = export(source, out, revision)
     how = [f"{len(files)} {what}" for files, what in ((done.linked, "linked"), (done.copied, "copied")) if files]
-    print(f"Files of weights: {', '.join(how)}.")
+    print(f"Weight files: {', '.join(how)}.")
     if done.other_code:
-        print(f"Kept {', '.join(done.other_code)}; config.json now names our code.")
+        print(f"Kept {', '.join(done.other_code)}; config.json now names lola_ft's code.")
     print(f'{out} loads without lola_ft: AutoModelForCausalLM.from_pretrained("{out}", trust_remote_code=True)')

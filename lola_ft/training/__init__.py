@@ -1,15 +1,15 @@
-"""Training: a recipe in, a run folder out. `run.py` tells the story.
+"""Training: a recipe becomes a run folder. Begin reading at `run.py`, which has all steps in order.
 
-setup.py           everything decided before the first step, for `train`, `preview` and `plan` alike
-base_model.py      the base and its adapter; dataset.py and packing.py, the rows
-trainers/          the losses, and the loop around them; build.py makes the one that a recipe asks for
+setup.py           all decisions before the first step, the same for `train`, `preview` and `plan`
+base_model.py      the base and its adapter; dataset.py and packing.py: the rows
+trainers/          the losses and the training loop; build.py makes the trainer that a recipe needs
 callbacks/         guards, the trial of the longest batch, the stop request, progress, memory and energy
-checkpointing/     what a checkpoint holds, how it is written and checked, how a run goes on
-reports/           tables, metrics.jsonl, the manifest, pictures
-run_folder.py      who may write where; run_state.py, what trainer and callbacks share
+checkpointing/     contents of a checkpoint, writing and checking it, resuming a run
+reports/           tables, metrics.jsonl, the manifest, plots
+run_folder.py      the lock of a run's folder; run_state.py: state shared by trainer and callbacks
 
-What trains is imported when it is first used: previews and plans do without PEFT, TRL and bitsandbytes, which take
-seconds.
+`train` is imported when it is first used, because it needs PEFT, TRL and bitsandbytes, which take seconds. Previews and
+plans do not need them.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""A run's base model and adapter: found once, held against the recipe, loaded and saved.
+"""A run's base model and adapter: found once, compared with the recipe, loaded and saved.
 
-The only file of training that knows how bases are opened. What needs PEFT and bitsandbytes is imported by the
-functions that load and save: plans and previews do without them.
+This is the only file of training that knows how bases are opened. PEFT and bitsandbytes are imported inside the
+functions that load and save, because plans and previews do not need them.
 """
 
 import json
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SizesByPart: TypeAlias = dict[str, dict[str, int]]
-"""Counts of a loaded base by part and format, from the audit."""
+"""Sizes of a loaded base by part and number format, from the audit."""
 
 
 @dataclass(frozen=True)
 class OpenBase:
-    """A base that was found.
+    """A base model that was found and opened.
 
     Attributes:
         name: The folder or Hub id that the recipe gives.
-        revision: The recipe's; of a base on the Hub the commit that it stands for today.
-        folder: Where its config, its tokenizer and, if they were asked for, its weights are.
-        checkpoint: Its weights, checked; None if they were not asked for.
-        start: The adapter that training goes on from, if it is not a fresh one.
+        revision: The recipe's revision; for a base on the Hub, the commit that it names today.
+        folder: The folder of its config, its tokenizer and, if requested, its weights.
+        checkpoint: Its checked weights; None if they were not requested.
+        start: The adapter to continue training from; None for a fresh adapter.
     """
 
     name: str
@@ -61,11 +61,11 @@ class OpenBase:
     start: StartingAdapter | None = None
 
     def tokenizer(self, special_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-        """Load the tokenizer, checked against the vocabulary, with these special tokens added where it lacks them."""
+        """Load the tokenizer, check it against the vocabulary, and add the special tokens that it lacks."""
         return self._with_added(special_tokens)[0]
 
     def trained_tokens(self, special_tokens: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids of special tokens, in order, and those that the tokenizer lacked."""
+        """Return the sorted ids of special tokens, and the sorted ids of those that the tokenizer lacked."""
         if not special_tokens:
             return (), ()
         tokenizer, new = self._with_added(special_tokens)
@@ -73,21 +73,21 @@ class OpenBase:
         return tuple(sorted(ids)), tuple(sorted(added))
 
     def trained_architecture(self, recipe: Recipe) -> Architecture:
-        """Return the architecture in training: with further rows of embeddings where new tokens find no free ones."""
+        """Return the architecture in training, with more embedding rows if new tokens need them."""
         ids, rows = self.trained_tokens(recipe.data.special_tokens)[0], self.architecture.sizes.vocab
         return self.architecture.with_vocabulary(grown_vocabulary(ids, rows))
 
     def _with_added(self, names: Sequence[str]) -> tuple[PreTrainedTokenizerFast, list[str]]:
-        """Return the tokenizer with these special tokens, and those among them that it lacked.
+        """Return the tokenizer with the special tokens added, and the tokens that it lacked.
 
         Raises:
-            UserError: A name that is an ordinary token.
+            UserError: A name is already an ordinary token.
         """
         tokenizer = load_tokenizer(self.folder, self.architecture.config, names)
         known, vocabulary = special_tokens(tokenizer), tokenizer.get_vocab()
         if ordinary := [name for name in names if name in vocabulary and name not in known]:
             raise UserError(
-                f"data.special_tokens: '{ordinary[0]}' is an ordinary token of this base already, which texts use. "
+                f"data.special_tokens: '{ordinary[0]}' is already an ordinary token of this base, which texts use. "
                 "Choose another name."
             )
         new = [name for name in dict.fromkeys(names) if name not in known]
@@ -96,7 +96,7 @@ class OpenBase:
 
 
 def open_base(name: str, revision: str, weights: bool) -> OpenBase:
-    """Find a base in a folder or on the Hub; only with `weights` are these checked, and downloaded if need be."""
+    """Find a base in a folder or on the Hub; with `weights`, download them if needed and check them."""
     folder = resolve_folder(name, revision) if weights else text_folder(name, revision)
     checkpoint = BaseCheckpoint.open(folder) if weights else None
     architecture = checkpoint.architecture if checkpoint else open_config(folder)[1]
@@ -104,10 +104,10 @@ def open_base(name: str, revision: str, weights: bool) -> OpenBase:
 
 
 def continue_recipe(recipe: Recipe, base: OpenBase) -> Recipe:
-    """Fit a recipe to the adapter that it goes on from, which must be one of this base; pin the adapter to its commit.
+    """Complete a recipe with the settings of the adapter that it continues; pin the adapter to its commit.
 
     Raises:
-        UserError: The adapter is of another base, does not fit this one, or was trained with other settings.
+        UserError: The adapter belongs to another base, does not fit this base, or was trained with other settings.
     """
     if (start := base.start) is None:
         return recipe
@@ -116,8 +116,8 @@ def continue_recipe(recipe: Recipe, base: OpenBase) -> Recipe:
     recipe = continued(recipe, settings_of(weights), base.architecture.num_experts, start.special_tokens())
     if weights.token_ids != base.trained_tokens(recipe.data.special_tokens)[0]:
         raise UserError(
-            f"adapter.continue_from: {start.name} has trained rows for tokens that the tokenizer of {base.name} has "
-            "other ids for. Give base.model the adapter's own base, with its tokenizer."
+            f"adapter.continue_from: {start.name} has trained special tokens that have other ids in the tokenizer of "
+            f"{base.name}. Set base.model to the adapter's own base, with its tokenizer."
         )
     if start.revision is None:
         return recipe
@@ -126,26 +126,27 @@ def continue_recipe(recipe: Recipe, base: OpenBase) -> Recipe:
 
 
 def _refuse_other_base(start: StartingAdapter, weights: AdapterWeights, base: OpenBase) -> None:
-    """Compare fingerprints; where the adapter has none, the names on the Hub, or else nothing is known."""
+    """Raise UserError if the fingerprints differ or, without a fingerprint, if the names on the Hub differ."""
     own, named = weights.base_fingerprint, weights.base
     if own and base.checkpoint and (found := fingerprint(base.checkpoint)) != own:
         raise UserError(
             f"adapter.continue_from: {start.name} was trained on base {own}{f' ({named})' if named else ''}; "
-            f"{base.name} is {found}. Give base.model the adapter's own base."
+            f"{base.name} is {found}. Set base.model to the adapter's own base."
         )
     on_hub = is_repo_id(named) and is_repo_id(base.name) and not Path(base.name).exists()
     if not own and on_hub and named != base.name:
         raise UserError(
-            f"adapter.continue_from: {start.name} was trained on base {named}, and base.model is {base.name}. Give "
-            "base.model the adapter's own base; if both are the same weights, change base_model_name_or_path in its "
-            "adapter_config.json."
+            f"adapter.continue_from: {start.name} was trained on base {named}, and base.model is {base.name}. Set "
+            "base.model to the adapter's own base; if both are the same weights, change base_model_name_or_path in "
+            "the adapter's adapter_config.json."
         )
 
 
 def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
-    """Hold a recipe to what its base has: groups, experts, routers, packing, positions; pin the base to its commit.
+    """Check a recipe against its base (groups, experts, router, packing, positions); pin the base to its commit.
 
-    What is asked for and not there is refused. What only a default asks for is changed, and said.
+    A setting in the recipe that the base does not support raises UserError. A default that the base does not support
+    is changed, and a line is printed.
     """
     losses = {f"router.{name}": "router" for name in ("aux_loss", "z_loss") if getattr(recipe.router, name)}
     settings, sizes = adapter_settings(recipe), base.architecture.sizes
@@ -155,19 +156,19 @@ def fit_recipe(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
     routing = base.architecture.family.routing
     if recipe.router.aux_loss and routing is not None and routing.balance is None:
         raise UserError(
-            f"router.aux_loss: the authors of {base.architecture.family.title} balance the load without a loss, so "
-            "there is none to weigh. Remove the key."
+            f"router.aux_loss: {base.architecture.family.title} balances its load without a loss, so the key has no "
+            "effect. Remove the key."
         )
     recipe = _fit_length(_fit_packing(recipe, base, console), base, console)
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"revision": base.revision})})
 
 
 def _fit_packing(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
-    """Leave packing out where the family's attention would mix the documents of a row."""
+    """Switch packing off if the family's attention would mix the documents of a row."""
     family = base.architecture.family
     if family.packs or not recipe.data.packing:
         return recipe
-    reason = f"the attention of {family.title} models (transformers') does not keep packed rows apart"
+    reason = f"transformers' attention of {family.title} models cannot keep packed documents apart"
     if "packing" in recipe.data.model_fields_set:
         raise UserError(f"data.packing: {reason}. Set data.packing=false.")
     console.print(f"Rows are not packed: {reason}.")
@@ -175,7 +176,7 @@ def _fit_packing(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
 
 
 def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
-    """Hold sequences to the base's positions."""
+    """Limit sequences to the base's positions."""
     sizes = base.architecture.sizes
     wanted, most = recipe.data.max_length, sizes.positions
     if wanted <= most:
@@ -186,15 +187,15 @@ def _fit_length(recipe: Recipe, base: OpenBase, console: Console) -> Recipe:
             f"data.max_length: {wanted} is more than the {most} {learned}positions of {recipe.base.model}. "
             f"Set data.max_length={most} or less."
         )
-    console.print(f"Sequences are at most {most} tokens long: {recipe.base.model} has no more positions.")
+    console.print(f"Sequences are at most {most} tokens long, because {recipe.base.model} has {most} positions.")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": most})})
 
 
 def adapter_settings(recipe: Recipe, token_ids: Sequence[int] | None = None) -> AdapterSettings:
-    """Return the recipe's adapter and router sections, and the file of selected experts, as plain settings.
+    """Return the recipe's adapter and router sections as plain settings, with the selected experts read from file.
 
     Args:
-        token_ids: Of the recipe's special tokens; None stands for as many of any ids, where only sizes matter.
+        token_ids: Ids of the recipe's special tokens; None uses placeholder ids, if only sizes matter.
     """
     adapter, router = recipe.adapter, recipe.router
     groups = {
@@ -229,10 +230,10 @@ def adapter_settings(recipe: Recipe, token_ids: Sequence[int] | None = None) -> 
 def load_with_adapter(
     base: OpenBase, recipe: Recipe, dtype: torch.dtype, device: torch.device, console: Console
 ) -> tuple["PeftModel", SizesByPart]:
-    """Load a base with a fresh adapter on it, or the one to go on from, all else frozen.
+    """Load a base with a fresh adapter, or with the adapter to continue; all other weights are frozen.
 
     Returns:
-        The model, and the base's sizes in memory by part.
+        The model, and the sizes of the base's parts in memory.
     """
     from lola_ft.adapters import add_adapter
     from lola_ft.adapters.load_save import add_reference, put_weights
@@ -271,7 +272,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerFast | None = None,
     template: PromptTemplate | None = None,
 ) -> str:
-    """Write the adapter, with tokenizer and templates for its users, whole or not at all; returns its layout."""
+    """Write the adapter with its tokenizer and templates, completely or not at all; returns the layout."""
     from lola_ft import adapters
 
     def write_companions(partial: Path) -> None:
@@ -284,9 +285,9 @@ def save_adapter(
 
 
 def write_texts(folder: Path, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate) -> None:
-    """Write a tokenizer whose chat template writes prompts as training did, and the prompt template.
+    """Write the prompt template, and the tokenizer with a chat template that writes prompts as in training.
 
-    Where another token than the end of text ends an answer, `generation_config.json` says that both stop generation.
+    If answers end with another token than the end-of-text token, `generation_config.json` makes both stop generation.
     """
     tokenizer.chat_template = chat_source(template, tokenizer)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A recipe that goes on from an adapter: what is trained comes from there, and what the recipe says must agree."""
+"""A recipe that continues an adapter: the adapter decides what is trained, and the recipe's own keys must agree."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ _ROUTER = ("mode", "rank")
 
 
 def continued(recipe: Recipe, settings: AdapterSettings, num_experts: int, special_tokens: list[str]) -> Recipe:
-    """Return the recipe with the adapter's settings where it has none itself. Dropout stays the recipe's.
+    """Return the recipe with the adapter's settings for keys that the recipe leaves out. Dropout stays the recipe's.
 
     Args:
-        settings: The adapter's.
-        num_experts: Of a MoE layer.
-        special_tokens: Whose rows the adapter has trained.
+        settings: The adapter's settings.
+        num_experts: Number of experts per MoE layer.
+        special_tokens: Tokens whose rows the adapter has trained.
 
     Raises:
-        UserError: Naming each key that says something else than the adapter, with both values.
+        UserError: Keys in the recipe differ from the adapter; the message names them with both values.
     """
     filled = _Filled(recipe, settings, num_experts)
     groups = {group: filled.group(group) for group in _GROUPS}
@@ -35,7 +35,7 @@ def continued(recipe: Recipe, settings: AdapterSettings, num_experts: int, speci
         lines = "\n".join(f"  {line}" for line in filled.differences)
         raise UserError(
             f"adapter.continue_from: {recipe.adapter.continue_from} was trained with other settings.\n{lines}\n"
-            "What is trained comes from the adapter. Remove these keys."
+            "The adapter decides what is trained. Remove these keys."
         )
     if settings.init == "loftq" and recipe.base.quantization == "none":
         raise UserError(
@@ -51,7 +51,7 @@ def continued(recipe: Recipe, settings: AdapterSettings, num_experts: int, speci
 
 
 def keys_left_out(recipe: Recipe) -> list[str]:
-    """List the keys that a recipe leaves to the adapter that it goes on from."""
+    """List the keys that a recipe leaves to the adapter that it continues."""
     adapter, given = recipe.adapter, recipe.adapter.model_fields_set
     keys = [f"adapter.{key}" for key in (*_GROUPS, *_OWN, "alpha") if key not in given]
     keys += ["data.special_tokens"] if "special_tokens" not in recipe.data.model_fields_set else []
@@ -64,7 +64,7 @@ def keys_left_out(recipe: Recipe) -> list[str]:
 
 
 class _Filled:
-    """Puts a recipe's sections and an adapter's settings together, and collects the differences."""
+    """Combines a recipe's sections with an adapter's settings, and collects the differences."""
 
     def __init__(self, recipe: Recipe, settings: AdapterSettings, num_experts: int) -> None:
         self.adapter, self.router = recipe.adapter, recipe.router
@@ -81,7 +81,7 @@ class _Filled:
             self.differences.append(f"{key}: {_shown(given)} in the recipe, {_shown(held)} in the adapter")
 
     def group(self, name: str) -> GroupLora | None:
-        """Return a group as the recipe gives it, or as the adapter has it."""
+        """Return a group's section: the recipe's if given, else the adapter's."""
         rank, given = self.ranks.get(name), getattr(self.adapter, name)
         if name not in self.adapter.model_fields_set:
             return None if rank is None else self._new_group(name, rank)
@@ -105,7 +105,7 @@ class _Filled:
         return ExpertLora(rank=rank, alpha=alpha, select=_as_lists(self.settings.selection))
 
     def _own_alpha(self, name: str) -> float | None:
-        """Return a group's alpha where it is not the common one, which the recipe must not have given then."""
+        """Return a group's alpha if it differs from the common alpha, which the recipe then must not set."""
         held = self.settings.alphas[name]
         if held == self.alpha:
             return None
@@ -124,14 +124,14 @@ class _Filled:
         return {}
 
     def own_keys(self) -> dict[str, Any]:
-        """Return the adapter's single settings."""
+        """Return the adapter section's settings outside the groups."""
         held = self.settings
         variant = "dora" if held.dora else "rslora" if held.rslora else "lora"
         values = {"variant": variant, "init": held.init, "norms": held.tune_norms, "biases": held.tune_biases}
         return self._taken(self.adapter, "adapter", values)
 
     def router_keys(self) -> dict[str, Any]:
-        """Return whether and how the router is trained."""
+        """Return the router section's settings: mode and rank."""
         rank = self.settings.router_rank
         mode = "lora" if rank is not None else "tuned" if self.settings.tune_router else "frozen"
         return self._taken(self.router, "router", {"mode": mode, "rank": rank})

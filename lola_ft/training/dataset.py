@@ -1,4 +1,4 @@
-"""A run's data: from the recipe's sources to encoded training and validation sets, with what became of each row."""
+"""A run's data: the recipe's sources become encoded training and validation sets, and a report on the rows."""
 
 import hashlib
 import unicodedata
@@ -42,21 +42,21 @@ from lola_ft.repo_id import is_commit
 
 _DECIDES_NO_ROW = ("packing", "language_temperature", "max_per_language", "max_repeats")
 _LIBRARIES = ("lola-ft", "tokenizers", "jinja2", "babel", "pyarrow", "datasets")
-_MOST_THREADS = 4  # more only wait: tokenising uses all cores by itself
+_MOST_THREADS = 4  # more threads would only wait: tokenising uses all cores by itself
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Encoded sets, the template they were made with, and what is worth remembering of the sources.
+    """Encoded sets, the template they were made with, and facts about the sources.
 
     Attributes:
         source_hashes: SHA-256 of every local file.
-        commits: Hub datasets' commits by name, where they are known.
-        bad_rows: What was skipped; None where a bad row is an error.
-        duplicates: Training rows left out, by language; None where they stay.
-        leaks: The comparison with validation sources; None if there are none.
-        findings: How each source was read, by its name.
-        note: Where the encoded rows come from, if not from the sources themselves.
+        commits: Hub datasets' commits by name, as far as known.
+        bad_rows: The rows skipped; None if a bad row is an error.
+        duplicates: Number of duplicate training rows left out, by language; None if they are kept.
+        leaks: The comparison with validation sources; None without such sources.
+        findings: Facts about reading each source, by its name.
+        note: A line about the cache, if it was used.
     """
 
     train: Encoded
@@ -72,11 +72,11 @@ class RunData:
     note: str = ""
 
     def findings_lines(self) -> list[str]:
-        """Return what a user should know of how the sources were read."""
+        """Return lines about reading the sources that a user should know."""
         return [line for name, found in self.findings.items() for line in found.lines(name)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the section of the manifest."""
+        """Return the manifest's section on the data."""
         return {
             "sha256": self.source_hashes,
             "commits": self.commits,
@@ -90,10 +90,10 @@ class RunData:
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunData:
-    """Read, split, encode and mix; Hub datasets are read at the revision that `data` names (`pin` makes it a commit).
+    """Read, split, encode and mix the rows. Hub datasets are read at the revision in `data` (`pin` sets a commit).
 
     Raises:
-        DataError: Naming file and line.
+        DataError: Rows or files cannot be used; the message names file and line.
     """
     template = load_template(data.template, tokenizer)
     files = [file for source in _all_sources(data) if source.path is not None for file in files_of(source.path)]
@@ -128,23 +128,23 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerFast, seed: int) -> RunDat
 
 
 def _judged(data: Data) -> bool:
-    """Say whether the rows are judged answers. Judged rows are few, and are encoded in memory every time."""
+    """Tell whether the rows are judged answers. These are few, so they are encoded in memory and not cached."""
     return data.sources[0].format in OBJECTIVE_FORMATS.values()
 
 
 def _find(key: str) -> tuple[StoredRows | None, str]:
-    """Return the rows in the cache, if they are there and whole, and a note for the user."""
+    """Return the rows in the cache (None if missing or damaged), and a note for the user."""
     try:
         stored = find_entry(key)
     except Damaged as error:
-        return None, f"Encoded rows in the cache were damaged ({error}); they were made anew."
-    return stored, "Encoded rows from cache." if stored else ""
+        return None, f"Encoded rows in the cache were damaged ({error}) and are encoded again."
+    return stored, "Encoded rows come from the cache." if stored else ""
 
 
 def _encode(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, seed: int, key: str | None
 ) -> StoredRows:
-    """Read, split and encode the rows, and keep them under a key."""
+    """Read, split and encode the rows, and keep them in the cache under a key."""
     bad_rows = BadRows() if data.on_bad_row == "skip" else None
     findings = dict[str, Findings]()
     workers = min(usable_cores(), _MOST_THREADS)
@@ -171,7 +171,7 @@ def _encode(
             examples = leaks.checked(examples)
         elif data.validation:
             examples = hold_out(examples, data.validation, seed, held_out)
-        train = encoded(examples, "train")  # reads the rows as it goes; what is held out is known only afterwards
+        train = encoded(examples, "train")  # reading the training rows also fills `held_out`
         validation = encoded(held_out, "validation") if held_out else None
         facts = {
             "bad_rows": bad_rows.stored() if bad_rows else None,
@@ -186,12 +186,12 @@ def _encode(
 
 
 def training_examples(data: Data) -> Iterator[Example]:
-    """Read the training sources again, without bad rows; rows that are held out are among them."""
+    """Read the training sources again, without bad rows but including rows held out for validation."""
     return read_examples(map(_source, data.sources), BadRows(), data.normalize, data.learn)
 
 
 def pin(data: Data) -> Data:
-    """Return the data section with a commit for each Hub dataset's branch or tag, so that it can be run again."""
+    """Return the data section with each Hub dataset's branch or tag replaced by its commit, to be reproducible."""
     pinned: dict[str, Any] = {"sources": list(map(_pinned, data.sources))}
     if isinstance(data.validation, list):
         pinned["validation"] = list(map(_pinned, data.validation))
@@ -214,7 +214,7 @@ def _all_sources(data: Data) -> list[RecipeSource]:
 def rows_key(
     data: Data, tokenizer: PreTrainedTokenizerFast, template: PromptTemplate, hashes: dict[str, str], seed: int
 ) -> str | None:
-    """The cache's name for the rows, from everything that decides them; None if a source may change unseen."""
+    """Return the cache key of the rows: a hash of everything that decides them; None if a source may change unseen."""
     if any(source.hub and not is_commit(source.revision) for source in _all_sources(data)):
         return None
     settings = {key: value for key, value in data.model_dump(mode="json").items() if key not in _DECIDES_NO_ROW}

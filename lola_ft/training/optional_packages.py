@@ -1,4 +1,4 @@
-"""Packages that a recipe may need and that are not installed with lola_ft: missing ones are found before any work."""
+"""Checks for packages that a recipe may need but that are not installed with lola_ft, before any work is done."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -18,12 +18,12 @@ OPTIMIZER_PACKAGES = {
     "schedule_free_sgd": "schedulefree",
     "stable_adamw": "optimi",
 }
-"""The module that an optimiser of transformers is in."""
+"""The module that each of transformers' optimisers needs."""
 _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 
 
 def refuse_missing_packages(train: Train) -> None:
-    """Refuse what the training section asks for and this machine cannot do; names the key and the package."""
+    """Raise UserError if the training section needs a package that is missing; names the key and the package."""
     refuse_missing_trackers(train.report_to)
     refuse_missing_optimizer(train.optimizer)
     if train.energy:
@@ -31,17 +31,17 @@ def refuse_missing_packages(train: Train) -> None:
 
 
 def refuse_missing_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers whose packages are not installed."""
+    """Raise UserError for trackers whose packages are not installed."""
     missing = [name for name in names if not any(map(find_spec, _TRACKER_PACKAGES.get(name, (name,))))]
     if missing:
         raise UserError(
             f"train.report_to: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed. "
-            f"Install with `pip install {' '.join(missing)}`, or leave it out; metrics.jsonl is written in any case."
+            f"Install with `pip install {' '.join(missing)}`, or remove the key; metrics.jsonl is written in any case."
         )
 
 
 def refuse_missing_optimizer(name: str) -> None:
-    """Refuse an optimiser whose package is not installed."""
+    """Raise UserError for an optimiser whose package is not installed."""
     package = OPTIMIZER_PACKAGES.get(name)
     if package and find_spec(package) is None:
         raise UserError(
@@ -51,7 +51,7 @@ def refuse_missing_optimizer(name: str) -> None:
 
 
 def refuse_missing_codecarbon(country: str) -> None:
-    """Refuse to measure energy without the package that does, or in a country that it does not know."""
+    """Raise UserError if codecarbon is not installed or does not know the country."""
     if find_spec("codecarbon") is None:
         raise UserError("train.energy: codecarbon is not installed. Install the extra `energy`, or remove the section.")
     from codecarbon.input import DataSource

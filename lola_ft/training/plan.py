@@ -1,4 +1,4 @@
-"""`lola-ft plan`: what a recipe will need and how long it is, from the base's config and the data."""
+"""`lola-ft plan`: predict a recipe's memory, steps and file sizes from the base's config and the data."""
 
 import json
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from lola_ft.training.setup import estimate_steps, fit_to_base, read_data, short
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_OUT_OF_MEMORY_SHARE = 0.9  # of what was predicted: what to look for where the prediction would have fitted
+_OUT_OF_MEMORY_SHARE = 0.9  # after running out of memory, advise at most this share of the predicted memory
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Sizes of an epoch of a recipe's training data, in tokens."""
+    """The sizes of an epoch of a recipe's training data: numbers of tokens and of sequences."""
 
     tokens: int
     sequences: int
@@ -37,15 +37,15 @@ class DataFacts:
 
 
 def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True) -> None:
-    """Print a recipe's peak memory by part, its steps, the sizes of its files, and what to change if it does not fit.
+    """Print a recipe's peak memory by part, its steps, the sizes of its files, and changes that would make it fit.
 
     Args:
-        gpu: Memory of a GPU, such as `8GB`; None for this machine's own, or its CPU.
+        gpu: Memory of a GPU, such as `8GB`; None for this machine's GPU or, without one, its CPU.
         as_json: Print one JSON object.
         with_data: Read local data for the number of steps and the longest row.
 
     Raises:
-        UserError: For a size that is none, a base without config, or data that cannot be used.
+        UserError: `gpu` is not a size, the base has no config, or the data cannot be used.
     """
     console = Console()
     device, limit = target_machine(gpu)
@@ -71,19 +71,23 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
 
 
 def advice(recipe: Recipe, architecture: Architecture, longest: int | None = None) -> str:
-    """Advise a run that ran out of memory here: where its memory goes, and what to write behind the recipe."""
+    """Return advice for a run that ran out of memory: its memory by part, and overrides that need less."""
     device, limit = target_machine(None)
     job = job_of(recipe, architecture, device, longest)
     prediction = predict(job)
     change = first_fit(job, min(limit, int(_OUT_OF_MEMORY_SHARE * prediction.total)))
     lines = [f"{shape(job)} need about:", *memory_lines(prediction), f"There are {show_size(limit)} in all."]
     if prediction.total <= limit:
-        lines.append("That should fit: other programs may hold memory, too.")
+        lines.append("That should fit, so other programs may be using memory too.")
     if change is None:
         return "\n".join([*lines, "No smaller batch, length or rank would help."])
     needs = show_size(change.prediction.total)
     return "\n".join(
-        [*lines, f"Try this behind the recipe, with another `output` ({needs}):", f"  {' '.join(change.overrides)}"]
+        [
+            *lines,
+            f"Add this to the command, with another `output` (it needs {needs}):",
+            f"  {' '.join(change.overrides)}",
+        ]
     )
 
 
@@ -97,7 +101,7 @@ def target_machine(gpu: str | None) -> tuple[str, int]:
 
 
 def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int | None = None) -> Job:
-    """Return what the planner needs to know of a recipe; `longest` is the tokens of the longest row, if known."""
+    """Return the planner's input for a recipe; `longest` is the number of tokens of the longest row, if known."""
     train, router = recipe.train, recipe.router
     dtype: str = recipe.base.dtype
     if device == "cpu" or torch.cuda.is_available():
@@ -124,7 +128,7 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
 
 
 def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, list[str]]:
-    """Return the data's numbers and what was found in it; or None, and why."""
+    """Return the data's sizes and notes about it; None and the reason if it cannot be read."""
     data = recipe.data
     validation = data.validation if isinstance(data.validation, list) else []
     if remote := [source.hub for source in [*data.sources, *validation] if source.hub]:
@@ -140,7 +144,7 @@ def _facts_of_data(recipe: Recipe, base: OpenBase) -> tuple[DataFacts | None, li
 
 
 def _longest(dataset: "Dataset") -> int:
-    """Return the tokens of the longest sequence; a pair is two, which begin with the same prompt."""
+    """Return the tokens of the longest sequence. A pair counts as two sequences with the same prompt."""
     if "chosen_ids" not in dataset.column_names:
         return max(len(ids) for ids in dataset["input_ids"])
     answers = zip(dataset["chosen_ids"], dataset["rejected_ids"], strict=True)
@@ -150,7 +154,7 @@ def _longest(dataset: "Dataset") -> int:
 def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, notes: list[str]) -> list[str]:
     tokens = _tokens_per_step(job, facts)
     count = f"{steps:,} steps" if steps else "An unknown number of steps"
-    lines = [f"{count} of about {tokens:,} tokens ({job.grad_accum_steps} times {shape(job)})."]
+    lines = [f"{count} of about {tokens:,} tokens each ({job.grad_accum_steps} times {shape(job)})."]
     if facts:
         lines.append(f"An epoch has {facts.sequences:,} sequences, {facts.tokens:,} tokens.")
         step = job.micro_batch_size * job.grad_accum_steps
@@ -160,7 +164,7 @@ def _length_lines(job: Job, steps: int | None, facts: DataFacts | None, notes: l
 
 
 def _tokens_per_step(job: Job, facts: DataFacts | None) -> int:
-    """Estimate the tokens of a step: packed rows are full, others of average length; of data not known, the most."""
+    """Estimate the tokens per step: full rows if packed or if the data is unknown, else rows of average length."""
     rows = job.micro_batch_size * job.grad_accum_steps
     if facts and not job.packing:
         return round(rows * facts.tokens / facts.sequences)

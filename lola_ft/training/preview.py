@@ -1,4 +1,4 @@
-"""`lola-ft preview`: what a recipe's data becomes, before anything is trained."""
+"""`lola-ft preview`: show a recipe's data as the model will read it, before training."""
 
 import unicodedata
 from collections import Counter
@@ -22,18 +22,18 @@ LEARNED, READ, END, WORSE = "black on green", "dim", "bold white on red", "black
 _BINS = 10
 _BAR = 40
 _RUN_SHOWN = 1200
-"""Characters of a stretch of text that are shown; a longer one loses its middle."""
+"""Most characters shown of a stretch of text; a longer stretch is shown without its middle."""
 
 
 def preview(recipe: Recipe, examples: int, languages: int, console: Console | None = None) -> None:
-    """Print what is dropped, how long sequences are, and some of them, learned and read tokens told apart.
+    """Print the rows dropped, the lengths of sequences, and some sequences with their learned tokens marked.
 
     Args:
-        examples: Sequences shown of each language.
-        languages: Languages shown, the largest first.
+        examples: Number of sequences to show per language.
+        languages: Number of languages to show, the largest first.
 
     Raises:
-        UserError: As a run would, for anything wrong with the recipe's data or the base's tokenizer.
+        UserError: The recipe's data or the base's tokenizer cannot be used, as in `train`.
     """
     console = console or Console()
     plain = console.color_system is None
@@ -56,7 +56,7 @@ def preview(recipe: Recipe, examples: int, languages: int, console: Console | No
 
 
 def length_lines(encoded: "Encoded", max_length: int) -> list[str]:
-    """A histogram of the sequences' lengths in tokens, as lines of text."""
+    """Return a histogram of the sequences' lengths in tokens, as lines of text."""
     lengths = [len(ids) for ids in encoded.dataset["input_ids"]]
     width = max(1, -(-max(lengths) // _BINS))
     bins = Counter((length - 1) // width for length in lengths)
@@ -69,7 +69,7 @@ def length_lines(encoded: "Encoded", max_length: int) -> list[str]:
 
 
 def shown(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerFast, plain: bool = False) -> Text:
-    """Show a sequence: learned tokens in colour (`plain`: in ⟦ ⟧), read ones dim, the learned EOS by its name."""
+    """Return a sequence to print: learned tokens in colour (`plain`: in ⟦ ⟧), read tokens dim, EOS by its name."""
     text = Text()
     for learned, tokens in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != MASKED):
         run = [token for token, _ in tokens]
@@ -78,7 +78,7 @@ def shown(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerFast,
 
 
 def judged(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, plain: bool = False) -> Text:
-    """Show a prompt and its answers, each behind the name of what it was judged to be; a worse one is never green."""
+    """Return a prompt and its answers to print, each answer after its judgement; only good answers are green."""
     if "chosen_ids" in row:
         answers = [("chosen", row["chosen_ids"], LEARNED), ("rejected", row["rejected_ids"], WORSE)]
     else:
@@ -92,7 +92,7 @@ def judged(row: dict[str, Any], tokenizer: PreTrainedTokenizerFast, plain: bool 
 
 
 def _run(ids: list[int], tokenizer: PreTrainedTokenizerFast, style: str, brackets: bool = False) -> Text:
-    """Show tokens in one style, EOS by its name, which has a style of its own where it is learned."""
+    """Return tokens to print in one style. EOS is shown by its name, in its own style if it is learned."""
     text = Text("⟦" if brackets else "")
     for is_end, part in groupby(ids, key=lambda token: token == tokenizer.eos_token_id):
         pieces = list(part)
@@ -110,7 +110,7 @@ def _legend(tokenizer: PreTrainedTokenizerFast, objective: str, plain: bool) -> 
 
 
 def _printable(text: str) -> str:
-    """Text that cannot steer the terminal, line breaks made visible, a long stretch without its middle."""
+    """Return text that is safe to print: control characters escaped, line breaks visible, long text shortened."""
     if len(text) > _RUN_SHOWN:
         text = f"{text[: _RUN_SHOWN // 2]} […] {text[-_RUN_SHOWN // 2 :]}"
     safe = (

@@ -1,6 +1,7 @@
-"""Several processes in one run: one prints and writes, all learn the same. accelerate starts and connects them.
+"""Several processes in one run, started and connected by accelerate. Only the main process prints and writes.
 
-Each process has the whole base and a copy of the adapter, and adds its gradients to the others' (DDP).
+Each process has the whole base and a copy of the adapter. An all-reduce averages the adapter's gradients (DDP), so the
+copies stay equal.
 """
 
 import dataclasses
@@ -20,21 +21,21 @@ T = TypeVar("T")
 _ENGINES = {
     "ACCELERATE_USE_FSDP": (
         "FSDP",
-        "it cuts weights and the optimiser's state into pieces; a 4-bit stack of experts cannot be cut, and "
-        "checkpoints here hold all of them whole",
+        "it shards weights and the optimiser's state, but a 4-bit stack of experts cannot be sharded, and "
+        "checkpoints of lola_ft are not sharded",
     ),
     "ACCELERATE_USE_DEEPSPEED": (
         "DeepSpeed",
-        "it takes over optimiser and checkpoints, which would not resume exactly",
+        "it replaces optimiser and checkpoints, so a run would not resume exactly",
     ),
-    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it brings model classes of its own, and LOLA is none of them"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("accelerate's parallelism", "it cuts weights or sequences into pieces"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "it has its own model classes, and LOLA is not among them"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("accelerate's parallelism", "it shards weights or sequences"),
 }
-_TIMEOUT = timedelta(hours=1)  # how long one process waits for another
+_TIMEOUT = timedelta(hours=1)  # longest time that one process waits for another
 
 
 def join() -> torch.device:
-    """Connect with the processes that a launcher has started, if it did; returns this process's device."""
+    """Connect with the other processes of a launcher, if there are any; returns this process's device."""
     for variable, (name, reason) in _ENGINES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
@@ -48,9 +49,10 @@ def join() -> torch.device:
 
 
 def leave_environment(handler: KwargsHandler) -> None:
-    """Let accelerate see what a handler changes without emptying the environment, as it does (1.15) to see defaults.
+    """Give a handler a `to_kwargs` that does not touch the environment.
 
-    A native thread that reads a variable meanwhile, for which it needs no lock of Python's, can end the process.
+    accelerate (1.15) empties the environment for a moment to find a handler's defaults. A native thread that reads an
+    environment variable at that moment can crash the process.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(handler)}
     given = {name: value for name, value in handler.to_dict().items() if value != defaults[name]}
@@ -58,34 +60,34 @@ def leave_environment(handler: KwargsHandler) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, when all are done."""
+    """Disconnect from the other processes when all are done."""
     if count() > 1:
         PartialState().destroy_process_group()
 
 
 def count() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     return torch.distributed.get_world_size() if _connected() else 1
 
 
 def index() -> int:
-    """Return this process's number, from 0."""
+    """Return this process's rank, from 0."""
     return torch.distributed.get_rank() if _connected() else 0
 
 
 def is_main() -> bool:
-    """Say whether this process is the one that prints and writes."""
+    """Tell whether this process is the one that prints and writes."""
     return index() == 0
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Let the main process do something while the others wait.
+    """Run an action in the main process while the others wait.
 
     Returns:
-        What the action returned, in every process.
+        The action's result, in every process.
 
     Raises:
-        UserError, KeyboardInterrupt: What the action raised, in every process.
+        UserError, KeyboardInterrupt: The action's exception, in every process.
     """
     if count() == 1:
         return action()
@@ -103,19 +105,19 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def total(number: int) -> int:
-    """Sum a number of each process over all of them."""
+    """Return the sum of every process's number."""
     if count() == 1:
         return number
     return int(reduce(torch.tensor(int(number), device=PartialState().device), reduction="sum"))
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor of each process over all of them."""
+    """Return the sum of every process's tensor."""
     return reduce(tensor, reduction="sum") if count() > 1 else tensor
 
 
 def of_all(value: T) -> list[T]:
-    """Return every process's value, in the processes' order."""
+    """Return every process's value, in the order of ranks."""
     return list(gather_object([value])) if count() > 1 else [value]
 
 

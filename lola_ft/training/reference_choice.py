@@ -1,4 +1,4 @@
-"""When the reference of DPO and KTO is computed: what each way costs in a recipe's run, and the cheaper one chosen."""
+"""The choice of when DPO and KTO compute their reference, from the cost of each way in a recipe's run."""
 
 import math
 
@@ -13,14 +13,14 @@ from lola_ft.training.base_model import OpenBase, adapter_settings
 def choose_reference_pass(
     recipe: Recipe, base: OpenBase, rows: int | None, validation_rows: int = 0, steps: int = 0
 ) -> tuple[Recipe, ReferencePasses | None]:
-    """Return the recipe with `train.reference_pass` decided as far as it can be, and what both ways cost.
+    """Return the recipe with `train.reference_pass` decided if possible, and the costs of both ways.
 
     Args:
-        rows: Of an epoch; None where the data was not read.
-        steps: Of the whole run.
+        rows: Rows of an epoch; None if the data was not read.
+        steps: Steps of the whole run.
 
     Returns:
-        The recipe, and None instead of costs for an objective without a reference.
+        The recipe and the costs; None in place of the costs for an objective without a reference.
     """
     train = recipe.train
     if recipe.objective not in OBJECTIVE_FORMATS:
@@ -34,7 +34,7 @@ def choose_reference_pass(
     else:
         rows_per_step = train.micro_batch_size * train.grad_accum_steps * processes.count()
         seen = train.max_steps * rows_per_step if train.max_steps else math.ceil(rows * train.epochs)
-        evaluations = (steps // train.eval_every if train.eval_every else 0) + 1  # the last is that of the result
+        evaluations = (steps // train.eval_every if train.eval_every else 0) + 1  # plus the final evaluation
         passes = reference_passes(rows, seen, validation_rows, evaluations, copy_bytes)
     if train.reference_pass != "auto" or passes.cheaper is None:
         return recipe, passes

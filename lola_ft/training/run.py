@@ -1,6 +1,7 @@
-"""A run, from a recipe to the run folder. Nothing is written before everything the user gave has been checked.
+"""A run, from a recipe to the run folder. Nothing is written before all of the user's input has been checked.
 
-`setup.py` prepares it, `trainers/build.py` makes its trainer, `checkpointing/resume.py` finds where it goes on.
+`setup.py` prepares the run, `trainers/build.py` makes its trainer, and `checkpointing/resume.py` finds the checkpoint
+to resume from.
 """
 
 import contextlib
@@ -38,16 +39,16 @@ from lola_ft.training.trainers.run_trainer import RunTrainer
 
 
 def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_changed: Sequence[str] = ()) -> Path:
-    """Fine-tune as the recipe says; returns the run folder.
+    """Fine-tune a base model with a recipe; returns the run folder.
 
     Args:
-        dry_run: Do everything but train and write.
-        resume: Go on with the run that the output folder holds, if there is one (as `train.resume: auto` does).
-        allow_changed: Keys in which the recipe may differ from that run's.
+        dry_run: Do everything except training and writing.
+        resume: Resume the run in the output folder if there is one (like `train.resume: auto`).
+        allow_changed: Keys in which the recipe may differ from the resumed run's recipe.
 
     Raises:
-        UserError: For anything in the recipe, the data or the base that cannot work.
-        KeyboardInterrupt: Somebody stopped the run; it was saved if it had begun to train.
+        UserError: Something in the recipe, the data or the base cannot work.
+        KeyboardInterrupt: The run was stopped. It was saved if training had begun.
     """
     device = processes.join()
     console = Console(quiet=not processes.is_main())
@@ -63,12 +64,12 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         if (count := processes.count()) > 1:
             micro, accumulated = recipe.train.micro_batch_size, recipe.train.grad_accum_steps
             rows = count * micro * accumulated
-            console.print(f"{count} processes: a step is {count} x {micro} x {accumulated} = {rows} rows.")
+            console.print(f"{count} processes: a step has {count} x {micro} x {accumulated} = {rows} rows.")
 
         began = time.perf_counter()
         prepared = prepare_run(recipe, device, console, earlier, allow_changed)
         if dry_run:
-            console.print("Dry run: everything is in order; nothing was trained or written.")
+            console.print("Dry run: all checks passed; nothing was trained or written.")
             return output
         if earlier is None:
             processes.on_main(lambda: _begin(prepared, output, held))
@@ -95,7 +96,7 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
 
 
 def _begin(prepared: Prepared, output: Path, held: contextlib.ExitStack) -> None:
-    """Take the folder of a new run, and keep the adapter that it goes on from."""
+    """Lock the folder of a new run, and copy its starting adapter into the folder."""
     run_folder.take_folder(output, held)
     if prepared.start:
         keep_start(prepared.start, output)
@@ -109,7 +110,7 @@ def _fit(
     console: Console,
     memory: PeakMemory,
 ) -> tuple[RunTrainer, dict[str, Any]]:
-    """Train from a checkpoint or the beginning, and evaluate the adapter that is kept; returns the results, too."""
+    """Train from a checkpoint or from the beginning, and evaluate the final adapter; returns trainer and results."""
     trainer = build_trainer(prepared, output, stop, memory, console.print)
     console.print(filling_line(trainer.train_dataset, prepared.data, prepared.recipe))
     settings, rows = prepared.recipe.train, len(trainer.train_dataset)
@@ -135,7 +136,7 @@ def _fit(
             results["skipped_steps"] = trainer.nonfinite.skipped.total
         if (best := trainer.use_best()) is not None:
             results["best_step"] = best
-            console.print(f"The adapter is that of step {best}, the best evaluation.")
+            console.print(f"The adapter is the one of step {best}, which had the best evaluation.")
         if prepared.data.validation:
             results |= _of_evaluation(trainer.evaluate())
     results["tokens"] = trainer.run.tokens_seen
@@ -143,7 +144,7 @@ def _fit(
 
 
 def _of_evaluation(metrics: dict[str, float]) -> dict[str, Any]:
-    """Return what of the last evaluation belongs to the results."""
+    """Return the losses of the last evaluation, for the results."""
     losses = losses_by_language(metrics)
     return {"eval_loss": metrics["eval_loss"]} | ({BY_LANGUAGE: losses} if losses else {})
 
@@ -151,7 +152,7 @@ def _of_evaluation(metrics: dict[str, float]) -> dict[str, Any]:
 def _finish(
     prepared: Prepared, trainer: RunTrainer, output: Path, results: dict[str, Any], measured: dict[str, Any]
 ) -> None:
-    """Write the adapter with tokenizer and template, the manifest, the plots, the report and the card."""
+    """Write the adapter with tokenizer and template, the manifest, the plots, the report and the card, the last."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = output / ADAPTER_FOLDER
     layout = save_adapter(model, adapter, prepared.tokenizer, prepared.data.template)

@@ -1,6 +1,6 @@
-"""The run folder: its files' names, and who may write there. A file lock keeps one folder to one run.
+"""The run folder and its lock. A file lock lets only one process at a time write to a run folder.
 
-The system releases the lock with the process that holds it, however that ends.
+The operating system releases the lock when the process ends, also after a crash.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from lola_ft.file_names import CARD_FILE, MANIFEST_FILE, RECIPE_FILE, START_FOLD
 LOCK_FILE = ".lock"
 
 _NOTHING_YET = (LOCK_FILE, f".{RECIPE_FILE}.partial", START_FOLDER, f".{START_FOLDER}.partial")
-"""The files of a run that was killed before its recipe was there."""
+"""Files of a run that was killed before its recipe was written. A folder with only these counts as empty."""
 
 
 def refuse_unwritable(output: Path) -> None:
-    """Refuse an output folder in which nothing can be written, before any work is done; nothing is left behind."""
+    """Raise UserError if the output folder is not writable. Leaves no file behind."""
     place = output.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -32,15 +32,15 @@ def refuse_unwritable(output: Path) -> None:
 
 
 def refuse_bad_output(output: Path) -> None:
-    """Refuse an output folder that is taken or cannot be written to. Nothing heavy is needed to find out."""
+    """Raise UserError if the output folder is in use or not writable. Imports nothing heavy."""
     refuse_taken(output)
     refuse_unwritable(output)
 
 
 def refuse_taken(output: Path) -> None:
-    """Refuse an output folder that holds anything, before any work is done, and say how to go on."""
+    """Raise UserError if the output folder is not empty, with advice on how to continue."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: output is a file; name a folder.")
+        raise UserError(f"{output}: output is a file. Name a folder.")
     if not output.is_dir() or all(path.name in _NOTHING_YET for path in output.iterdir()):
         return
     if not (output / RECIPE_FILE).exists():
@@ -53,19 +53,19 @@ def refuse_taken(output: Path) -> None:
 
 
 def take_folder(output: Path, held: contextlib.ExitStack) -> None:
-    """Lock the folder of a new run until `held` is closed; a folder that holds anything is refused."""
+    """Lock the folder of a new run until `held` is closed; raises UserError if the folder is not empty."""
     held.enter_context(lock_folder(output))
     refuse_taken(output)
 
 
 def is_finished(output: Path) -> bool:
-    """Say whether a run has written everything that it writes; the card is the last."""
+    """Tell whether a run has written all its files; the card is the last one."""
     return (output / MANIFEST_FILE).exists() and (output / CARD_FILE).exists()
 
 
 @contextlib.contextmanager
 def lock_folder(output: Path) -> Iterator[None]:
-    """Hold the folder for this process, and make it if it does not exist; refuse one that another process holds."""
+    """Lock a folder for this process, making it if needed; raises UserError if another process has the lock."""
     path = output / LOCK_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -80,12 +80,12 @@ def lock_folder(output: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink()  # while it is held: a process that waits for this file finds out that it is gone
+            path.unlink()  # removed before the lock is released: a process that opened the file sees that it is gone
         os.close(descriptor)
 
 
 def is_locked(output: Path) -> bool:
-    """Say whether a run is going on in a folder; nothing is written to find out."""
+    """Tell whether a process is training in a folder. Writes nothing."""
     try:
         descriptor = os.open(output / LOCK_FILE, os.O_RDONLY)
     except OSError:
@@ -102,7 +102,7 @@ def is_locked(output: Path) -> bool:
 
 
 def _open_locked(path: Path) -> int:
-    """Open and lock the file; again, if another process removed it between opening and locking."""
+    """Open and lock the file; try again if another process removed the file between opening and locking."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:

@@ -1,4 +1,4 @@
-"""Everything a run has counted and must remember, in one object that the trainer and its callbacks share."""
+"""The counts and other state of a run, in one object that the trainer and its callbacks share."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from lola_ft.training.callbacks.stop_request import StopRequest
 
 
 class Stateful(Protocol):
-    """Something with a state of its own, which decides what the next steps do or write."""
+    """An object with a state that affects what the next steps compute or write."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -19,17 +19,17 @@ class Stateful(Protocol):
 
 @dataclass
 class RunState:
-    """The state of a run beside transformers' own `TrainerState`; checkpoints hold it.
+    """The state of a run beyond transformers' `TrainerState`. Checkpoints store it.
 
     Attributes:
-        stop: Says whether the run was asked to stop.
+        stop: Tells whether the run was asked to stop.
         tokens_seen: Tokens of all training batches of all processes, without padding; counted after each step.
         own_tokens: This process's tokens since the last step.
-        evaluation_due: An evaluation was left because the run was asked to stop; it is done on resuming.
-        extensions: Changes of the run's length, oldest first: the `step` at which it went from so many steps to
-            so many (`from`, `to`), and what became of the `schedule`.
-        best: Follows the evaluations, if the recipe wants to know the best.
-        kept: By name, everything else with a state that checkpoints hold, such as guards.
+        evaluation_due: An evaluation was interrupted by a stop request; it is done on resuming.
+        extensions: Changes of the run's length, oldest first. Each has the `step` of the change, the number of steps
+            before (`from`) and after (`to`), and the `schedule` (`stretch` or `restart`).
+        best: Tracks the best evaluation, if the recipe needs it.
+        kept: All other objects with a state that checkpoints store, such as guards, by name.
     """
 
     stop: StopRequest = field(default_factory=StopRequest)
@@ -44,7 +44,7 @@ class RunState:
 
     @property
     def train_seconds(self) -> float:
-        """Time spent in training, the time before a resume included."""
+        """Seconds spent in training, including the time before a resume."""
         return self._seconds_before + time.perf_counter() - self._began
 
     def begin(self) -> None:
@@ -52,12 +52,12 @@ class RunState:
         self._began = time.perf_counter()
 
     def end_step(self) -> None:
-        """Add what all processes have trained on since the last step."""
+        """Add the tokens that all processes have trained on since the last step."""
         self.tokens_seen += processes.total(self.own_tokens)
         self.own_tokens = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a checkpoint keeps of it."""
+        """Return the values that a checkpoint stores."""
         return {
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
@@ -67,9 +67,9 @@ class RunState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put a checkpoint's values back, but for the extensions, which the schedule needs before.
+        """Restore a checkpoint's values, except the extensions, which the scheduler restores earlier.
 
-        What this run does not keep is left out.
+        Stored states of objects that this run does not have, such as guards switched off, are ignored.
         """
         self.tokens_seen, self._seconds_before = state["tokens_seen"], state["train_seconds"]
         self.evaluation_due = state["evaluation_due"]

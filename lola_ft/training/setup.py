@@ -1,7 +1,7 @@
-"""Everything decided before the first step: `train`, `preview` and `plan` prepare a recipe in the same way here.
+"""All decisions before the first step. `train`, `preview` and `plan` all prepare a recipe here, in the same way.
 
-A recipe is fitted to its base first (`fit_to_base`), then its data is read (`read_data`); only a run then loads the
-base with an adapter (`prepare_run`).
+First the recipe is checked against its base (`fit_to_base`), then its data is read (`read_data`). Only a run then loads
+the base with an adapter (`prepare_run`).
 """
 
 import hashlib
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that must be right before the first byte is written.
+    """A run that is ready to train: all that is checked and loaded before the first byte is written.
 
     Attributes:
-        recipe: Fitted to the base, its data pinned to commits.
-        audit: The sizes of the base's parts as they are held in memory.
-        trained: Tensors and parameters that are trained, by group.
-        start: The adapter that training goes on from, if it is not a fresh one.
-        reference: What the reference of preferences costs; None for other objectives.
+        recipe: The recipe fitted to the base, with its data pinned to commits.
+        audit: The sizes of the base's parts in memory.
+        trained: Numbers of trained tensors and parameters, by group.
+        start: The adapter to continue training from; None for a fresh adapter.
+        reference: The cost of computing the reference of dpo and kto; None for other objectives.
     """
 
     recipe: Recipe
@@ -69,11 +69,11 @@ def prepare_run(
     earlier: "EarlierRun | None" = None,
     allow_changed: Sequence[str] = (),
 ) -> Prepared:
-    """Check everything that the user gave, read the data and load the base with its adapter.
+    """Check all of the user's input, read the data, and load the base with its adapter.
 
-    The recipe may differ from that of an `earlier` run, which goes on, in `allow_changed` alone.
+    If an `earlier` run is resumed, the recipe may differ from its recipe only in the keys `allow_changed`.
     """
-    from transformers import set_seed  # here, for it imports PEFT, and plans and previews do without
+    from transformers import set_seed  # imported here because it imports PEFT, which plans and previews do not need
 
     refuse_missing_packages(recipe.train)
     precision = choose_precision(recipe.base.dtype, device)
@@ -100,13 +100,13 @@ def prepare_run(
 def fit_to_base(
     recipe: Recipe, console: Console, weights: bool = False, run: Path | None = None
 ) -> tuple[Recipe, OpenBase]:
-    """Find the recipe's base and the adapter to go on from, once, and hold the recipe to both.
+    """Find the recipe's base and the adapter to continue, and check the recipe against both.
 
     Args:
-        weights: Check the base's weights, too.
+        weights: Check the base's weights too.
         run: The folder of the run to resume.
     """
-    start = find_start(recipe.adapter, run)  # first: a damaged adapter is found before anything large is fetched
+    start = find_start(recipe.adapter, run)  # first, so that a damaged adapter is found before a large download
     base = replace(base_model.open_base(recipe.base.model, recipe.base.revision, weights), start=start)
     recipe = base_model.continue_recipe(recipe, base)
     if start:
@@ -117,13 +117,13 @@ def fit_to_base(
 def read_data(
     recipe: Recipe, base: OpenBase, earlier: "EarlierRun | None" = None, allow_changed: Sequence[str] = ()
 ) -> tuple[Recipe, PreTrainedTokenizerFast, RunData]:
-    """Pin the recipe's data to commits, read it and turn it into tokens.
+    """Pin the recipe's data to commits, and read and tokenise it.
 
     Returns:
         The recipe with the commits, the base's tokenizer, and the data.
 
     Raises:
-        UserError: Naming file and line, or what differs from the earlier run.
+        UserError: The data cannot be used, or the recipe differs from that of the earlier run.
     """
     tokenizer = base.tokenizer(recipe.data.special_tokens)
     recipe = recipe.model_copy(update={"data": pin(recipe.data)})
@@ -133,7 +133,7 @@ def read_data(
 
 
 def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
-    """Refuse early stopping by a metric that no evaluation will have."""
+    """Raise UserError for early stopping by a metric that the evaluations will not have."""
     languages = sorted(set(data.validation.languages)) if data.validation and objective == "sft" else []
     known = ["eval_loss", *(f"{BY_LANGUAGE}/{code}" for code in languages)]
     if train.early_stopping and train.early_stopping.metric not in known:
@@ -144,7 +144,7 @@ def refuse_unknown_metric(train: Train, data: RunData, objective: str) -> None:
 
 
 def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int = 1) -> int:
-    """Estimate a run's optimiser steps from an epoch's tokens and sequences; packing is taken to be perfect."""
+    """Estimate a run's optimiser steps from an epoch's tokens and sequences, assuming perfectly full packed rows."""
     train = recipe.train
     if train.max_steps:
         return train.max_steps
@@ -154,7 +154,7 @@ def estimate_steps(recipe: Recipe, tokens: int, sequences: int, processes: int =
 
 
 def short_data_line(rows: int, rows_per_step: int) -> str:
-    """Say what a step is where it takes more rows than there are."""
+    """Return a warning that one step takes more rows than the data has."""
     return (
         f"A step takes {rows_per_step:,} rows (micro batch times accumulation) and the data has {rows:,}: each step is "
         "a whole epoch. Lower train.grad_accum_steps or train.micro_batch_size for more steps per epoch."
@@ -162,7 +162,7 @@ def short_data_line(rows: int, rows_per_step: int) -> str:
 
 
 def facts_of(prepared: Prepared) -> dict[str, Any]:
-    """Return what must be the same for a run to go on exactly, beside the recipe."""
+    """Return the facts, besides the recipe, that must be unchanged for a run to resume exactly."""
     data = prepared.data.as_dict()
     contents = {**data, "sha256": sorted(data["sha256"].values()), "template": prepared.data.template.source}
     return {
@@ -175,7 +175,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
 
 
 def reference_facts(prepared: Prepared) -> dict[str, str]:
-    """Return what the reference's log-probabilities depend on beside the rows."""
+    """Return the facts, besides the rows, that the reference's log-probabilities depend on."""
     recipe, start = prepared.recipe, prepared.start
     of_adapter = recipe.train.reference == "adapter" and start is not None
     return {

@@ -1,7 +1,6 @@
-"""The adapter that a run goes on from (`adapter.continue_from`): found, checked before the base is, kept in the run.
+"""The adapter that a run continues (`adapter.continue_from`). It is found and checked before the base is loaded.
 
-The run's folder gets a copy (`start/`), and a resumed run reads that one: it needs the adapter itself no more, whatever
-has become of it.
+The run's folder gets a copy (`start/`). A resumed run reads the copy, so the adapter itself may have changed or gone.
 """
 
 import json
@@ -32,12 +31,12 @@ _STAGES_FILE = "stages.json"
 
 @dataclass(frozen=True)
 class StartingAdapter:
-    """An adapter to go on from, its file read and checked.
+    """An adapter to continue training from, with its file read and checked.
 
     Attributes:
         name: The run, folder or Hub id that the recipe gives.
-        revision: The recipe's; of an adapter on the Hub the commit that it stands for today.
-        stages: The stages that made it, oldest first (`card/stages.py`).
+        revision: The recipe's revision; for an adapter on the Hub, the commit that it names today.
+        stages: The runs that trained it, oldest first (`card/stages.py`).
     """
 
     name: str
@@ -46,30 +45,31 @@ class StartingAdapter:
     stages: list[dict[str, Any]]
 
     def has_learned(self, template: str) -> bool:
-        """Tell whether it was trained with this template, by a recipe's name for it; True where that is not known."""
+        """Tell whether the adapter was trained with a template, named as in a recipe; True if that is unknown."""
         own, chat = self.stored.folder / TEMPLATE_FILE, self.stored.folder / CHAT_TEMPLATE_FILE
         if template == CHAT or not own.is_file():
             return not own.is_file() and (template == CHAT or not chat.is_file())
         return own.read_text(encoding="utf-8").strip() == Template.load(template).source.strip()
 
     def special_tokens(self) -> list[str]:
-        """Return the tokens whose rows it has trained, in the order of their ids.
+        """Return the tokens whose rows the adapter has trained, in the order of their ids.
 
         Raises:
-            UserError: There are such rows, and no tokenizer beside them that names their tokens.
+            UserError: The adapter has trained rows, but no tokenizer that names their tokens.
         """
         ids = token_ids_in(self.stored.config)
         if ids and not any(self.stored.folder.glob("tokenizer*")):
             raise UserError(
-                f"{_KEY}: {self.name} has trained rows of special tokens, and no tokenizer that names them."
+                f"{_KEY}: {self.name} has trained special tokens, but no tokenizer files that name them. Copy the "
+                "tokenizer that it was trained with into its folder."
             )
         return AutoTokenizer.from_pretrained(self.stored.folder).convert_ids_to_tokens(sorted(ids)) if ids else []
 
     def weights(self, architecture: Architecture) -> AdapterWeights:
-        """Read its numbers for a base with these tensors.
+        """Read the adapter's weights for a base of this architecture.
 
         Raises:
-            AdapterError: If it does not fit the base, or a model in memory cannot hold it.
+            AdapterError: The adapter does not fit the base, or a model in memory cannot hold it.
         """
         weights = self.stored.weights(architecture.with_vocabulary(self.stored.vocabulary(architecture.sizes.vocab)))
         try:
@@ -82,7 +82,7 @@ class StartingAdapter:
         return weights
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the manifest keeps of it."""
+        """Return the facts for the manifest."""
         return {
             "adapter": self.name,
             "revision": self.revision,
@@ -91,10 +91,10 @@ class StartingAdapter:
 
 
 def find_start(adapter: Adapter, run: Path | None = None) -> StartingAdapter | None:
-    """Find and check the adapter that a recipe's section `adapter` names; returns None if it names none.
+    """Find and check the adapter that `adapter.continue_from` names; None if the key is not set.
 
     Args:
-        run: The folder of the run to resume, which holds a copy.
+        run: The folder of the run to resume, which holds a copy of the adapter.
 
     Raises:
         UserError: There is no such adapter, or it is damaged.
@@ -110,14 +110,14 @@ def find_start(adapter: Adapter, run: Path | None = None) -> StartingAdapter | N
 
 
 def _folder_of(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the adapter's own folder and, for one on the Hub, its commit."""
+    """Return the adapter's folder and, for an adapter on the Hub, its commit."""
     given = Path(name)
     if given.is_dir() and revision is not None:
-        raise UserError(f"adapter.revision: belongs to an adapter on the Hub; {name} is a folder. Remove it.")
+        raise UserError(f"adapter.revision: is for an adapter on the Hub, and {name} is a folder. Remove it.")
     try:
         folder = resolve_folder(name, revision)
     except CheckpointError as error:
-        raise UserError(f"{_KEY}: {error} It takes a run, an adapter's folder or its Hub id.") from error
+        raise UserError(f"{_KEY}: {error} Give a run, an adapter's folder or an adapter's Hub id.") from error
     if (folder / CONFIG_FILE).is_file():
         return folder, commit_of(name, folder) or revision
     subject = find_subject(folder, needs_base=False)
@@ -129,7 +129,7 @@ def _folder_of(name: str, revision: str | None) -> tuple[Path, str | None]:
 
 
 def _stages_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the stages that made an adapter, from the manifest of its run or, if it was published, beside it."""
+    """Return an adapter's stages from the manifest of its run or, for a published adapter, in its folder."""
     beside = folder / MANIFEST_FILE
     if not beside.is_file():
         return stages_in(run_around(folder)[1])
@@ -141,18 +141,18 @@ def _stages_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def keep_start(start: StartingAdapter, run: Path) -> None:
-    """Copy the adapter into the folder of the run that begins."""
+    """Copy the adapter into the folder of the new run."""
     with replace_folder(run / START_FOLDER) as folder:
         copy_files(start.stored.folder, folder, (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, *TOKENIZER_FILES))
         (folder / _STAGES_FILE).write_text(json.dumps(start.stages, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def warn_of_other_template(start: StartingAdapter, template: str, console: Console) -> None:
-    """Say so if the recipe's prompt template is not the one that the adapter has learned."""
+    """Print a warning if the recipe's prompt template is not the one that the adapter was trained with."""
     if not start.has_learned(template):
         console.print(
-            f"Warning: data.template {template} is not the template that {start.name} was trained with: the model has "
-            "to learn the new prompts first. Leave it so only if you mean it.",
+            f"Warning: data.template {template} is not the template that {start.name} was trained with, so the model "
+            "first has to learn the new prompts. Change the template unless you want that.",
             markup=False,
             highlight=False,
             soft_wrap=True,

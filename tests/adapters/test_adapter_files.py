@@ -168,11 +168,14 @@ def add_a_layer(state: dict[str, torch.Tensor]) -> None:
     ("change", "named"),
     [
         (lose_a_module, f"2 tensors are missing: {C_ATTN.format(2, 'A')}, {C_ATTN.format(2, 'B')}"),
-        (add_a_layer, f"2 tensors were not there when the adapter was written: {C_ATTN.format(4, 'A')}"),
-        (swap_layers, f"2 tensors do not hold the numbers that were written (changed, or in another order): {C_ATTN}"),
+        (add_a_layer, f"2 tensors were not in the adapter when it was written: {C_ATTN.format(4, 'A')}"),
+        (
+            swap_layers,
+            f"2 tensors do not hold the numbers that were written (they changed, or are in another order): {C_ATTN}",
+        ),
         (
             put_experts_first,
-            f"1 tensors do not hold the numbers that were written (changed, or in another order): {DOWN_B}",
+            f"1 tensors do not hold the numbers that were written (they changed, or are in another order): {DOWN_B}",
         ),
     ],
 )
@@ -236,7 +239,7 @@ def test_a_kind_that_only_the_config_names_was_left_out(
     state = load_file(golden_adapter / "adapter_model.safetensors")
     shutil.copy(golden_adapter / "adapter_config.json", tmp_path)
     save_file({key: value for key, value in state.items() if kept in key}, tmp_path / "adapter_model.safetensors")
-    with pytest.warns(UserWarning, match="the adapter holds none of it"):
+    with pytest.warns(UserWarning, match="the adapter has no tensors for it"):
         loaded = load_adapter(load_base(golden_base, None, "float32", quiet=True), tmp_path)
     found = adapter_weights(loaded).pairs
     assert found.keys() == {
@@ -344,7 +347,7 @@ def test_what_is_no_adapter_is_not_replaced(everything: AdapterWeights, tmp_path
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     (tmp_path / "file").write_text("mine")
     for taken in ("thesis", "file"):
-        with pytest.raises(UserError, match=f"{taken}: already there and no adapter"):
+        with pytest.raises(UserError, match=f"{taken}: exists and holds no adapter"):
             write_adapter(everything, tmp_path / taken, "peft")
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
     assert (tmp_path / "file").read_text() == "mine"

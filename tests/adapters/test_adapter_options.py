@@ -193,7 +193,7 @@ def test_a_bad_selection_file_is_named(content: str | None, message: str, tmp_pa
     ("selection", "message"),
     [
         (((0,),), "1 lists, but the base has 2 MoE layers"),
-        (((0,), (4,)), "list 1: there is no expert 4; they are 0 to 3"),
+        (((0,), (4,)), "list 1: there is no expert 4; experts are 0 to 3"),
         (((-1,), ()), "list 0: there is no expert -1"),
         (((1, 1), ()), "list 0 names an expert twice"),
         (((), ()), "no expert is named"),
@@ -313,7 +313,7 @@ def test_loftq_brings_the_4_bit_base_nearer(
     sentence = start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     corrected = (model(ids).logits - expected).abs().mean()
     assert corrected < 0.8 * plain
-    share = float(sentence.split("takes away ")[1].split("%")[0])
+    share = float(sentence.split("corrects ")[1].split("%")[0])
     assert 15 < share < 100
     # By the book: the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
@@ -396,7 +396,10 @@ def test_what_cannot_be_combined(
     [
         (AdapterSettings(router_rank=2, tune_router=True), "either tuned or has LoRA"),
         (AdapterSettings(), "Nothing would be trained"),
-        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts on attention and mlp alone"),
+        (
+            AdapterSettings(attention_rank=2, dora=True, router_rank=2),
+            "DoRA acts only on attention and mlp, and the router has LoRA",
+        ),
         (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )

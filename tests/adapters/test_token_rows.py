@@ -205,11 +205,11 @@ def test_tokens_that_a_base_has_no_rows_for_are_named_with_the_way_out(tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<|{place}|>" for place in range(321 - len(tokenizer))], special_tokens=True)
     tokenizer.save_pretrained(base)
-    with pytest.raises(CheckpointError, match=r"rows for only 320: <\|\d+\|> has none.*data.special_tokens"):
+    with pytest.raises(CheckpointError, match=r"embeddings for only 320; <\|\d+\|> has none.*data.special_tokens"):
         train(load_recipe(chat_recipe(base, tmp_path, [])), dry_run=True)
     assert train(load_recipe(chat_recipe(base, tmp_path, [tokenizer.convert_ids_to_tokens(320)])))
 
 
 def test_an_ordinary_token_is_refused_as_a_special_one(tmp_path: Path, tiny_base: Path) -> None:
-    with pytest.raises(UserError, match=r"data.special_tokens: 'e' is an ordinary token"):
+    with pytest.raises(UserError, match=r"data.special_tokens: 'e' is already an ordinary token"):
         train(load_recipe(chat_recipe(tiny_base, tmp_path, ["e"])), dry_run=True)

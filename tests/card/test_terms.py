@@ -28,7 +28,7 @@ def card_in(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_they_are_read_from_the_cards_header(tmp_path: Path) -> None:
+def test_licence_and_gate_are_read_from_the_cards_header(tmp_path: Path) -> None:
     terms = read_terms(card_in(tmp_path, GATED))
     assert (terms.licence, terms.name, terms.link) == ("other", "open-moe", "LICENSE.txt")
     assert terms.request == "Before you take it Do no harm with it."
@@ -62,4 +62,4 @@ def test_without_a_card_the_familys_licence_is_named() -> None:
     assert ModelCard(render_card(facts())).data.license == "cc-by-4.0"
     unknown = ModelCard(render_card(facts(family=FAMILIES["mixtral"])))
     assert unknown.data.license is None
-    assert "The base's licence holds for what is made from it." in unknown.text
+    assert "The licence of the base applies to this model too." in unknown.text

@@ -244,7 +244,7 @@ def test_tools_calls_and_results_are_rendered_by_a_template_that_knows_them(chat
     ("source", "message"),
     [
         (CHATML.replace('+ "<|im_end|>\n"', '+ "\n"'), "ends an answer without a special token"),
-        (CHATML.replace('"<|im_start|>assistant\n"', '"<|assistant|>"'), "begins an answer in another way"),
+        (CHATML.replace('"<|im_start|>assistant\n"', '"<|assistant|>"'), "begins an answer differently"),
         (
             CHATML.replace("for message in messages", 'for message in messages if message.role != "system"'),
             "leaves out",

@@ -45,11 +45,11 @@ ANSWERS = ["moja", "mbili", "tatu"]
     ("name", "delimiter", "note"),
     [
         ("a.csv", ",", []),
-        ("a.csv", ";", ["a.csv: read with semicolons between its cells."]),
-        ("a.csv", "\t", ["a.csv: read with tabs between its cells."]),
-        ("a.csv", "|", ["a.csv: read with bars between its cells."]),
+        ("a.csv", ";", ["a.csv: read with semicolons between cells."]),
+        ("a.csv", "\t", ["a.csv: read with tabs between cells."]),
+        ("a.csv", "|", ["a.csv: read with bars between cells."]),
         ("a.tsv", "\t", []),
-        ("a.tsv", ",", ["a.tsv: read with commas between its cells."]),
+        ("a.tsv", ",", ["a.tsv: read with commas between cells."]),
     ],
 )
 def test_the_delimiter_is_found_and_said(tmp_path: Path, name: str, delimiter: str, note: list[str]) -> None:
@@ -97,7 +97,7 @@ def test_a_cell_over_several_lines_is_reported_with_its_first_line(tmp_path: Pat
     path.write_text('instruction,output\na,1\n"two\nlines","b\nc"\nd,e\n"f\ng",h\n')
     assert read(path) == (
         ["1", "b\nc", "e", "h"],
-        ["a.csv:3: this row and 1 more have a cell that goes over several lines."],
+        ["a.csv:3: this row and 1 more have a cell that spans several lines."],
     )
     path.write_text('instruction,output\n"a,1\nb,2\nc",3\n')
     assert_says(read(path)[1][0], "a.csv:2: this row has … looks like several rows … set `quoting: false`")
@@ -151,14 +151,14 @@ def test_what_is_packed_is_told_from_the_content(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.jsonl.gz")[0]) == 3
 
 
-def test_line_ends_of_old_programs_and_empty_rows(tmp_path: Path) -> None:
+def test_line_ends_of_old_programs_are_read_and_empty_rows_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"instruction,output\ra,1\r,\rb,2\r")
     assert read(tmp_path / "a.csv") == (["1", "2"], [])
 
 
 def test_a_quoted_header_in_a_tsv_asks_for_quoting(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text('"instruction"\t"output"\n"a"\t"b"\n')
-    assert_says(failure(tmp_path / "a.tsv"), "a.tsv:1: … names stand in quotation marks. Set `quoting: true`")
+    assert_says(failure(tmp_path / "a.tsv"), "a.tsv:1: … names are in quotation marks. Set `quoting: true`")
     assert read(tmp_path / "a.tsv", quoting=True) == (["b"], [])
 
 
@@ -176,14 +176,14 @@ def test_a_list_under_one_key_is_read_and_said(tmp_path: Path, key: str) -> None
     path.write_text(json.dumps({"version": 1, "tags": ["a"], key: ROWS, "about": [{"author": "x"}]}))
     answers, lines = read(path)
     assert answers == [row["output"] for row in ROWS]
-    assert lines == [f"a.json: the rows are those of the list under '{key}'."]
+    assert lines == [f"a.json: the rows are in the list under '{key}'."]
     [first, *_] = read_rows(Source("alpaca", str(path)))
     assert first.where == f"{path}:{key}[0]"
 
 
 def test_a_list_two_keys_deep_is_read_too(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"about": "x", "data": {"train": ROWS}}))
-    assert read(tmp_path / "a.json")[1] == ["a.json: the rows are those of the list under 'data.train'."]
+    assert read(tmp_path / "a.json")[1] == ["a.json: the rows are in the list under 'data.train'."]
     (tmp_path / "a.json").write_text(json.dumps({"data": {"train": ROWS, "test": ROWS}}))
     assert_says(failure(tmp_path / "a.json"), "(data.train, data.test) … `rows_under: data.train`")
     assert len(read(tmp_path / "a.json", rows_under="data.test")[0]) == 3
@@ -244,7 +244,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     assert_says(failure(tmp_path / "one"), "state.json: damaged")
 
 
-def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
+def test_files_about_the_data_are_not_read_and_are_named(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in ("README.txt", "LICENSE.txt", "dataset_info.json", "readme.en.txt"):
@@ -255,7 +255,7 @@ def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
     findings = Findings()
     list(scan_rows(Source("text", str(data)), findings))
     assert len(findings.notes) == 4
-    assert_says(findings.notes[0], "LICENSE.txt: left alone")
+    assert_says(findings.notes[0], "LICENSE.txt: not read")
     assert files_of(str(data / "README.txt")) == [data / "README.txt"]  # named by itself
 
 
@@ -268,7 +268,7 @@ def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
         ),
         ("https://huggingface.co/datasets/a/b/tree/main", "write `hub: a/b`"),
         ("hf://datasets/a/b@main/x.parquet", "`hub: a/b`"),
-        ("https://example.org/a.jsonl", "an address, not a path. Download the file"),
+        ("https://example.org/a.jsonl", "a web address, not a path. Download the file"),
         ("data/a.jsonl", "no such file in"),
     ],
 )
@@ -319,7 +319,7 @@ def test_a_whole_float_is_a_whole_number_as_a_label(tmp_path: Path, label: Any) 
     assert read(path, "classification", labels={"0": "bad", "1": "good"})[0] == ["bad"]
 
 
-def test_labels_as_spreadsheets_write_them(tmp_path: Path) -> None:
+def test_decimals_and_empty_cells_are_read_as_labels_of_spreadsheets(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\na,0.0\nb,1.0\nc,\n")
     message = failure(path, "classification", labels={"0": "bad", "1": "good"})
@@ -361,7 +361,7 @@ def test_messages_in_a_cell_of_a_table_are_json_text(tmp_path: Path) -> None:
 
 
 def test_a_judged_answer_may_be_one_message(tmp_path: Path) -> None:
-    """As LLaMA-Factory's rows have it: a conversation, and two messages that could come next."""
+    """Rows of LLaMA-Factory hold a conversation and two messages that could come next."""
     path = tmp_path / "a.jsonl"
     row = {
         "conversations": [{"from": "human", "value": "one"}],
@@ -385,7 +385,7 @@ def test_a_call_under_its_earlier_name_is_a_tool_call(tmp_path: Path) -> None:
 
 
 def test_a_field_inside_another_is_pointed_at(tmp_path: Path) -> None:
-    """As the Hub's viewer gives rows."""
+    """The Hub's viewer gives rows in this form."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"rows": [{"row_idx": 0, "row": {"instruction": "one", "output": "1"}}]}))
     assert_says(failure(path), "field 'instruction' is missing … `fields: {instruction: row.instruction}`")

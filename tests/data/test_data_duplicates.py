@@ -41,8 +41,8 @@ def test_a_leak_is_refused_and_both_places_are_named() -> None:
     with pytest.raises(DataError) as caught:
         list(check.checked(TRAINING))
     assert str(caught.value) == (
-        "t:1: the same row as v:2, which is for validation (2 such rows in all). Set data.leakage to drop, to leave "
-        "them out of the training rows, or to allow."
+        "t:1: the same row as v:2, which is for validation (2 such rows in all). Set data.leakage to drop, which "
+        "leaves them out of the training rows, or to allow, which keeps them."
     )
 
 
@@ -70,7 +70,7 @@ def test_the_other_direction_of_a_translation_leaks_too() -> None:
     assert list(without_duplicates([there, back], Counter())) == [there, back]  # two things to learn
 
 
-def test_no_leak_no_error() -> None:
+def test_without_a_leak_every_row_passes() -> None:
     check = LeakCheck(VALIDATION, "error")
     assert list(check.checked(TRAINING[1:3])) == TRAINING[1:3]
     texts = [Example(None, "one", "sw", "x:1"), Example(None, "two", "sw", "x:2")]

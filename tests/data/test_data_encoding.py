@@ -194,7 +194,7 @@ def test_nothing_to_encode_and_nothing_left_are_errors(tokenizer: Any, plain: Te
     with pytest.raises(DataError) as caught:
         encode([text("one two three"), text("one two three four five")], tokenizer, plain, 3)
     assert str(caught.value) == (
-        f"none of the 2 rows is left: the shortest has {length} tokens, data.max_length is 3. "
+        f"none of the 2 rows is left: the shortest has {length} tokens, and data.max_length is 3. "
         "Set data.overlong to split, which learns all of a long text in pieces."
     )
     with pytest.raises(DataError, match=r"Raise data.max_length, or set data.overlong to truncate\.$"):

@@ -114,7 +114,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "field 'prompt' is empty. Fill it, or remove the row.",
     ),
-    ("text", {"text": "a\ud83d"}, {}, "field 'text' holds half a surrogate pair, which is no text. Remove it."),
+    ("text", {"text": "a\ud83d"}, {}, "field 'text' holds half a surrogate pair, which is not valid text. Remove it."),
     ("text", {"text": "a"}, {"language_column": "lang"}, "language column 'lang' is missing (found: text)."),
     ("text", {"text": "a", "lang": None}, {"language_column": "lang"}, "field 'lang' must be text; found null."),
 ]
@@ -168,9 +168,9 @@ def test_a_saved_template_gives_the_same_prompts(tmp_path: Path) -> None:
 
 BAD_TEMPLATES = [
     ("{{ prompt", "broken template: unexpected end of template, expected 'end of print statement'."),
-    ("{{ prompt }}{{ anser }}", "uses 'anser'; there is messages, first, instruction, input, prompt."),
+    ("{{ prompt }}{{ anser }}", "uses 'anser'; it may use only messages, first, instruction, input, prompt."),
     ("Answer:", "leaves the request out. Use `instruction`, `prompt` or `messages` in it."),
-    ("{{ instruction }}", "leaves `input` out. Use it too, or `prompt` for both in one."),
+    ("{{ instruction }}", "leaves `input` out. Use it too, or `prompt`, which has both."),
     ("{{ prompt.__class__.__mro__ }}", "fails: access to attribute '__class__' of 'str' object is unsafe."),
     ("{{ prompt }}{{ 1 / 0 }}", "fails: division by zero."),
 ]
@@ -197,8 +197,8 @@ def test_an_unknown_template_lists_the_bundled_ones(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         Template.load("alpacca")
     assert str(caught.value) == (
-        "template 'alpacca' is unknown. Bundled are alpaca, chatml, plain; chat is the tokenizer's own chat template; "
-        "a template of your own is a path that ends in .jinja."
+        "template 'alpacca' is unknown. Choose alpaca, chatml, plain, or chat for the tokenizer's own chat template, "
+        "or give the path of your own template, which ends in .jinja."
     )
     with pytest.raises(DataError, match="no such template"):
         Template.load(str(tmp_path / "none.jinja"))

@@ -60,25 +60,25 @@ def test_text_comes_through_untouched(tmp_path: Path, text: str) -> None:
 
 
 BAD_FILES = [
-    ("a.jsonl", b"", "a.jsonl holds no rows. Give a file with at least one, or remove this source."),
-    ("a.jsonl", b"\n \r\n", "a.jsonl holds no rows. Give a file with at least one, or remove this source."),
-    ("a.json", b"", "a.json holds no rows. Give a file with at least one, or remove this source."),
-    ("a.json", b"[]", "a.json holds no rows. Give a file with at least one, or remove this source."),
-    ("a.pdf", b"text", f"a.pdf: unknown kind of file '.pdf'. This version reads {KINDS}."),
+    ("a.jsonl", b"", "a.jsonl holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.jsonl", b"\n \r\n", "a.jsonl holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.json", b"", "a.json holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.json", b"[]", "a.json holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.pdf", b"text", f"a.pdf: unknown kind of file '.pdf'. Supported are {KINDS}."),
     (
         "rows",
         b"{}",
-        f"rows: unknown kind of file ''. This version reads {KINDS}. If it is text, name it .txt; if it has one object "
-        "a line, .jsonl.",
+        f"rows: unknown kind of file ''. Supported are {KINDS}. If it is text, name it .txt; if it has one JSON object "
+        "per line, name it .jsonl.",
     ),
-    ("a.xlsx", b"PK", f"a.xlsx: unknown kind of file '.xlsx'. This version reads {KINDS}. Save the sheet as .csv."),
-    ("a.jsonl", b"PAR1...", "a.jsonl: a Parquet file by its content. Name it .parquet."),
-    ("a.csv", b"PK\x03\x04", "a.csv: a zip archive, as spreadsheets are, too. Unpack it, or save the sheet as .csv."),
-    ("a.json", b"<!DOCTYPE html><html>", "a.json: a web page, not data. Download the file itself."),
+    ("a.xlsx", b"PK", f"a.xlsx: unknown kind of file '.xlsx'. Supported are {KINDS}. Save the sheet as .csv."),
+    ("a.jsonl", b"PAR1...", "a.jsonl: is a Parquet file by its content. Name it .parquet."),
+    ("a.csv", b"PK\x03\x04", "a.csv: is a zip archive or a spreadsheet. Unpack it, or save the sheet as .csv."),
+    ("a.json", b"<!DOCTYPE html><html>", "a.json: is a web page, not data. Download the file itself."),
     (
         "a.parquet",
         b"version https://git-lfs.github.com/spec/v1\noid",
-        "a.parquet: a pointer of Git LFS, not the file itself. Fetch that with `git lfs pull`.",
+        "a.parquet: is a pointer of Git LFS, not the file itself. Fetch the file with `git lfs pull`.",
     ),
     ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2: broken JSON at column 13: expecting ',' delimiter."),
     ("a.jsonl", b"hello\n", "a.jsonl:1: broken JSON at column 1: expecting value."),
@@ -91,7 +91,7 @@ BAD_FILES = [
     (
         "a.jsonl",
         b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n',
-        "a.jsonl:2: begins with a byte order mark, which only the beginning of a file may have. Remove it.",
+        "a.jsonl:2: begins with a byte order mark, which is allowed only at the beginning of a file. Remove it.",
     ),
     ("a.jsonl", b"[" * 100_000, "a.jsonl:1: nested too deeply."),
     ("a.jsonl", b'[{"text": "a"}]\n{}', 'a.jsonl:1: expected an object such as {"instruction": …}; found a list.'),
@@ -101,12 +101,12 @@ BAD_FILES = [
         "a.jsonl",
         b"{'text': 'a'}\n",
         "a.jsonl:1: broken JSON at column 2: expecting property name enclosed in double quotes. It looks like Python's "
-        "own notation: write rows with json.dumps.",
+        "notation: write rows with json.dumps.",
     ),
     (
         "a.json",
         b'{\n"text": "a"\n},\n{\n"text": "b"\n}\n',
-        "a.json: objects with commas between them. Put them in [ and ] to make it one list.",
+        "a.json: objects with commas between them. Put them all in [ and ] to make one list.",
     ),
     (
         "a.json",
@@ -116,13 +116,13 @@ BAD_FILES = [
     (
         "a.json",
         b'{"text": {"0": "a", "1": "b"}, "lang": {"0": "sw", "1": "de"}}',
-        "a.json: one object of columns, as pandas' to_json writes a table. Write one object a row; in pandas: "
-        "df.to_json(path, orient='records', lines=True, force_ascii=False).",
+        "a.json: one object with the columns of a table, as pandas' to_json writes. Write one object per row; in "
+        "pandas: df.to_json(path, orient='records', lines=True, force_ascii=False).",
     ),
     (
         "a.json",
         b'{"a": {"text": "a"}, "b": {"text": "b"}}',
-        "a.json: one object with a row under each key. Write one object a row; in pandas: "
+        "a.json: one object with a row under each key. Write one object per row; in pandas: "
         "df.to_json(path, orient='records', lines=True, force_ascii=False).",
     ),
     ("a.json", b'"a"', "a.json: expected objects or a list of objects; found text."),
@@ -134,7 +134,7 @@ BAD_FILES = [
     (
         "a.jsonl",
         '{"text": "a"}\n'.encode("utf-16") + b"\0",
-        "a.jsonl: begins as UTF-16 and is not ('utf-16-le' codec can't decode byte 0x00 in position 0: truncated data)."
+        "a.jsonl: begins like UTF-16 but is not ('utf-16-le' codec can't decode byte 0x00 in position 0: truncated "
         " Save it as UTF-8.",
     ),
     ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json:2: broken JSON at column 10: expecting value."),
@@ -188,13 +188,13 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     assert str(caught.value) == f"{tmp_path / 'swahil.jsonl'}: no such file. Did you mean '{near}'?"
     with pytest.raises(DataError) as caught:
         read_rows(Source("text", str(tmp_path / "data" / "x.jsonl")))
-    assert str(caught.value).endswith(f"no such file. There is no folder '{tmp_path / 'data'}' either.")
+    assert str(caught.value).endswith(f"no such file. The folder '{tmp_path / 'data'}' does not exist either.")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"), [("a" * 300 + ".jsonl", "File name too long"), ("a.jsonl/b.jsonl", "Not a directory")]
 )
-def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_file_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(DataError) as caught:
         read_rows(Source("text", str(tmp_path / name)))
@@ -257,7 +257,7 @@ def test_a_hub_dataset_is_read_by_split(tmp_path: Path, monkeypatch: pytest.Monk
         read_rows(Source("text", hub=str(folder), split="dev"))
 
 
-def test_a_dataset_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_is_not_on_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

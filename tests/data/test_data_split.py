@@ -101,12 +101,12 @@ def test_a_share_that_leaves_a_side_empty_is_an_error() -> None:
     with pytest.raises(DataError) as caught:
         split_validation(ROWS[:20], 0.001, seed=0)
     assert_says(str(caught.value), "data.validation 0.001 of 20 rows leaves no validation row. The smallest share")
-    least = float(str(caught.value).partition("holds one out is ")[2].partition(". ")[0])
+    least = float(str(caught.value).partition("holds out one row is ")[2].partition(". ")[0])
     assert len(split_validation(ROWS[:20], least, seed=0)[1]) == 1
     with pytest.raises(DataError):
         split_validation(ROWS[:20], least * 0.9, seed=0)
     with pytest.raises(DataError) as caught:
         split_validation(ROWS[:20], 0.9999, seed=0)
-    assert_says(str(caught.value), "leaves no training row. The largest share that leaves one is")
+    assert_says(str(caught.value), "leaves no training row. The largest share that leaves one row is")
     with pytest.raises(DataError, match="No share divides them"):
         split_validation(ROWS[:1] * 3, 0.0001, seed=0)

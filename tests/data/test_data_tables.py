@@ -47,7 +47,7 @@ def test_quoted_cells_keep_separators_and_line_breaks_and_rows_their_first_line(
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_broken_row_of_a_table_is_skipped_alone(tmp_path: Path) -> None:
+def test_a_broken_row_of_a_table_is_skipped_and_no_other(tmp_path: Path) -> None:
     path, bad = tmp_path / "a.csv", BadRows()
     path.write_bytes(b'text,n\none,1\ncaf\xe9,2\n"two"x,3\n"two\nlines \xff",4\nthree,5,6\nfour,7\n')
     rows = list(read_examples([Source("text", str(path))], bad))
@@ -144,13 +144,13 @@ def test_a_limit_stops_reading(folder: Path) -> None:
 
 
 BAD_FILES = [
-    ("a.csv", b"", "a.csv holds no rows. Give a file with at least one, or remove this source."),
-    ("a.csv", b"text\n", "a.csv holds no rows. Give a file with at least one, or remove this source."),
-    ("a.csv", b",,\na,b,c\n", "a.csv:1: no column has a name. The first line names the columns."),
+    ("a.csv", b"", "a.csv holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.csv", b"text\n", "a.csv holds no rows. Give a file with at least one row, or remove this source."),
+    ("a.csv", b",,\na,b,c\n", "a.csv:1: no column has a name. The first line must name the columns."),
     (
         "a.csv",
         b"text;lang|a\nx;y|b\n",
-        'a.csv: semicolons or bars may divide its cells. Say which, such as `delimiter: ";"`.',
+        'a.csv: its cells may be divided by semicolons or bars. Set which, such as `delimiter: ";"`.',
     ),
     ("a.csv", b"text,b, text\n", "a.csv:1: two columns are named 'text'. Rename one of them."),
     (
@@ -158,26 +158,27 @@ BAD_FILES = [
         b"text\nHello, world\n",
         "a.csv:2: 2 cells between commas; the header has 1 (text). Put cells that hold the separator, quotes or line "
         'breaks in "quotes", '
-        "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
+        "and write inner quotes twice; if quotation marks are ordinary characters, set `quoting: false`.",
     ),
     (
         "a.csv",
         b"text,lang\na,sw\nb\n",
         "a.csv:3: 1 cell between commas; the header has 2. Put cells that hold the separator, quotes or line breaks in "
         '"quotes", '
-        "and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.",
+        "and write inner quotes twice; if quotation marks are ordinary characters, set `quoting: false`.",
     ),
     (
         "a.csv",
         b'text\na\n"never closed\nb\n',
         "a.csv:3: broken table: unexpected end of data. Put cells that hold the separator, quotes or line breaks in "
-        '"quotes", and double quotes inside; where a quotation mark is an ordinary character, set `quoting: false`.',
+        '"quotes", and write inner quotes twice; if quotation marks are ordinary characters, set `quoting: '
+        "false`.",
     ),
     ("a.csv", b"text\na\n\xe9\n", "a.csv:3: not UTF-8 text (byte 1 is 0xe9). Save the file as UTF-8."),
     (
         "a.tsv",
         b"text\tlang\na\tb\tc\n",
-        "a.tsv:2: 3 cells between tabs; the header has 2. Every one of the tabs divides; for quoted cells set "
+        "a.tsv:2: 3 cells between tabs; the header has 2. All tabs divide cells; if cells are quoted, set "
         "`quoting: true`.",
     ),
     ("a.csv", b"text\n \n", "a.csv:2: field 'text' is empty. Fill it, or remove the row."),
@@ -186,9 +187,9 @@ BAD_FILES = [
         b"body\nx\n",
         "a.tsv:2: field 'text' is missing (found: body). Map it with `fields: {text: body}`.",
     ),
-    ("a.txt", b"", "a.txt holds no rows. Give a file with at least one, or remove this source."),
+    ("a.txt", b"", "a.txt holds no rows. Give a file with at least one row, or remove this source."),
     ("a.txt", b"one\n\ntwo\nth\xe9\n", "a.txt:3: not UTF-8 text (byte 7 is 0xe9). Save the file as UTF-8."),
-    ("a.parquet", b"", "a.parquet holds no rows. Give a file with at least one, or remove this source."),
+    ("a.parquet", b"", "a.parquet holds no rows. Give a file with at least one row, or remove this source."),
 ]
 
 
@@ -201,10 +202,10 @@ def test_a_bad_file_is_named_with_its_line(tmp_path: Path, name: str, content: b
 def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(b"text\na table of text\n")
-    assert failure(path).startswith("a.parquet: not a Parquet file that can be read: Parquet magic bytes not found")
+    assert failure(path).startswith("a.parquet: cannot be read as a Parquet file: Parquet magic bytes not found")
     parquet.write_table(pyarrow.table({"text": ["a" * 1000]}), path)
     path.write_bytes(path.read_bytes()[:-20])
-    assert failure(path).startswith("a.parquet: not a Parquet file that can be read: ")
+    assert failure(path).startswith("a.parquet: cannot be read as a Parquet file: ")
     parquet.write_table(pyarrow.table({"text": [b"bytes"]}), path)
     assert failure(path) == "a.parquet:[0]: field 'text' must be text; found bytes."
 
@@ -213,7 +214,7 @@ def test_a_folder_and_a_glob_without_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     kinds = KINDS.replace(" and ", " or ")
     assert failure(tmp_path / "data") == f"data: the folder holds no {kinds} file."
-    assert failure(tmp_path / "*.csv") == f"*.csv: no file of a kind that can be read matches ({KINDS})."
+    assert failure(tmp_path / "*.csv") == f"*.csv: matches no file of a supported kind ({KINDS})."
 
 
 @settings(max_examples=80, deadline=None)

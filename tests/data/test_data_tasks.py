@@ -188,7 +188,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "messages",
         {"messages": "[{'role': 'user'}]"},
         {},
-        f"{NO_LIST} text. It looks like Python's own notation, as pandas writes lists to CSV: write the column with "
+        f"{NO_LIST} text. It looks like a list in Python's notation, as pandas writes to CSV. Write the column with "
         "json.dumps.",
     ),
     ("messages", {"messages": ["hi"]}, {}, "messages[0] must be an object with role and content; found text."),
@@ -196,8 +196,8 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "messages",
         {"messages": [{"role": "narrator", "content": "a"}]},
         {},
-        "messages[0]: role 'narrator' is unknown; there are system, user, assistant and tool, and common other names "
-        "of them. Say which it is with `roles: {narrator: assistant}` in the source.",
+        "messages[0]: role 'narrator' is unknown; the roles are system, user, assistant and tool, and common other "
+        "names of them. Say what it means with `roles: {narrator: assistant}` in the source.",
     ),
     ("messages", {"messages": [{}]}, {}, "messages[0] has no role. Give it one of system, user, assistant and tool."),
     ("messages", {"messages": [{"role": "user", "text": "a"}]}, {}, "messages[0] has no content (found: role, text)."),
@@ -223,7 +223,12 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "(`trim_last_turn: true` in the source does).",
     ),
     ("messages", {"messages": [SYSTEM, A]}, {}, "messages[1]: the assistant answers before the user has asked."),
-    ("messages", {"messages": [U, SYSTEM, A]}, {}, "messages[1]: a system message comes first or not at all."),
+    (
+        "messages",
+        {"messages": [U, SYSTEM, A]},
+        {},
+        "messages[1]: a system message must be the first one. Move or remove it.",
+    ),
     (
         "messages",
         {"messages": [U, U, A]},
@@ -268,7 +273,7 @@ BAD_ROWS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "classification",
         {"text": "a", "label": "x"},
         {"instruction": "{text} {text_pair}"},
-        "the instruction uses {text_pair}, and this row has none.",
+        "the instruction uses {text_pair}, and this row has no text_pair.",
     ),
     (
         "translation",
@@ -345,7 +350,9 @@ def test_a_source_whose_rows_are_all_bad_is_refused(jsonl: Callable[..., Source]
     bad = BadRows()
     with pytest.raises(DataError) as caught:
         list(read_examples([source], bad))
-    assert str(caught.value).startswith(f"{source.path}: no row can be used. The first: {source.path}:1: field 'text'")
+    assert str(caught.value).startswith(
+        f"{source.path}: no row can be used. The first problem: {source.path}:1: field 'text'"
+    )
     assert bad.counts.total() == 200
     assert len(bad.messages) == 100
 

@@ -52,7 +52,7 @@ def read(path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
-def test_base_run_and_merged_side_by_side(
+def test_a_run_and_its_merge_score_alike_and_unlike_the_base(
     verb: Verb, tiny_base: Path, run: Path, merged: Path, texts: Path, tmp_path: Path
 ) -> None:
     data = ("--data", texts / "sw.txt", "--data", texts / "en.txt", "--language", "sw", "--language", "en")
@@ -83,7 +83,7 @@ def test_a_base_reads_what_the_run_reads(
     data = ("--data", rows_file, "--format", "alpaca", "--language", "en", "--max-rows", "4")
     outcome = verb("evaluate", tiny_base, run, *data, "--out", tmp_path / "both")
     assert outcome.code == 0, outcome.err
-    assert "by the template that the others were trained with" in outcome.err
+    assert "written with the template that the other models were trained with" in outcome.err
     file = run / "adapter" / "prompt_template.jinja"
     alone = verb("evaluate", tiny_base, *data, "--template", file, "--out", tmp_path / "alone")
     assert alone.code == 0, alone.err
@@ -95,10 +95,12 @@ def test_a_base_reads_what_the_run_reads(
     shutil.copytree(run / "adapter", other)
     (other / "prompt_template.jinja").write_text("Say: {{ prompt }}")
     three = verb("evaluate", tiny_base, run, other, "--base", tiny_base, *data)
-    assert "prompts are given as they are (plain)" in three.err, "two templates: neither is the base's"
+    assert "prompts are written without a template (plain)" in three.err, "two templates: neither is the base's"
 
 
-def test_other_forms_of_the_base_are_told(verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
+def test_comparing_4_bit_with_unquantised_weights_is_said(
+    verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path
+) -> None:
     quantized = tmp_path / "run"
     shutil.copytree(run, quantized)
     file = quantized / "manifest.json"
@@ -155,7 +157,7 @@ def test_labels_are_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None
     assert results["chance"]["en"]["models"][str(tiny_base)]["value"] == pytest.approx(1 / 3)
 
 
-def test_rows_with_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
+def test_rows_may_bring_their_own_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
     rows = [
         {"q": "one", "choices": ["red", "blue"], "answer": "blue", "lang": "sw"},
         {"q": "two", "choices": ["red", "blue", "green"], "answer": 2, "lang": "en"},
@@ -269,13 +271,13 @@ def test_long_prompts_are_skipped_or_cut(
 ) -> None:
     skipped = verb("evaluate", tiny_base, *long_rows, "--overlong", "skip", "--out", tmp_path / "skipped")
     assert skipped.code == 0, skipped.err
-    assert "2 rows are skipped, their prompts are too long: en 1, sw 1." in skipped.out
+    assert "2 rows are skipped because their prompts are too long: en 1, sw 1." in skipped.out
     report = read(tmp_path / "skipped/generate.json")
     assert report["overlong"] == {"policy": "skip", "rows": {"en": 1, "sw": 1}}
     assert report["results"]["chrf"]["all"]["rows"] == 2
     cut = verb("evaluate", tiny_base, *long_rows, "--overlong", "truncate", "--out", tmp_path / "cut")
     assert cut.code == 0, cut.err
-    assert "2 prompts are too long and lose their beginning: en 1, sw 1." in cut.out
+    assert "2 prompts are too long; their beginning is cut: en 1, sw 1." in cut.out
     answers = [
         [json.loads(line) for line in (tmp_path / name / "generate_rows.jsonl").read_text().splitlines()]
         for name in ("skipped", "cut")
@@ -284,7 +286,7 @@ def test_long_prompts_are_skipped_or_cut(
     assert answers[1][::2] == answers[0], "rows that are not too long are answered alike"
 
 
-def test_nothing_is_left_to_answer(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
+def test_skipping_every_row_is_an_error(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "one " * 200, "completion": "two"}]
     data = ("--data", write_rows(tmp_path / "rows.jsonl", rows), "--format", "prompt_completion", "--task", "generate")
     outcome = verb("evaluate", tiny_base, *data, "--overlong", "skip")

@@ -44,7 +44,7 @@ def test_what_training_refuses_is_not_planned(dense_recipe: Callable[..., Path],
     outcome = verb("plan", dense_recipe("gpt2", adapter={"experts": {"rank": 4}}))
     assert (outcome.code, "which has no experts" in outcome.err) == (2, True)
     outcome = verb("plan", dense_recipe("bloom"), "data.packing=true")
-    assert (outcome.code, "does not keep packed rows apart" in outcome.err) == (2, True)
+    assert (outcome.code, "cannot keep packed documents apart" in outcome.err) == (2, True)
 
 
 def test_the_bundled_recipe_is_planned_from_a_config_alone(tmp_path: Path, verb: Callable[..., Any]) -> None:

@@ -175,7 +175,7 @@ def test_more_experts_than_there_are_cannot_be_selected(
 ) -> None:
     adapter = {"mlp": None, "experts": {"rank": 4, "select": [[0, 8], [1]]}}
     file = moe_recipe(tmp_path / "recipe.yaml", "olmoe", moe_bases["olmoe"], rows_file, adapter=adapter)
-    with pytest.raises(UserError, match=r"there is no expert 8; they are 0 to 7"):
+    with pytest.raises(UserError, match=r"there is no expert 8; experts are 0 to 7"):
         train(load_recipe(file), dry_run=True)
 
 

@@ -56,9 +56,9 @@ def test_each_rounding_keeps_what_it_says(
 def test_it_is_printed(tiny_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merge_command(str(adapter), str(tiny_base), str(tmp_path / "merged"), "auto", None, False, "full")
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "choose nf4 to keep"):
+    for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "Choose nf4 to keep"):
         assert text in printed
-    assert "58 of 58 adapter tensors are there exactly once" in printed
+    assert "58 of 58 adapter tensors are applied exactly once" in printed
 
 
 def test_without_a_4_bit_base_there_is_no_choice() -> None:

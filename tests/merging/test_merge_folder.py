@@ -216,7 +216,7 @@ def test_a_taken_place_is_refused(taken: str, tiny_base: Path, adapter: Path, tm
         (out / "mine").write_text("mine")
     else:
         out.write_text("mine")
-    with pytest.raises(UserError, match=f"{taken}: already there and not empty"):
+    with pytest.raises(UserError, match=f"{taken}: exists and is not empty"):
         merge(tiny_base, adapter, out)
     assert (out.read_text() if out.is_file() else (out / "mine").read_text()) == "mine"
 
@@ -378,7 +378,7 @@ def test_a_head_of_its_own_is_not_dropped_in_silence(
 def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Path], adapter: Path) -> None:
     base = copy_base("base")
     with pytest.raises(
-        UserError, match=r"config\.json/merged: nothing can be written there, .*config\.json is no folder"
+        UserError, match=r"config\.json/merged: cannot be written, because .*config\.json is not a folder"
     ):
         merge(base, adapter, base / "config.json" / "merged", check="none")
 

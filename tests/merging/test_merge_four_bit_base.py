@@ -48,7 +48,7 @@ def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Pat
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["torch_dtype"] == "float32"
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
-    assert "the original ones were not used" in (tmp_path / "merged" / "README.md").read_text()
+    assert "the original weights were not used" in (tmp_path / "merged" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -94,7 +94,7 @@ def test_it_is_found_where_the_original_is_gone(
     adapter = store(weights)
     shutil.rmtree(base)
     merge_command(str(adapter), str(base), str(tmp_path / "merged"), "auto", None, False, "weights")
-    assert "the original weights were not there and were not used" in " ".join(capsys.readouterr().out.split())
+    assert "because the original weights are not here" in " ".join(capsys.readouterr().out.split())
     weights.base_fingerprint = "feedfacefeedface"
     with pytest.raises(CheckpointError, match="no such folder"):
         merge(base, store(weights), tmp_path / "again")

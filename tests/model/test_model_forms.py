@@ -117,7 +117,7 @@ def test_a_half_precision_checkpoint_is_saved_as_it_was(folder: Any) -> None:
 
 
 def test_transformers_own_quantisers_are_refused(golden_base: Any) -> None:
-    """They do not know fused experts: those would stay dense, silently."""
+    """They do not support fused experts: those would stay dense, silently."""
     config = BitsAndBytesConfig(load_in_4bit=True)
     with pytest.raises(UserError, match=r"Load in 4 bit with lola_ft\.load_base"):
         AutoModelForCausalLM.from_pretrained(golden_base, quantization_config=config)

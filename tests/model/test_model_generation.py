@@ -186,13 +186,13 @@ def test_outputs_as_a_tuple(model: LolaForCausalLM) -> None:
 
 def test_attention_weights_are_only_given_where_they_are_formed(model: LolaForCausalLM) -> None:
     with pytest.raises(
-        UserError, match=r"sdpa attention does not form its weights.*set_attn_implementation\('eager'\)"
+        UserError, match=r"sdpa attention does not compute attention weights.*set_attn_implementation\('eager'\)"
     ):
         model(prompt(4), output_attentions=True)
 
 
 def test_flex_attention_is_refused_on_a_cpu(make_model: Callable[..., LolaForCausalLM]) -> None:
-    with pytest.raises(UserError, match="flex attention, compiled for a CPU, answers NaN"):
+    with pytest.raises(UserError, match="flex attention, compiled for a CPU, returns NaN"):
         make_model(attn_implementation="flex_attention")(prompt(4))
 
 

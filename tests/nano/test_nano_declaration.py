@@ -74,7 +74,7 @@ def test_an_unknown_tag_is_refused(case: str) -> None:
     assert_says(str(error.value), says)
 
 
-def test_an_article_that_there_is_not() -> None:
+def test_an_unknown_article_is_refused() -> None:
     with pytest.raises(DataError, match="articles 1 to 30"):
         parallel_articles(31)
 
@@ -149,7 +149,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_texts_that_there_are_not(case: str, verb: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_unknown_texts_and_languages_are_refused(case: str, verb: Callable[..., Outcome], tmp_path: Path) -> None:
     arguments, says = REFUSED[case]
     outcome = verb("routing", "texts", "--out", str(tmp_path / "texts"), *arguments)
     assert outcome.code == 2

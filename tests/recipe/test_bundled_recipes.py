@@ -42,7 +42,9 @@ def test_every_recipe_is_listed_with_its_purpose() -> None:
 def test_an_unknown_recipe_gets_a_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"^there is no recipe 'translate'\. Did you mean 'translation'\?$"):
         find_recipe("translate")
-    with pytest.raises(RecipeError, match=r"there is no recipe 'zzz'\. There is baseline_dense, classification, demo,"):
+    with pytest.raises(
+        RecipeError, match=r"there is no recipe 'zzz'\. Choose one of baseline_dense, classification, demo,"
+    ):
         find_recipe("zzz")
 
 
@@ -82,7 +84,7 @@ def test_a_copy_overwrites_nothing(tmp_path: Path) -> None:
     mine.write_text("mine")
     with pytest.raises(RecipeError) as caught:
         copy_recipe("nli", tmp_path)
-    assert str(caught.value) == f"{mine}: exists already and differs. Move it away, or copy to another folder."
+    assert str(caught.value) == f"{mine}: already exists and differs. Move it away, or choose another --out."
     assert mine.read_text() == "mine"
     assert list((tmp_path / "recipes").iterdir()) == [mine]
 
@@ -101,7 +103,9 @@ def test_an_installed_package_brings_its_own_recipes(tmp_path: Path, monkeypatch
 
 def test_a_package_without_recipes_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bundled, "_PACKAGE", tmp_path / "lola_ft")
-    with pytest.raises(RecipeError, match=r"the recipes are not here\. Install lola_ft, or run it in a checkout"):
+    with pytest.raises(
+        RecipeError, match=r"the bundled recipes are missing\. Install lola_ft again, or run it in a checkout"
+    ):
         bundled_recipes()
 
 

@@ -86,7 +86,7 @@ TYPES = [
     (
         2,
         "adapter: {experts: {rank: 4, select: 3}}",
-        "adapter.experts.select: expected `all`, a list of expert numbers for each MoE layer, or a file; got 3.",
+        "adapter.experts.select: expected `all`, a list of expert numbers per MoE layer, or a file; got 3.",
     ),
     (3, "data: {sources: a.jsonl}", "data.sources: expected a list; got 'a.jsonl'."),
     (3, "data: {sources: [a.jsonl]}", "data.sources.0: expected a mapping such as {key: value}; got 'a.jsonl'."),
@@ -167,7 +167,11 @@ KEYS = [
     (4, "train: {max_length: 64}", "train.max_length: unknown key. Did you mean 'data.max_length'?"),
     (4, "train: {outputs: x}", "train.outputs: unknown key. Did you mean 'output'? It belongs at the top."),
     (4, "trian: {}", "trian: unknown key. Did you mean 'train'?"),
-    (4, "train.seed: 3", "train.seed: unknown key. Dots work on the command line only; write `train: {seed: …}`."),
+    (
+        4,
+        "train.seed: 3",
+        "train.seed: unknown key. Dots in keys work only on the command line; write `train: {seed: …}`.",
+    ),
     (4, "zzz: 3", "zzz: unknown key."),
     (4, "3: 3", "3: unknown key."),
 ]
@@ -201,7 +205,7 @@ RULES = [
     (
         2,
         "adapter: {mlp: {rank: 4}, init: pissa}",
-        "adapter.init: pissa … base's own weights … Choose loftq, gaussian or default",
+        "adapter.init: pissa … the base's weights … Choose loftq, gaussian or default",
     ),
     (
         2,
@@ -378,7 +382,7 @@ def test_a_wrong_source_is_explained(tmp_path: Path, text: str, message: str) ->
 
 def test_missing_keys_are_named_at_the_line_of_their_parent(tmp_path: Path) -> None:
     assert mistakes(tmp_path, "# a comment\nadapter:\n  mlp: {rank: 4}\ndata:\n  max_length: 8\nbase: {}\n") == [
-        "r.yaml:2: output: missing (folder of the run).",
+        "r.yaml:2: output: missing (folder to write the run to).",
         "r.yaml:4: data.sources: missing (where the training rows come from).",
         "r.yaml:6: base.model: missing (Hub id or folder of the base model).",
     ]
@@ -517,7 +521,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("line", "text", "key"), ALONE)
-def test_nothing_is_said_that_a_right_value_would_mend(tmp_path: Path, line: int, text: str, key: str | None) -> None:
+def test_one_wrong_value_gives_one_message(tmp_path: Path, line: int, text: str, key: str | None) -> None:
     sections = [part.partition(":")[0] for part in text.splitlines()]
     kept = [part for part in GOOD if part.partition(":")[0] not in sections and not (line == 2 and "adapter" in part)]
     found = mistakes(tmp_path, "\n".join([*kept, text]))
@@ -582,7 +586,7 @@ FILES = [
     (b"base: {model: m\n", None),
     (b"base: *other\n", "r.yaml:1: not valid YAML: found undefined alias 'other'."),
     (b"a: 1\n---\nb: 2\n", None),
-    (b"[" * 1000, "r.yaml: nested too deeply."),
+    (b"[" * 1000, "r.yaml: nested too deeply for a recipe."),
     (b"a: &x [*x]\n", "r.yaml:1: nested too deeply or too large for a recipe."),
     (b"a: \x00\n", None),
 ]
@@ -615,7 +619,7 @@ def test_no_tag_is_executed(tmp_path: Path, tag: str) -> None:
 def test_merge_keys_and_keys_that_are_no_text_are_refused(tmp_path: Path) -> None:
     found = mistakes(tmp_path, with_line(4, "train: {<<: {seed: 1}, [a]: 2}"))
     assert found == [
-        "r.yaml:4: train.<<: merge keys are not supported. Write the settings out.",
+        "r.yaml:4: train.<<: merge keys (<<) are not supported. Write the settings themselves.",
         "r.yaml:4: train: a key must be plain text.",
     ]
 
@@ -638,7 +642,7 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is a folder; expected a recipe file"):
+    with pytest.raises(RecipeError, match=r"is a folder\. Give a recipe file"):
         load_recipe(tmp_path)
 
 
@@ -655,11 +659,11 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         ("path: '~nobody-here/a.csv', format: text", "path: no home folder is known for the `~`"),
     ],
 )
-def test_keys_of_how_files_are_written_and_where(tmp_path: Path, source: str, message: str) -> None:
+def test_keys_that_do_not_fit_the_kind_of_file_are_refused(tmp_path: Path, source: str, message: str) -> None:
     assert_each_says(mistakes(tmp_path, with_source(source)), [f"r.yaml:3: data.sources.0.{message}"])
 
 
-def test_those_keys_go_with_their_files(tmp_path: Path) -> None:
+def test_keys_that_fit_the_kind_of_file_are_accepted(tmp_path: Path) -> None:
     for source in (
         "path: a, format: text, delimiter: ';', quoting: false",
         "path: a.json.gz, format: text, rows_under: a.b",

@@ -79,7 +79,7 @@ def test_export_links_the_weights_of_every_shard(folder: Folder, tmp_path: Path,
     shards = folder.shard(3)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
     assert (done.code, done.err) == (0, "")
-    assert "Files of weights: 3 linked." in done.out
+    assert "Weight files: 3 linked." in done.out
     for shard in shards:
         assert shard.samefile(tmp_path / "lola" / shard.name)
     before = config_of(folder.path)
@@ -99,7 +99,7 @@ def test_export_copies_onto_another_disk(
 
     monkeypatch.setattr(os, "link", other_disk)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
-    assert "Files of weights: 1 copied." in done.out
+    assert "Weight files: 1 copied." in done.out
     assert not folder.weights_file.samefile(tmp_path / "lola" / "model.safetensors")
     assert (tmp_path / "lola" / "model.safetensors").read_bytes() == folder.weights_file.read_bytes()
 
@@ -125,7 +125,7 @@ def test_other_code_is_kept_and_said(folder: Folder, tmp_path: Path, verb: Calla
     folder.set_config(auto_map=theirs)
     (folder.path / "modeling_lola_gpt2.py").write_text("# theirs\n")
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
-    assert "Kept modeling_lola_gpt2.py; config.json now names our code." in done.out
+    assert "Kept modeling_lola_gpt2.py; config.json now names lola_ft's code." in done.out
     assert (tmp_path / "lola" / "modeling_lola_gpt2.py").read_text() == "# theirs\n"
     assert config_of(tmp_path / "lola")["auto_map"] == theirs | dict(LOLA.auto_map)
     # An export of the export finds nothing else, and writes the same.
@@ -177,7 +177,7 @@ def test_other_mistakes(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(UserError, match=r"full: already there and not empty\. Choose another --out"):
+    with pytest.raises(UserError, match=r"full: exists and is not empty\. Choose another --out"):
         export(folder.path, tmp_path / "full")
     with pytest.raises(UserError, match=r"is a run or an adapter.*Merge it first"):
         export(tiny_adapter, tmp_path / "lola")

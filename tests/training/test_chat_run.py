@@ -75,7 +75,7 @@ def test_what_was_trained_is_what_a_pipeline_asks_and_the_answer_ends(
 
 def test_a_base_is_asked_by_its_tokenizers_chat_template(chat_base: Path, verb: Callable[..., Any]) -> None:
     outcome = verb("generate", chat_base, "--prompt", "What is one?", "--max-new-tokens", "4")
-    assert "prompts are given by its tokenizer's chat template" in outcome.err
+    assert "prompts are written with its tokenizer's chat template" in outcome.err
     opened = open_model(chat_base)
     template = template_of(opened, None)
     ids = template.prompt_ids(request(prompt_fields("What is one?")), opened.tokenizer)

@@ -1,4 +1,4 @@
-"""What the trainer reads: TRL's own preparation, number for number, and none of it in the process's memory."""
+"""Packed rows equal those of TRL's own preparation, number for number, and none are in the process's memory."""
 
 import errno
 import pickle
@@ -35,7 +35,7 @@ def sequences(count: int) -> Dataset:
 
 
 def is_mapped(dataset: Dataset) -> bool:
-    """Whether every number lies in a file that is mapped."""
+    """Return True if every number lies in a mapped file."""
     regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [[int(end, 16) for end in region[0].split("-")] for region in regions if ".arrow" in " ".join(region[5:])]
     buffers = [
@@ -132,9 +132,9 @@ def test_a_run_says_how_much_of_its_batches_is_padding(
     recipe_file: Callable[..., Path], verb: Callable[..., Any]
 ) -> None:
     path = recipe_file(data={"packing": False}, train={"max_steps": 1, "micro_batch_size": 1, "grad_accum_steps": 1})
-    assert "not packed. Of micro batches of 1, 100.0% is tokens and not padding." in one_line(verb("train", path).out)
+    assert "not packed. Micro batches of 1, 100.0% is padding." in one_line(verb("train", path).out)
     some = one_line(verb("train", path, "train.micro_batch_size=8", f"output={path.parent / 'other'}").out)
-    [share] = re.findall(r"not packed\. Of micro batches of 8, (\d\d\.\d)% is tokens and not padding\.", some)
+    [share] = re.findall(r"not packed\. Micro batches of 8, (\d\d\.\d)% is padding\.", some)
     assert 50 < float(share) < 100
 
 

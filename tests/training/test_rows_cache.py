@@ -1,4 +1,4 @@
-"""Encoded rows on disk: found again by everything that decides them, mended when damaged, the same in each case."""
+"""Encoded rows on disk: found again only for equal inputs, replaced when damaged."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def test_the_second_time_the_rows_come_from_the_cache(
     assert all((first.bad_rows, first.duplicates, first.leaks))  # all that is remembered of rows is put to the test
     monkeypatch.setattr("lola_ft.training.dataset.encode", None)  # nothing is encoded again
     second = prepare(data, tokenizer, 0)
-    assert second.note == "Encoded rows from cache."
+    assert second.note == "Encoded rows come from the cache."
     assert_same(first, second)
     assert second.bad_rows == first.bad_rows
 
@@ -110,7 +110,7 @@ def test_what_decides_no_row_finds_the_entry(tokenizer: PreTrainedTokenizerFast,
 
 @pytest.mark.parametrize("name", ["train.arrow", "facts.json"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
-def test_a_damaged_entry_is_made_anew(name: str, how: str, tokenizer: PreTrainedTokenizerFast, rows_file: Path) -> None:
+def test_a_damaged_entry_is_replaced(name: str, how: str, tokenizer: PreTrainedTokenizerFast, rows_file: Path) -> None:
     first = prepare(section(rows_file), tokenizer, 0)
     [entry] = entries()
     content = (entry / name).read_bytes()
@@ -122,10 +122,10 @@ def test_a_damaged_entry_is_made_anew(name: str, how: str, tokenizer: PreTrained
     again = prepare(section(rows_file), tokenizer, 0)
     assert "in the cache were damaged" in again.note
     assert_same(first, again)
-    assert prepare(section(rows_file), tokenizer, 0).note == "Encoded rows from cache."
+    assert prepare(section(rows_file), tokenizer, 0).note == "Encoded rows come from the cache."
 
 
-def test_a_mistake_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_mistake_leaves_no_entry(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*alpaca_rows(5), {"instruction": "no answer", "language": "en"}])
     with pytest.raises(Exception, match="field 'output' is missing"):
         prepare(section(file), tokenizer, 0)
@@ -188,7 +188,7 @@ def test_two_processes_at_once_make_one_entry(tokenizer: PreTrainedTokenizerFast
     assert_same(first, prepare(data, tokenizer, 0))
 
 
-def test_preview_says_so(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
+def test_preview_says_that_rows_come_from_the_cache(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     recipe = recipe_file()
     assert "from cache" not in verb("preview", recipe).out
-    assert "Encoded rows from cache." in verb("preview", recipe).out
+    assert "Encoded rows come from the cache." in verb("preview", recipe).out

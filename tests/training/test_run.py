@@ -204,7 +204,9 @@ def test_same_recipe_same_adapter(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_unquantised_base_and_router_alone(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_may_train_only_the_router_of_an_unquantised_base(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
     changes = {
         "base": {"quantization": "none"},
         "adapter": {"attention": None, "mlp": None, "experts": None},

@@ -91,13 +91,13 @@ def test_everything_that_happened_is_printed_before_training(
     outcome = verb("train", recipe_file(data=changes), "--dry-run")
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
-    start = next(place for place, line in enumerate(lines) if "Languages in an epoch" in line)
+    start = next(place for place, line in enumerate(lines) if "Languages per epoch" in line)
     mixed = next(line for line in lines[start:] if "sw" in line).replace("│", " ").split()
     assert mixed[:6] == ["sw", "4", "10.0", "10", "25.0%", "2.50"]
     assert len(mixed) == 8  # planned and actual tokens
     assert "Skipped 1 row that cannot be used" in outcome.out
     assert "en.jsonl:41: field 'text' must be text; found a number." in outcome.out
-    assert "Left out of training: 4 rows that say the same as an earlier one." in outcome.out
+    assert "Left out of training: 4 rows that repeat an earlier one." in outcome.out
     heading = " ".join(line for line in lines[:4]).split()
     assert {"byte", "word"} <= {word.strip("┃") for word in heading}
 

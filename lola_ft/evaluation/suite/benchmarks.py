@@ -1,4 +1,4 @@
-"""The benchmarks that LOLA's authors judge it by (arXiv 2409.11272), by the harness's own task names."""
+"""The benchmarks of LOLA's paper (arXiv 2409.11272), with the harness's task names."""
 
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,9 +13,9 @@ class Benchmark:
 
     Attributes:
         category: The paper's kind of task.
-        pattern: The harness's name of a language's task.
-        languages: As the harness writes them.
-        metric: The number that a table shows.
+        pattern: The harness's name of a task, with a place for the language.
+        languages: Language codes as the harness writes them.
+        metric: The metric that tables show.
     """
 
     name: str
@@ -77,16 +77,16 @@ _ALSO_CALLED = (
     ("lambada_openai_mt_stablelm_", "lambada_openai_mt_"),
     ("mgsm_native_cot_", "mgsm_cot_native_"),
 )
-"""Other versions' names of a task, by how they begin."""
+"""Beginnings of task names in one version of the harness, and in other versions."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One of the harness's tasks that is to be run.
+    """A task of the harness to run.
 
     Attributes:
-        wanted: The name that the suite has for it; differs where the harness has renamed it.
-        benchmark: None for a task of the user's own.
+        wanted: The suite's name of the task, which differs if the harness has renamed it.
+        benchmark: The task's benchmark; None for a user's own task.
     """
 
     task: str
@@ -96,17 +96,17 @@ class Chosen:
 
 
 def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
-    """The tasks of a suite that are asked for, under the suite's names.
+    """Return the selected tasks of a suite, under the suite's names.
 
     Args:
-        tasks: Benchmarks, or single tasks, also such as the suite does not have; none for the whole suite.
-        languages: Codes, in two letters or as the harness writes them; none for all.
+        tasks: Benchmarks or single tasks, which may be outside the suite; empty for the whole suite.
+        languages: Codes, with two letters or as the harness writes them; empty for all.
 
     Raises:
-        UserError: An unknown suite, or a language that no chosen task is in.
+        UserError: The suite is unknown, or no chosen task is in one of the languages.
     """
     if suite not in SUITES:
-        raise UserError(f"--suite '{suite}' is unknown; there are {', '.join(SUITES)}.")
+        raise UserError(f"--suite '{suite}' is unknown; choose one of {', '.join(SUITES)}.")
     benchmarks = SUITES[suite]
     every = [
         Chosen(task, task, code, benchmark)
@@ -131,7 +131,7 @@ def choose(suite: str, tasks: list[str], languages: list[str]) -> list[Chosen]:
 
 
 def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[str]]:
-    """Return the tasks under the names that the harness, which knows `known`, has for them; and those it lacks."""
+    """Return the tasks under the harness's names, which are among `known`, and the tasks that it lacks."""
     there, missing = list[Chosen](), list[str]()
     for one in chosen:
         others = (new + one.wanted.removeprefix(old) for old, new in _ALSO_CALLED if one.wanted.startswith(old))
@@ -145,5 +145,5 @@ def resolve(chosen: list[Chosen], known: set[str]) -> tuple[list[Chosen], list[s
 
 @cache
 def spoken(code: str) -> frozenset[str]:
-    """The codes under which a language of the harness is found: its own, without the script, and in two letters."""
+    """Return the codes that select a language of the harness: its own, without the script, and with two letters."""
     return frozenset((code, code.split("_")[0], "ja" if code == "jp" else short_code(code)))

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness (optional extra `harness`), asking a loaded model."""
+"""The interface to EleutherAI's lm-evaluation-harness (optional extra `harness`)."""
 
 import logging
 from functools import cache
@@ -12,7 +12,7 @@ from lola_ft.open_model import OpenModel
 
 
 def require_harness() -> str:
-    """Return the harness's version, or raise a UserError that says how to install it."""
+    """Return the harness's version; raises UserError if it is not installed."""
     version = version_of("lm_eval")
     if version is None:
         raise UserError(
@@ -25,16 +25,16 @@ def require_harness() -> str:
 
 @cache
 def task_manager(include_path: str | None = None, defaults: bool = True) -> Any:
-    """Return the harness's register of tasks; to read all that come with it takes half a minute."""
+    """Return the harness's register of tasks. Reading all tasks of the harness takes half a minute."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include-path {include_path}: no such folder. Give one with the tasks' YAML files.")
+        raise UserError(f"--include-path {include_path}: no such folder. Give the folder with the tasks' YAML files.")
     return TaskManager(include_path=include_path, include_defaults=defaults)
 
 
 def manager_for(tasks: list[str], include_path: str | None) -> Any:
-    """Return a task manager that has the tasks: of the user's folder only, if all are in it, else of everything."""
+    """Return a task manager of the user's folder if all tasks are in it, else one that also has the harness's tasks."""
     if include_path is not None:
         own = task_manager(include_path, False)
         if set(tasks) <= set(own.all_tasks):
@@ -43,9 +43,9 @@ def manager_for(tasks: list[str], include_path: str | None) -> Any:
 
 
 def harness_model(opened: OpenModel, batch_size: int) -> Any:
-    """The model as the harness asks it: dense or in 4 bit, an adapter in place.
+    """Wrap an open model (dense or 4 bit, with or without adapter) for the harness.
 
-    Nothing is put before a text but, where a context is empty, the end of text, as between pre-training documents.
+    Nothing is put before a text, except the end-of-text token for an empty context, as between pre-training documents.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -61,14 +61,14 @@ def harness_model(opened: OpenModel, batch_size: int) -> Any:
 
 
 def harness_of_other(other: OtherModel, batch_size: int) -> Any:
-    """Load a model of another architecture as the harness asks it.
+    """Load a model of another architecture and wrap it for the harness.
 
-    The window is what the config says, else the harness's own default; the tokenizer's marks are the harness's choice.
+    The window is the one in the config, else the harness's default. The harness decides about special tokens.
     """
     from lm_eval.models.huggingface import HFLM
 
     class EncoderDecoder(HFLM):
-        """The harness would give the encoder a single end of text: no number that could be compared."""
+        """An encoder-decoder that refuses perplexity: the harness would give its encoder a single end-of-text token."""
 
         def loglikelihood_rolling(self, *_: Any, **_options: Any) -> Any:
             raise UserError(NO_PERPLEXITY)
@@ -79,7 +79,7 @@ def harness_of_other(other: OtherModel, batch_size: int) -> Any:
 
 
 def run_task(model: Any, task: str, manager: Any, limit: int | None, shots: int) -> dict[str, Any]:
-    """Run one task; returns its metrics by the harness's names, and how many documents were asked."""
+    """Run one task; returns its metrics by the harness's names, and the number of documents."""
     from lm_eval.evaluator import simple_evaluate
 
     found = simple_evaluate(

@@ -1,4 +1,4 @@
-"""Models of other architectures that a suite can ask: whatever transformers itself can load, from safetensors only."""
+"""Models of other architectures for suites: all that transformers can load by itself, only from safetensors."""
 
 import json
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from lola_ft.quantization.load import default_device
 from lola_ft.subject import is_adapted
 
 NO_PERPLEXITY = (
-    "perplexity of texts is not defined for an encoder-decoder: its decoder predicts an answer to what the encoder "
-    "reads, not each token of a text from those before it. Leave this task out for it."
+    "perplexity of texts is not defined for an encoder-decoder: its decoder predicts an answer to the encoder's text, "
+    "not each token of a text from the tokens before it. Leave this task out for this model."
 )
 
 
 @dataclass(frozen=True)
 class OtherModel:
-    """A checkpoint that lola_ft has no family for, found but not loaded.
+    """A checkpoint of an architecture that lola_ft has no family for, found but not loaded.
 
     Attributes:
-        name: As the user wrote it.
-        model_type: In transformers' words, such as "mt5".
-        encodes: Whether it is an encoder-decoder.
+        name: The name as the user wrote it.
+        model_type: transformers' name of the architecture, such as "mt5".
+        encodes: True for an encoder-decoder.
     """
 
     name: str
@@ -44,7 +44,7 @@ class OtherModel:
     encodes: bool
 
     def identity(self) -> dict[str, Any]:
-        """Return what tells this model from others: the digest of its weight files, and how it computes."""
+        """Return facts that identify this model: the hash of its weight files, its quantisation and its dtype."""
         return {
             "weights": sha256_of(*weight_files(self.folder)),
             "quantization": "none",
@@ -52,7 +52,7 @@ class OtherModel:
         }
 
     def load(self) -> tuple[Any, Any]:
-        """Return model and tokenizer. No code of the checkpoint runs, and no pickle is opened.
+        """Load model and tokenizer. No code of the checkpoint runs, and no pickle is opened.
 
         Raises:
             CheckpointError: transformers cannot load the model or its tokenizer.
@@ -71,10 +71,10 @@ class OtherModel:
 
 
 def find_other_model(name: str) -> OtherModel | None:
-    """Return a model that lola_ft has no family for and transformers has a class for; None for one of our own.
+    """Return a model that only transformers has a class for; None for a model of lola_ft's families.
 
     Raises:
-        CheckpointError: No such model, one without safetensors, or of a type that transformers does not have.
+        CheckpointError: The model does not exist, has no safetensors, or is of a type unknown to transformers.
     """
     if is_adapted(Path(name)):
         return None
@@ -85,17 +85,17 @@ def find_other_model(name: str) -> OtherModel | None:
         return None
     encodes = model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     if not encodes and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        code = " It brings code of its own (auto_map), which is never run." if config.get("auto_map") else ""
+        code = " Its own code (auto_map) is never run." if config.get("auto_map") else ""
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: model_type is '{model_type}', and transformers has no language model of this "
-            f"type.{code} Give a causal model or an encoder-decoder that transformers brings."
+            f"type.{code} Give a causal model or an encoder-decoder that transformers supports."
         )
     weight_files(folder)
     return OtherModel(name, folder, model_type, encodes)
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """Tell whether a folder here holds an encoder-decoder; False for what is not here or cannot be read."""
+    """Tell whether a local folder holds an encoder-decoder; False if it does not exist or cannot be read."""
     try:
         config = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
         return config.get("model_type") in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES

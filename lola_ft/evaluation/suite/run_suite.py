@@ -1,4 +1,4 @@
-"""The verb `lola-ft evaluate --suite`. Each task's result is kept, so that a stopped run can continue."""
+"""The verb `lola-ft evaluate --suite`. Each task's result is kept, so that a stopped evaluation can continue."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from lola_ft.files import check_folder_target, sha256_of, write_text
 from lola_ft.open_model import OpenModel
 
 Results = dict[str, dict[str, Any]]
-"""What the harness said, by task."""
+"""The harness's results, by task."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class SuiteOptions:
     """Options of the suite, as given on the command line.
 
     Attributes:
-        tasks, languages: A part of the suite; empty for all.
-        limit: Documents of each task; None for all.
-        shots: Examples in front of each question.
-        include_path: A folder with tasks of the user's own.
+        tasks, languages: Selected tasks and languages; empty for all.
+        limit: Most documents per task; None for all.
+        shots: Number of examples before each question.
+        include_path: A folder with the user's own tasks.
         batch_size: Texts that the model reads at a time.
     """
 
@@ -54,14 +54,14 @@ def evaluate_suite(
     quantization: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Results]:
-    """Run the harness on every model; print a table, keep one JSON file a task.
+    """Run the harness on every model; prints a table and keeps one JSON file per task.
 
     Args:
-        models: Bases, runs, adapters or merged models; or any language model that transformers itself can load.
-        out: Folder for the results, which a later call reads; `reports/SUITE` if left out.
+        models: Bases, runs, adapters, merged models, or any language model that transformers can load by itself.
+        out: Folder for the results, which a later call reuses; None means `reports/SUITE`.
 
     Raises:
-        UserError: The harness is missing, nothing to run, or tasks that failed; those that did not are kept.
+        UserError: The harness is missing, there is nothing to run, or tasks failed. Other results are kept.
     """
     console, out = console or Console(), out or f"reports/{options.suite}"
     check_folder_target(out)
@@ -92,8 +92,8 @@ def evaluate_suite(
     others = {name: other for name in models if (other := find_other_model(name))}
     if others and quantization == "nf4":
         raise UserError(
-            f"--quantization nf4 is for the families of `lola-ft families`; {next(iter(others))} is none of them. "
-            "Leave it out."
+            f"--quantization nf4 is only for models that `lola-ft families` lists, and {next(iter(others))} is not "
+            "one. Leave it out."
         )
     own = [name for name in models if name not in others]
     refuse_needless_base(own, base)
@@ -115,7 +115,7 @@ def evaluate_suite(
 
 
 def _refuse_unknown(tasks: list[str], manager: Any, options: SuiteOptions) -> None:
-    """Refuse a task that neither the suite nor the harness has: a slip of the pen, not a task that was renamed."""
+    """Raise UserError for a task that neither the suite nor the harness has, probably a typing mistake."""
     if tasks:
         near = get_close_matches(tasks[0], [*SUITES[options.suite], *manager.all_tasks], n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -131,7 +131,7 @@ def _run_all(
     settings: dict[str, Any],
     console: Console,
 ) -> tuple[Results, dict[str, str]]:
-    """Return the results of a model's tasks, kept ones from their files, and why other tasks failed."""
+    """Return the results of a model's tasks, read from files if kept, and the reasons of failed tasks."""
     folder.mkdir(parents=True, exist_ok=True)
     results, failed, model = Results(), dict[str, str](), None
     on_terminal = Console(stderr=True)
@@ -139,24 +139,24 @@ def _run_all(
         file = folder / f"{one.task}.json"
         kept = _kept(file, settings)
         if kept is None:
-            if on_terminal.is_terminal:  # above the harness's own bar, which shows the time left of a task
+            if on_terminal.is_terminal:  # printed above the harness's own bar, which shows the task's time left
                 on_terminal.print(f"{one.task}, task {number} of {len(chosen)}")
             model = model or load()
             try:
                 kept = run_task(model, one.task, manager, options.limit, options.shots)
-            except Exception as error:  # a dataset that is not to be had must not lose the other tasks
+            except Exception as error:  # one missing dataset must not lose the other tasks
                 failed[one.task] = first_line(error)[:200]
                 continue
             written = {"task": one.task, "settings": settings, **kept}
             write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
         else:
-            console.print(f"{one.task}: kept from {file}")
+            console.print(f"{one.task}: result kept in {file}")
         results[one.task] = kept
     return results, failed
 
 
 def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Read a task's result that was kept from the same settings; None if there is none."""
+    """Return a task's kept result for the same settings; None if there is none."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         kept = {key: found[key] for key in ("metrics", "documents", "version")}
@@ -166,12 +166,12 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _identity(opened: OpenModel) -> dict[str, Any]:
-    """Return what tells one model from another: base weights, adapter files, and how it was loaded."""
+    """Return facts that identify a model: base weights, adapter files, quantisation and dtype."""
     adapter = opened.subject.adapter
     files = sha256_of(*sorted(adapter.glob("adapter_*"))) if adapter else None
     return how_loaded(opened) | {"adapter": files}
 
 
 def _slug(name: str) -> str:
-    """A model's name as a folder's; two that look alike stay apart."""
+    """Return a folder name for a model; a hash keeps similar names apart."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.')[-60:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

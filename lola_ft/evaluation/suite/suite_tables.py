@@ -1,4 +1,4 @@
-"""Tables of a suite: the tasks that it runs, and their results."""
+"""Tables of a suite: the tasks to run, and their results."""
 
 from collections.abc import Mapping
 from math import sqrt
@@ -13,8 +13,8 @@ _OWN = Benchmark("own", "tasks of your own", "{}", ())
 
 
 def plan_table(chosen: list[Chosen], missing: list[str]) -> Table:
-    """Each benchmark and what it is in the harness; renamed tasks and missing ones are said."""
-    table = Table(title="What is run", title_justify="left")
+    """Make a table of the benchmarks with the harness's tasks, including renamed and missing tasks."""
+    table = Table(title="Tasks to run", title_justify="left")
     for heading in ("category", "benchmark", "tasks of the harness", "languages"):
         table.add_column(heading, overflow="fold")
     for benchmark, group in _groups(chosen).items():
@@ -27,7 +27,7 @@ def plan_table(chosen: list[Chosen], missing: list[str]) -> Table:
 
 
 def result_table(by_model: Mapping[str, Mapping[str, Any]], chosen: list[Chosen]) -> Table:
-    """The mean of each benchmark over its languages, with the standard error that the harness gives."""
+    """Make a table of each benchmark's mean over its languages, with the harness's standard error."""
     table = Table(title="Mean over languages, ± standard error", title_justify="left")
     for heading in ("category", "benchmark", "metric", "languages"):
         table.add_column(heading)
@@ -45,13 +45,13 @@ def result_table(by_model: Mapping[str, Mapping[str, Any]], chosen: list[Chosen]
 
 
 def _main_metric(results: list[Mapping[str, Any]]) -> str:
-    """The metric to show of a task of one's own: accuracy if it has one, else the first that it names."""
+    """Return the metric to show for a user's own task: accuracy if it has one, else its first metric."""
     names = [key.split(",")[0] for result in results for key in result["metrics"] if "_stderr," not in key]
     return names[0] if names and _OWN.metric not in names else _OWN.metric
 
 
 def mean(results: list[Mapping[str, Any]], metric: str) -> str:
-    """A metric's mean over tasks as a percentage, and its standard error."""
+    """Return a metric's mean over tasks as a percentage, with its standard error."""
     found = [value for result in results if (value := metric_of(result["metrics"], metric)) is not None]
     if not found:
         return "–"
@@ -61,7 +61,7 @@ def mean(results: list[Mapping[str, Any]], metric: str) -> str:
 
 
 def metric_of(metrics: Mapping[str, float], metric: str) -> tuple[float, float] | None:
-    """A metric and its standard error. Of several ways to read an answer, the most lenient: `flexible-extract`."""
+    """Return a metric and its standard error; for several ways of reading an answer, that of `flexible-extract`."""
     keys = sorted(key for key in metrics if key.split(",")[0] == metric)
     if not keys:
         return None

@@ -1,4 +1,4 @@
-"""Warnings of a guard: on the terminal, and as lines of `metrics.jsonl`. Used by several guards."""
+"""Warnings of guards, printed on the terminal and written as lines of `metrics.jsonl`."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from lola_ft.training.reports.metrics import MetricsFile
 
 
 class Alarm:
-    """Warns once: when something begins, and again only after it was over.
+    """Warns once when a problem begins, and again only if the problem ended in between.
 
     Attributes:
-        on: The things that go on at the moment.
+        on: The problems that exist at the moment.
     """
 
     def __init__(self, kind: str, metrics: MetricsFile) -> None:
@@ -19,7 +19,7 @@ class Alarm:
         self.on: set[str] = set()
 
     def update(self, step: int, what: str, happens: bool, text: str) -> bool:
-        """Warn if something begins now; returns whether it did."""
+        """Warn if a problem begins now; returns True if it does."""
         begins = happens and what not in self.on
         if begins:
             self.on.add(what)

@@ -1,4 +1,4 @@
-"""The best evaluation so far: when to stop early, and which checkpoint to keep."""
+"""Tracking of the best evaluation, for early stopping and for keeping the best checkpoint."""
 
 import math
 from typing import Any
@@ -7,22 +7,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 
 class BestEvaluation(TrainerCallback):
-    """Follows one metric, of which less is better, through the evaluations of training.
+    """Tracks one metric, of which less is better, through the evaluations of training.
 
     Attributes:
         step: The step of the best evaluation; None before the first.
         value: The metric there.
-        stopped: Whether training ends because it no longer gets better.
+        stopped: True if training ends because the metric no longer improves.
     """
 
     def __init__(
         self, metric: str = "eval_loss", patience: int | None = None, min_delta: float = 0.0, keep: bool = False
     ) -> None:
-        """Follow a metric, of which `min_delta` less counts as better.
+        """Track a metric; a decrease by more than `min_delta` is an improvement.
 
         Args:
-            patience: So many evaluations in a row without a better one end the training; None: never.
-            keep: Ask for a checkpoint of the best evaluation, which then stays.
+            patience: Training ends after this many evaluations in a row without improvement; None: never.
+            keep: Write a checkpoint at the best evaluation, and keep it.
         """
         self.metric, self.patience, self.min_delta, self.keep = metric, patience, min_delta, keep
         self.step: int | None = None
@@ -44,10 +44,10 @@ class BestEvaluation(TrainerCallback):
         self, _args: object, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: object
     ) -> None:
         if not self._training or state.global_step <= self._seen:
-            return  # the evaluation before the first step, or one that is repeated
+            return  # the evaluation before the first step, or a repeated evaluation
         self._seen = state.global_step
         value = metrics[self.metric]
-        if value < self.value - self.min_delta:  # never of NaN
+        if value < self.value - self.min_delta:  # false for NaN
             self.step, self.value, self._waited = state.global_step, value, 0
             control.should_save = control.should_save or self.keep
         else:

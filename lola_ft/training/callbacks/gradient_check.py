@@ -1,7 +1,7 @@
-"""A check after the first backward pass: does everything that should learn get a gradient?
+"""A check after the first backward pass that every trained tensor gets a gradient.
 
-The best-known silent failure of expert LoRA is an adapter that is attached and never trained. An expert counts as used
-if one of its tokens matters to the loss: in the last layer, a token that only belongs to a prompt does not.
+The best-known silent failure of expert LoRA is an adapter that is attached but never trained. An expert counts as used
+if one of its tokens affects the loss. In the last layer, a token of a prompt does not.
 """
 
 from collections import defaultdict
@@ -19,10 +19,10 @@ from lola_ft.model.experts import FusedExperts
 
 
 class GradientCheck(TrainerCallback):
-    """Counts, during the first step, the tokens that reach each expert with a gradient; then checks the adapter.
+    """Records, during the first step, which experts get tokens with a gradient; then checks the adapter.
 
     Attributes:
-        summary: What was found, once the first step is over.
+        summary: The result as a sentence, after the first step; "" before.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,7 +37,7 @@ class GradientCheck(TrainerCallback):
 
     def on_step_begin(self, *_: object, **__: object) -> None:
         if self._handles:
-            self._used.clear()  # what was tried before training left no gradient
+            self._used.clear()  # forget the trial of the longest batch, whose gradients were dropped
 
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         if self.summary:
@@ -63,13 +63,13 @@ class GradientCheck(TrainerCallback):
 
 
 def check_gradients(model: nn.Module, used: dict[str, set[int]]) -> str:
-    """Check every trainable tensor's gradient; for an expert, the rows of its `lora_B` (A's are zero while B is).
+    """Check every trained tensor's gradient; of an expert, that of its `lora_B` (A's is zero while B is zero).
 
     Args:
         used: Ids of the experts that got a token with a gradient, by the fused module's name in the base.
 
     Raises:
-        AssertionError: Naming tensors and experts without a gradient: a bug, not a user's mistake.
+        AssertionError: Tensors or experts have no gradient, which is a bug and not a user's mistake.
     """
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without, f"{len(without)} trainable tensors got no gradient, such as {without[:3]}"

@@ -1,9 +1,9 @@
-"""The guards that a recipe asks for, put on a trainer. Their states are part of its checkpoints.
+"""Adding the guards of a recipe to a trainer. Their states are part of its checkpoints.
 
 loss_guards.py      a loss that jumps, languages that the model forgets
 router_guards.py    a router that collapses, choices of experts that change
-best_evaluation.py  when to stop early, which checkpoint to keep
-Steps that are not finite are the trainer's own matter: `trainers/nonfinite_steps.py`.
+best_evaluation.py  early stopping, keeping the best checkpoint
+Steps that are not finite are handled by the trainer itself: `trainers/nonfinite_steps.py`.
 """
 
 from typing import TYPE_CHECKING
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def add_guards(trainer: "RunTrainer", recipe: Recipe, metrics: MetricsFile) -> None:
-    """Put what the recipe asks for on a trainer, whose adapter is as it is before the first step.
+    """Add the recipe's guards to a trainer whose adapter is in its state before the first step.
 
-    Guards of routers and languages, which look at tokens of one kind, are for text and answers, not for preferences.
+    Guards of routers and languages are only for the objective sft.
     """
     guards, train = recipe.guards, recipe.train
 

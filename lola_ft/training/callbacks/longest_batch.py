@@ -1,6 +1,6 @@
-"""The longest micro batch is tried before the first step: memory that is not enough is missed at once, not at night.
+"""A trial of the longest micro batch before the first step, so that a lack of memory shows at once, not hours later.
 
-Nothing of the trial is left: training goes on bit for bit as without it.
+The trial leaves no trace: training computes bit for bit the same as without it.
 """
 
 import contextlib
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
     from lola_ft.training.trainers.run_trainer import RunTrainer
 
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # torch on a CPU has no error of its own
+_NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+)  # messages: torch has no special error on a CPU
 _ANSWERS = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
 
 
@@ -38,10 +42,10 @@ class LongestBatchFirst(TrainerCallback):
 
 
 def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
-    """Do one forward and backward pass of the longest rows; returns their tokens, padding included.
+    """Do one forward and backward pass of the longest rows; returns their tokens, including padding.
 
-    Room is left for the optimiser's state, which does not exist before the first step. Gradients are dropped; random
-    numbers, counts and metrics are as before.
+    Memory is reserved for the optimiser's state, which does not exist before the first step. Gradients are dropped;
+    random number generators, counts and metrics are restored.
     """
     dataset, args = trainer.train_dataset, trainer.args
     places = longest_rows(dataset, args.per_device_train_batch_size, args.train_sampling_strategy == "sequential")
@@ -64,11 +68,11 @@ def try_longest_batch(trainer: "RunTrainer", optimizer: str) -> int:
 
 @contextlib.contextmanager
 def _untouched_counts(trainer: "RunTrainer") -> Iterator[None]:
-    """Put tokens, metrics and the experts' load back at the end, whatever is counted inside."""
+    """Restore the counts of tokens, the metrics and the experts' load after the block."""
     run = trainer.run
     tokens = run.tokens_seen, run.own_tokens, trainer._total_train_tokens
     metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
-    load = getattr(trainer, "router_load", None)  # which preferences do not watch
+    load = getattr(trainer, "router_load", None)  # trainers of dpo and kto have none
     load_ME = None if load is None else load.counts_ME.clone()
     try:
         yield
@@ -81,9 +85,9 @@ def _untouched_counts(trainer: "RunTrainer") -> Iterator[None]:
 
 
 def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list[int]:
-    """Return the places of the longest micro batch's rows: the longest rows, longest first; all if there are fewer.
+    """Return the indices of the `count` longest rows, longest first; all rows if there are fewer.
 
-    With `in_order`, micro batches are rows that follow one another, as KTO's are: the longest of these is meant.
+    With `in_order`, micro batches are consecutive rows, as KTO's are, and the longest such batch is returned.
     """
     lengths = _lengths(dataset)
     if not in_order:
@@ -94,7 +98,7 @@ def longest_rows(dataset: "Dataset", count: int, in_order: bool = False) -> list
 
 
 def _lengths(dataset: "Dataset") -> list[int]:
-    """Return the tokens of each row; for judged answers, of the prompt with the longest answer behind it."""
+    """Return the number of tokens per row; for judged answers, of the prompt with its longest answer."""
     answers = [sequence_lengths(dataset, name) for name in _ANSWERS if name in dataset.column_names]
     if not answers:
         return sequence_lengths(dataset).tolist()
@@ -103,7 +107,7 @@ def _lengths(dataset: "Dataset") -> list[int]:
 
 @contextlib.contextmanager
 def explained_out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
-    """Turn running out of memory in the block into a UserError with advice."""
+    """Turn an out-of-memory error in the block into a UserError with advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -1,4 +1,4 @@
-"""Guards that look at losses: one that jumps, and languages that the model forgets."""
+"""Guards on losses: a loss that jumps, and languages that the model forgets."""
 
 import statistics
 from collections import deque
@@ -13,11 +13,11 @@ from lola_ft.training.reports.metrics import losses_by_language
 
 _WINDOW, _ENOUGH = 50, 10
 _TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-_LEAST = 0.02  # of the median: a loss that hardly varies has no deviation to speak of
+_LEAST = 0.02  # smallest deviation as a share of the median, for a loss that hardly varies
 
 
 class LossSpike(TrainerCallback):
-    """Compares every logged loss with the running median before it, in robust deviations."""
+    """Compares every logged loss with the running median of the losses before it, in robust deviations."""
 
     def __init__(self, deviations: float, alarm: Alarm) -> None:
         self.deviations, self._alarm = deviations, alarm
@@ -29,7 +29,9 @@ class LossSpike(TrainerCallback):
         loss = logs["loss"]
         limit = spike_limit(self._losses, self.deviations)
         median = statistics.median(self._losses) if self._losses else loss
-        text = f"the loss is {loss:.4g}, far above the {median:.4g} (median) of the {len(self._losses)} before it."
+        text = (
+            f"the loss is {loss:.4g}, far above {median:.4g}, the median of the {len(self._losses)} losses before it."
+        )
         self._alarm.update(state.global_step, "spike", limit is not None and loss > limit, text)
         self._losses.append(loss)
 
@@ -42,7 +44,7 @@ class LossSpike(TrainerCallback):
 
 
 class Forgetting(TrainerCallback):
-    """Evaluates once before the first step, then compares every evaluation with that, by language.
+    """Evaluates once before the first step, and compares every later evaluation with it, by language.
 
     Attributes:
         baseline: Loss by language before training; {} in a run that was started without this guard.
@@ -57,7 +59,7 @@ class Forgetting(TrainerCallback):
             try:
                 self._evaluate()
             except EvaluationStopped:
-                raise Stopped from None  # nothing is trained yet: the run starts again from its beginning
+                raise Stopped from None  # nothing was trained yet, so resuming starts from the beginning
 
     def on_evaluate(
         self, _args: object, state: TrainerState, _control: object, metrics: dict[str, float], **_: object
@@ -69,9 +71,9 @@ class Forgetting(TrainerCallback):
             before = self.baseline.get(code, loss)
             text = (
                 f"the validation loss of {code} is {loss:.3f}, {loss - before:.3f} above the {before:.3f} before "
-                "training: the model forgets it. Mix in rows of it, lower train.learning_rate, or train less."
+                "training: the model forgets it. Add rows in this language, lower train.learning_rate, or train less."
             )
-            self._alarm.update(state.global_step, code, not loss <= before + self.rise, text)  # NaN, too
+            self._alarm.update(state.global_step, code, not loss <= before + self.rise, text)  # also warns of NaN
 
     def state_dict(self) -> dict[str, Any]:
         return {"baseline": self.baseline, "alarm": self._alarm.state_dict()}
@@ -82,7 +84,7 @@ class Forgetting(TrainerCallback):
 
 
 def spike_limit(losses: deque[float], deviations: float) -> float | None:
-    """Return the limit above which a loss is a spike; None while there are too few losses to tell."""
+    """Return the limit above which a loss is a spike; None while there are too few losses."""
     if len(losses) < _ENOUGH:
         return None
     median = statistics.median(losses)

@@ -19,10 +19,10 @@ _WIDE = 100
 
 
 class Progress(ProgressCallback):
-    """transformers' bar with loss and speed in it; prints once what the gradients' check found."""
+    """transformers' progress bar with loss and speed added. It also prints the result of the gradient check once."""
 
     def __init__(self, check: GradientCheck, run: RunState) -> None:
-        """Take the check whose finding is printed once, and the run, which has the number of tokens."""
+        """Store the check, whose result is printed once, and the run, which counts the tokens."""
         super().__init__()
         self._run, self._check, self._said = run, check, False
         self._last = (0, time.perf_counter())

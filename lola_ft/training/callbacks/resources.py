@@ -1,4 +1,4 @@
-"""Memory and energy: the most memory that a run has held, and the energy of its training, for the manifest."""
+"""Memory and energy, for the manifest: a run's peak memory and the energy used by its training."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ _HOW = {
     "constant": "CPU: estimated from a nominal power of {tdp} W, as no RAPL counter can be read",
 }
 
-_WHOSE = {False: "CPU and memory of this process alone", True: "everything on the main process's machine"}
+_WHOSE = {False: "CPU and memory of this process only", True: "everything on the main process's machine"}
 
 
 class PeakMemory(TrainerCallback):
-    """Reads the process's memory after every step; a GPU keeps its own record."""
+    """Reads the process's memory after every step; torch records the GPU's peak itself."""
 
     def __init__(self) -> None:
         self._anonymous = 0.0
@@ -31,14 +31,14 @@ class PeakMemory(TrainerCallback):
         self._anonymous = max(self._anonymous, process_mb().get("RssAnon", 0.0))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the section of the manifest, in MB."""
+        """Return the manifest's section, in MB."""
         found: dict[str, Any] = {}
         if process_mb():
             found["anonymous_mb"] = round(max(self._anonymous, process_mb()["RssAnon"]), 1)
             found["resident_mb"] = round(process_mb()["VmHWM"], 1)
         how = {
-            "anonymous_mb": "largest RssAnon that Linux tells of the process after a step",
-            "resident_mb": "VmHWM that Linux tells of the process, pages of mapped files included",
+            "anonymous_mb": "largest RssAnon of the process after a step, from Linux",
+            "resident_mb": "VmHWM of the process, from Linux, including pages of mapped files",
         }
         if torch.cuda.is_available():
             found["gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
@@ -47,10 +47,10 @@ class PeakMemory(TrainerCallback):
 
 
 class EnergyMeter(TrainerCallback):
-    """Measures with codecarbon, offline, while training runs; what was used before a resume is added."""
+    """Measures energy with codecarbon, offline, during training; energy used before a resume is added."""
 
     def __init__(self, country: str, run: RunState) -> None:
-        """Take the country's ISO 3166 code of three letters, and the run, which has the number of tokens."""
+        """Store the country (ISO 3166 code of three letters) and the run, which counts the tokens."""
         self.country, self._run = country, run
         self._before = {"kwh": 0.0, "g_co2": 0.0}
         self._tracker: Any = None
@@ -72,7 +72,7 @@ class EnergyMeter(TrainerCallback):
         self._tracker.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what training has used until now."""
+        """Return the energy and emissions of training until now."""
         if self._tracker is None:
             return dict(self._before)
         if (now := getattr(self._tracker, "final_emissions_data", None)) is None:  # it is still measuring
@@ -85,7 +85,7 @@ class EnergyMeter(TrainerCallback):
         self._before = dict(state)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the section of the manifest."""
+        """Return the manifest's section."""
         used = self.state_dict()
         hardware = self._tracker._hardware
         return {
@@ -99,14 +99,14 @@ class EnergyMeter(TrainerCallback):
 
 
 def memory_now() -> str:
-    """Return what is held now, for the progress bar; "" where the system does not say."""
+    """Return the memory in use, for the progress bar; "" if the system does not report it."""
     if torch.cuda.is_available():
         return f"{torch.cuda.memory_allocated() / 2**30:.1f}G"
     return f"{process_mb()['VmRSS'] / 1024:.1f}G" if process_mb() else ""
 
 
 def process_mb() -> dict[str, float]:
-    """Read sizes from /proc/self/status in MB, by their names there; {} where there is none (not Linux)."""
+    """Read the sizes in /proc/self/status in MB, by their names there; {} on systems other than Linux."""
     if not _STATUS.exists():
         return {}
     lines = (line.split() for line in _STATUS.read_text(encoding="utf-8").splitlines())
@@ -114,7 +114,7 @@ def process_mb() -> dict[str, float]:
 
 
 def _how(part: Any) -> str:
-    """Say how a part's energy is found."""
+    """Return the method by which the energy of a part is found."""
     name = type(part).__name__
     if name == "CPU":
         return _HOW.get(part._mode, f"CPU: {part._mode}").format(tdp=part._tdp)

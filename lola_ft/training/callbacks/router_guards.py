@@ -1,7 +1,6 @@
-"""Guards of the routers: how training's tokens are spread over the experts, a warning when a router collapses, and how
-many tokens of a fixed text go to other experts than in the base.
+"""Guards of the router: the load of the experts, a warning if a router collapses, and changed choices on a fixed text.
 
-Shapes: T tokens, M MoE layers, E experts, K choices of a token.
+Shapes: T tokens, M MoE layers, E experts, K choices per token.
 """
 
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from lola_ft.training import processes
 from lola_ft.training.callbacks.alarm import Alarm
 from lola_ft.training.reports.metrics import DEAD, ENTROPY, SHARE
 
-_ENOUGH = 32  # tokens an expert; fewer say little about the load
+_ENOUGH = 32  # tokens per expert; fewer tokens say little about the load
 PROBE = (
     "The river rises in the mountains and reaches the sea after three hundred kilometres.",
     "Mto huu unaanzia milimani na kufika baharini baada ya kilomita mia tatu.",
@@ -35,16 +34,16 @@ PROBE = (
     "川は山から流れ出て、三百キロメートル先で海に注ぐ。",
     "def area(width, height):\n    return width * height  # in square metres",
 )
-"""The text of the probe, in several scripts."""
+"""The texts of the probe, in several scripts."""
 
 
 class RouterLoad:
-    """Counts where training's real tokens go; the counts stay on the device until they are read.
+    """Counts the real training tokens of each expert. The counts stay on the device until they are read.
 
     Attributes:
         layers: Numbers of the MoE layers.
-        counts_ME: Tokens since they were last read.
-        token_mask_T: Which tokens of the coming forward pass are real; None if all are.
+        counts_ME: Tokens per expert since the last reading.
+        token_mask_T: Mask of the real tokens in the next forward pass; None if all are real.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
@@ -64,7 +63,7 @@ class RouterLoad:
             module.register_forward_pre_hook(self._counter(place))
 
     def read(self) -> dict[str, float]:
-        """Return the measures for a log line, the worst layer first, then each by its layer; the counts begin again."""
+        """Return the measures for a log line, of the worst layer and of each layer; resets the counts."""
         counts_ME = processes.summed(self.counts_ME.clone()).cpu()
         if not counts_ME.sum(dim=1).all():
             return {}
@@ -88,7 +87,7 @@ class RouterLoad:
         self.counts_ME.copy_(state["counts"])
 
     def _begin(self, backbone: nn.Module, _args: tuple[Any, ...]) -> None:
-        """Count from here: gradient checkpointing runs layers again later, outside the backbone's own pass."""
+        """Start counting. Gradient checkpointing runs layers again later, outside this pass, which is not counted."""
         self._fresh = backbone.training
 
     def _end(self, *_: object) -> None:
@@ -108,7 +107,7 @@ class RouterLoad:
 
 
 class RouterCollapse(TrainerCallback):
-    """Warns, or ends the run, when a layer's load falls below an entropy or on one expert."""
+    """Warns, or ends the run, when a layer's load has too low an entropy or falls mostly on one expert."""
 
     def __init__(self, min_entropy: float, max_share: float, num_experts: int, stop: bool, alarm: Alarm) -> None:
         self.min_entropy, self.max_share, self.num_experts = min_entropy, max_share, num_experts
@@ -125,12 +124,12 @@ class RouterCollapse(TrainerCallback):
                 f"the router of layer {layer} has collapsed: one expert gets {share:.1%} of the tokens, the load's "
                 f"entropy is {entropy:.2f} (1 is even)."
             )
-            mend = "Raise router.aux_loss, lower train.learning_rate, or set router.mode: frozen."
-            said = self._alarm.update(state.global_step, layer, collapsed, f"{text} {mend}")
+            advice = "Raise router.aux_loss, lower train.learning_rate, or set router.mode: frozen."
+            said = self._alarm.update(state.global_step, layer, collapsed, f"{text} {advice}")
             if said and self.stop:
                 raise UserError(
                     f"step {state.global_step}: {text} guards.router_collapse is stop, so the run ends here; earlier "
-                    f"checkpoints are as they were. {mend}"
+                    f"checkpoints are unchanged. {advice}"
                 )
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,27 +140,27 @@ class RouterCollapse(TrainerCallback):
 
 
 class RouterProbe:
-    """Remembers which experts the base chooses for a text; made before anything is trained.
+    """Compares the experts chosen for a fixed text with the base model's choices. Make it before training.
 
-    A frozen router changes its choices too, as what it reads drifts: LoRA in earlier layers moves the hidden states.
+    A frozen router's choices change too, because LoRA in earlier layers changes the hidden states that it reads.
     """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerFast) -> None:
         self._model = model
         longest = architecture_of(model.config).sizes.positions
         self._texts = [ids[:longest] for ids in encode_texts(list(PROBE), tokenizer)]
-        # PEFT switches gradients off with an adapter, and on with it: those of weights trained otherwise stay as set.
+        # disable_adapter changes requires_grad of weights trained without LoRA, so it is restored afterwards.
         learns = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._base_TMK = self._choices(model.disable_adapter())
         for parameter, requires_grad in learns.items():
             parameter.requires_grad_(requires_grad)
 
     def flip_rate(self) -> float:
-        """Return the share of choices, over all MoE layers, that are not made any more."""
+        """Return the share of the base's choices, over all MoE layers, that are no longer made."""
         return flip_rate(self._base_TMK, self._choices(nullcontext())).mean().item()
 
     def _choices(self, within: AbstractContextManager[Any]) -> Tensor:
-        """Return the expert ids (T, M, K) of the whole probe, one text after the other."""
+        """Return the expert ids (T, M, K) of the whole probe, its texts one after another."""
         backbone = self._model.get_base_model().base_model
         modules = [module for module in self._model.modules() if module.training]
         self._model.eval()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step end and saves, a second stops at once."""
+"""Ctrl-C and SIGTERM: the first signal finishes the step and saves, a second signal stops at once."""
 
 import os
 import signal
@@ -14,20 +14,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop; what it had done is saved."""
+    """The run was asked to stop, and its state is saved."""
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - an answer to a signal, not an error
-    """An evaluation was left because the run was asked to stop."""
+    """An evaluation was interrupted because the run was asked to stop."""
 
 
 class StopRequest(TrainerCallback):
-    """Remembers, while it is entered, that a signal asked the run to stop.
+    """Records, inside its `with` block, that a signal asked the run to stop.
 
-    Outside of training there is nothing to save: there a signal is a KeyboardInterrupt.
+    Outside of training there is nothing to save, so a signal raises KeyboardInterrupt.
 
     Attributes:
-        requested: Whether to save and stop after this step.
+        requested: True if the run should save and stop after this step.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class StopRequest(TrainerCallback):
         self._training = False
 
     def on_prediction_step(self, *_: object, **__: object) -> None:
-        # One of several processes must not leave what the others are doing with it.
+        # With several processes, one process must not leave an evaluation that the others take part in.
         if self.requested and self._training and processes.count() == 1:
             raise EvaluationStopped
 
@@ -62,7 +62,7 @@ class StopRequest(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
         for each in _SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # the second is the system's: it ends even a long kernel
+            signal.signal(each, signal.SIG_DFL)  # a second signal then ends the process, even during a long kernel
         if processes.is_main():
-            # Not through a stream: the signal may have come in the middle of one's work.
+            # Written without a Python stream, because the signal may interrupt that stream's own write.
             os.write(2, b"\nStopping: this step is finished and saved. Ctrl-C again stops at once.\n")

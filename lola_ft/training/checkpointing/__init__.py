@@ -1,1 +1,1 @@
-"""Checkpoints and resuming: `contents.py` (what a checkpoint holds), `checkpoint.py` (the folder), `resume.py`."""
+"""Checkpoints and resuming: `contents.py` (contents), `checkpoint.py` (the folder), `resume.py` (the restart)."""

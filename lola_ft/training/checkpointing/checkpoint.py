@@ -1,10 +1,12 @@
-"""Checkpoints on disk: `checkpoints/step-N`, written beside and renamed, each with the checksums of its files.
+"""Checkpoints on disk: folders `checkpoints/step-N`, each with the checksums of its files.
 
-state.json, state.safetensors   everything that exact resuming needs (`contents.py` says what)
+A checkpoint is written under a temporary name and then renamed, so a folder `step-N` is always complete. Its files:
+
+state.json, state.safetensors   everything that exact resuming needs (listed in `contents.py`)
 trainer_state.json              transformers' own record
-metrics.jsonl                   the run's, as it was at this step
-adapter/                        the adapter as every other adapter folder, for users
-SHA256SUMS                      as `sha256sum -c` reads it
+metrics.jsonl                   the run's metrics up to this step
+adapter/                        an ordinary adapter folder, for users
+SHA256SUMS                      the checksums, in the form of `sha256sum -c`
 """
 
 import os
@@ -26,7 +28,7 @@ SUMS_FILE = "SHA256SUMS"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole."""
+    """A complete checkpoint that was read."""
 
     folder: Path
     state: dict[str, Any]
@@ -53,15 +55,16 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep: int, best: int | None = None) -> Path:
-    """Write `step-N` whole or not at all, then remove what is older than the newest few.
+    """Write `step-N` completely or not at all, then remove old checkpoints.
 
     Args:
-        fill: Writes the checkpoint's files into the folder that it is given.
-        keep: How many stay. Those of later steps do not: they were damaged, or belong to what was left behind.
-        best: The step of one that stays besides.
+        fill: A function that writes the checkpoint's files into a folder.
+        keep: Number of checkpoints to keep. Checkpoints of later steps are removed: they are damaged, or from before
+            the run was resumed at an earlier step.
+        best: The step of a checkpoint to keep in addition.
 
     Raises:
-        UserError: It could not be written; every earlier checkpoint is still there.
+        UserError: The checkpoint could not be written. All earlier checkpoints still exist.
     """
     target = step_folder(folder, step)
     try:
@@ -80,7 +83,7 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
 
 
 def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole, reporting the damaged ones passed over; returns None if none is."""
+    """Read the newest undamaged checkpoint, reporting the damaged ones that were skipped; None if all are damaged."""
     for path in reversed(checkpoints(folder)):
         try:
             return read_whole(path)
@@ -90,7 +93,7 @@ def newest_whole(folder: Path, report: Callable[[str], None]) -> Checkpoint | No
 
 
 def read_whole(folder: Path) -> Checkpoint:
-    """Read a checkpoint, or raise a ValueError that says what is missing or changed."""
+    """Read a checkpoint; raises a ValueError that names the missing or changed file."""
     try:
         _check_sums(folder)
         return Checkpoint(folder, read_state(folder))
@@ -99,7 +102,7 @@ def read_whole(folder: Path) -> Checkpoint:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process had begun to write."""
+    """Remove incomplete folders that a killed process left."""
     for name in (f".{_PREFIX}-*.partial", f".{_PREFIX}-*.old"):
         for path in folder.glob(name):
             shutil.rmtree(path, ignore_errors=True)
@@ -111,7 +114,7 @@ def _write_sums(folder: Path) -> None:
 
 
 def _check_sums(folder: Path) -> None:
-    """Raises ValueError or OSError, saying which file is not as it was written."""
+    """Raise ValueError or OSError if a file is missing, added or changed; the message names it."""
     lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if not sums:
@@ -132,7 +135,7 @@ def _files(folder: Path) -> Iterator[str]:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until the disk has it: an older checkpoint is removed next, and the power may fail."""
+    """Wait until the files are on the disk: older checkpoints are removed next, and the power may fail."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

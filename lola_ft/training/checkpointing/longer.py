@@ -1,6 +1,6 @@
-"""A run made longer: `--resume --allow-changed train.max_steps`, or `train.epochs`, with a larger number.
+"""Making a run longer: `--resume --allow-changed train.max_steps` (or `train.epochs`) with a larger number.
 
-A finished run goes on from its last checkpoint, which is written after the last step whatever `train.save_every` says.
+A finished run resumes from its last checkpoint, which is written after the last step for every `train.save_every`.
 """
 
 import json
@@ -22,7 +22,7 @@ def is_longer(recipe: Recipe, stored: Recipe, run: Path) -> bool:
     """Tell whether a recipe makes a finished run longer.
 
     Raises:
-        UserError: It makes the run shorter, or the state at the end is gone.
+        UserError: The recipe makes the run shorter, or the checkpoints are gone.
     """
     if length_of(recipe) == length_of(stored):
         return False
@@ -30,16 +30,16 @@ def is_longer(recipe: Recipe, stored: Recipe, run: Path) -> bool:
     if not found:
         raise UserError(
             f"{run}: this run is finished and its checkpoints are gone, so it cannot be made longer. Begin another run "
-            f"with adapter.continue_from={run}, which goes on from its adapter with a fresh optimiser."
+            f"with adapter.continue_from={run}, which continues training its adapter with a fresh optimiser."
         )
     return refuse_shorter(recipe, found[-1]) > 0
 
 
 def refuse_shorter(recipe: Recipe, checkpoint: Path) -> float:
-    """Return how much of a recipe's length is left after a checkpoint, in its unit.
+    """Return the part of a recipe's length that is left after a checkpoint, in steps or epochs.
 
     Raises:
-        UserError: The checkpoint lies beyond it.
+        UserError: The checkpoint is beyond the recipe's length.
     """
     key, wanted = length_of(recipe)
     progress = _progress(checkpoint)
@@ -53,7 +53,7 @@ def refuse_shorter(recipe: Recipe, checkpoint: Path) -> float:
 
 
 def planned_steps(checkpoint: Path) -> int:
-    """Return the length in steps that a run had when a checkpoint was written."""
+    """Return the run's length in steps at the time a checkpoint was written."""
     return int(_progress(checkpoint)["max_steps"])
 
 
@@ -63,33 +63,33 @@ def _progress(checkpoint: Path) -> dict[str, Any]:
         progress["global_step"], progress["epoch"], progress["max_steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{checkpoint / TRAINER_STATE_NAME}: damaged ({error!r}); it does not tell the step."
+            f"{checkpoint / TRAINER_STATE_NAME}: damaged ({error!r}), so the checkpoint's step is unknown."
         ) from error
     return progress
 
 
 def reopen(run: Path, checkpoint: Checkpoint | None, recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Make a finished run one that is going on, so that it can be stopped and resumed like any other.
+    """Mark a finished run as unfinished, so that it can be stopped and resumed like any other run.
 
     Raises:
-        UserError: It would stop again at once, by early stopping; nothing was changed.
+        UserError: Early stopping would end the run again at once. Nothing was changed.
     """
     stopping = recipe.train.early_stopping
     best = checkpoint.state.get("kept", {}).get("best") if checkpoint else None
     if stopping and best and best["waited"] >= stopping.patience:
         raise UserError(
-            f"{run}: early stopping ended this run after {best['waited']} evaluations without a better one, and would "
+            f"{run}: early stopping ended this run after {best['waited']} evaluations without improvement, and would "
             "end it again. Raise train.early_stopping.patience, or set train.early_stopping=null, with "
             "--allow-changed train.early_stopping."
         )
-    for name in (CARD_FILE, MANIFEST_FILE):  # the card first: without it no run is finished
+    for name in (CARD_FILE, MANIFEST_FILE):  # the card first: a run without a card counts as unfinished
         (run / name).unlink(missing_ok=True)
     if (run / MERGED_FOLDER).is_dir():
-        say(f"{run / MERGED_FOLDER} holds the adapter of the shorter run. Merge again, to another folder, at the end.")
+        say(f"{run / MERGED_FOLDER} was merged from the shorter run. Merge again at the end, to another folder.")
 
 
 class SaysLonger(TrainerCallback):
-    """Says what the schedule does in a run that is made longer. To be added behind what puts the checkpoint back."""
+    """Prints the schedule of a run that is made longer. Add it after the callback that restores the checkpoint."""
 
     def __init__(self, trainer: Any, say: Callable[[str], None]) -> None:
         self._trainer, self._say = trainer, say

@@ -1,4 +1,4 @@
-"""A recipe against the one that a run was started with: what may differ, and what would train other numbers."""
+"""Comparison of a recipe with the one that a run was started with: harmless differences, and those that are refused."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from lola_ft.recipe.schema import Source
 from lola_ft.repo_id import is_commit
 from lola_ft.training.continued_recipe import keys_left_out
 
-# These do not decide any number that is trained.
+# Keys that affect no trained number.
 _FREE = (
     "train.save_every",
     "train.keep",
@@ -25,16 +25,16 @@ _FREE = (
 )
 _OPTIMIZER = "train.optimizer"
 _LENGTH = ("train.max_steps", "train.epochs")
-_EXTENDED = "train.extended_schedule"  # acts at the moment at which the length changes
+_EXTENDED = "train.extended_schedule"  # has an effect only when the length changes
 _START = "adapter.continue_from"
-_FITTED = ("max_length", "packing")  # of the data section, to what the base can do
+_FITTED = ("max_length", "packing")  # keys of the data section whose defaults are fitted to the base
 _NOTHING = object()
 
 
 def with_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
-    """Return the recipe with what was chosen when the run was started, where it leaves the choice.
+    """Return the recipe with the choices made when the run was started, where the recipe leaves them open.
 
-    That is each commit, and when the reference of preferences is computed.
+    These choices are the commits of branches and tags, and `train.reference_pass` if it is `auto`.
     """
     data = recipe.data.model_copy(update={"sources": _at_commits(recipe.data.sources, stored.data.sources)})
     if isinstance(data.validation, list) and isinstance(stored.data.validation, list):
@@ -53,16 +53,16 @@ def with_stored_choices(recipe: Recipe, stored: Recipe) -> Recipe:
 
 
 def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterable[str], fitted: bool = True) -> None:
-    """Refuse a recipe that differs from the run's own in anything that decides its numbers.
+    """Raise UserError if a recipe differs from the run's recipe in a key that affects trained numbers.
 
     Args:
-        allowed: Keys that may differ; `data` stands for everything in that section, and either key of the length for
-            both.
-        fitted: Whether the recipe's defaults have been fitted to the base yet, as the stored ones have.
+        allowed: Keys that may differ. `data` includes all keys of that section, and either key of the length (steps or
+            epochs) includes both.
+        fitted: True if the recipe's defaults are already fitted to the base, as those of the stored recipe are.
 
     Raises:
-        UserError: Listing every differing key with both values, or naming an allowed key that does not exist or
-            that no run can change.
+        UserError: Keys differ (the message lists all with both values), or an allowed key does not exist or cannot be
+            changed by any run.
     """
     old, new = _flat(stored.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for key in allowed:
@@ -71,17 +71,17 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
     if recipe.train.optimizer != stored.train.optimizer and any(covers(key, _OPTIMIZER) for key in allowed):
         raise UserError(
             f"{folder}: {_OPTIMIZER} was {stored.train.optimizer} when this run was started and is "
-            f"{recipe.train.optimizer} now: one optimiser's state is nothing to another. Take the change back, or "
+            f"{recipe.train.optimizer} now, and an optimiser cannot use another one's state. Undo the change, or "
             "choose another `output`."
         )
     if recipe.adapter.continue_from != stored.adapter.continue_from:
         raise UserError(
             f"{folder}: {_START} was {stored.adapter.continue_from or 'not set'} when this run was started and is "
-            f"{recipe.adapter.continue_from or 'not set'} now: a run starts once. Take the change back (the adapter "
-            "itself need not be there any more), or choose another `output`."
+            f"{recipe.adapter.continue_from or 'not set'} now, and a run cannot change its start. Undo the change (the "
+            "adapter itself is no longer needed), or choose another `output`."
         )
     free = [*_FREE, *allowed]
-    if any(covers(key, name) for key in allowed for name in _LENGTH):  # one of them takes the other's place
+    if any(covers(key, name) for key in allowed for name in _LENGTH):  # one key may replace the other
         free += [*_LENGTH, *([_EXTENDED] if length_of(recipe) != length_of(stored) else [])]
     if not fitted:
         free += keys_left_out(recipe) if recipe.adapter.continue_from else []
@@ -94,12 +94,12 @@ def refuse_changes(recipe: Recipe, stored: Recipe, folder: Path, allowed: Iterab
     if changed:
         raise UserError(
             f"{folder}: the recipe has changed since this run was started.\n" + "\n".join(changed) + "\n"
-            "Take the changes back, allow each with --allow-changed KEY, or choose another `output`."
+            "Undo the changes, allow each with --allow-changed KEY, or choose another `output`."
         )
 
 
 def length_of(recipe: Recipe) -> tuple[str, float]:
-    """Return the key that says how long a run is, and its value."""
+    """Return the key that sets a run's length, and its value."""
     steps = recipe.train.max_steps
     return (_LENGTH[1], recipe.train.epochs) if steps is None else (_LENGTH[0], steps)
 
@@ -116,7 +116,7 @@ def _at_commits(sources: list[Source], stored: list[Source]) -> list[Source]:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Return settings by dotted key; places in lists count as keys, and what is off is left out."""
+    """Return settings by dotted key; list indices are parts of a key, and settings that are None are left out."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {} if value is None else {key: value}
@@ -124,7 +124,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def covers(name: str, key: str) -> bool:
-    """Say whether a key is the one that a name names, or within that section."""
+    """Tell whether `key` is the key or in the section called `name`."""
     return key == name or key.startswith(f"{name}.")
 
 

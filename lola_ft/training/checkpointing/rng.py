@@ -10,7 +10,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's on the CPU (dropout on a CPU draws from it) and on this process's GPU."""
+    """Return the states of Python's, numpy's, torch's CPU and this process's GPU random number generators."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -21,7 +21,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Go on from what `rng_state` returned, on this process's GPU."""
+    """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -32,7 +32,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def untouched_rng() -> Iterator[None]:
-    """Draw what you like inside: training goes on with the numbers that it would have drawn anyway."""
+    """Restore the random number generators after the block, so that numbers drawn inside do not affect training."""
     before = rng_state()
     try:
         yield

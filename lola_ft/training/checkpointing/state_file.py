@@ -1,6 +1,6 @@
-"""A training state on disk: plain values in JSON, tensors in safetensors, never a pickle.
+"""A training state on disk: plain values in JSON and tensors in safetensors, never a pickle.
 
-Dictionaries (with numbers for keys too), tuples and lists come back as what they were, floats to the last bit.
+Dictionaries (also with numbers as keys), tuples and lists keep their types, and floats keep every bit.
 """
 
 import json
@@ -14,7 +14,7 @@ VALUES_FILE, TENSORS_FILE = "state.json", "state.safetensors"
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state: nested dictionaries, lists and tuples of numbers, text, truth values, None and tensors."""
+    """Write a state: nested dictionaries, lists and tuples of numbers, text, bools, None and tensors."""
     tensors: dict[str, Tensor] = {}
     values = _packed(state, tensors)
     save_file(tensors, folder / TENSORS_FILE)
@@ -22,20 +22,22 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote, tensors on the CPU.
+    """Read a state that `write_state` wrote; tensors are on the CPU.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError: It is not what was written.
+        OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError: The files are damaged.
     """
-    tensors = load((folder / TENSORS_FILE).read_bytes())  # not mapped: the file goes while its tensors are in use
+    tensors = load(
+        (folder / TENSORS_FILE).read_bytes()
+    )  # not mapped, because the file may be removed while its tensors are in use
     return _unpacked(json.loads((folder / VALUES_FILE).read_text(encoding="utf-8")), tensors)
 
 
 def _packed(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value as JSON has it: what JSON does not know is an object with one key that names its kind."""
+    """Return a value in JSON's types; a type that JSON lacks becomes an object whose single key names the type."""
     if isinstance(value, Tensor):
         name = f"{len(tensors):06d}"
-        # A copy of its own: safetensors refuses tensors that share memory, and optimisers have such.
+        # Copied, because safetensors refuses tensors that share memory, as some of optimisers do.
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""Reports that a run prints and leaves behind: tables, `metrics.jsonl`, the manifest and the card, pictures."""
+"""Reports that a run prints and writes: tables, `metrics.jsonl`, the manifest, the card and plots."""

@@ -1,4 +1,4 @@
-"""The record of a finished run: `manifest.json`, and the card that is drafted from the manifest alone."""
+"""The record of a finished run: `manifest.json`, and the model card, which is written only from the manifest."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def manifest_of(
 ) -> dict[str, Any]:
     """Make the manifest of a finished run from its results.
 
-    The same recipe on the same machine gives the same, but for the sections in `measured`: timings, memory, energy.
+    The same recipe on the same machine gives the same manifest, except for the sections in `measured`.
     """
     recipe = prepared.recipe
     return {
@@ -61,25 +61,25 @@ def manifest_of(
 
 
 def _stages(prepared: Prepared, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the stages that led to this run's adapter, this run the last."""
+    """Return the stages of this run's adapter, with this run last."""
     start = prepared.start
     own = stage_of(prepared.recipe.model_dump(mode="json"), results, start.as_dict() if start else None)
     return [*(start.stages if start else ()), own]
 
 
 def timings_of(prepare_s: float, train_s: float, tokens: int, resumed_from: int | None) -> dict[str, Any]:
-    """Say how long the run took; after a resume, `train_s` includes the time before, and `prepare_s` does not."""
+    """Return the run's times; after a resume, `train_s` includes the time before it, and `prepare_s` does not."""
     timings: dict[str, Any] = {
         "prepare_s": round(prepare_s, 1),
         "train_s": round(train_s, 1),
         "tokens_per_s": round(tokens / max(train_s, 1e-9), 1),
-        "measured": "wall clock; train_s holds evaluations and checkpoints too, tokens are without padding",
+        "measured": "wall clock; train_s includes evaluations and checkpoints, tokens exclude padding",
     }
     return timings if resumed_from is None else timings | {"resumed_from_step": resumed_from}
 
 
 def routing_results(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the routers' last measures, and how many choices have changed; {} if nothing was measured."""
+    """Return the router's last measures, and the share of changed choices; {} if nothing was measured."""
     loads = [line for line in metrics if "router_min_entropy" in line]
     found: dict[str, Any] = {said: loads[-1][key] for key, said in _LAST_LOADS.items()} if loads else {}
     if loads:
@@ -96,7 +96,7 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def write_card(output: Path, manifest: dict[str, Any]) -> None:
-    """Write the run's README from its manifest alone."""
+    """Write the run's README, only from its manifest."""
     base, stored = manifest["recipe"]["base"], read_adapter(output / ADAPTER_FOLDER)
     facts = CardFacts(
         title=output.name,

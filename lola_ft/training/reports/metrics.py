@@ -1,6 +1,6 @@
-"""`metrics.jsonl`, the file that a run appends to while it goes, and the names in it.
+"""`metrics.jsonl`, the file that a run appends to during training, and the names in it.
 
-`a/b` in a log line becomes b within a in the file: one object for all languages, or for all layers.
+A key `a/b` of a log line becomes the key b in an object a, so that all languages or layers share one object.
 """
 
 import json
@@ -23,9 +23,9 @@ _OBJECTS = (BY_LANGUAGE, "router_")
 
 
 class MetricsFile(TrainerCallback):
-    """Appends one JSON object for each log line to `metrics.jsonl`, readable while the run goes.
+    """Appends one JSON object per log line to `metrics.jsonl`, which can be read during the run.
 
-    A number that is not finite is written as null: JSON has no other word for it.
+    A number that is not finite is written as null, because JSON has no such number.
     """
 
     def __init__(self, path: Path, run: RunState | None = None) -> None:
@@ -49,7 +49,7 @@ class MetricsFile(TrainerCallback):
         self.write(state.global_step, line)
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """Append a line, in the main process only; raises UserError if the disk does not take it."""
+        """Append a line, only in the main process; raises UserError if it cannot be written."""
         if not processes.is_main():
             return
         try:
@@ -57,16 +57,19 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": step} | line, ensure_ascii=False) + "\n")
         except OSError as error:
             raise UserError(
-                f"{self.path}: step {step} could not be written ({error.strerror}). Checkpoints are as they were. Make "
+                f"{self.path}: step {step} could not be written ({error.strerror}). Checkpoints are unchanged. Make "
                 "room or give permission, then go on with --resume."
             ) from error
 
     def on_evaluate(self, *_: object, **__: object) -> None:
-        self._last = (self._run.tokens_seen, time.perf_counter())  # time of an evaluation is not training time
+        self._last = (
+            self._run.tokens_seen,
+            time.perf_counter(),
+        )  # leaves the time of the evaluation out of tokens_per_s
 
 
 def _put(line: dict[str, Any], key: str, value: float | None) -> None:
-    """Put a value under its key; `a/b` of languages and layers becomes b within a, one object for all of them."""
+    """Put a value under its key; a key `a/b` of a language or layer becomes the key b in the object a."""
     outer, _, inner = key.partition("/")
     if inner and outer.startswith(_OBJECTS):
         line.setdefault(outer, {})[inner] = value
@@ -80,5 +83,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def losses_by_language(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the losses of an evaluation's metrics by language code."""
+    """Return the losses in an evaluation's metrics, by language code."""
     return {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(f"{BY_LANGUAGE}/")}

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its metrics: losses and learning rate, languages, routing."""
+"""Plots of a run, drawn from its metrics: losses and learning rate, languages, routing."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ import matplotlib as mpl
 from lola_ft.files import write_bytes
 from lola_ft.training.reports.metrics import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
 
-mpl.use("Agg")  # before pyplot, which would look for a screen
+mpl.use("Agg")  # set before pyplot is imported, which would look for a screen
 
 from matplotlib import pyplot as plt
 
@@ -18,8 +18,8 @@ Metrics = list[dict[str, Any]]
 _LANGUAGES_NAMED = 12
 
 
-def plot_run(metrics: Metrics, folder: Path, loss: str = "nats a trained token") -> list[Path]:
-    """Draw whatever the metrics have something for; returns the pictures."""
+def plot_run(metrics: Metrics, folder: Path, loss: str = "nats per trained token") -> list[Path]:
+    """Draw the plots that the metrics have data for; returns their files."""
     drawn = [plot_loss(metrics, folder / "loss.png", loss)]
     if any(BY_LANGUAGE in line for line in metrics):
         drawn.append(plot_languages(metrics, folder / "languages.png"))
@@ -28,7 +28,7 @@ def plot_run(metrics: Metrics, folder: Path, loss: str = "nats a trained token")
     return drawn
 
 
-def plot_loss(metrics: Metrics, path: Path, unit: str = "nats a trained token") -> Path:
+def plot_loss(metrics: Metrics, path: Path, unit: str = "nats per trained token") -> Path:
     """Draw training and validation loss over the steps, with the learning rate below."""
     figure, (losses, rate) = plt.subplots(2, figsize=(8, 5.5), layout="constrained", sharex=True, height_ratios=(4, 1))
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
@@ -43,7 +43,7 @@ def plot_loss(metrics: Metrics, path: Path, unit: str = "nats a trained token") 
 
 
 def plot_languages(metrics: Metrics, path: Path) -> Path:
-    """Draw each language's validation loss; the languages whose loss rose most since the first evaluation are named."""
+    """Draw each language's validation loss, naming the languages whose loss rose most since the first evaluation."""
     by_step = {line["step"]: line[BY_LANGUAGE] for line in metrics if BY_LANGUAGE in line}
     first, last = by_step[min(by_step)], by_step[max(by_step)]
     codes = sorted(last, key=lambda code: (first.get(code) or 0) - (last[code] or 0))
@@ -53,13 +53,13 @@ def plot_languages(metrics: Metrics, path: Path) -> Path:
         look = {} if named else {"color": "#bbbbbb", "zorder": 1}
         _draw(axes, metrics, f"{BY_LANGUAGE}/{code}", "o-", code if named else "", **look)
     axes.set_xlabel("optimiser step")
-    axes.set_ylabel("validation loss (nats a trained token)")
-    axes.legend(title="most risen first", fontsize=8)
+    axes.set_ylabel("validation loss (nats per trained token)")
+    axes.legend(title="largest rise first", fontsize=8)
     return _save(figure, path)
 
 
 def plot_routing(metrics: Metrics, path: Path) -> Path:
-    """Draw each MoE layer's load over the steps: entropy, largest share, experts without a token; and flips."""
+    """Draw each MoE layer's load over the steps (entropy, largest share, idle experts), and the changed choices."""
     flips = any(FLIP_RATE in line for line in metrics)
     figure, panels = plt.subplots(3 + flips, figsize=(8, 8 + 2 * flips), layout="constrained", sharex=True)
     layers = list(next(line[ENTROPY] for line in metrics if ENTROPY in line))
@@ -80,7 +80,7 @@ def plot_routing(metrics: Metrics, path: Path) -> Path:
 
 
 def _draw(axes: Any, metrics: Metrics, key: str, style: str, label: str, **look: Any) -> None:
-    """Draw one line; `a/b` is the key b within a."""
+    """Draw one line; the key `a/b` means the key b in the object a."""
     outer, _, inner = key.partition("/")
     values = [(line["step"], line[outer].get(inner) if inner else line[outer]) for line in metrics if outer in line]
     points = [(step, value) for step, value in values if value is not None]

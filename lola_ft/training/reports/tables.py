@@ -1,4 +1,4 @@
-"""Tables that a run prints before its first step: what became of the data, and what is trained."""
+"""Tables that a run prints before its first step: the data kept and left out, and the weights trained."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ _BAD_ROWS_SHOWN = 3
 
 
 def print_report(data: RunData, console: Console) -> None:
-    """Print tables of training and validation data and of the mix, and a line for each kind of row left out."""
+    """Print tables of training and validation data and of the mix, and one line per kind of row left out."""
     if data.note:
         console.print(data.note)
     console.print(data_table(data.train.report, "Training data"))
@@ -35,13 +35,13 @@ def print_report(data: RunData, console: Console) -> None:
 def _left_out(data: RunData) -> Iterator[str]:
     if data.bad_rows and data.bad_rows.counts:
         skipped = _rows(data.bad_rows.counts.total())
-        yield f"Skipped {skipped} that cannot be used; a run's manifest.json lists them. The first:"
+        yield f"Skipped {skipped} that cannot be used; the run's manifest.json lists them. The first:"
         yield from (f"  {message}" for message in data.bad_rows.messages[:_BAD_ROWS_SHOWN])
     if data.duplicates:
-        yield f"Left out of training: {_rows(data.duplicates.total())} that say the same as an earlier one."
+        yield f"Left out of training: {_rows(data.duplicates.total())} that repeat an earlier one."
     if data.leaks and data.leaks.rows:
         fate = "Left out of training" if data.leaks.action == "drop" else "Kept in training"
-        yield f"{fate}: {_rows(data.leaks.rows)} that are for validation too."
+        yield f"{fate}: {_rows(data.leaks.rows)} that are also validation rows."
     if data.leaks and data.leaks.prompts:
         yield f"Kept in training: {_rows(data.leaks.prompts)} with the prompt of a validation row and another answer."
 
@@ -51,20 +51,20 @@ def _rows(count: int) -> str:
 
 
 def mix_table(mixed: Mixed) -> Table:
-    """Make a table of an epoch's planned and actual examples and tokens, the languages with most examples first."""
+    """Make a table of planned and actual examples and tokens per epoch, the largest languages first."""
     by_size = sorted(mixed.shares.items(), key=lambda item: (-item[1].examples, item[0]))
     everything = sum(share.examples for share in mixed.shares.values())
-    headings = ["there are", "planned", "in an epoch", "share", "times each", "planned tokens", "tokens"]
+    headings = ["available", "planned", "per epoch", "share", "times each", "planned tokens", "tokens"]
     rows = {}
     for language, share in by_size:
         counts = [f"{share.available:,}", f"{share.planned:,.1f}", f"{share.examples:,}"]
         shares = [f"{share.examples / everything:.1%}", f"{share.examples / share.available:.2f}"]
         rows[language] = [*counts, *shares, f"{share.planned_tokens:,}", f"{share.tokens:,}"]
-    return _language_table("Languages in an epoch", headings, rows)
+    return _language_table("Languages per epoch", headings, rows)
 
 
 def _language_table(title: str, headings: list[str], rows: dict[str, list[str]]) -> Table:
-    """Make a table of numbers by language, of which the first dozen are shown."""
+    """Make a table of numbers by language, which shows the first dozen languages."""
     table = Table(title=title, title_justify="left")
     table.add_column("language", min_width=8)
     for heading in headings:
@@ -76,21 +76,21 @@ def _language_table(title: str, headings: list[str], rows: dict[str, list[str]])
     return table
 
 
-# Fates that are worth a column only when they befell a row.
+# Counts that get a column only if they are not 0.
 _RARE = ("truncated", "answers_cut", "exchanges_cut", "split", "answers_read", "answers_rewritten")
 
 
 def data_table(report: EncodingReport, title: str) -> Table:
-    """Make a table of rows and tokens by language, the largest first; rare fates have a column if they happened.
+    """Make a table of rows and tokens by language, the largest first; rare counts have a column only if not 0.
 
-    The last two columns say what the tokenizer makes of a byte and of a word of the answers.
+    The last two columns show the tokenizer's cost: tokens per byte and per word of the answers.
     """
     total = report.total
     columns = ["rows", "kept", "dropped", *(name for name in _RARE if getattr(total, name)), "tokens", "trained_tokens"]
     headings = [column.replace("_tokens", "").replace("_", " ") for column in columns]
     by_size = sorted(report.languages.items(), key=lambda item: (-item[1].rows, item[0]))
     rows = {language: _cells(counts, columns) for language, counts in by_size}
-    table = _language_table(title, [*headings, "tokens a byte", "tokens a word"], rows)
+    table = _language_table(title, [*headings, "tokens per byte", "tokens per word"], rows)
     table.add_section()
     table.add_row("all", *_cells(total, columns))
     return table
@@ -102,11 +102,11 @@ def _cells(counts: Counts, columns: list[str]) -> list[str]:
 
 
 _BY_PART = {"trained_bias": "biases", "trainable_tokens_delta": "special tokens"}
-"""Groups of parameters that an adapter holds beside LoRA, by PEFT's name for the kind."""
+"""Groups of parameters that an adapter holds besides LoRA, by PEFT's name of their kind."""
 
 
 def count_trainable(model: "PeftModel") -> dict[str, tuple[int, int]]:
-    """Count what is trained by group: (tensors, parameters)."""
+    """Return the numbers of trained tensors and parameters, by group."""
     architecture = architecture_of(model.config)
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for name, parameter in model.named_parameters():
@@ -119,8 +119,8 @@ def count_trainable(model: "PeftModel") -> dict[str, tuple[int, int]]:
 
 
 def trainable_table(counts: dict[str, tuple[int, int]], ranks: dict[str, int], features: Sequence[str]) -> Table:
-    """Make the table of what is trained, with the ranks of LoRA; of the base's features all else is shown as frozen."""
-    table = Table(title="What is trained", title_justify="left")
+    """Make the table of trained groups with LoRA's ranks; the base's other groups are shown as frozen."""
+    table = Table(title="Trained parameters", title_justify="left")
     table.add_column("group")
     table.add_column("how")
     table.add_column("tensors", justify="right")

@@ -1,4 +1,4 @@
-"""The trainers: `sft.py` (text and answers) and `preference.py` (DPO and KTO), on one base in `run_trainer.py`.
+"""The trainers: `sft.py` (texts and answers) and `preference.py` (DPO and KTO), with a common base `run_trainer.py`.
 
-`build.py` makes the one that a recipe asks for and puts its callbacks on.
+`build.py` makes a recipe's trainer and adds its callbacks.
 """

@@ -1,4 +1,4 @@
-"""A recipe's training section as TRL's arguments."""
+"""Conversion of a recipe's training section to TRL's arguments."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from lola_ft.recipe.schema import Train
 from lola_ft.training.packing import READY, STRATEGY
 from lola_ft.training.precision import Precision
 
-# Names of ours that transformers spells differently; every other name is transformers' own.
+# Optimiser names that transformers spells differently; all other names are transformers' own.
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
 
 
 def training_arguments(
     recipe: Recipe, checkpoints: Path, precision: Precision, device: torch.device, steps: int, evaluate: bool
 ) -> SFTConfig | DPOConfig | KTOConfig:
-    """Return TRL's arguments for the objective; the warm-up is a share of the whole run's `steps`."""
+    """Return TRL's arguments for the recipe's objective; the warm-up is a share of the run's total `steps`."""
     train, data = recipe.train, recipe.data
     shared = _shared(train, checkpoints, precision, device, steps, evaluate) | {"max_length": data.max_length}
     config: SFTConfig | DPOConfig | KTOConfig
@@ -29,8 +29,10 @@ def training_arguments(
     else:
         config = SFTConfig(**shared, packing=data.packing, packing_strategy=STRATEGY, dataset_kwargs=READY)
     if not (config.fp16 or config.bf16):
-        config.mixed_precision = "no"  # the recipe's dtype decides, not accelerate's own settings
-    config._n_gpu = min(config.n_gpu, 1)  # one process computes on one GPU; several are a launcher's affair
+        config.mixed_precision = "no"  # the recipe's dtype decides, not accelerate's settings
+    config._n_gpu = min(
+        config.n_gpu, 1
+    )  # one process uses one GPU; for several GPUs, a launcher starts several processes
     return config
 
 
@@ -69,6 +71,6 @@ def _shared(
         "router_aux_loss_coef": 0.0,
         "report_to": list(train.report_to) or "none",
         "disable_tqdm": False,
-        "ddp_find_unused_parameters": False,  # every trained tensor gets a gradient; the first step's check makes sure
+        "ddp_find_unused_parameters": False,  # every trained tensor gets a gradient, as the first step's check verifies
         "ddp_broadcast_buffers": False,  # the scales of the 4-bit base are the same in every process
     }

@@ -1,7 +1,7 @@
-"""The rows that the sequences of a batch come from, found again by their tokens.
+"""Finding the rows that the sequences of a batch come from, by their tokens.
 
-Nothing is carried along for this while training, however the rows are packed, mixed and repeated; naming them reads
-the sources once more, when a run is over anyway.
+So training needs no extra data, although rows are packed, mixed and repeated. Finding rows reads the sources again,
+which happens only when a run ends with an error.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ Document = tuple[int, ...]
 
 
 def documents_of(inputs: dict[str, Any]) -> list[Document]:
-    """Return the sequences of a batch, packed or padded, without padding; each once."""
+    """Return the distinct sequences of a packed or padded batch, without padding."""
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     documents = list[Document]()
     for row, ids in enumerate(inputs["input_ids"].tolist()):
@@ -45,7 +45,7 @@ def find_rows(
     max_length: int,
     overlong: str,
 ) -> list[str]:
-    """Find the places (`file:line`) of the rows among the examples that became the sequences, in order, each once."""
+    """Return the distinct places (`file:line`) of the examples that gave the sequences, in the sequences' order."""
     places: dict[Document, str] = {}
     wanted = set(documents)
 
@@ -67,7 +67,7 @@ def find_rows(
 
 
 def _sequences(dataset: "Dataset") -> list[list[int]]:
-    """Return the token ids of every sequence; a prompt is followed by each of its answers in turn."""
+    """Return the token ids of every sequence; for judged answers, of the prompt with each answer."""
     if "prompt_ids" not in dataset.column_names:
         return list(dataset["input_ids"])
     answers = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in dataset.column_names]

@@ -1,4 +1,4 @@
-"""The trainer that a recipe asks for, with its rows and its callbacks."""
+"""Building a recipe's trainer with its rows and callbacks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ def build_trainer(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    # They act in this order: a line of metrics is written before a guard warns of it.
+    # Callbacks act in this order: a line of metrics is written before a guard warns about it.
     metrics = MetricsFile(output / METRICS_FILE, run)
     for callback in (metrics, check, memory, Progress(check, run)):
         trainer.add_callback(callback)
@@ -79,7 +79,7 @@ def build_trainer(
 
 
 def _rows(prepared: Prepared) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
-    """Return the rows to train on and to evaluate, if any: by language, but preferences all together."""
+    """Return the training rows and the validation rows (None without any), for sft by language."""
     data, section = prepared.data, prepared.recipe.data
     if prepared.recipe.objective != "sft":
         return data.mix.dataset, data.validation.dataset if data.validation else None
@@ -89,7 +89,7 @@ def _rows(prepared: Prepared) -> tuple[Dataset, Dataset | dict[str, Dataset] | N
 
 
 def _rows_of(documents: list[Document], prepared: Prepared) -> list[str]:
-    """Name the rows of the data that sequences of a batch come from."""
+    """Return the places of the rows that the sequences of a batch come from."""
     data = prepared.recipe.data
     examples = training_examples(data)
     return find_rows(documents, examples, prepared.tokenizer, prepared.data.template, data.max_length, data.overlong)

@@ -1,7 +1,7 @@
-"""Evaluation by language: one loss for each, and their mean over all trained tokens.
+"""Evaluation by language: the loss of each language, and the mean over all trained tokens.
 
-Each language's rows are evaluated apart, so that no batch and no packed row holds two. Losses are sums over tokens,
-divided at the end: they do not depend on how rows are packed or put into batches.
+Each language's rows are evaluated separately, so no batch and no packed row mixes languages. Losses are summed over
+tokens and divided at the end, so they do not depend on how rows are packed or batched.
 """
 
 import time
@@ -27,7 +27,7 @@ def rows_by_language(dataset: Dataset, languages: list[str]) -> dict[str, Datase
 
 
 def evaluate_languages(trainer: "SftTrainer", datasets: dict[str, Dataset]) -> dict[str, float]:
-    """Evaluate each language's rows; returns the metrics, which are not logged yet."""
+    """Evaluate each language's rows; returns the metrics without logging them."""
     began, rows, batches = time.perf_counter(), 0, 0
     sums: dict[str, Tensor] = {}
     for code, dataset in datasets.items():
@@ -38,7 +38,7 @@ def evaluate_languages(trainer: "SftTrainer", datasets: dict[str, Dataset]) -> d
         rows, batches = rows + len(dataset), batches + len(loader)
     losses = {code: (total / labels.clamp(min=1)).item() for code, (total, labels) in sums.items()}
     total, labels = torch.stack(list(sums.values())).sum(dim=0)
-    seconds = time.perf_counter() - began  # not speed_metrics, which asks the clock, and that may jump
+    seconds = time.perf_counter() - began  # not transformers' speed_metrics, which reads a clock that may jump
     return {
         "eval_loss": (total / labels.clamp(min=1)).item(),
         **{f"{BY_LANGUAGE}/{code}": loss for code, loss in losses.items()},

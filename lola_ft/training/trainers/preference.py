@@ -1,8 +1,7 @@
-"""TRL's DPO and KTO: judged answers that are already token ids, held to a reference.
+"""TRL's DPO and KTO on judged answers that are already token ids, compared with a reference model.
 
-The reference is the base without its adapter, or the adapter that the run goes on from, of which a frozen copy lies
-beside the one that is trained. Log-probabilities are formed a tile of rows at a time (TRL's fused head), so the logits
-of a batch never exist.
+The reference is the base without an adapter, or a frozen copy of the adapter that the run continues. Log-probabilities
+are computed for a tile of rows at a time (TRL's fused head), so the logits of a whole batch never exist.
 """
 
 import contextlib
@@ -19,12 +18,12 @@ from lola_ft.training.trainers.trained_head import score_trained_rows
 
 
 class PreferenceTrainer(RunTrainer):
-    """The common part of DPO and KTO: the reference, and rows that are encoded already.
+    """The common part of DPO and KTO: the reference, and rows that are already encoded.
 
     Attributes:
-        reference_columns: Columns in which TRL looks for the reference's log-probabilities, if they are computed
-            beforehand.
-        reference_seconds: Time that computing them took; 0 where they are computed beside the steps.
+        reference_columns: Columns in which TRL expects the reference's log-probabilities, if they are computed before
+            training.
+        reference_seconds: Seconds that computing them took; 0 if they are computed in every step.
     """
 
     reference_columns: tuple[str, ...]
@@ -38,12 +37,12 @@ class PreferenceTrainer(RunTrainer):
             super().__init__(*args, **kwargs)
         assert list(model.peft_config) == before, f"adapters {list(model.peft_config)}"
         score_trained_rows(model)
-        for module in model.modules():  # TRL switches off the dropout that is a module; attention's is a number
+        for module in model.modules():  # TRL switches off dropout modules, but attention's dropout is a number
             if isinstance(getattr(module, "attention_dropout", None), float):
                 module.attention_dropout = 0.0
 
     def ordered_rows(self, dataset: Dataset, args: DPOConfig | KTOConfig, name: str) -> Dataset:  # noqa: ARG002
-        """Return the rows as they are trained on (`name` is `train`) or evaluated."""
+        """Return the rows in the order for training (`name` is `train`) or evaluation."""
         return dataset
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, name: str) -> Dataset:  # noqa: ARG002
@@ -51,16 +50,16 @@ class PreferenceTrainer(RunTrainer):
 
 
 class DpoTrainer(PreferenceTrainer, DPOTrainer):
-    """Raises the chosen answers' probability over that of the rejected ones (arXiv 2305.18290)."""
+    """Raises the probability of chosen answers above that of rejected answers (DPO, arXiv 2305.18290)."""
 
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 class KtoTrainer(PreferenceTrainer, KTOTrainer):
-    """Raises good answers' probability and lowers that of bad ones (arXiv 2402.01306).
+    """Raises the probability of good answers and lowers that of bad answers (KTO, arXiv 2402.01306).
 
-    Each micro batch pairs its prompts with its own answers in turn, to estimate how far the model has moved. So the
-    order of the rows is drawn once, and is the same in every epoch.
+    Each micro batch also pairs its prompts with other answers of the same micro batch, to estimate how far the model
+    has moved from the reference. So the order of the rows is drawn once, and is the same in every epoch.
     """
 
     @property
@@ -85,11 +84,14 @@ def _with_others_answers(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _no_copy_of_adapter(model: PeftModel) -> Iterator[None]:
-    """TRL 1.16 would add a frozen copy of every adapter as reference, made without our LoRA on experts. A fresh adapter
-    changes nothing, so the reference is the model without it, which takes no memory: TRL falls back on that where no
-    adapter is called `ref`. One that a run goes on from has its copy already."""
+    """Keep TRL from copying the adapter as reference, inside the block.
 
-    def get_parameter(name: str) -> Tensor:  # what TRL would copy the adapter into: its own weights
+    TRL 1.16 would add a frozen copy of every adapter, without our LoRA on experts. A fresh adapter changes nothing, so
+    the reference is the model without it, which takes no memory; TRL uses that if no adapter is called `ref`. An
+    adapter that the run continues has its copy already.
+    """
+
+    def get_parameter(name: str) -> Tensor:  # TRL would copy the adapter into `ref`; this makes it copy onto itself
         parameter: Tensor = nn.Module.get_parameter(model, name.replace(".ref.", ".default."))
         return parameter
 

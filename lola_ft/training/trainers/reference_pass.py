@@ -1,9 +1,9 @@
-"""The reference's log-probabilities, computed once before the first step: training needs no reference after that.
+"""The reference's log-probabilities, computed once before the first step, so that training itself needs no reference.
 
-They lie in the run folder, so that a resumed run compares with the same numbers. The training rows are read in the
-micro batches of the first epoch, of which the first loss is then that of no change also in 16 bit, where sums depend on
-the batch that a row is in. A run that ends within its first epoch reads no more rows than it trains on; what it lacks
-when it is made longer is computed then, in the same micro batches.
+They are stored in the run folder, so that a resumed run compares with the same numbers. The training rows are read in
+the micro batches of the first epoch. In 16 bit, sums depend on the batch of a row, so only the same micro batches make
+the first loss exactly the loss of an unchanged model. A run that ends within its first epoch computes only the rows
+that it trains on. If it is made longer, the missing rows are computed then, in the same micro batches.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from lola_ft.training.checkpointing.rng import untouched_rng
 from lola_ft.training.trainers.preference import PreferenceTrainer
 
 LogProbs = dict[str, Tensor]
-"""By split (`train`, `validation`): float32 (rows, columns), NaN for rows that the run does not need yet."""
+"""Log-probabilities by split (`train`, `validation`): float32 (rows, columns), NaN for rows not needed yet."""
 
 
 def compute_before_training(
     trainer: PreferenceTrainer, run: Path, made_of: Mapping[str, str], say: Callable[[str], None]
 ) -> None:
-    """Give every row of a trainer's data the reference's log-probabilities, from the run folder or the model.
+    """Add the reference's log-probabilities to the rows of a trainer's data, from the run folder or the model.
 
-    The model must be where training starts: with the starting adapter as it was, or with a fresh one.
+    The model must be in its state before training: with an unchanged starting adapter, or with a fresh adapter.
 
     Args:
-        made_of: Fingerprints of what the numbers depend on beside the rows. `reference` is `adapter` where the model's
-            own adapter is the reference, or `base`.
+        made_of: Facts that the numbers depend on besides the rows. Its `reference` is `adapter` if the model's own
+            adapter is the reference, else `base`.
     """
     splits = _splits(trainer)
     wanted = {**made_of, **{name: _digest(dataset) for name, (dataset, _) in splits.items()}}
@@ -60,7 +60,7 @@ def compute_before_training(
         _fill(trainer, log_probs, missing, of_adapter=made_of["reference"] == "adapter")
         seconds += time.perf_counter() - began
         processes.on_main(lambda: _write(file, log_probs, wanted, seconds))
-        say(f"The reference has read {rows:,} rows in {seconds:.1f} s; what it found is in {file}.")
+        say(f"The reference has read {rows:,} rows in {seconds:.1f} s; its log-probabilities are in {file}.")
     trainer.reference_seconds = seconds
     trainer.train_dataset = _with_columns(splits["train"][0], columns, log_probs["train"])
     if "validation" in splits:
@@ -69,7 +69,7 @@ def compute_before_training(
 
 
 def _splits(trainer: PreferenceTrainer) -> dict[str, tuple[Dataset, list[list[int]]]]:
-    """Return the datasets with the micro batches of rows that this process needs of each."""
+    """Return the datasets, each with the micro batches of rows that this process needs."""
     with untouched_rng():
         splits = {"train": (trainer.train_dataset, _micro_batches(trainer))}
         if trainer.eval_dataset is not None:
@@ -87,7 +87,7 @@ def _micro_batches(trainer: PreferenceTrainer) -> list[list[int]]:
 
 
 def _of_first_epoch(loader: Any) -> list[list[int]]:
-    """Return the places of the rows of each micro batch that this process computes in the first epoch."""
+    """Return the row indices of each micro batch that this process computes in the first epoch."""
     loader.set_epoch(0)
     return list(loader.batch_sampler)
 
@@ -99,11 +99,11 @@ def _lacking(batches: list[list[int]], log_probs: Tensor) -> list[list[int]]:
 def _fill(
     trainer: PreferenceTrainer, log_probs: LogProbs, missing: dict[str, list[list[int]]], of_adapter: bool
 ) -> None:
-    """Compute the missing rows, each process its own micro batches, and put them in place in all processes."""
+    """Compute the missing rows, each process its own micro batches, and store them in all processes."""
     model, datasets = trainer.model, {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
     was_training = model.training
     model.eval()  # without dropout
-    trainer.ref_model = model if of_adapter else None  # without one, TRL takes the model without its adapter
+    trainer.ref_model = model if of_adapter else None  # None makes TRL use the model without its adapter
     try:
         rows = sum(len(batch) for batches in missing.values() for batch in batches)
         with shown_progress("Computing the reference", rows, "rows") as progress:
@@ -150,7 +150,7 @@ def _write(file: Path, log_probs: LogProbs, made_of: Mapping[str, str], seconds:
 
 
 def _read(file: Path, made_of: Mapping[str, str]) -> tuple[LogProbs | None, float, str]:
-    """Return what the run has computed already and how long that took; where it is of no use, nothing and why."""
+    """Return the stored log-probabilities and their seconds; None and a note if they cannot be used."""
     if not file.is_file():
         return None, 0.0, ""
     try:

@@ -1,10 +1,9 @@
-"""The base of all trainers: checkpoints that are ours, stopping between two steps, skipping steps that are not finite,
+"""The common base of the trainers: our checkpoints, stopping between two steps, skipping steps that are not finite, and
 counting tokens.
 
-`RunTrainer` stands before one of TRL's trainers: `class SftTrainer(RunTrainer, SFTTrainer)`. It is the only class of
-ours between a trainer and TRL's. What a subclass adds to a run, it adds in two hooks, `measures_with_loss` and
-`before_checkpoint`. The private methods of transformers that are overridden are listed with their reasons in
-`docs/internals.md`; a test holds the list to the code.
+A trainer derives from `RunTrainer` and one of TRL's trainers: `class SftTrainer(RunTrainer, SFTTrainer)`. A subclass
+adds to a run in two hooks, `measures_with_loss` and `before_checkpoint`. The overridden private methods of transformers
+are listed with their reasons in `docs/internals.md`; a test compares the list with the code.
 """
 
 from collections.abc import Callable
@@ -31,13 +30,13 @@ class RunTrainer(Trainer):
     """The base of the three trainers.
 
     Attributes:
-        run: What the run has counted; shared with the callbacks.
+        run: The run's counts and state, shared with the callbacks.
         nonfinite: Decides which steps are skipped.
-        facts: Kept in each checkpoint, for the resuming run to compare.
-        metrics_file: The run's metrics, of which each checkpoint has a copy.
-        resumed: The checkpoint that training goes on from.
+        facts: Facts stored in each checkpoint, which a resumed run compares.
+        metrics_file: The run's metrics file; each checkpoint has a copy.
+        resumed: The checkpoint that training resumes from; None at the beginning.
         saved_step: The step of the newest checkpoint.
-        length_changed: Whether the run has another length than when it was stopped.
+        length_changed: True if the run's length differs from that before the resume.
     """
 
     def __init__(
@@ -52,10 +51,11 @@ class RunTrainer(Trainer):
         extended_schedule: str = "stretch",
         **kwargs: Any,
     ) -> None:
-        """Take what TRL's trainer takes, what the attributes say, and how many times faster LoRA's B learns than A.
+        """Take the arguments of TRL's trainer, and our own.
 
         Args:
-            extended_schedule: What becomes of the schedule where the run is made longer: `stretch` or `restart`.
+            lora_plus_ratio: Learning rate of LoRA's B divided by that of A.
+            extended_schedule: `stretch` or `restart` the schedule if the run is made longer.
         """
         super().__init__(*args, **kwargs)
         self.run = run or RunState()
@@ -67,28 +67,32 @@ class RunTrainer(Trainer):
         self.resumed: Checkpoint | None = None
         self.saved_step = 0
         self.add_callback(self.run.stop)
-        self.add_callback(contents.PutBack(self))  # the first to act when training begins: others read what it puts
+        self.add_callback(
+            contents.PutBack(self)
+        )  # acts first when training begins, because other callbacks read the restored state
 
     # Hooks of the subclasses
 
     def measures_with_loss(self) -> dict[str, float]:
-        """Return what is logged beside the training loss."""
+        """Return measures to log together with the training loss."""
         return {}
 
     def before_checkpoint(self) -> None:
-        """Measure what is worth a line before an evaluation or a checkpoint."""
+        """Take and log measurements before an evaluation or a checkpoint."""
 
     # What a run calls
 
     def train_from(self, checkpoint: Checkpoint | None) -> None:
-        """Train to the end, from the beginning or from a checkpoint; raises Stopped, when all is saved, if asked to."""
+        """Train to the end, from the beginning or a checkpoint; on a stop request, save and raise Stopped."""
         self.resumed = checkpoint
         self.run.begin()
         self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
-        self._save_checkpoint(self.model, None)  # what is left to do, such as the last evaluation, can be cut off too
+        self._save_checkpoint(
+            self.model, None
+        )  # the work that follows, such as the last evaluation, can be interrupted too
 
     def use_best(self) -> int | None:
-        """Put the weights of the best evaluation back, when training is over; returns its step."""
+        """Restore the weights of the best evaluation after training; returns its step."""
         best = self.run.best
         if best is None or not best.keep or best.step is None:
             return None
@@ -107,7 +111,7 @@ class RunTrainer(Trainer):
     # Public methods of transformers' trainer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Make the optimiser; with LoRA+, B's factors have groups of their own."""
+        """Make the optimiser; with LoRA+, all B matrices get parameter groups of their own."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if fresh and self.lora_plus_ratio != 1:
@@ -117,7 +121,7 @@ class RunTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Make the schedule of the whole run; one that was restarted begins where the run was made longer."""
+        """Make the schedule of the whole run; a restarted schedule begins at the step where the run was made longer."""
         if self.resumed is not None:
             self._note_length(self.resumed, num_training_steps)
         begins = max((change["step"] for change in self.run.extensions if change["schedule"] == "restart"), default=0)
@@ -130,14 +134,14 @@ class RunTrainer(Trainer):
         return scheduler
 
     def _note_length(self, checkpoint: Checkpoint, steps: int) -> None:
-        """Take the changes of the run's length over from a checkpoint, and add the one that is made now, if any."""
+        """Copy the earlier changes of the run's length from a checkpoint, and add the present change, if any."""
         before = planned_steps(checkpoint.folder)
         self.length_changed = steps != before
         change = {"step": checkpoint.step, "from": before, "to": steps, "schedule": self.extended_schedule}
         self.run.extensions = [*checkpoint.state.get("extensions", []), *([change] if self.length_changed else [])]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any, **kwargs: Any) -> Any:
-        """Return no batches after the last step: transformers would do one more when a run that has ended resumes."""
+        """Return no batches after the last step: transformers would do one more step if a finished run resumes."""
         best = self.run.best
         if self.state.global_step >= self.state.max_steps or (best is not None and best.stopped):
             self.control.should_training_stop = True
@@ -145,7 +149,7 @@ class RunTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Do one micro batch, and count its tokens."""
+        """Compute one micro batch, and count its tokens."""
         mask = inputs.get("attention_mask")
         self.run.own_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
         self.nonfinite.before_micro_batch(self._tr_loss)
@@ -154,7 +158,7 @@ class RunTrainer(Trainer):
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without drawing random numbers from training: it may be done more or less often, or again."""
+        """Evaluate without drawing training's random numbers, so that more or fewer evaluations change nothing."""
         with untouched_rng():
             return super().evaluate(*args, **kwargs)
 
@@ -164,7 +168,7 @@ class RunTrainer(Trainer):
         self.nonfinite.correct(logs, self.state.global_step)
         super().log(logs, *args, **kwargs)
 
-    # Private methods of transformers' trainer: docs/internals.md says why each
+    # Private methods of transformers' trainer; docs/internals.md has the reason for each
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         args: dict[str, Any] = super()._build_accelerator_args(**kwargs)
@@ -174,13 +178,13 @@ class RunTrainer(Trainer):
         return args
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """Judge the step: the last call before the optimiser's; the norm is not finite if any gradient is not."""
+        """Decide whether to skip the step. This is the last call before the optimiser's step."""
         norm: Tensor | float = super()._get_grad_norm(model, grad_norm)
         self.nonfinite.judge(norm, self.accelerator)
         return norm
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Count the step that has ended, then log, evaluate and save as it is due, and stop if that was asked."""
+        """Count the finished step, then log, evaluate and save if due, and stop if requested."""
         self.run.end_step()
         step = self.state.global_step
         self.nonfinite.end_step(step, step - self._globalstep_last_logged, tr_loss)
@@ -190,14 +194,14 @@ class RunTrainer(Trainer):
             super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         except EvaluationStopped:
             self.run.evaluation_due = True
-        if self.control.should_training_stop:  # now, for the loop's end clears sums that a longer run goes on from
+        if self.control.should_training_stop:  # saved here, because the end of the loop clears sums that are needed
             self._save_checkpoint(self.model, None)
-        if processes.total(self.run.stop.requested):  # one was asked, all stop
+        if processes.total(self.run.stop.requested):  # if one process was asked to stop, all stop
             self._save_checkpoint(self.model, None)
             raise Stopped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
-        """Write `step-N`, if this step has none yet."""
+        """Write `step-N`, unless this step has a checkpoint already."""
         step = self.state.global_step
         if step == self.saved_step:
             return
@@ -211,16 +215,16 @@ class RunTrainer(Trainer):
         self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Leave the weights as they are: they are put back with everything else, when training begins."""
+        """Do nothing: weights are restored together with all other state when training begins."""
 
 
 def _later(factor: Callable[[int], float], begins: int) -> Callable[[int], float]:
-    """Return a schedule that begins at a step."""
+    """Return a schedule that begins at step `begins`."""
     return lambda step: factor(max(0, step - begins))
 
 
 def raise_rate_of_b(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
-    """Move every LoRA B to a group with `ratio` times the learning rate of its group until now (arXiv 2402.12354)."""
+    """Move every LoRA B to a new group with `ratio` times its group's learning rate (LoRA+, arXiv 2402.12354)."""
     factors = {id(parameter) for name, parameter in model.named_parameters() if ".lora_B." in name}
     for group in list(optimizer.param_groups):
         chosen = [parameter for parameter in group["params"] if id(parameter) in factors]

@@ -25,8 +25,8 @@ class SftTrainer(RunTrainer, SFTTrainer):
 
     Attributes:
         router_load: Counts the tokens of each expert while training, for the log lines.
-        router_probe: Says at evaluations and checkpoints how many choices of experts have changed.
-        loss_sums: Of the evaluation in progress: losses and labels (2,), float64.
+        router_probe: Measures the share of changed expert choices at evaluations and checkpoints.
+        loss_sums: Sum of losses and number of labels in the current evaluation (2,), float64.
     """
 
     def __init__(self, *args: Any, aux_loss_coef: float = 0.0, z_loss_coef: float = 0.0, **kwargs: Any) -> None:
@@ -53,11 +53,11 @@ class SftTrainer(RunTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, ModelOutput]:
-        """Cross-entropy of the labelled tokens, plus the weighted losses of the routers while training.
+        """Return the cross-entropy of the labelled tokens, plus the weighted router losses while training.
 
-        The cross-entropy is divided by the labels of the whole optimiser step, so 1x8 equals 8x1; DDP divides by the
-        processes again, which is undone here. The routers' losses are means over each micro batch's own tokens,
-        averaged over the micro batches: they do depend on the split.
+        The cross-entropy is divided by the number of labels of the whole optimiser step, so 1 micro batch of 8 rows
+        equals 8 of 1 row. DDP also divides by the number of processes, which is undone here. Router losses are means
+        over each micro batch's tokens, averaged over the micro batches, so they depend on the split.
         """
         training = model.training
         routers = training and (self.aux_loss_coef > 0 or self.z_loss_coef > 0)
@@ -79,7 +79,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _router_losses(self, outputs: ModelOutput, inputs: dict[str, Any]) -> Tensor:
-        """Sum the weighted router losses that the recipe asks for; each is logged by itself."""
+        """Return the weighted sum of the recipe's router losses, and log each separately."""
         total = torch.zeros((), device=outputs.loss.device)
         mask = real_tokens(inputs.get("attention_mask"), inputs["input_ids"].shape[1])
         for name, coef, function in (
@@ -92,7 +92,7 @@ class SftTrainer(RunTrainer, SFTTrainer):
                 total = total + coef * value
         return total
 
-    # What the routers do
+    # Measures of the router
 
     def measures_with_loss(self) -> dict[str, float]:
         return {} if self.router_load is None else self.router_load.read()
@@ -101,11 +101,11 @@ class SftTrainer(RunTrainer, SFTTrainer):
         if self.router_probe is None:
             return
         wanted = self.control.should_log
-        # transformers' own: TRL's would take what it has gathered for the next line of losses into this one
+        # transformers' own log: TRL's would put the metrics gathered for the next line of losses into this line
         Trainer.log(self, {FLIP_RATE: self.router_probe.flip_rate()})
         self.control.should_log = wanted
 
-    # Evaluation, where `eval_dataset` is a dictionary of datasets by language code
+    # Evaluation, for an `eval_dataset` that is a dictionary of datasets by language code
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if args or kwargs.get("eval_dataset") is not None or not isinstance(self.eval_dataset, dict):

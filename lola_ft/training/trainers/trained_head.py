@@ -1,7 +1,7 @@
-"""TRL's fused head for models of whose output head some rows are trained (special tokens).
+"""TRL's fused head for models with some trained rows in the output head (special tokens).
 
-TRL reads the head's weight, and PEFT would form it: the whole matrix with the rows put in, and its gradient, in every
-step. Here the rows are scored beside the frozen matrix.
+TRL reads the head's weight. PEFT would compute it in every step: the whole matrix with the trained rows inserted, and
+its gradient. Here the trained rows are scored separately from the frozen matrix.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from lola_ft.kernels.loss import head_of
 
 
 def score_trained_rows(model: PeftModel) -> None:
-    """Let `model(..., labels=labels, fused_lm_head=True)` score trained rows beside the head, if it has some.
+    """Make `model(..., labels=labels, fused_lm_head=True)` score trained rows separately, if the head has some.
 
-    To be called when TRL has put its own fused head on the model; everything else stays TRL's.
+    Call it after TRL has put its own fused head on the model. All other calls still go to TRL's head.
     """
     base: Any = model.get_base_model()
     head = base.get_output_embeddings()
