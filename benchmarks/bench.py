@@ -1,7 +1,7 @@
 """The CPU's benchmarks, one after another: `make bench`. Writes a table and a plot to a folder (bench/).
 
-Each runs in a process of its own with few repetitions, all in under ten minutes on two cores that have nothing else to
-do. Speeds of different runs cannot be compared; the ratios inside one run can.
+Each benchmark runs in its own process with few repetitions. All of them take less than ten minutes on two idle cores.
+Speeds of different runs cannot be compared, but ratios within a run can.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """What a benchmark's last line says."""
+    """Run a benchmark and return the JSON of its last line."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, str(_HERE / command[0]), *command[1:]], capture_output=True, text=True)
     if done.returncode:
@@ -60,7 +60,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The figures that matter, in words."""
+    """Return the most important figures, with a description of each."""
     found: list[tuple[str, Any]] = []
     if step := results.get("train_step"):
         found += [
@@ -91,7 +91,7 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def plot(scaling: dict[str, Any], path: Path) -> None:
-    """The three series, each as a multiple of its first."""
+    """Plot the three series, each as a multiple of its first value."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
     for axes, series in zip(panels, ("experts", "rank", "tokens"), strict=True):
         points = sorted((int(name), point["times"]) for name, point in scaling[series].items())

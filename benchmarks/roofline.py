@@ -1,8 +1,8 @@
-"""How much of this machine's matmul rate a training step reaches: `python benchmarks/roofline.py --help`.
+"""The share of this machine's matmul rate that a training step reaches: `python benchmarks/roofline.py --help`.
 
-Each matrix product of the step (its frozen weights' forward and input gradient, LoRA, attention, the head) is timed
-alone, at its shape, on dense matrices that are there already; their sum is the time that the step would take if nothing
-else had to be done. Steps and products take turns in one process. Prints one JSON line last.
+Each matrix product of the step (forward and input gradient of frozen weights, LoRA, attention, the head) is timed
+separately, at its shape, on existing dense matrices. Their sum is the time of a step that does nothing else. Steps and
+products take turns in one process. Prints one JSON line last.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lola_ft.kernels.grouping import padded_rows
 from lola_ft.training.precision import choose_precision
 
 Product = tuple[int, int, int, int]
-"""Batch, rows, depth, columns."""
+"""A matrix product: batch, rows, depth, columns."""
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def products_of(args: argparse.Namespace) -> Counter[Product]:
-    """Every matrix product of a step, and how often; experts get equally many tokens."""
+    """Return the number of times of every matrix product in a step. Experts get equal numbers of tokens."""
     tokens, hidden, inner, rank = args.batch * args.seq, args.hidden, args.inner, args.rank
     dense_layers, moe_layers = (args.layers + 1) // 2, args.layers // 2
     rows = padded_rows(-(-tokens // args.experts))
@@ -79,7 +79,7 @@ def products_of(args: argparse.Namespace) -> Counter[Product]:
         products[1, rank, n, inputs] += count  # the gradients of A and B
         products[1, rank, n, outputs] += count
     heads, width = args.batch * args.heads, hidden // args.heads
-    # Scores and output forward; scores again, and four gradients. (Half of each is masked away, and not skipped.)
+    # Scores and output in forward; scores again and four gradients in backward. (The masked half is computed, too.)
     products[heads, args.seq, width, args.seq] += args.layers * 3
     products[heads, args.seq, args.seq, width] += args.layers * 4
     products[1, tokens, hidden, args.vocab] += 1
@@ -88,7 +88,7 @@ def products_of(args: argparse.Namespace) -> Counter[Product]:
 
 
 def seconds(product: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """Of one such product, the median of some."""
+    """Return the median seconds of one product."""
     batch, n, k, m = product
     a, b = torch.randn(batch, n, k, dtype=dtype, device=device), torch.randn(batch, k, m, dtype=dtype, device=device)
     multiply = torch.bmm if batch > 1 else torch.mm

@@ -1,10 +1,10 @@
-"""A LOLA that carries its own code, on any transformers, beside the native class: `python benchmarks/standalone.py`.
+"""An exported LOLA on several versions of transformers, and the native class: `python benchmarks/standalone.py`.
 
     python benchmarks/standalone.py --pythons OLD/bin/python NEW/bin/python
 
-Each Python loads the same exported folder of random weights with the code that lies in it, in a process that does not
-import lola_ft, and generates; this one does it with lola_ft's class first and last. Logits are compared with the native
-class's. Prints one JSON line last.
+Each Python loads the same exported folder of random weights with the code in it, in a process without lola_ft, and
+generates. The Python that runs this script does the same with lola_ft's class, first and last. Logits are compared with
+the native class's. Prints one JSON line last.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What a process does; it imports torch and transformers only, and lola_ft if it is told to.
+# The script of each process. It imports only torch and transformers, and lola_ft if asked to.
 LOAD_AND_GENERATE = """
 import json, sys, time
 folder, out, native = sys.argv[1], sys.argv[2], sys.argv[5] == "native"
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def run(python: str, native: bool, root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Load and generate in a process of its own; what it printed, and its logits."""
+    """Load and generate in a separate process; return its output and its logits."""
     from safetensors.torch import load_file
 
     out = root / "logits.safetensors"
@@ -110,7 +110,7 @@ def run(python: str, native: bool, root: Path, args: argparse.Namespace) -> dict
 
 
 def summary(found: dict[str, Any], native: list[float]) -> dict[str, Any]:
-    """Medians, and speed beside the native class's."""
+    """Return medians, and speeds as shares of the native class's."""
     speed = statistics.median(found["tokens_per_s"])
     return {
         "transformers": found["transformers"],
