@@ -17,6 +17,6 @@ if TYPE_CHECKING:
 register()
 
 __all__ = ["load_adapter", "load_base", "merge", "save_adapter"]
-__version__ = "0.1.0"
+__version__ = "0.5.0"
 
 __getattr__ = lazy_attributes(__name__, adapters="load_adapter save_adapter", merging="merge", quantization="load_base")

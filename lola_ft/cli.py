@@ -17,6 +17,7 @@ import typer
 from typer import Argument, Option
 from typer.core import TyperGroup
 
+from lola_ft import __version__
 from lola_ft.errors import UserError
 from lola_ft.start import checked_arguments, prepare_process
 
@@ -33,7 +34,7 @@ class _Verbs(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Verbs, invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the recipes that come with lola_ft.")
 app.add_typer(recipes_app, name="recipes")
 routing_app = typer.Typer(no_args_is_help=True, help="Show which experts each language uses; choose experts to train.")
@@ -61,19 +62,29 @@ _Model = Annotated[
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"lola-ft {version('lola-ft')}")
+        print(f"lola-ft {__version__}")
         raise typer.Exit
+
+
+GREETING = f"""lola-ft {__version__}: QLoRA for mixture-of-experts models on one GPU, made for LOLA.
+
+  lola-ft doctor          Does everything that fine-tuning needs work here?
+  lola-ft recipes list    Recipes to start from, one per task.
+  lola-ft train RECIPE    Fine-tune as a recipe says; `preview` and `plan` look first.
+
+All verbs: lola-ft --help. In a checkout, `make demo` shows the whole job without a download."""
 
 
 @app.callback()
 def about(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 - its callback prints it
         bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Fine-tune LOLA, a multilingual mixture-of-experts model, and other language models, on one GPU."""
+    if context.invoked_subcommand is None:
+        print(GREETING)
 
 
 @app.command()

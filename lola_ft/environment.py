@@ -7,14 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lola_ft import __version__
+
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate")
 """The libraries that affect a run's numbers."""
 
 
 def library_versions() -> dict[str, str]:
     """Return the versions of Python, lola_ft and the libraries that affect a run's numbers."""
-    versions = {"python": platform.python_version()}
-    for package in ("lola-ft", *PACKAGES):
+    versions = {"python": platform.python_version(), "lola-ft": __version__}
+    for package in PACKAGES:
         versions[package] = version_of(package) or "not installed"
     return versions
 

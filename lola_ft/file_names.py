@@ -9,6 +9,7 @@ START_FOLDER = "start"
 REFERENCE_FILE = "reference.safetensors"
 CHECKPOINTS_FOLDER = "checkpoints"
 MERGED_FOLDER = "merged"
+REPORT_FILE = "report.html"
 LOSS_PLOT, LANGUAGES_PLOT, ROUTING_PLOT = "loss.png", "languages.png", "routing.png"
 
 # In a model's folder

@@ -37,7 +37,7 @@ TINY_TEXT = [
 
 @pytest.fixture(scope="session", autouse=True)
 def float32_where_a_recipe_says_bfloat16() -> Iterator[None]:
-    """As on a CPU without bfloat16 units: so numbers are the same on every machine, and as exact as they can be.
+    """Compute as on a CPU without bfloat16 units, so that numbers are exact and the same on every machine.
 
     What computes in bfloat16 is tested by name; processes of their own compute as the machine does.
     """
@@ -106,7 +106,7 @@ def pictures() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests cache stays theirs."""
+    """Keep what tests cache in a folder of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOLA_FT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -104,7 +104,7 @@ def test_a_module_that_fails_runs_nothing(module: Callable[[str], str]) -> None:
 def test_two_copies_of_the_finder_do_not_ask_each_other_for_ever(
     module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after `importlib.reload(lola_ft.after_import)`."""
+    """There are two after `importlib.reload(lola_ft.after_import)`."""
     name, seen = module("value = 1\n"), []
     run_after_import(name, lambda _: seen.append("first"))
     second = type(_FINDER)()

@@ -1,4 +1,4 @@
-"""How a command begins and ends, whatever the terminal, the paths and the moment: one message, the right code."""
+"""A command ends with one message and the right code, for any terminal, path and moment of an interruption."""
 
 import io
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import lola_ft
 from lola_ft.console import Console
 from lola_ft.errors import UserError
 from lola_ft.start import checked_arguments
@@ -53,10 +54,19 @@ def recipe(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_the_version_is_that_of_the_package() -> None:
-    from importlib.metadata import version
+def test_without_a_verb_the_three_commands_that_one_wants_first_are_named() -> None:
+    from tests.test_startup import HEAVY, packages_imported, python
 
-    assert lola("--version").stdout == f"lola-ft {version('lola-ft')}\n"
+    done = python(["-X", "importtime", "-m", "lola_ft"])
+    assert done.returncode == 0
+    for verb in ("lola-ft doctor", "lola-ft recipes list", "lola-ft train RECIPE", "lola-ft --help"):
+        assert verb in done.stdout
+    assert len(done.stdout.splitlines()) < 10
+    assert not packages_imported(done.stderr) & HEAVY
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert lola("--version").stdout == f"lola-ft {lola_ft.__version__}\n"
 
 
 def test_a_taken_output_is_told_before_anything_heavy_is_imported(recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -73,7 +83,9 @@ def test_a_taken_output_is_told_before_anything_heavy_is_imported(recipe: Callab
 
 
 @pytest.mark.parametrize("name", ["a file", "inside a file"])
-def test_an_output_that_cannot_be_is_told_at_once(name: str, recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_impossible_output_is_refused_before_anything_heavy_is_imported(
+    name: str, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     output = tmp_path / "file" / ("deep" if name == "inside a file" else "")
     from tests.test_startup import HEAVY, packages_imported, python
@@ -190,7 +202,7 @@ def test_a_variable_of_the_shell_is_refused(recipe: Callable[..., Path], verb: C
     assert_says(verb("train", recipe(rows="${DATA}/a.jsonl")).err, "not valid YAML … ${X} are not replaced")
 
 
-def test_a_base_that_a_run_names_and_that_is_elsewhere(
+def test_a_base_that_has_moved_is_named_with_the_option_that_helps(
     recipe: Callable[..., Path],
     verb: Callable[..., Any],
     tmp_path: Path,

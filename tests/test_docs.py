@@ -19,7 +19,7 @@ EXAMPLES = ("recipes/sw.yaml",)
 """A reader's own files, in examples of messages."""
 PARTS_OF_OUTPUT = ("adapter/", "checkpoints/", "merged/", "start/")
 """Folders inside a run."""
-MADE_FOR_THE_SITE = ("changelog.md",)
+MADE_FOR_THE_SITE = ("changelog.md", "tutorial.md")
 """Pages that `docs/site_pages.py` makes of files elsewhere."""
 NEIGHBOURS = {
     "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files
@@ -38,7 +38,7 @@ def test_named_paths_exist(document: Path) -> None:
     assert not missing, f"{name} names {', '.join(missing)}: not there. Was it renamed?"
 
 
-def test_the_house_is_whole() -> None:
+def test_the_map_names_every_module_and_nothing_else() -> None:
     """Every folder and single file of the package is on the map, and every file on the map exists."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     house = text.partition("    lola_ft/\n")[2].partition("    benchmarks/")[0]
@@ -51,7 +51,7 @@ def test_the_house_is_whole() -> None:
     assert named <= rooms | files, f"CONTRIBUTING.md names {named - rooms - files}"
 
 
-def test_paths_are_found() -> None:
+def test_paths_in_documents_are_recognised() -> None:
     """The patterns still see what documents name."""
     assert "lola_ft/families/gpt2.py" in paths_in(ROOT / "docs" / "families.md")
     assert "training/trainers/" in paths_in(ROOT / "CONTRIBUTING.md")
@@ -92,3 +92,17 @@ def test_code_that_a_page_shows_of_a_file_is_in_that_file() -> None:
     whole = (ROOT / "lola_ft/families/olmoe.py").read_text(encoding="utf-8")
     parts = [code.strip() for file, code in shown if file == "lola_ft/families/olmoe.py"]
     assert "\n\n\n".join(parts) + "\n" == whole
+
+
+def test_nothing_is_claimed_of_others_without_a_source() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## What this does that others do not")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    cells = [cell for row in rows[2:] for cell in row[2:]]
+    assert len(cells) > 30
+    assert [cell for cell in cells if cell != "?" and not re.fullmatch(r"\[[^\]]+\]\[\w+\]", cell)] == []
+    named, given = (
+        set(re.findall(r"\]\[(\w+)\]", section)),
+        set(re.findall(r"^\[(\w+)\]: https", section, re.MULTILINE)),
+    )
+    assert named == given

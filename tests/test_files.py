@@ -104,21 +104,21 @@ def test_a_leftover_of_a_killed_process_is_not_taken_over(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EFBIG, errno.EROFS])
-def test_what_the_disk_does_not_take_is_named(old: Path, reason: int) -> None:
+def test_a_folder_that_the_disk_does_not_take_is_named(old: Path, reason: int) -> None:
     with pytest.raises(WriteError, match=f"{re.escape(str(old))}: cannot be written"), replace_folder(old):
         raise OSError(reason, "it is full")
     assert names(old) == ["old"]
     assert names(old.parent) == ["out"]
 
 
-def test_another_files_error_is_not_taken_for_it(old: Path) -> None:
+def test_an_error_about_another_file_passes_unchanged(old: Path) -> None:
     with pytest.raises(PermissionError), replace_folder(old):
         raise PermissionError(errno.EACCES, "not yours", "/elsewhere/base.safetensors")
     with pytest.raises(FileNotFoundError), replace_folder(old):
         (old / "missing").read_text()
 
 
-def test_a_file_in_a_folder_that_is_not_there_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -269,7 +269,9 @@ def recipe_text(base: Path, data: Path, format: str, chance: random.Random) -> s
 
 
 @pytest.mark.parametrize("start", range(0, 1000, CHUNK))
-def test_damaged_data(start: int, failures: Callable[..., list[str]], tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_data_gives_no_traceback(
+    start: int, failures: Callable[..., list[str]], tiny_base: Path, tmp_path: Path
+) -> None:
     def command(number: int) -> list[str]:
         chance = random.Random(f"data {number}")
         name, format = chance.choice(list(KINDS)), chance.choice(list(ROWS))
@@ -282,7 +284,9 @@ def test_damaged_data(start: int, failures: Callable[..., list[str]], tiny_base:
 
 
 @pytest.mark.parametrize("start", range(0, 600, CHUNK))
-def test_damaged_recipes(start: int, failures: Callable[..., list[str]], tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_recipes_give_no_traceback(
+    start: int, failures: Callable[..., list[str]], tiny_base: Path, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(lines(ALPACA))
 
@@ -330,7 +334,7 @@ VERBS = (
 
 
 @pytest.mark.parametrize("start", range(0, 400, CHUNK))
-def test_damaged_command_lines(
+def test_damaged_command_lines_give_no_traceback(
     start: int, failures: Callable[..., list[str]], tiny_base: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"

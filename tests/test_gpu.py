@@ -1,4 +1,4 @@
-"""What needs a GPU: the same numbers there, within the card's rounding, and memory that stays small."""
+"""On a GPU numbers are those of the CPU, within the card's rounding, and memory stays small."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_four_bit_weights_move_between_devices(tiny_base: Path) -> None:
     assert torch.equal(model.to("cpu")(IDS).logits, before)
 
 
-def test_a_run_in_bfloat16(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_run_in_bfloat16_learns(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"base: {{model: {tiny_base}}}\n"

@@ -46,6 +46,7 @@ LEVELS = {
     "repo_id": 10,
     "row_formats": 10,
     "errors": 11,
+    "__version__": 11,  # the number in `lola_ft/__init__.py`
 }
 # They are copied elsewhere and run there: tests/standalone holds what they may import.
 SHIPPED = {PACKAGE / "standalone" / name for name in ("configuration_lola.py", "modeling_lola.py")}

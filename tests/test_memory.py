@@ -1,4 +1,4 @@
-"""What a process keeps of memory and threads; in processes of their own, for what is set cannot be taken back."""
+"""A process keeps memory that it uses again, and no idle threads; each test runs in a process of its own."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ print(before, kept, faults())
 def test_what_is_freed_is_used_again_without_asking_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, kept, given_back = map(int, done.stdout.split())
-    assert before > 100_000  # every page of ten buffers, read and written, each time anew
+    assert before > 100_000  # every page of ten buffers, new and written each time
     assert kept < before / 100
     assert given_back > before / 20  # giving back still works, and is paid for once
 

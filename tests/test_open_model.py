@@ -1,4 +1,4 @@
-"""What a user points at is told apart and opened with its own tokenizer and template."""
+"""Bases, runs, adapters and merged models are told apart and opened with their own tokenizer and template."""
 
 import json
 import shutil
@@ -86,7 +86,7 @@ def test_a_base_takes_no_base(tiny_base: Path) -> None:
         find_subject(tiny_base, base="other/base")
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere: no such folder"):
         find_subject(str(tmp_path / "nowhere"))
 

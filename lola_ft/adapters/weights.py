@@ -213,7 +213,7 @@ class AdapterWeights:
         left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
         if left_out:
             warnings.warn(
-                f"adapter_config.json names {', '.join(left_out)}, and the adapter has no tensors of it.", stacklevel=4
+                f"adapter_config.json names {', '.join(left_out)}, but the adapter has no tensors for it.", stacklevel=4
             )
         return [module for module, kind in kinds.items() if kind not in left_out]
 

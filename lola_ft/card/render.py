@@ -81,7 +81,7 @@ def _summary(facts: CardFacts) -> list[list[str]]:
         dtype = base.get("dtype") or recipe.get("base", {}).get("dtype")
         rows.append(["trained on", f"{stored}, {dtype}" if dtype else stored])
         if "adapter" in recipe:
-            rows.append(["LoRA", _lora(recipe)])
+            rows.append(["LoRA", lora_line(recipe)])
             beside = [name for name in ("norms", "biases") if recipe["adapter"].get(name)]
             rows += [["fully trained", " and ".join(beside)]] if beside else []
         if "router" in recipe:
@@ -93,7 +93,8 @@ def _summary(facts: CardFacts) -> list[list[str]]:
     return rows + (merge_rows(report) if report else [])
 
 
-def _lora(recipe: dict[str, Any]) -> str:
+def lora_line(recipe: dict[str, Any]) -> str:
+    """Return ranks by group and alpha of a resolved recipe."""
     groups = [(name, recipe["adapter"].get(name)) for name in ("attention", "mlp", "shared_experts", "experts")]
     ranks = ", ".join(f"{name} rank {group['rank']}" for name, group in groups if group) or "none"
     return f"{ranks}, alpha {recipe['adapter']['alpha']:g}"

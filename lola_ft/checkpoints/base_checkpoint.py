@@ -143,7 +143,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
     except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{file}: not a config of {family.title} ({reason[-1].strip() if reason else error!r}). Take the config "
+            f"{file}: not a config of {family.title} ({reason[-1].strip() if reason else error!r}). Use the config "
             "that belongs to the weights."
         ) from error
     return config_json, architecture

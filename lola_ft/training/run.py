@@ -5,7 +5,6 @@ to resume from.
 """
 
 import contextlib
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ from lola_ft.training.plan import advice
 from lola_ft.training.reports.manifest import manifest_of, routing_results, timings_of, write_card, write_manifest
 from lola_ft.training.reports.metrics import BY_LANGUAGE, losses_by_language, read_metrics
 from lola_ft.training.reports.plots import plot_run
+from lola_ft.training.reports.run_page import write_run_page
+from lola_ft.training.reports.summary_box import print_summary
 from lola_ft.training.setup import Prepared, facts_of, prepare_run, reference_facts, short_data_line
 from lola_ft.training.starting_adapter import keep_start
 from lola_ft.training.trainers.build import build_trainer
@@ -89,9 +90,8 @@ def train(recipe: Recipe, dry_run: bool = False, resume: bool = False, allow_cha
         if isinstance(meter := trainer.run.kept.get("energy"), EnergyMeter):
             measured["energy"] = meter.as_dict()
         processes.on_main(lambda: _finish(prepared, trainer, output, results, measured))
+        processes.on_main(lambda: print_summary(output, console))
         processes.leave()
-    console.print(f"Done. The adapter is in {output / ADAPTER_FOLDER}, the loss curve in {output / 'loss.png'}.")
-    console.print(f"Merge it into the base with: lola-ft merge {shlex.quote(str(output))}")
     return output
 
 
@@ -152,7 +152,7 @@ def _of_evaluation(metrics: dict[str, float]) -> dict[str, Any]:
 def _finish(
     prepared: Prepared, trainer: RunTrainer, output: Path, results: dict[str, Any], measured: dict[str, Any]
 ) -> None:
-    """Write the adapter with tokenizer and template, the manifest, the plots and the card, which comes last."""
+    """Write the adapter with tokenizer and template, the manifest, the plots, the report and the card, the last."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter = output / ADAPTER_FOLDER
     layout = save_adapter(model, adapter, prepared.tokenizer, prepared.data.template)
@@ -165,4 +165,5 @@ def _finish(
     write_manifest(output, manifest)
     objective = prepared.recipe.objective
     plot_run(metrics, output, *([] if objective == "sft" else [objective]))
+    write_run_page(output, manifest, metrics)
     write_card(output, manifest)

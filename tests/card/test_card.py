@@ -51,7 +51,7 @@ def facts(**changes: Any) -> CardFacts:
     return CardFacts(**settings | changes)
 
 
-def test_the_header_of_an_adapter() -> None:
+def test_the_header_of_an_adapter_names_base_licence_languages_and_tags() -> None:
     assert ModelCard(render_card(facts())).data.to_dict() == {
         "base_model": "dice-research/lola_v1",
         "base_model_relation": "adapter",
@@ -64,14 +64,14 @@ def test_the_header_of_an_adapter() -> None:
     }
 
 
-def test_the_header_of_merged_weights() -> None:
+def test_the_header_of_merged_weights_calls_them_a_finetune() -> None:
     card = ModelCard(render_card(facts(kind="merged", layout=None, merge_report=REPORT)))
     assert card.data.library_name == "transformers"
     assert card.data.to_dict()["base_model_relation"] == "finetune"
     assert "40 of 40 adapter tensors" in card.text
 
 
-def test_a_card_from_nothing_but_an_adapter() -> None:
+def test_without_a_manifest_a_card_leaves_out_data_and_results() -> None:
     card = ModelCard(render_card(facts(manifest={})))
     assert card.data.base_model == "dice-research/lola_v1"
     assert card.data.language is None
@@ -104,7 +104,7 @@ def test_a_card_from_nothing_but_an_adapter() -> None:
         "under [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). This model adds low-rank updates to",
     ],
 )
-def test_what_people_read(line: str) -> None:
+def test_the_text_states_settings_data_and_results(line: str) -> None:
     assert line in render_card(facts())
 
 

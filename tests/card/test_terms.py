@@ -28,7 +28,7 @@ def card_in(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_they_are_read_from_the_cards_header(tmp_path: Path) -> None:
+def test_licence_and_gate_are_read_from_the_cards_header(tmp_path: Path) -> None:
     terms = read_terms(card_in(tmp_path, GATED))
     assert (terms.licence, terms.name, terms.link) == ("other", "open-moe", "LICENSE.txt")
     assert terms.request == "Before you take it Do no harm with it."

@@ -151,7 +151,7 @@ def test_what_is_packed_is_told_from_the_content(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.jsonl.gz")[0]) == 3
 
 
-def test_line_ends_of_old_programs_and_empty_rows(tmp_path: Path) -> None:
+def test_line_ends_of_old_programs_are_read_and_empty_rows_skipped(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"instruction,output\ra,1\r,\rb,2\r")
     assert read(tmp_path / "a.csv") == (["1", "2"], [])
 
@@ -244,7 +244,7 @@ def test_a_folder_that_datasets_saved_is_read(tmp_path: Path) -> None:
     assert_says(failure(tmp_path / "one"), "state.json: damaged")
 
 
-def test_what_is_about_the_data_is_left_alone_and_said(tmp_path: Path) -> None:
+def test_files_about_the_data_are_not_read_and_are_named(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for name in ("README.txt", "LICENSE.txt", "dataset_info.json", "readme.en.txt"):
@@ -319,7 +319,7 @@ def test_a_whole_float_is_a_whole_number_as_a_label(tmp_path: Path, label: Any) 
     assert read(path, "classification", labels={"0": "bad", "1": "good"})[0] == ["bad"]
 
 
-def test_labels_as_spreadsheets_write_them(tmp_path: Path) -> None:
+def test_decimals_and_empty_cells_are_read_as_labels_of_spreadsheets(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\na,0.0\nb,1.0\nc,\n")
     message = failure(path, "classification", labels={"0": "bad", "1": "good"})
@@ -361,7 +361,7 @@ def test_messages_in_a_cell_of_a_table_are_json_text(tmp_path: Path) -> None:
 
 
 def test_a_judged_answer_may_be_one_message(tmp_path: Path) -> None:
-    """As LLaMA-Factory's rows have it: a conversation, and two messages that could come next."""
+    """Rows of LLaMA-Factory hold a conversation and two messages that could come next."""
     path = tmp_path / "a.jsonl"
     row = {
         "conversations": [{"from": "human", "value": "one"}],
@@ -385,7 +385,7 @@ def test_a_call_under_its_earlier_name_is_a_tool_call(tmp_path: Path) -> None:
 
 
 def test_a_field_inside_another_is_pointed_at(tmp_path: Path) -> None:
-    """As the Hub's viewer gives rows."""
+    """The Hub's viewer gives rows in this form."""
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"rows": [{"row_idx": 0, "row": {"instruction": "one", "output": "1"}}]}))
     assert_says(failure(path), "field 'instruction' is missing … `fields: {instruction: row.instruction}`")

@@ -70,7 +70,7 @@ def test_the_other_direction_of_a_translation_leaks_too() -> None:
     assert list(without_duplicates([there, back], Counter())) == [there, back]  # two things to learn
 
 
-def test_no_leak_no_error() -> None:
+def test_without_a_leak_every_row_passes() -> None:
     check = LeakCheck(VALIDATION, "error")
     assert list(check.checked(TRAINING[1:3])) == TRAINING[1:3]
     texts = [Example(None, "one", "sw", "x:1"), Example(None, "two", "sw", "x:2")]

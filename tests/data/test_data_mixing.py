@@ -120,7 +120,7 @@ def test_a_seed_always_chooses_the_same_and_another_others(encoded_rows: Any) ->
 
 
 def test_a_new_source_moves_no_row_of_the_others(encoded_rows: Any) -> None:
-    """What is taken of a language only grows or shrinks; the order of the sources does not matter."""
+    """The rows taken of a language only grow or shrink; the order of the sources does not matter."""
     before = mix(encoded_rows([*rows("en", 200), *rows("sw", 20)]), MixSettings(temperature=2.0), seed=0)
     after = mix(
         encoded_rows([*rows("yo", 90), *rows("sw", 20), *rows("en", 200)]), MixSettings(temperature=2.0), seed=0

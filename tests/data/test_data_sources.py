@@ -194,7 +194,7 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"), [("a" * 300 + ".jsonl", "File name too long"), ("a.jsonl/b.jsonl", "Not a directory")]
 )
-def test_a_file_that_cannot_be_opened(tmp_path: Path, name: str, reason: str) -> None:
+def test_a_file_that_cannot_be_opened_is_named_with_the_reason(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(DataError) as caught:
         read_rows(Source("text", str(tmp_path / name)))
@@ -257,7 +257,7 @@ def test_a_hub_dataset_is_read_by_split(tmp_path: Path, monkeypatch: pytest.Monk
         read_rows(Source("text", hub=str(folder), split="dev"))
 
 
-def test_a_dataset_that_the_hub_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_is_not_on_the_hub_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

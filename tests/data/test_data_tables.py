@@ -47,7 +47,7 @@ def test_quoted_cells_keep_separators_and_line_breaks_and_rows_their_first_line(
     assert [row.where for row in rows] == [f"{path}:2", f"{path}:5"]
 
 
-def test_a_broken_row_of_a_table_is_skipped_alone(tmp_path: Path) -> None:
+def test_a_broken_row_of_a_table_is_skipped_and_no_other(tmp_path: Path) -> None:
     path, bad = tmp_path / "a.csv", BadRows()
     path.write_bytes(b'text,n\none,1\ncaf\xe9,2\n"two"x,3\n"two\nlines \xff",4\nthree,5,6\nfour,7\n')
     rows = list(read_examples([Source("text", str(path))], bad))

@@ -39,7 +39,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_and_a_second_one(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_demo_repeats_the_numbers_of_the_first(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.run_demo()
     first = json.loads((checkout / "runs" / "demo" / "demo.json").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_somebody_elses_run_is_not_touched(checkout: Path) -> None:
     assert (run / "thesis.txt").read_text() == "mine"
 
 
-def test_outside_a_checkout_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_a_checkout_the_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="checkout"):
         demo.run_demo()

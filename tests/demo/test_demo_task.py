@@ -62,7 +62,7 @@ def test_sentences_are_one_or_two_lines_and_lose_no_mark(tag: str) -> None:
     assert sum(map(len, found)) > 0.8 * len(whole)
 
 
-def test_sentences_end_where_they_end() -> None:
+def test_texts_are_divided_at_ends_of_sentences_or_words() -> None:
     text = "Everyone has the right to education. Education shall be free. It is so."
     expected = ["Everyone has the right to education.", "Education shall be free."]
     assert list(sentences_of([text], least=10, most=60)) == expected, "and what is too short is no question"

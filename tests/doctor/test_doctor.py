@@ -23,7 +23,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_working_machine(verb: Verb, own_cache: Path) -> None:
+def test_a_working_machine_passes_every_core_check(verb: Verb, own_cache: Path) -> None:
     outcome = verb("doctor", "--json")
     report = json.loads(outcome.out)
     assert outcome.code == 0
@@ -39,7 +39,7 @@ def test_a_working_machine(verb: Verb, own_cache: Path) -> None:
     assert list(own_cache.iterdir()) == [], "the probe's file is gone"
 
 
-def test_a_broken_core_is_named_and_mended(verb: Verb, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+def test_a_failed_core_check_is_named_with_advice(verb: Verb, monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     own_cache.write_text("a file where the folder should be")
 
     def wrong(*_: object) -> torch.Tensor:

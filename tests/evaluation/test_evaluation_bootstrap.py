@@ -43,7 +43,7 @@ def test_differences_are_paired() -> None:
     assert one.low < two.value < one.high
 
 
-def test_the_seed_decides() -> None:
+def test_equal_seeds_give_equal_intervals() -> None:
     values = [parts(RNG.normal(size=50))]
     assert bootstrap(values, ratio, seed=1) == bootstrap(values, ratio, seed=1)
     assert bootstrap(values, ratio, seed=1) != bootstrap(values, ratio, seed=2)

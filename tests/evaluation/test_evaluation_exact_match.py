@@ -86,6 +86,6 @@ def test_batching_changes_no_answer(tiny_base: Path, tokenizer: PreTrainedTokeni
     assert one.right["sw"] >= 1
 
 
-def test_best_constant_answer() -> None:
+def test_the_best_constant_answer_is_the_most_frequent() -> None:
     rows = [row("x", " Thai", "th")] * 3 + [row("x", " Zulu", "zu")] * 2
     assert best_constant_answer(rows) == ("Thai", 3 / 5)

@@ -1,4 +1,4 @@
-"""What tokens cost: against plain computations by hand, whatever the batch, the padding and the windows."""
+"""Scores of tokens equal plain computations by hand, for every batch size, padding and window."""
 
 from math import log
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_a_stride_changes_nothing_for_a_text_that_fits(opened: OpenModel) -> Non
     assert np.array_equal(score(opened.model, [whole(ids)])[0], score(opened.model, [whole(ids)], stride=1)[0])
 
 
-def test_bits_per_byte_of_texts(opened: OpenModel) -> None:
+def test_bits_per_byte_of_a_text_leave_out_its_first_token(opened: OpenModel) -> None:
     result = LossTask([text(words) for words in TEXTS], batch_size=2).run(opened, PLAIN)
     for words, bits, loss in zip(TEXTS, result.parts["bits_per_byte"], result.parts["loss"], strict=True):
         [ids] = encode_texts([words], opened.tokenizer)
@@ -100,7 +100,7 @@ def test_bits_per_byte_of_texts(opened: OpenModel) -> None:
         assert loss == pytest.approx([nats.sum(), len(ids)], rel=1e-5)
 
 
-def test_bits_per_byte_of_answers(opened: OpenModel) -> None:
+def test_bits_per_byte_of_answers_leave_out_their_end(opened: OpenModel) -> None:
     template = Template.load("alpaca")
     fields = prompt_fields("Say")
     rows = [Example(fields, "red blue", "en", "a"), Example(fields, "ภาษา", "th", "b", ((fields, "one"),))]

@@ -28,7 +28,7 @@ def make_run(tiny_adapter: Path, tiny_base: Path, tmp_path: Path) -> Callable[..
 
 
 @pytest.mark.usefixtures("pictures")
-def test_changes_by_trained_and_tested_language(
+def test_the_matrix_holds_each_runs_change_by_tested_language(
     verb: Verb, make_run: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     runs = [make_run("one", sw=10, de=70), make_run("two", en=5)]

@@ -52,7 +52,7 @@ def read(path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
-def test_base_run_and_merged_side_by_side(
+def test_a_run_and_its_merge_score_alike_and_unlike_the_base(
     verb: Verb, tiny_base: Path, run: Path, merged: Path, texts: Path, tmp_path: Path
 ) -> None:
     data = ("--data", texts / "sw.txt", "--data", texts / "en.txt", "--language", "sw", "--language", "en")
@@ -98,7 +98,9 @@ def test_a_base_reads_what_the_run_reads(
     assert "prompts are written without a template (plain)" in three.err, "two templates: neither is the base's"
 
 
-def test_other_forms_of_the_base_are_told(verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path) -> None:
+def test_comparing_4_bit_with_unquantised_weights_is_said(
+    verb: Verb, tiny_base: Path, run: Path, texts: Path, tmp_path: Path
+) -> None:
     quantized = tmp_path / "run"
     shutil.copytree(run, quantized)
     file = quantized / "manifest.json"
@@ -155,7 +157,7 @@ def test_labels_are_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None
     assert results["chance"]["en"]["models"][str(tiny_base)]["value"] == pytest.approx(1 / 3)
 
 
-def test_rows_with_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
+def test_rows_may_bring_their_own_choices(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
     rows = [
         {"q": "one", "choices": ["red", "blue"], "answer": "blue", "lang": "sw"},
         {"q": "two", "choices": ["red", "blue", "green"], "answer": 2, "lang": "en"},
@@ -284,7 +286,7 @@ def test_long_prompts_are_skipped_or_cut(
     assert answers[1][::2] == answers[0], "rows that are not too long are answered alike"
 
 
-def test_nothing_is_left_to_answer(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
+def test_skipping_every_row_is_an_error(verb: Verb, tiny_base: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "one " * 200, "completion": "two"}]
     data = ("--data", write_rows(tmp_path / "rows.jsonl", rows), "--format", "prompt_completion", "--task", "generate")
     outcome = verb("evaluate", tiny_base, *data, "--overlong", "skip")

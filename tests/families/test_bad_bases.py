@@ -42,13 +42,13 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "pickles only": (
         "olmoe",
         pickled,
-        "{base}: holds neither model.safetensors nor … but pytorch_model.bin … never loaded … Take … safetensors … "
+        "{base}: holds neither model.safetensors nor … but pytorch_model.bin … never loaded … Use … safetensors … "
         "save_pretrained",
     ),
     "no weights": (
         "olmoe",
         without_weights,
-        "{base}: holds neither model.safetensors nor model.safetensors.index.json. … Take a revision with safetensors",
+        "{base}: holds neither model.safetensors nor model.safetensors.index.json. … Use a revision with safetensors",
     ),
     "remote code only": (
         "olmoe",
@@ -65,12 +65,12 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nearly Qwen3 MoE": (
         "qwen3_moe",
         with_config(model_type="qwen3_moe_vl"),
-        "model_type is 'qwen3_moe_vl' … like names: Qwen3 MoE (qwen3_moe), Qwen2 MoE (qwen2_moe) … lola-ft families",
+        "model_type is 'qwen3_moe_vl' … similar names: Qwen3 MoE (qwen3_moe), Qwen2 MoE (qwen2_moe) … lola-ft families",
     ),
     "nearly Mixtral": (
         "mixtral",
         with_config(model_type="mixtral2"),
-        "model_type is 'mixtral2' … like names: Mixtral (mixtral) … lola-ft families",
+        "model_type is 'mixtral2' … similar names: Mixtral (mixtral) … lola-ft families",
     ),
     "more experts per token than there are": (
         "olmoe",
@@ -95,12 +95,12 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "Hunyuan with experts by layer": (
         "hunyuan_v1_moe",
         with_config(num_experts=[8, 4]),
-        "config.json: not a config of Hunyuan MoE ( … 'num_experts' … [8, 4] … Take the config that belongs",
+        "config.json: not a config of Hunyuan MoE ( … 'num_experts' … [8, 4] … Use the config that belongs",
     ),
     "a size that is a text": (
         "granitemoe",
         with_config(hidden_size="64"),
-        "config.json: not a config of Granite MoE ( … 'hidden_size' … Take the config that belongs to the weights",
+        "config.json: not a config of Granite MoE ( … 'hidden_size' … Use the config that belongs to the weights",
     ),
     "Hunyuan with choices by layer": (
         "hunyuan_v1_moe",
@@ -179,7 +179,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "more lists than layers with experts": (
         "qwen2_moe",
         {"experts": {"rank": 4, "select": [[0], [0]]}},
-        f"{SELECT}2 lists, but the base has 1 MoE layers; give one list each",
+        f"{SELECT}2 lists, but the base has 1 MoE layers; give one list per MoE layer",
     ),
 }
 

@@ -194,7 +194,7 @@ def test_loftq_starts_at_the_rounding_error_of_gate_and_up_together(kind: str, m
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     adapted = add_adapter(model, AdapterSettings(expert_rank=16, attention_rank=16, init="loftq"))
     said = start_at_rounding_error(adapted, checkpoint)
-    assert 0.2 < float(said.rpartition("takes away ")[2].partition("%")[0]) / 100 < 1, said
+    assert 0.2 < float(said.rpartition("corrects ")[2].partition("%")[0]) / 100 < 1, said
     plain = load_base(moe_bases[kind], None, "float32", "cpu", quiet=True)
     rounded = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     before, after = ((logits(other) - logits(plain)).square().mean() for other in (rounded, adapted.eval()))

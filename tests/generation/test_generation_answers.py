@@ -99,7 +99,7 @@ def test_ids_that_name_no_token_are_never_said(tmp_path: Path) -> None:
         ({"seed": 3}, "--seed does nothing"),
     ],
 )
-def test_sampling_mistakes(settings: dict[str, float], message: str) -> None:
+def test_wrong_sampling_options_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**settings)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_text_is_streamed_by_whole_characters(tokenizer, capsys: pytest.CaptureF
     assert sum(map(bool, steps)) > 8, "it comes in pieces"
 
 
-def test_prompts_of_files(tmp_path: Path) -> None:
+def test_files_of_prompts_keep_their_rows_in_order(tmp_path: Path) -> None:
     rows = [
         {"prompt": "one", "id": 7},
         {"instruction": "two", "input": "three"},

@@ -35,7 +35,7 @@ def test_a_prompt_and_a_file_get_the_same_answer(verb: Verb, tiny_base: Path, tm
     assert printed.out == out.read_text()
 
 
-def test_an_adapter_by_either_option(verb: Verb, tiny_base: Path, tiny_adapter: Path) -> None:
+def test_an_adapter_given_in_either_way_gives_the_same_answer(verb: Verb, tiny_base: Path, tiny_adapter: Path) -> None:
     one = verb("generate", tiny_adapter, "--base", tiny_base, "--prompt", "one two", *SHORT)
     two = verb("generate", tiny_base, "--adapter", tiny_adapter, "--prompt", "one two", *SHORT)
     plain = verb("generate", tiny_base, "--prompt", "one two", *SHORT)

@@ -51,7 +51,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What goes wrong at a request: a status, or "drop" before or "drop after" the request was carried out."""
+    """A fault at a request: a status, or "drop" before or "drop after" the request was carried out."""
 
     path: str
     answer: int | str
@@ -86,7 +86,7 @@ class FakeHub:
 
 
 def is_large(name: str, content: bytes) -> bool:
-    """Whether the Hub keeps a file as a large one."""
+    """Return True if the Hub keeps a file as a large one."""
     return name.endswith(".safetensors") or len(content) > 5_000_000
 
 
@@ -307,7 +307,7 @@ def _created_name(body: bytes) -> str:
 
 
 def _identity(path: str, content: bytes) -> dict[str, Any]:
-    """How `info` names a file's content: a large file's blob is its pointer, not the content."""
+    """Name a file's content as `info` does: a large file's blob is its pointer, not the content."""
     if not is_large(path, content):
         return {"blobId": blob_id(content)}
     digest = hashlib.sha256(content).hexdigest()

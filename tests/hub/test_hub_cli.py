@@ -62,7 +62,7 @@ def check_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_publish_as_a_user_calls_it(hub: Any, run: Path, tmp_path: Path) -> None:
+def test_publish_in_a_process_of_its_own_uploads_and_says_so(hub: Any, run: Path, tmp_path: Path) -> None:
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
@@ -110,7 +110,7 @@ def test_a_recipes_hub_section_publishes_at_the_end(
 
 
 @pytest.mark.usefixtures("check_here")
-def test_a_failed_publication_keeps_the_run_and_says_how_to_go_on(
+def test_a_failed_publication_keeps_the_run_and_names_the_next_command(
     hub: Any,
     recipe: Callable[..., Path],
     run: Path,

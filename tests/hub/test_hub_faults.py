@@ -52,7 +52,7 @@ def arrived(hub: Any) -> bool:
         ("POST", COMMIT, 409),
     ],
 )
-def test_what_passes_is_tried_again(
+def test_a_passing_fault_is_tried_again(
     hub: Any, send: Callable[..., list[float]], make_fault: Callable[..., Any], method: str, path: str, answer: Any
 ) -> None:
     hub.faults.append(make_fault(path, answer, method=method))
@@ -95,7 +95,7 @@ def test_a_broken_verification_is_tried_again_and_then_an_error(
     ("answer", "said"),
     [(401, "hf auth login"), (403, "may not write there"), (500, "refused with 500"), ("drop", "no connection")],
 )
-def test_what_stays_is_an_error_and_nothing_is_sent(
+def test_a_lasting_fault_is_an_error_and_nothing_is_sent(
     hub: Any,
     send: Callable[..., list[float]],
     make_fault: Callable[..., Any],
@@ -134,7 +134,7 @@ def test_a_refusal_is_not_repeated(hub: Any, send: Callable[..., list[float]], m
     assert sum("/commit/" in request for request in hub.requests) == 1
 
 
-def test_a_wrong_token_and_a_strangers_repository(
+def test_a_wrong_token_and_a_strangers_repository_are_refused(
     hub: Any, send: Callable[..., list[float]], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(PublishError, match=r"may not write there \(403\).*write rights to 'somebody'"):

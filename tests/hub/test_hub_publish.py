@@ -76,7 +76,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub: Any, adapter: P
     assert len(hub.repos[REPO].commits) == 1
 
 
-def test_a_second_time_updates_and_leaves_the_owners_files(hub: Any, adapter: Path, merged: Path) -> None:
+def test_publishing_again_updates_and_leaves_the_owners_files(hub: Any, adapter: Path, merged: Path) -> None:
     send(adapter)
     repo = hub.repos[REPO]
     repo.commit(repo.files | {"notes.md": b"the owner's", "adapter_old.txt": b"the owner's"}, "by hand")
@@ -87,7 +87,7 @@ def test_a_second_time_updates_and_leaves_the_owners_files(hub: Any, adapter: Pa
     assert len(repo.commits) == 4
 
 
-def test_the_same_again_makes_no_commit(hub: Any, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_publishing_the_same_again_makes_no_commit(hub: Any, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     send(adapter)
     send(adapter)
     assert len(hub.repos[REPO].commits) == 2
@@ -222,7 +222,7 @@ def test_an_adapter_whose_base_is_not_here_is_not_sent_unchecked(
     assert hub.requests == []
 
 
-def test_a_merge_passes_them_on_and_publishing_warns_of_a_gate(
+def test_a_merge_keeps_licence_and_gate_and_publishing_warns_of_the_gate(
     hub: Any, tmp_path: Path, tiny_base: Path, tiny_adapter: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = card_in(Path(shutil.copytree(tiny_base, tmp_path / "gated")), GATED)

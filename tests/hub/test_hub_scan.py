@@ -47,7 +47,7 @@ def scan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[
         r'"\/home\/amina"',
     ],
 )
-def test_paths_are_found(scan: Callable[..., list[str]], text: str) -> None:
+def test_absolute_paths_are_found(scan: Callable[..., list[str]], text: str) -> None:
     assert scan(text) == ["notes.json:1: an absolute path of a machine"]
 
 

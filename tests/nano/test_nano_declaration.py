@@ -2,11 +2,7 @@
 
 import json
 import lzma
-import shutil
-import subprocess
-import sys
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -78,7 +74,7 @@ def test_an_unknown_tag_is_refused(case: str) -> None:
     assert_says(str(error.value), says)
 
 
-def test_an_article_that_there_is_not() -> None:
+def test_an_unknown_article_is_refused() -> None:
     with pytest.raises(DataError, match="articles 1 to 30"):
         parallel_articles(31)
 
@@ -153,25 +149,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_texts_that_there_are_not(case: str, verb: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_unknown_texts_and_languages_are_refused(case: str, verb: Callable[..., Outcome], tmp_path: Path) -> None:
     arguments, says = REFUSED[case]
     outcome = verb("routing", "texts", "--out", str(tmp_path / "texts"), *arguments)
     assert outcome.code == 2
     assert_says(outcome.err, says)
     assert not (tmp_path / "texts").exists()
-
-
-@pytest.mark.slow
-def test_a_wheel_has_the_texts_and_their_terms(tmp_path: Path) -> None:
-    source = tmp_path / "source"  # setuptools builds inside the folder
-    for folder in ("lola_ft", "recipes"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / file, source / file)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
-    subprocess.run([*command, str(source)], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"lola_ft/nano/declaration.jsonl.xz", "lola_ft/nano/declaration.md"} <= set(names)
-    terms = next(name for name in names if name.endswith("licenses/lola_ft/nano/declaration.md"))
-    assert b"Titus Wormer" in zipfile.ZipFile(wheel).read(terms)

@@ -56,7 +56,7 @@ def odd_base(odd_bases: Callable[..., Path]) -> Path:
 
 @dataclass(frozen=True)
 class Batch:
-    """How a micro batch is made."""
+    """The shape of a micro batch, and how it is computed."""
 
     rows: int = 2
     length: int = 64

@@ -1,4 +1,4 @@
-"""What makes a run fit: the order of the changes, and sizes as people write them."""
+"""Changes that make a run fit come in order of their cost; sizes are read as people write them."""
 
 from dataclasses import replace
 

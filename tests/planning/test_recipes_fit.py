@@ -24,7 +24,7 @@ BASES: dict[str, tuple[PretrainedConfig, float, str]] = {
 
 
 @pytest.mark.parametrize("name", slow_but([], BASES))
-def test_it_fits_the_gpu_that_it_names(name: str, verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_recipe_fits_the_gpu_that_it_names(name: str, verb: Callable[..., Any], tmp_path: Path) -> None:
     config, parameters, gpu = BASES[name]
     config.save_pretrained(tmp_path / "base")
     recipe = find_recipe(name)

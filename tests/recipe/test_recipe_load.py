@@ -1,4 +1,4 @@
-"""What a good recipe means: defaults, overrides, the way there and back, and the recipes of this repository."""
+"""A good recipe is read with its defaults and overrides and written back; the recipes of this repository are good."""
 
 import ast
 import importlib.util
@@ -266,7 +266,7 @@ def test_any_override_gives_a_recipe_or_one_clean_error(
         str(error).encode()
 
 
-def test_there_are_recipes() -> None:
+def test_the_folder_of_recipes_is_not_empty() -> None:
     assert RECIPES
 
 

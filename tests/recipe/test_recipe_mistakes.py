@@ -521,7 +521,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("line", "text", "key"), ALONE)
-def test_nothing_is_said_that_a_right_value_would_mend(tmp_path: Path, line: int, text: str, key: str | None) -> None:
+def test_one_wrong_value_gives_one_message(tmp_path: Path, line: int, text: str, key: str | None) -> None:
     sections = [part.partition(":")[0] for part in text.splitlines()]
     kept = [part for part in GOOD if part.partition(":")[0] not in sections and not (line == 2 and "adapter" in part)]
     found = mistakes(tmp_path, "\n".join([*kept, text]))
@@ -659,11 +659,11 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         ("path: '~nobody-here/a.csv', format: text", "path: no home folder is known for the `~`"),
     ],
 )
-def test_keys_of_how_files_are_written_and_where(tmp_path: Path, source: str, message: str) -> None:
+def test_keys_that_do_not_fit_the_kind_of_file_are_refused(tmp_path: Path, source: str, message: str) -> None:
     assert_each_says(mistakes(tmp_path, with_source(source)), [f"r.yaml:3: data.sources.0.{message}"])
 
 
-def test_those_keys_go_with_their_files(tmp_path: Path) -> None:
+def test_keys_that_fit_the_kind_of_file_are_accepted(tmp_path: Path) -> None:
     for source in (
         "path: a, format: text, delimiter: ';', quoting: false",
         "path: a.json.gz, format: text, rows_under: a.b",

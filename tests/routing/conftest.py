@@ -28,7 +28,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def profile(tiny_base: Path, texts: Path) -> Profile:
-    """Of the tiny base on these texts."""
+    """A profile of the tiny base on these texts."""
     return profile_routing(tiny_base, [texts], quantization=None, device="cpu", sample=40)
 
 

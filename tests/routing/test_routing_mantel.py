@@ -67,13 +67,13 @@ def test_partial_correlation_is_that_of_residuals() -> None:
     assert same.r == pytest.approx(found.r, abs=1e-10)
 
 
-def test_a_seed_decides() -> None:
+def test_equal_seeds_give_equal_results() -> None:
     a, b = distances(points(0)), distances(points(1))
     assert mantel(a[None], b, permutations=50, seed=3) == mantel(a[None], b, permutations=50, seed=3)
     assert mantel(a[None], b, permutations=50, seed=3) != mantel(a[None], b, permutations=50, seed=4)
 
 
-def test_neighbours() -> None:
+def test_neighbours_agree_in_clusters_and_at_chance_elsewhere() -> None:
     """Three tight clusters of four, one thing alone: all that can agree do; chance is (4 - 1) / (13 - 1)."""
     centres = torch.tensor([0.0, 10.0, 20.0]).repeat_interleave(4)
     where = torch.cat([centres + 0.1 * points(0, 12, 1).flatten(), torch.tensor([100.0])]).double()[:, None]

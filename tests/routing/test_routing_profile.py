@@ -61,7 +61,7 @@ def test_counts_are_those_of_each_text_alone(
     assert found.about.kind == "adapter"
 
 
-def test_text_counts(profile: Profile, tiny_base: Path) -> None:
+def test_documents_bytes_and_tokens_are_those_of_the_text(profile: Profile, tiny_base: Path) -> None:
     tokenizer = open_model(tiny_base, quantization=None, device="cpu").tokenizer
     for place, language in enumerate(profile.languages):
         paragraphs = [text.strip("\n") for text in TEXTS[language].split("\n\n")]
@@ -75,7 +75,7 @@ def test_text_counts(profile: Profile, tiny_base: Path) -> None:
     assert profile.token_shares().sum(-1).tolist() == pytest.approx([1.0] * 3)
 
 
-def test_adapter_merged_and_base(tiny_base: Path, tiny_adapter: Path, texts: Path, tmp_path: Path) -> None:
+def test_merging_keeps_the_adapters_routing(tiny_base: Path, tiny_adapter: Path, texts: Path, tmp_path: Path) -> None:
     """The adapter moves tokens; merged, it moves the same ones."""
     merged = tmp_path / "merged"
     lola_ft.merge(tiny_base, tiny_adapter, merged)
@@ -104,7 +104,7 @@ def test_max_tokens_takes_the_first_ones(tiny_base: Path, texts: Path, profile: 
     assert few.bytes_L[1] == len(first)
 
 
-def test_language_column_and_a_format_with_prompts(tiny_base: Path, rows_file: Path) -> None:
+def test_rows_with_prompts_are_counted_by_their_language_column(tiny_base: Path, rows_file: Path) -> None:
     found = profile_routing(
         tiny_base, [rows_file], format="alpaca", language_column="language", quantization=None, device="cpu"
     )
@@ -112,7 +112,7 @@ def test_language_column_and_a_format_with_prompts(tiny_base: Path, rows_file: P
     assert found.documents_L.tolist() == [40, 40]
 
 
-def test_a_file_keeps_everything(profile: Profile, tmp_path: Path) -> None:
+def test_a_saved_profile_reads_back_equal(profile: Profile, tmp_path: Path) -> None:
     again = read_profile(save_profile(profile, tmp_path / "new" / "base.safetensors"))
     for field in dataclasses.fields(Profile):
         mine, read = getattr(profile, field.name), getattr(again, field.name)
@@ -135,7 +135,9 @@ def test_equal_digests_mean_equal_tokens(profile: Profile, tiny_base: Path, text
     ("name", "language"),
     [("sw.txt", "sw"), ("zh_Hans.txt", "zh_Hans"), ("sw_part-03.txt", "sw"), ("ast.train.txt", "ast")],
 )
-def test_language_from_the_files_name(name: str, language: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_language_is_the_beginning_of_the_files_name(
+    name: str, language: str, tiny_base: Path, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text("moja mbili")
     found = profile_routing(tiny_base, [tmp_path / name], quantization=None, device="cpu")
     assert found.languages == (language,)
@@ -180,7 +182,9 @@ def test_a_wrong_file_is_named(profile: Profile, tmp_path: Path) -> None:
         read_profile(tmp_path / "other")
 
 
-def test_the_verb(tiny_base: Path, texts: Path, tmp_path: Path, verb: Callable[..., Any], profile: Profile) -> None:
+def test_the_verb_counts_what_the_function_counts(
+    tiny_base: Path, texts: Path, tmp_path: Path, verb: Callable[..., Any], profile: Profile
+) -> None:
     out = tmp_path / "base.safetensors"
     files = [str(texts / "sw.txt"), "--data", str(texts / "en.txt")]
     done = verb("routing", "profile", str(tiny_base), "--data", *files, "--quantization", "none", "--out", str(out))

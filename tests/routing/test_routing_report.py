@@ -38,7 +38,7 @@ def related(num_experts: int = 8, noise: int = 0) -> torch.Tensor:
     return counts + torch.randint(0, noise + 1, counts.shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_summary_of_known_counts(made_profile: Make) -> None:
+def test_a_summary_of_known_counts_is_exact(made_profile: Make) -> None:
     profile = made_profile(["de", "sw"], [[[8, 0, 0, 0], [2, 2, 2, 2]], [[2, 2, 0, 0], [4, 0, 0, 0]]])
     found = summarise(profile)
     first, second = found["layers"]
@@ -53,7 +53,9 @@ def test_summary_of_known_counts(made_profile: Make) -> None:
     assert found["languages"]["sw"]["dead_experts"] == [2, 3]
 
 
-def test_drift_of_a_trained_model(tiny_base: Path, tiny_adapter: Path, texts: Path, profile: Profile) -> None:
+def test_drift_is_divergence_and_flips_and_zero_against_itself(
+    tiny_base: Path, tiny_adapter: Path, texts: Path, profile: Profile
+) -> None:
     other = profile_routing(tiny_adapter, [texts], base=str(tiny_base), quantization=None, sample=40, device="cpu")
     drift = compare(profile, other)
     assert drift.divergence_LM.equal(jensen_shannon(profile.counts_LME, other.counts_LME))
@@ -81,7 +83,7 @@ def test_flips_only_on_the_same_tokens(tiny_base: Path, texts: Path, profile: Pr
     assert compare(profile, fewer).flips["en"] is None
 
 
-def test_profiles_that_cannot_be_compared(made_profile: Make) -> None:
+def test_profiles_of_other_shapes_or_languages_are_not_compared(made_profile: Make) -> None:
     one = made_profile(["de"], [[[1, 1]]])
     with pytest.raises(UserError, match="made has 1 MoE layers of 2 experts, made 1 of 3"):
         compare(one, made_profile(["de"], [[[1, 1, 1]]]))
@@ -110,7 +112,7 @@ def test_descent_is_not_found_where_it_is_not(made_profile: Make) -> None:
     assert found["layers"]["all"]["mantel"]["family"]["p"] > 0.05
 
 
-def test_routing_that_follows_the_script_alone(made_profile: Make) -> None:
+def test_routing_by_script_does_not_count_as_descent(made_profile: Make) -> None:
     counts = torch.randint(5, 15, (8, 1, 4), generator=torch.Generator().manual_seed(0))
     for place, code in enumerate(EIGHT):
         language = find_language(code)
@@ -128,7 +130,7 @@ def test_too_few_languages_are_not_tested(made_profile: Make) -> None:
     assert follow_descent(made_profile([*EIGHT[:7], "eo"], related())) is None  # constructed: no family
 
 
-def test_distances(profile: Profile) -> None:
+def test_distances_are_symmetric_and_zero_to_oneself(profile: Profile) -> None:
     distances_MLL = routing_distances(profile)
     assert distances_MLL.shape == (2, 3, 3)
     assert distances_MLL[1, 0, 2] == jensen_shannon(profile.counts_LME[0, 1], profile.counts_LME[2, 1]).sqrt()
@@ -138,7 +140,7 @@ def test_distances(profile: Profile) -> None:
     assert tokens.equal(tokens.T)
 
 
-def test_principal_components() -> None:
+def test_points_on_a_line_have_one_principal_component() -> None:
     """Points on a line: one direction has all the variance, and their order is kept."""
     line = torch.tensor([0.0, 1.0, 3.0])[:, None] * torch.tensor([[1.0, 2.0, 2.0]])
     places, parts = principal_components(line.double().numpy())
@@ -146,7 +148,7 @@ def test_principal_components() -> None:
     assert (places[1:, 0] - places[0, 0]).tolist() == pytest.approx([3, 9])
 
 
-def test_the_table_of_languages() -> None:
+def test_every_language_of_the_table_has_name_script_and_one_family() -> None:
     languages = read_languages().values()
     assert len(languages) > 200
     for language in languages:
@@ -170,7 +172,7 @@ def test_the_table_of_languages() -> None:
 
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("languages", [1, 3, pytest.param(150, marks=pytest.mark.slow)])
-def test_a_report_of_few_and_of_many(languages: int, made_profile: Make, tmp_path: Path) -> None:
+def test_a_report_of_few_or_many_languages_is_whole(languages: int, made_profile: Make, tmp_path: Path) -> None:
     codes = list(read_languages())[:languages]
     torch.manual_seed(0)
     profile = made_profile(codes, torch.randint(1, 99, (languages, 1, 16)))
@@ -189,7 +191,7 @@ def test_a_report_of_few_and_of_many(languages: int, made_profile: Make, tmp_pat
 
 
 @pytest.mark.usefixtures("pictures")
-def test_the_verb_with_two_profiles(
+def test_the_report_of_two_profiles_says_what_changed(
     profile: Profile, tiny_base: Path, tiny_adapter: Path, texts: Path, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     other = profile_routing(tiny_adapter, [texts], base=str(tiny_base), quantization=None, sample=40, device="cpu")
@@ -227,7 +229,7 @@ def test_a_drift_that_is_also_rounding_is_told(made_profile: Make, tmp_path: Pat
     assert page.count(", in 4 bit)") == 1
 
 
-def test_what_the_package_gives_out() -> None:
+def test_every_public_name_of_the_package_is_callable() -> None:
     import lola_ft.routing as routing
 
     assert all(callable(getattr(routing, name)) for name in routing.__all__)

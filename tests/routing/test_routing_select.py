@@ -39,7 +39,7 @@ def test_fewest_experts_by_trying_all_sets(made_profile: Make) -> None:
             assert counts[found.experts[layer]].sum() >= coverage * counts.sum()
 
 
-def test_a_known_choice(made_profile: Make) -> None:
+def test_the_choice_for_known_counts_is_the_smallest(made_profile: Make) -> None:
     profile = made_profile(["a", "b"], [[[7, 1, 2, 0], [0, 0, 0, 10]], [[0, 0, 5, 5], [5, 5, 0, 0]]])
     found = select_experts(profile, ["a"], 0.7, rank=2)
     assert found.experts == [[0], [3]]
@@ -75,7 +75,7 @@ def test_random_is_a_control_of_the_same_size(made_profile: Make) -> None:
     assert sum(drawn[0].reached["a"]) < sum(wanted.reached["a"])
 
 
-def test_mistakes(made_profile: Make) -> None:
+def test_unknown_languages_and_wrong_options_are_refused(made_profile: Make) -> None:
     profile = made_profile(["a", "b"], [[[1, 1]], [[1, 1]]])
     for arguments, message in (
         ((["sw"], 0.8), "no language 'sw'. It has a, b"),
@@ -88,7 +88,7 @@ def test_mistakes(made_profile: Make) -> None:
             select_experts(profile, *arguments)
 
 
-def test_a_recipe_trains_the_selected_experts_alone(
+def test_a_recipe_trains_only_the_selected_experts(
     profile: Profile, tiny_base: Path, rows_file: Path, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     """From the profile's file to an adapter whose expert tensors take exactly the predicted bytes."""

@@ -79,7 +79,7 @@ def test_export_links_the_weights_of_every_shard(folder: Folder, tmp_path: Path,
     shards = folder.shard(3)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
     assert (done.code, done.err) == (0, "")
-    assert "Files of weights: 3 linked." in done.out
+    assert "Weight files: 3 linked." in done.out
     for shard in shards:
         assert shard.samefile(tmp_path / "lola" / shard.name)
     before = config_of(folder.path)
@@ -99,7 +99,7 @@ def test_export_copies_onto_another_disk(
 
     monkeypatch.setattr(os, "link", other_disk)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
-    assert "Files of weights: 1 copied." in done.out
+    assert "Weight files: 1 copied." in done.out
     assert not folder.weights_file.samefile(tmp_path / "lola" / "model.safetensors")
     assert (tmp_path / "lola" / "model.safetensors").read_bytes() == folder.weights_file.read_bytes()
 

@@ -125,14 +125,18 @@ BAD_RECIPES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_RECIPES)
-def test_bad_recipe(case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_bad_recipe_is_refused(
+    case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
     changes, expected = BAD_RECIPES[case]
     outcome = verb("train", recipe_file(**changes))
     check_refused(outcome, expected, tmp_path)
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows(case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_rows_are_refused(
+    case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
     text, expected = BAD_ROWS[case]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(text, encoding="utf-8")
@@ -141,7 +145,9 @@ def test_bad_rows(case: str, recipe_file: Callable[..., Path], verb: Callable[..
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_files_are_refused(
+    case: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
     name, content, format, expected = BAD_FILES[case]
     file = tmp_path / name
     file.write_bytes(content)
@@ -153,14 +159,16 @@ def test_there_are_enough_bad_files_and_recipes() -> None:
     assert len(BAD_ROWS) + len(BAD_FILES) + len(BAD_RECIPES) >= 60
 
 
-def test_base_of_another_family(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_base_of_another_family_is_refused(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
     other = tmp_path / "t5"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "t5"}')
     check_refused(verb("train", recipe_file(base={"model": str(other)})), "t5 … model_type … lola_v1", tmp_path)
 
 
-def test_truncated_base(
+def test_a_truncated_base_is_refused(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
@@ -171,7 +179,7 @@ def test_truncated_base(
     check_refused(outcome, "model.safetensors: truncated", tmp_path)
 
 
-def test_base_without_tokenizer(
+def test_a_base_without_tokenizer_is_refused(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bare"
@@ -179,7 +187,9 @@ def test_base_without_tokenizer(
     check_refused(verb("train", recipe_file(base={"model": str(bare)})), "no tokenizer", tmp_path)
 
 
-def test_output_that_holds_a_run(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_output_that_holds_a_run_is_refused_and_kept(
+    recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text("mine")
@@ -189,7 +199,7 @@ def test_output_that_holds_a_run(recipe_file: Callable[..., Path], verb: Callabl
     assert (run / "recipe.yaml").read_text() == "mine"
 
 
-def test_adapter_of_another_shape(verb: Callable[..., Any], tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_another_shape_is_refused(verb: Callable[..., Any], tiny_base: Path, tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "golden"
     config = json.loads((tiny_base / "config.json").read_text())
     other = tmp_path / "other"
@@ -211,7 +221,7 @@ def test_dry_run_writes_nothing(recipe_file: Callable[..., Path], verb: Callable
     assert not (tmp_path / "run").exists()
 
 
-def test_command_line_itself(recipe_file: Callable[..., Path]) -> None:
+def test_the_script_prints_one_message_and_ends_with_code_2(recipe_file: Callable[..., Path]) -> None:
     """The real script in a real process: message on stderr, code 2, no traceback."""
     command = [sys.executable, str(Path(__file__).parents[2] / "finetune.py"), str(recipe_file()), "train.lr=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

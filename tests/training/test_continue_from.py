@@ -141,7 +141,7 @@ def test_a_stage_trains_all_that_the_first_has_trained(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize("layout", slow_but(["per_expert"], ["peft", "per_expert"]))
-def test_other_families_and_both_layouts(layout: str, of_olmoe: Stages) -> None:
+def test_a_stage_of_another_family_starts_from_either_layout(layout: str, of_olmoe: Stages) -> None:
     groups = {"mlp": None, "attention": {"rank": 4}, "experts": {"rank": 4}}
     first = of_olmoe.train(of_olmoe.write("first", adapter=groups))
     convert_adapter(first / "adapter", of_olmoe.base, layout, of_olmoe.folder / layout)
@@ -410,7 +410,7 @@ def test_a_killed_stage_resumes_without_the_first(kind: str, stages: Stages) -> 
 
 
 @pytest.mark.slow
-def test_a_run_starts_once(stages: Stages, made: Callable[[str], Path]) -> None:
+def test_the_start_of_a_run_cannot_change(stages: Stages, made: Callable[[str], Path]) -> None:
     recipe = stages.next("second", made("lora"))
     stages.train(recipe)
     other = stages.folder / "other"
@@ -447,8 +447,8 @@ def test_a_plan_does_not_suggest_other_ranks(stages: Stages, made: Callable[[str
     assert suggestions[1] is None
 
 
-def test_the_settings_of_an_adapter_of_part_of_a_group(tiny_base: Path, tiny_adapter: Path) -> None:
-    """As another tool writes them: the group is known by its largest rank."""
+def test_an_adapter_on_part_of_a_group_has_its_largest_rank(tiny_base: Path, tiny_adapter: Path) -> None:
+    """Other tools write such adapters; the group's rank is the largest."""
     architecture = BaseCheckpoint.open(tiny_base).architecture
     weights = read_adapter(tiny_adapter).weights(architecture)
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if module.endswith(("c_attn", "0.c_fc"))}

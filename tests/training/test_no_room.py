@@ -1,4 +1,4 @@
-"""What a run writes beside checkpoints, on a disk that is full."""
+"""On a full disk, metrics and plots of a run fail with a message and leave nothing damaged."""
 
 import contextlib
 import resource
@@ -23,13 +23,13 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_line_of_metrics() -> None:
+def test_metrics_on_a_full_disk_name_their_step() -> None:
     with pytest.raises(UserError, match=r"step 3 could not be written \(No space left on device\).* with --resume"):
         MetricsFile(Path("/dev/full")).write(3, {"loss": 1.0})
 
 
 @pytest.mark.usefixtures("pictures")
-def test_a_plot(tmp_path: Path) -> None:
+def test_a_plot_on_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match=r"loss.png: cannot be written \(File too large\)"), no_room():
         plot_loss([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], tmp_path / "loss.png")
     assert not list(tmp_path.iterdir())

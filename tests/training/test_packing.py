@@ -1,4 +1,4 @@
-"""What the trainer reads: TRL's own preparation, number for number, and none of it in the process's memory."""
+"""Packed rows equal those of TRL's own preparation, number for number, and none are in the process's memory."""
 
 import errno
 import pickle
@@ -35,7 +35,7 @@ def sequences(count: int) -> Dataset:
 
 
 def is_mapped(dataset: Dataset) -> bool:
-    """Whether every number lies in a file that is mapped."""
+    """Return True if every number lies in a mapped file."""
     regions = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     mapped = [[int(end, 16) for end in region[0].split("-")] for region in regions if ".arrow" in " ".join(region[5:])]
     buffers = [

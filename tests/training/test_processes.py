@@ -77,7 +77,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows_file: Pa
 def test_only_one_prints_and_the_number_is_recorded(two: tuple[Path, str]) -> None:
     run, out = two
     assert out.count("2 processes: a step has 2 x 2 x 2 = 8 rows.") == 1
-    assert out.count("Done. The adapter is in") == 1
+    assert out.count("Merge it:  lola-ft merge") == 1
     assert json.loads((run / "manifest.json").read_text())["hardware"]["processes"] == 2
     assert not (run / ".lock").exists()
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 13))

@@ -1,4 +1,4 @@
-"""Encoded rows on disk: found again by everything that decides them, mended when damaged, the same in each case."""
+"""Encoded rows on disk: found again only for equal inputs, replaced when damaged."""
 
 import errno
 import json
@@ -110,7 +110,7 @@ def test_what_decides_no_row_finds_the_entry(tokenizer: PreTrainedTokenizerFast,
 
 @pytest.mark.parametrize("name", ["train.arrow", "facts.json"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
-def test_a_damaged_entry_is_made_anew(name: str, how: str, tokenizer: PreTrainedTokenizerFast, rows_file: Path) -> None:
+def test_a_damaged_entry_is_replaced(name: str, how: str, tokenizer: PreTrainedTokenizerFast, rows_file: Path) -> None:
     first = prepare(section(rows_file), tokenizer, 0)
     [entry] = entries()
     content = (entry / name).read_bytes()
@@ -125,7 +125,7 @@ def test_a_damaged_entry_is_made_anew(name: str, how: str, tokenizer: PreTrained
     assert prepare(section(rows_file), tokenizer, 0).note == "Encoded rows come from the cache."
 
 
-def test_a_mistake_leaves_nothing(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_mistake_leaves_no_entry(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*alpaca_rows(5), {"instruction": "no answer", "language": "en"}])
     with pytest.raises(Exception, match="field 'output' is missing"):
         prepare(section(file), tokenizer, 0)
@@ -188,7 +188,7 @@ def test_two_processes_at_once_make_one_entry(tokenizer: PreTrainedTokenizerFast
     assert_same(first, prepare(data, tokenizer, 0))
 
 
-def test_preview_says_so(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
+def test_preview_says_that_rows_come_from_the_cache(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     recipe = recipe_file()
     assert "from cache" not in verb("preview", recipe).out
     assert "Encoded rows come from the cache." in verb("preview", recipe).out

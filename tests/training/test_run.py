@@ -81,6 +81,7 @@ def test_run_folder_is_complete(run: Path) -> None:
         "recipe.yaml",
         "manifest.json",
         "metrics.jsonl",
+        "report.html",
         "loss.png",
         "languages.png",
         "routing.png",
@@ -107,7 +108,7 @@ def test_manifest_says_what_happened(run: Path) -> None:
 
 def test_nothing_that_can_be_published_names_this_machine(run: Path) -> None:
     for path in run.rglob("*"):
-        if path.suffix in {".json", ".md", ".yaml", ".jinja", ".jsonl"}:
+        if path.suffix in {".json", ".md", ".yaml", ".jinja", ".jsonl", ".html"}:
             assert str(run.parent) not in path.read_text(encoding="utf-8"), path.name
 
 
@@ -203,7 +204,9 @@ def test_same_recipe_same_adapter(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_unquantised_base_and_router_alone(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_may_train_only_the_router_of_an_unquantised_base(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
     changes = {
         "base": {"quantization": "none"},
         "adapter": {"attention": None, "mlp": None, "experts": None},

@@ -36,7 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", slow_but(["some experts"], OPTIONS))
-def test_it_learns_and_travels(option: str, recipe_file: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_a_run_with_each_option_learns_and_merges(
+    option: str, recipe_file: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
     recipe = recipe_file(train={"max_steps": 8, "lora_plus_ratio": 2.0}, **{"adapter": {}} | OPTIONS[option])
     text = YAML().load(recipe)
     text["adapter"] = OPTIONS[option]["adapter"] | {"alpha": 8.0}

@@ -15,7 +15,9 @@ from lola_ft.training.dataset import prepare
 from lola_ft.training.plan import advice, job_of
 
 
-def test_a_config_is_enough(recipe_file: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any]) -> None:
+def test_a_plan_needs_only_the_config(
+    recipe_file: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any]
+) -> None:
     """LOLA at its full size, of which no weight is here."""
     LolaConfig().save_pretrained(tmp_path / "lola")
     recipe = recipe_file(base={"model": str(tmp_path / "lola"), "dtype": "bfloat16"})
@@ -64,7 +66,9 @@ def test_steps_and_tokens_are_those_of_the_data(
     assert job_of(recipe, architecture_of(LolaConfig.from_pretrained(tiny_base)), "cpu", longest).length == longest
 
 
-def test_mistakes_are_messages(recipe_file: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any]) -> None:
+def test_mistakes_are_one_message_each(
+    recipe_file: Callable[..., Path], tmp_path: Path, verb: Callable[..., Any]
+) -> None:
     outcome = verb("plan", recipe_file(), "--gpu", "8 elephants")
     assert outcome.code == 2
     assert "'8 elephants' is not a size of memory" in outcome.err

@@ -19,7 +19,7 @@ _WIDE = 100
 
 
 class Progress(ProgressCallback):
-    """transformers' progress bar with loss and speed. It also prints the result of the gradient check once."""
+    """transformers' progress bar with loss and speed added. It also prints the result of the gradient check once."""
 
     def __init__(self, check: GradientCheck, run: RunState) -> None:
         """Store the check, whose result is printed once, and the run, which counts the tokens."""

@@ -49,7 +49,7 @@ def test_a_language_is_found_under_each_of_its_codes() -> None:
         ("lola-paper", [], ["sw", "swa_Latn"], "is in swa_Latn. They are in acm_Arab"),
     ],
 )
-def test_nothing_to_choose(suite: str, tasks: list[str], languages: list[str], message: str) -> None:
+def test_a_choice_without_any_task_is_refused(suite: str, tasks: list[str], languages: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(suite, tasks, languages)
 

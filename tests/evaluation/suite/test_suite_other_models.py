@@ -64,7 +64,7 @@ def test_code_and_pickles_are_refused(neox: Path, tmp_path: Path) -> None:
         find_other_model(str(own_code))
 
 
-def test_what_does_not_fit_is_one_message(verb: Verb, mt5: Path, tmp_path: Path) -> None:
+def test_rows_and_4_bit_are_refused_for_other_architectures(verb: Verb, mt5: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "one two"}])
     of_rows = verb("evaluate", mt5, "--data", file, "--format", "text")
     assert of_rows.code == 2
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_one_message(verb: Verb, mt5: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_they_stand_beside_lola(
+def test_other_architectures_are_measured_beside_lola(
     verb: Verb, tiny_base: Path, mt5: Path, neox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval", reason="the extra harness is not installed")

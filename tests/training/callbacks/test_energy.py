@@ -24,7 +24,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_energy_of_a_run_that_is_resumed(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_energy_of_a_resumed_run_includes_what_was_used_before(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
     energy = {"energy": {"country": "DEU"}, "max_steps": 3, "save_every": 2}
     train(load_recipe(recipe_file(train=energy)))
     run = tmp_path / "run"
@@ -47,7 +49,7 @@ def test_energy_of_a_run_that_is_resumed(recipe_file: Callable[..., Path], tmp_p
     assert again["kwh"] > until_then
 
 
-def test_a_country_that_nobody_knows(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
+def test_an_unknown_country_is_refused(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     outcome = verb("train", recipe_file(train={"energy": {"country": "XXX"}}))
     assert outcome.code == 2
     assert "codecarbon knows no country 'XXX'" in outcome.err

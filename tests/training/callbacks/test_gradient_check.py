@@ -32,7 +32,7 @@ def test_healthy_adapter_passes(model: torch.nn.Module) -> None:
     assert "all 34 trainable tensors got a gradient" in step(model, labels_from=0)
 
 
-def test_expert_with_prompt_tokens_alone_is_not_blamed(model: torch.nn.Module) -> None:
+def test_expert_with_only_prompt_tokens_is_not_blamed(model: torch.nn.Module) -> None:
     """In the last layer, tokens whose outputs no label depends on teach their expert nothing, rightly."""
     assert "First step" in step(model, labels_from=29)
 

@@ -1,4 +1,4 @@
-"""What the guards do in a real run of a tiny base, and how they measure."""
+"""Guards skip, warn and stop in a real run of a tiny base; their measurements are exact."""
 
 import json
 import statistics
@@ -225,7 +225,7 @@ def test_flip_rate_is_that_of_the_probe(tiny_base: Path) -> None:
         assert torch.equal(probe._choices(torch.no_grad()), before)
 
 
-def test_documents_of_a_batch_and_their_rows(recipe_file: Callable[..., Path]) -> None:
+def test_documents_of_a_batch_lead_to_their_rows(recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file())
     tokenizer = AutoTokenizer.from_pretrained(recipe.base.model)
     template = lola_ft.data.Template.load(recipe.data.template)
@@ -245,7 +245,7 @@ def test_documents_of_a_batch_and_their_rows(recipe_file: Callable[..., Path]) -
     assert [row.rpartition(":")[2] for row in rows] == ["3", "1"]
 
 
-def test_best_follows_the_evaluations_of_training_alone() -> None:
+def test_best_follows_only_the_evaluations_of_training() -> None:
     best, control = BestEvaluation(patience=2, min_delta=0.1), TrainerControl()
 
     def evaluate(step: int, loss: float) -> None:

@@ -153,6 +153,6 @@ def test_other_errors_stay_what_they_are() -> None:
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
-    """What was written down, but for speeds and times."""
+    """The metrics that were written, without speeds and times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if "per_s" not in key and "time" not in key} for line in lines]

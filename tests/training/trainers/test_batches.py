@@ -1,4 +1,4 @@
-"""What the trainer really feeds the model: answers and their EOS are labels, prompts and padding are not."""
+"""Batches that the trainer feeds the model have answers and their EOS as labels, never prompts or padding."""
 
 import json
 from collections.abc import Callable

@@ -148,8 +148,8 @@ def test_a_damaged_best_checkpoint_is_not_used(
     outcome = verb("train", recipe, "--resume")
     assert outcome.code == 2
     assert "step-1: the best checkpoint is damaged (state.safetensors has changed since it was written)" in outcome.err
-    mended = verb("train", recipe, "--resume", "train.keep_best=false", "--allow-changed", "train.keep_best")
-    assert mended.code == 0, mended.err
+    repaired = verb("train", recipe, "--resume", "train.keep_best=false", "--allow-changed", "train.keep_best")
+    assert repaired.code == 0, repaired.err
     assert "best_step" not in json.loads((run / "manifest.json").read_text())["results"]
 
 

@@ -229,7 +229,7 @@ def test_pairs_that_are_too_long_are_counted_by_language(tmp_path: Path, tiny_ba
         ),
     ],
 )
-def test_wrong_rows(form: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_rows_are_named_with_their_line(form: str, row: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read(tmp_path, form, [row])
     assert message in str(error.value)
@@ -249,7 +249,7 @@ def test_wrong_rows(form: str, row: dict[str, Any], message: str, tmp_path: Path
         ("guards.router_collapse=stop", "does not measure the routers' load"),
     ],
 )
-def test_what_has_no_meaning_is_refused(override: str, message: str, recipe_of: Callable[..., Path]) -> None:
+def test_settings_without_meaning_are_refused(override: str, message: str, recipe_of: Callable[..., Path]) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_of("dpo"), [override])
     assert message in str(error.value)

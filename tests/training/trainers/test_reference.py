@@ -89,7 +89,9 @@ def test_the_first_loss_is_that_of_no_change(objective: str, kind: str, preferen
     )
 
 
-def test_other_families(tmp_path: Path, rows_file: Path, verb: Callable[..., Outcome]) -> None:
+def test_the_first_loss_of_another_family_is_that_of_no_change(
+    tmp_path: Path, rows_file: Path, verb: Callable[..., Outcome]
+) -> None:
     preference = Preference(tmp_path, make_moe(tmp_path / "olmoe", "olmoe"), rows_file, verb)
     first = preference.first(adapter={"mlp": None}, router={"mode": "lora", "rank": 2})
     lines = preference.losses(preference.recipe("dpo", first, max_steps=4))

@@ -111,7 +111,7 @@ def test_what_is_chosen_is_said_planned_and_kept(preference: Preference) -> None
 
 @pytest.mark.slow
 def test_a_longer_run_computes_what_it_lacks(preference: Preference) -> None:
-    """As the run that was long from the start, bit for bit."""
+    """The longer run equals one that was long from the start, bit for bit."""
     first = preference.first()
     settings: dict[str, Any] = {"scheduler": "constant", "warmup_ratio": 0.0}
     preference.losses(preference.recipe("dpo", first, "long", max_steps=5, **settings))

@@ -1,4 +1,4 @@
-"""What training overrides and reads of transformers' and TRL's insides is what docs/internals.md says, with reasons."""
+"""Training uses only those insides of transformers and TRL that docs/internals.md lists."""
 
 import ast
 import inspect
@@ -72,7 +72,7 @@ def test_private_names_of_others_are_those_of_the_table() -> None:
 
 
 def _kept_on_self(scope: ast.ClassDef) -> set[str]:
-    """What a class defines, or sets on `self`."""
+    """List the names that a class defines, or sets on `self`."""
     names = {node.name for node in scope.body if isinstance(node, ast.FunctionDef)}
     names |= {ast.unparse(node.target) for node in scope.body if isinstance(node, ast.AnnAssign)}
     stored = [node for node in ast.walk(scope) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
