@@ -76,7 +76,7 @@ def test_imports_nothing_heavy(name: str, mistake: Path, taken: Path) -> None:
     if "MISTAKE" in arguments:
         assert "rnak" in done.stderr
     if "TAKEN" in arguments:
-        assert "already there and not empty" in done.stderr
+        assert "exists and is not empty" in done.stderr
     imported = packages_imported(done.stderr)
     assert "lola_ft" in imported
     assert not imported & HEAVY

@@ -77,7 +77,7 @@ def test_a_folder_in_use_is_refused(taken: str, adapter: Path, tiny_base: Path, 
         (out / "mine").touch()
     else:
         out.write_text("mine")
-    with pytest.raises(UserError, match=f"{taken}: exists and not empty"):
+    with pytest.raises(UserError, match=f"{taken}: exists and is not empty"):
         convert_adapter(adapter, tiny_base, "per_expert", out)
     assert out.is_file() or [path.name for path in out.iterdir()] == ["mine"]
 

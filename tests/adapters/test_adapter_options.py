@@ -315,7 +315,7 @@ def test_loftq_brings_the_4_bit_base_closer_to_the_original(
     sentence = start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     corrected = (model(ids).logits - expected).abs().mean()
     assert corrected < 0.8 * plain
-    share = float(sentence.split("takes away ")[1].split("%")[0])
+    share = float(sentence.split("corrects ")[1].split("%")[0])
     assert 15 < share < 100
     # As the paper says, the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
@@ -398,7 +398,10 @@ def test_adapters_that_cannot_be_combined_are_named(
     [
         (AdapterSettings(router_rank=2, tune_router=True), "either tuned or has LoRA"),
         (AdapterSettings(), "Nothing would be trained"),
-        (AdapterSettings(attention_rank=2, dora=True, router_rank=2), "DoRA acts only on attention and mlp alone"),
+        (
+            AdapterSettings(attention_rank=2, dora=True, router_rank=2),
+            "DoRA acts only on attention and mlp, and the router has LoRA",
+        ),
         (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )

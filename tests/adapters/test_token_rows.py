@@ -205,7 +205,7 @@ def test_tokens_without_rows_in_the_base_are_named_with_the_fix(tmp_path: Path, 
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([f"<|{place}|>" for place in range(321 - len(tokenizer))], special_tokens=True)
     tokenizer.save_pretrained(base)
-    with pytest.raises(CheckpointError, match=r"rows for only 320: <\|\d+\|> has none.*data.special_tokens"):
+    with pytest.raises(CheckpointError, match=r"embeddings for only 320; <\|\d+\|> has none.*data.special_tokens"):
         train(load_recipe(chat_recipe(base, tmp_path, [])), dry_run=True)
     assert train(load_recipe(chat_recipe(base, tmp_path, [tokenizer.convert_ids_to_tokens(320)])))
 

@@ -107,7 +107,10 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
         lambda f: set_tensor(f, C_PROJ, torch.ones(128, 64, dtype=torch.int8)),
         ["{weights_file}: tensor '" + C_PROJ + "' is I8", "F32, F16 or BF16"],
     ),
-    "missing shard": (lambda f: f.shard()[1].unlink(), ["{index_file}", "not there: model-00002-of-00003.safetensors"]),
+    "missing shard": (
+        lambda f: f.shard()[1].unlink(),
+        ["{index_file}", "do not exist: model-00002-of-00003.safetensors"],
+    ),
     "truncated shard": (lambda f: cut(f.shard()[2], 9000), ["model-00003-of-00003.safetensors: truncated: tensor '"]),
     "index is not JSON": (lambda f: (f.shard(), f.index_file.write_text("")), ["{index_file}: not valid JSON"]),
     "index without map": (lambda f: (f.shard(), f.index_file.write_text("{}")), ["{index_file}: its weight_map"]),
@@ -117,7 +120,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     ),
     "empty index": (
         lambda f: (f.shard(), f.index_file.write_text('{"weight_map": {}}')),
-        ["{index_file}: names shards that do not there: none at all"],
+        ["{index_file}: its weight_map names no shard"],
     ),
 }
 

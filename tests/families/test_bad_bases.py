@@ -42,13 +42,13 @@ BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "pickles only": (
         "olmoe",
         pickled,
-        "{base}: holds neither model.safetensors nor … but pytorch_model.bin … never loaded … Take … safetensors … "
+        "{base}: holds neither model.safetensors nor … but pytorch_model.bin … never loaded … Use … safetensors … "
         "save_pretrained",
     ),
     "no weights": (
         "olmoe",
         without_weights,
-        "{base}: holds neither model.safetensors nor model.safetensors.index.json. … Take a revision with safetensors",
+        "{base}: holds neither model.safetensors nor model.safetensors.index.json. … Use a revision with safetensors",
     ),
     "remote code only": (
         "olmoe",
@@ -179,7 +179,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
     "more lists than layers with experts": (
         "qwen2_moe",
         {"experts": {"rank": 4, "select": [[0], [0]]}},
-        f"{SELECT}2 lists, but the base has 1 MoE layers; give one list each",
+        f"{SELECT}2 lists, but the base has 1 MoE layers; give one list per MoE layer",
     ),
 }
 

@@ -46,7 +46,7 @@ def test_a_recipe_that_training_refuses_is_not_planned(
     outcome = verb("plan", dense_recipe("gpt2", adapter={"experts": {"rank": 4}}))
     assert (outcome.code, "which has no experts" in outcome.err) == (2, True)
     outcome = verb("plan", dense_recipe("bloom"), "data.packing=true")
-    assert (outcome.code, "does not keep packed documents apart" in outcome.err) == (2, True)
+    assert (outcome.code, "cannot keep packed documents apart" in outcome.err) == (2, True)
 
 
 def test_the_bundled_recipe_is_planned_from_a_config_alone(tmp_path: Path, verb: Callable[..., Any]) -> None:

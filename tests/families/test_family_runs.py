@@ -62,5 +62,5 @@ def test_a_balancing_loss_that_the_authors_lack_is_refused(
     moe_bases: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(CORRECTED, moe_bases[CORRECTED], rows_file, tmp_path, mode="tuned", aux_loss=0.01)
-    with pytest.raises(UserError, match=r"router.aux_loss: DeepSeek-V3 balance its load without a loss"):
+    with pytest.raises(UserError, match=r"router.aux_loss: DeepSeek-V3 balances its load without a loss"):
         train(load_recipe(recipe), dry_run=True)

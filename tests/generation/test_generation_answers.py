@@ -149,7 +149,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
     [
         ({"question": "one"}, r"in\.jsonl:1: has no field prompt, instruction or messages \(found: question\)"),
         ({"prompt": ""}, r"in\.jsonl:1: field 'prompt' is empty"),
-        ({"prompt": "one", "answer": "two"}, r"field 'answer' would be overwritten"),
+        ({"prompt": "one", "answer": "two"}, r"the answer would overwrite the field 'answer'"),
         ({"messages": [{"role": "assistant", "content": "four"}]}, "two assistant turns"),
     ],
 )

@@ -41,7 +41,7 @@ def test_the_card_says_what_was_done(tiny_base: Path, adapter: Path, tmp_path: P
     assert "| sw | 1,200 | 5 |\n| de | 30 | 5 |" in card
     assert "same next token at 100.0%" in card
     assert "| merged into | the original weights |" in card
-    assert f"| weights | {report.changed} changed, {report.copied} as in the base, dtype auto |" in card
+    assert f"| weights | {report.changed} changed, {report.copied} the same as in the base, dtype auto |" in card
     assert str(tmp_path) not in card
 
 

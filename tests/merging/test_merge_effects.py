@@ -58,7 +58,7 @@ def test_the_command_prints_effects_and_proof(
 ) -> None:
     merge_command(str(adapter), str(tiny_base), str(tmp_path / "merged"), "auto", None, False, "full")
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "choose nf4 to keep"):
+    for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "Choose nf4 to keep"):
         assert text in printed
     assert "58 of 58 adapter tensors are applied exactly once" in printed
 

@@ -216,7 +216,7 @@ def test_a_folder_in_use_is_refused(taken: str, tiny_base: Path, adapter: Path, 
         (out / "mine").write_text("mine")
     else:
         out.write_text("mine")
-    with pytest.raises(UserError, match=f"{taken}: exists and not empty"):
+    with pytest.raises(UserError, match=f"{taken}: exists and is not empty"):
         merge(tiny_base, adapter, out)
     assert (out.read_text() if out.is_file() else (out / "mine").read_text()) == "mine"
 

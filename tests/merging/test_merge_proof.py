@@ -156,12 +156,12 @@ def another_router(state: dict[str, Tensor]) -> None:
     [
         (swap_experts, "experts.1.c_fc.weight' is not base plus update"),
         (transpose, "h.0.attn.c_proj.weight' is not base plus update"),
-        (flip_a_bit, "wte.weight' is not the base's"),
-        (flip_the_sign_of_zero, "ln_1.bias' is not the base's"),
+        (flip_a_bit, "wte.weight' differs from the base's"),
+        (flip_the_sign_of_zero, "ln_1.bias' differs from the base's"),
         (a_nan, "experts.1.c_fc.weight' is not base plus update"),
         (another_router, "gate.weight' is not the adapter's trained weight"),
         (lambda state: state.pop(EXPERT), "experts.1.c_fc.weight"),
-        (lambda state: state.update({EXPERT: state[EXPERT].bfloat16()}), "is BF16, which was not asked for"),
+        (lambda state: state.update({EXPERT: state[EXPERT].bfloat16()}), "is BF16, not the dtype asked for"),
     ],
 )
 def test_damage_is_found(damage: Any, message: str, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_update_applied_twice_or_not_at_all_is_found(
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("transformer.wte.weight", "is not the base's"), (EXPERT, "is not what was written")]
+    ("name", "what"), [("transformer.wte.weight", "differs from the base's"), (EXPERT, "differs from what was written")]
 )
 def test_one_wrong_byte_on_disk_is_found(
     name: str, what: str, tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -188,13 +188,13 @@ def test_a_tuple_of_outputs_holds_the_same_logits(model: LolaForCausalLM) -> Non
 
 def test_attention_weights_of_sdpa_are_refused(model: LolaForCausalLM) -> None:
     with pytest.raises(
-        UserError, match=r"sdpa attention does not compute its weights.*set_attn_implementation\('eager'\)"
+        UserError, match=r"sdpa attention does not compute attention weights.*set_attn_implementation\('eager'\)"
     ):
         model(prompt(4), output_attentions=True)
 
 
 def test_flex_attention_is_refused_on_a_cpu(make_model: Callable[..., LolaForCausalLM]) -> None:
-    with pytest.raises(UserError, match="flex attention, compiled for a CPU, answers NaN"):
+    with pytest.raises(UserError, match="flex attention, compiled for a CPU, returns NaN"):
         make_model(attn_implementation="flex_attention")(prompt(4))
 
 

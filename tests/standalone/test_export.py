@@ -79,7 +79,7 @@ def test_export_links_the_weights_of_every_shard(folder: Folder, tmp_path: Path,
     shards = folder.shard(3)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
     assert (done.code, done.err) == (0, "")
-    assert "Files of weights: 3 linked." in done.out
+    assert "Weight files: 3 linked." in done.out
     for shard in shards:
         assert shard.samefile(tmp_path / "lola" / shard.name)
     before = config_of(folder.path)
@@ -99,7 +99,7 @@ def test_export_copies_onto_another_disk(
 
     monkeypatch.setattr(os, "link", other_disk)
     done = verb("export", str(folder.path), "--out", str(tmp_path / "lola"))
-    assert "Files of weights: 1 copied." in done.out
+    assert "Weight files: 1 copied." in done.out
     assert not folder.weights_file.samefile(tmp_path / "lola" / "model.safetensors")
     assert (tmp_path / "lola" / "model.safetensors").read_bytes() == folder.weights_file.read_bytes()
 
@@ -181,7 +181,7 @@ def test_a_folder_in_use_an_adapter_and_another_family_are_refused(
         export(folder.path, tmp_path / "full")
     with pytest.raises(UserError, match=r"is a run or an adapter.*Merge it first"):
         export(tiny_adapter, tmp_path / "lola")
-    with pytest.raises(UserError, match=r"transformers brings the class of GPT-2 models.*as it is"):
+    with pytest.raises(UserError, match=r"transformers has its own class for GPT-2 models.*Use it directly"):
         export(dense_gpt2, tmp_path / "lola")
     done = verb("export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "lola"))
     assert done.code == 2
