@@ -209,7 +209,8 @@ def to_state(
                 by_expert[single.expert] = joined_pair(weights, single)
     if len({frozenset(m for m, s in stacks if s == stack) for _, stack in stacks}) > 1:
         raise AdapterError(
-            "Some layers have LoRA on both projections of their experts, others on one: only per_expert can hold that."
+            "Some layers have LoRA on both projections of their experts, others on one, and only the layout per_expert "
+            "can hold both."
         )
     for (module, stack), by_expert in stacks.items():
         wanted = (experts_of or {}).get(module, range(weights.architecture.num_experts))

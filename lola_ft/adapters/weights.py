@@ -213,7 +213,9 @@ class AdapterWeights:
         left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
         if left_out:
             warnings.warn(
-                f"adapter_config.json names {', '.join(left_out)}, but the adapter has no tensors for it.", stacklevel=4
+                f"adapter_config.json names {', '.join(left_out)}, but the adapter's file has no LoRA tensors for "
+                f"{'this name' if len(left_out) == 1 else 'these names'}. Nothing is loaded there.",
+                stacklevel=4,
             )
         return [module for module, kind in kinds.items() if kind not in left_out]
 

@@ -104,8 +104,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: its weight_map does not say which shard holds which tensor.")
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise CheckpointError(f"{index}: names shards that do not exist: {', '.join(missing) or 'none at all'}.")
+        if not names:
+            raise CheckpointError(f"{index}: its weight_map names no shard. Download the checkpoint again.")
+        if missing:
+            raise CheckpointError(
+                f"{index}: names shards that do not exist: {', '.join(missing)}. Download the checkpoint again."
+            )
         return [folder / name for name in names]
     pickles = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
     found = f", but {', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}" if pickles else ""

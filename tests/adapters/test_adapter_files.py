@@ -239,7 +239,7 @@ def test_a_kind_of_module_that_the_file_lacks_is_left_out_with_a_warning(
     state = load_file(golden_adapter / "adapter_model.safetensors")
     shutil.copy(golden_adapter / "adapter_config.json", tmp_path)
     save_file({key: value for key, value in state.items() if kept in key}, tmp_path / "adapter_model.safetensors")
-    with pytest.warns(UserWarning, match="the adapter has no tensors for it"):
+    with pytest.warns(UserWarning, match="the adapter's file has no LoRA tensors for"):
         loaded = load_adapter(load_base(golden_base, None, "float32", quiet=True), tmp_path)
     found = adapter_weights(loaded).pairs
     assert found.keys() == {

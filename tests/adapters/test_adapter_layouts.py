@@ -158,7 +158,7 @@ def test_one_layer_with_both_projections_and_one_with_only_up_is_refused_in_a_st
     weights = make_weights(up=(2, 8.0), down=(2, 8.0))
     for e in range(E):
         del weights.pairs[f"transformer.h.3.moe.experts.{e}.c_proj"]
-    with pytest.raises(AdapterError, match="only per_expert can hold that"):
+    with pytest.raises(AdapterError, match="only the layout per_expert can hold both"):
         to_state(weights, "peft")
     assert len(to_state(weights, "per_expert")) == 2 * (2 * E + E)
 
@@ -227,7 +227,7 @@ def test_an_expert_that_is_both_single_and_in_a_stack_is_refused(make_weights: C
     state, config = stored(weights, "peft")
     both = to_state(weights, "per_expert")
     state |= {key: tensor for key, tensor in both.items() if ".h.3.moe.experts.1." in key}
-    with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: expert 1 is in the file twice"):
+    with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: expert 1 is in the file twice, in the stack"):
         from_state(state, config, TINY)
 
 

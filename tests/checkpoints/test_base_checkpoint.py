@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
     ),
     "empty index": (
         lambda f: (f.shard(), f.index_file.write_text('{"weight_map": {}}')),
-        ["{index_file}: names shards that do not exist: none at all"],
+        ["{index_file}: its weight_map names no shard"],
     ),
 }
 

@@ -165,7 +165,7 @@ def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb:
     assert "Rows are not packed" in outcome.out
     refused = verb("train", dense_recipe("bloom"), "data.packing=true", "--dry-run")
     assert refused.code == 2
-    assert "data.packing: the attention of BLOOM models" in refused.err
+    assert "data.packing: transformers' attention of BLOOM models cannot keep packed documents apart" in refused.err
 
 
 @pytest.mark.slow

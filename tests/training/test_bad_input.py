@@ -63,7 +63,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "open quote": ("r.csv", b'instruction,output\na,"b\n', "alpaca", "broken table"),
     "two delimiters": ("r.tsv", b"instruction;output|x\na;b|c\n", "alpaca", "semicolons or bars"),
-    "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "not a Parquet file that can be read"),
+    "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "cannot be read as a Parquet file"),
     "empty parquet": ("r.parquet", b"", "alpaca", "holds no rows"),
     "unknown kind": ("r.xlsx", b"PK", "alpaca", "unknown kind of file '.xlsx'"),
     "pickle": ("r.pkl", b"\x80\x04N.", "alpaca", "unknown kind of file '.pkl'"),
@@ -217,7 +217,7 @@ def test_an_adapter_of_another_shape_is_refused(verb: Callable[..., Any], tiny_b
 def test_dry_run_writes_nothing(recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path) -> None:
     outcome = verb("train", recipe_file(), "--dry-run")
     assert outcome.code == 0
-    assert "What is trained" in outcome.out
+    assert "Trained parameters" in outcome.out
     assert not (tmp_path / "run").exists()
 
 

@@ -302,7 +302,7 @@ def test_another_base_is_refused_before_it_is_loaded(
     recipe = stages.next("second", made("lora"))
     stages.base = make_base(stages.folder / "other", seed=1)
     error = stages.refused(recipe, f"base.model={stages.base}")
-    assert_says(error, "adapter.continue_from: … was trained on base … is … Give base.model to the adapter's own base.")
+    assert_says(error, "adapter.continue_from: … was trained on base … is … Set base.model to the adapter's own base.")
 
 
 def test_a_damaged_adapter_is_refused_before_the_base_is_opened(stages: Stages, made: Callable[[str], Path]) -> None:
