@@ -102,7 +102,7 @@ def test_every_verb_looks_where_it_will_write_first(command: list[str], tmp_path
     words = [word.replace("FILE", str(tmp_path / "file")) for word in command]
     done = python(["-X", "importtime", "-m", "lola_ft", *words])
     assert done.returncode == 2
-    assert_says(done.stderr.splitlines()[-1], f"{tmp_path / 'file'} is no folder")
+    assert_says(done.stderr.splitlines()[-1], f"{tmp_path / 'file'} is not a folder")
     assert not packages_imported(done.stderr) & HEAVY
 
 

@@ -67,7 +67,7 @@ class RowOptions:
         format = self.format or ("text" if kind_of_file(file) == ".txt" else None)
         if format not in known:
             given = f"--format '{format}' is unknown" if format else f"{file}: say what its rows are with --format"
-            raise UserError(f"{given}; there are {', '.join(known)}.")
+            raise UserError(f"{given}; choose one of {', '.join(known)}.")
         fields = _pairs(self.fields, "--field")
         standard = _CHOICE_FIELDS if format == CHOICES else FORMATS[format].fields
         if unknown := [name for name in fields if name not in standard]:

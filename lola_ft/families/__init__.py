@@ -73,8 +73,8 @@ def find_family(model_type: object, where: object = "config.json", own_code: boo
         code = " The checkpoint brings code of its own (auto_map), which is never run." if own_code else ""
         raise CheckpointError(
             f"{where}: model_type is '{model_type}', which is not supported.{code} lola_ft fine-tunes "
-            f"{'models with similar names: ' * bool(near)}{known}. Choose such a base; `lola-ft families` says what can be "
-            "trained of each."
+            f"{'models with similar names: ' * bool(near)}{known}. Choose such a base; `lola-ft families` says what "
+            "can be trained of each."
         )
     return family
 

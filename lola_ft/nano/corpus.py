@@ -124,7 +124,7 @@ def write_texts(folder: Path, seed: int = 0, kind: str = "all", languages: Seque
         if language not in texts_of:
             near = "".join(f"Did you mean '{tag}'? " for tag in get_close_matches(language, texts_of, n=1))
             raise DataError(
-                f"--languages {language}: there is no such text. {near}Choose among {', '.join(sorted(texts_of))}."
+                f"--languages {language}: there is no text in it. {near}Choose among {', '.join(sorted(texts_of))}."
             )
     folder.mkdir(parents=True, exist_ok=True)
     files = []

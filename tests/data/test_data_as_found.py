@@ -294,7 +294,9 @@ def test_a_missing_file_names_the_folder_it_was_looked_for_in(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path / "deep")
     with pytest.raises(DataError) as caught:
         list(read_examples([Source("alpaca", "data/a.jsonl")]))
-    assert_says(str(caught.value), f"data/a.jsonl: no such file in {tmp_path / 'deep'} … It is there from {tmp_path}")
+    assert_says(
+        str(caught.value), f"data/a.jsonl: no such file in {tmp_path / 'deep'} … It exists relative to {tmp_path}"
+    )
 
 
 def test_fields_that_nothing_used_are_counted(tmp_path: Path) -> None:

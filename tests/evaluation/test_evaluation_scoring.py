@@ -133,7 +133,7 @@ def test_a_tokenizer_that_changes_bytes_is_refused(opened: OpenModel, tiny_base:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("o", "oo")
     changed = OpenModel(opened.subject, opened.model, tokenizer, None, "")
-    with pytest.raises(UserError, match="rows:one: the tokenizer makes 15 bytes of a text of 13"):
+    with pytest.raises(UserError, match="rows:one: the tokenizer turns a text of 13 bytes into 15 bytes"):
         LossTask([text(TEXTS[0])], 1).run(changed, PLAIN)
 
 

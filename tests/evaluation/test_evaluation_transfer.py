@@ -62,4 +62,4 @@ def test_mistakes_are_one_message(verb: Verb, make_run: Callable[..., Path], tin
     assert "base has no manifest.json" in verb("evaluate", run, tiny_base, *data).err
     assert "does not measure" in verb("evaluate", tiny_base, run, *data, "--task", "choice").err
     (run / "manifest.json").write_text("{}")
-    assert "does not tell which languages" in verb("evaluate", tiny_base, run, *data).err
+    assert "does not list the languages" in verb("evaluate", tiny_base, run, *data).err

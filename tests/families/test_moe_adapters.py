@@ -124,14 +124,14 @@ def test_gate_and_up_with_an_input_matrix_of_each_become_one_pair_of_twice_the_r
     base = moe_bases[kind]
     each = random_adapter(base, kind, tmp_path / "each", "per_expert", **settings)
     with_own_gate_inputs(each)
-    with pytest.warns(UserWarning, match="sum of both ranks"):
+    with pytest.warns(UserWarning, match="their ranks are added"):
         convert_adapter(each, base, "peft", tmp_path / "peft")
     architecture = BaseCheckpoint.open(base).architecture
     separate, joined = (read_adapter(tmp_path / name).weights(architecture) for name in ("each", "peft"))
     assert separate.pairs.keys() == joined.pairs.keys()
     for module in separate.pairs:
         torch.testing.assert_close(joined.delta(module), separate.delta(module), atol=1e-7, rtol=1e-6)
-    with pytest.warns(UserWarning, match="sum of both ranks"):
+    with pytest.warns(UserWarning, match="their ranks are added"):
         ours = ours_with(base, each)
     torch.testing.assert_close(logits(ours), logits(stock_peft(base, tmp_path / "peft")), atol=1e-5, rtol=1e-4)
 

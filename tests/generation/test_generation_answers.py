@@ -149,7 +149,7 @@ def test_files_of_prompts_keep_their_rows_in_order(tmp_path: Path) -> None:
     [
         ({"question": "one"}, r"in\.jsonl:1: has no field prompt, instruction or messages \(found: question\)"),
         ({"prompt": ""}, r"in\.jsonl:1: field 'prompt' is empty"),
-        ({"prompt": "one", "answer": "two"}, r"field 'answer' would be overwritten"),
+        ({"prompt": "one", "answer": "two"}, r"the answer would overwrite the field 'answer'"),
         ({"messages": [{"role": "assistant", "content": "four"}]}, "two assistant turns"),
     ],
 )

@@ -63,7 +63,7 @@ def test_the_template_shapes_the_prompt(verb: Verb, tiny_base: Path) -> None:
         (("--prompt", "a", "--top-p", "0.5"), "--top-p does nothing"),
         (("--prompt", "a", "--adapter", "nowhere"), "neither a run's folder nor an adapter's"),
         (("--prompt", "a", "--out", "."), ".: is a folder"),
-        (("--prompt", "a", "--out", "/dev/null/x.jsonl"), "/dev/null is no folder"),
+        (("--prompt", "a", "--out", "/dev/null/x.jsonl"), "/dev/null is not a folder"),
     ],
 )
 def test_mistakes_are_one_message(verb: Verb, tiny_base: Path, options: tuple[str, ...], message: str) -> None:
@@ -119,7 +119,7 @@ def test_a_long_conversation_forgets_its_beginning(tiny_base: Path, capsys: pyte
     chat(model, tokenizer, template, Sampling(20), talk.read, talk.answer)
     assert max(map(len, talk.shown)) <= 128 - 20
     assert talk.shown[-1][-3:] == talk.shown[0][-3:]
-    assert "are forgotten: 128 positions" in capsys.readouterr().err
+    assert "are left out: the model has 128 positions" in capsys.readouterr().err
 
 
 def test_a_template_of_single_requests_is_refused(tiny_base: Path) -> None:

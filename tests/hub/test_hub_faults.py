@@ -93,7 +93,7 @@ def test_a_broken_verification_is_tried_again_and_then_an_error(
 @pytest.mark.parametrize("path", [CREATE, PREUPLOAD, BATCH, COMMIT])
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [(401, "hf auth login"), (403, "may not write there"), (500, "refused with 500"), ("drop", "no connection")],
+    [(401, "hf auth login"), (403, "may not write there"), (500, "refused with 500"), ("drop", "cannot be reached")],
 )
 def test_a_lasting_fault_is_an_error_and_nothing_is_sent(
     hub: Any,
@@ -115,7 +115,7 @@ def test_a_conflict_that_stays_is_an_error(
     hub: Any, send: Callable[..., list[float]], make_fault: Callable[..., Any]
 ) -> None:
     hub.faults.append(make_fault(COMMIT, 409, times=1000))
-    with pytest.raises(PublishError, match="changes the repository at the same time"):
+    with pytest.raises(PublishError, match="is being changed by someone else"):
         send()
     assert not arrived(hub)
 
@@ -137,7 +137,7 @@ def test_a_refusal_is_not_repeated(hub: Any, send: Callable[..., list[float]], m
 def test_a_wrong_token_and_a_strangers_repository_are_refused(
     hub: Any, send: Callable[..., list[float]], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(PublishError, match=r"may not write there \(403\).*write rights to 'somebody'"):
+    with pytest.raises(PublishError, match=r"may not write there \(403\).*write access to 'somebody'"):
         publish(adapter, "somebody/model", base_id="tester/base", skip_check=True, wait=lambda _: None)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "W" * 34)
     with pytest.raises(PublishError, match="does not accept your token") as caught:

@@ -71,7 +71,7 @@ def test_a_new_repository_is_private_when_asked(hub: Any, adapter: Path) -> None
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub: Any, adapter: Path) -> None:
     hub.add(REPO, {}, private=False)
-    with pytest.raises(PublishError, match="is there already and public"):
+    with pytest.raises(PublishError, match="exists and is public"):
         send(adapter, private=True)
     assert len(hub.repos[REPO].commits) == 1
 
@@ -233,7 +233,7 @@ def test_a_merge_keeps_licence_and_gate_and_publishing_warns_of_the_gate(
     shutil.rmtree(base)  # the merged folder is all that there is
     publish(tmp_path / "merged", "tester/model", base_id="org/base", skip_check=True, wait=lambda _: None)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Licence of org/base, by its card: open-moe" in said
+    assert "The card of org/base names the licence open-moe" in said
     assert "Warning: org/base is gated" in said
     files = hub.repos["tester/model"].files
     assert files["LICENSE.txt"] == b"Do no harm.\n"

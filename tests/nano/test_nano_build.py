@@ -86,7 +86,7 @@ def test_two_builds_are_equal_bit_by_bit(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a nano base"):
+    with pytest.raises(UserError, match="holds no nano base"):
         build_nano(tmp_path, TINY)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -103,7 +103,7 @@ DAMAGED = {
     "a field lost": (packed(row(), {"tag": "de"}), ":2: is not a declaration (field 'articles' is missing)"),
     "an article lost": (packed(row(articles=[])), ":1: … sw: 0 articles, not 30"),
     "an empty article": (packed(row(articles=EMPTY)), ":1: … sw: article 1 is empty"),
-    "twice": (packed(row(), row()), ":2: … sw is there twice"),
+    "twice": (packed(row(), row()), ":2: … sw occurs twice"),
     "no paragraphs": (packed(row(preamble="text")), ":1: … not a list of texts"),
 }
 
@@ -148,7 +148,7 @@ REFUSED = {
         ["--text", "declaration", "--languages", "sw,tlh"],
         "--languages tlh: there is no text in it. … sr-Latn, ss, st",
     ),
-    "a kind": (["--text", "bible"], "--text bible: there is all, names, declaration"),
+    "a kind": (["--text", "bible"], "--text bible: is unknown; choose one of all, names, declaration"),
 }
 
 

@@ -149,22 +149,22 @@ def test_mistakes_are_named(
     (tmp_path / "rows.txt").write_text("moja")
     with pytest.raises(DataError, match="does not begin with a language code"):
         profile_routing(tiny_base, [tmp_path / "rows.txt"])
-    with pytest.raises(UserError, match="--max-length 129: the model reads 1 to 128 tokens"):
+    with pytest.raises(UserError, match="--max-length 129: must be from 1 to 128"):
         profile_routing(tiny_base, [texts], max_length=129, quantization=None)
     out = tmp_path / "p.safetensors"
     for wrong, message in (
         (["--data", str(tmp_path / "none.txt")], "no such file"),
         (["--data", str(texts), "--format", "prose"], "--format prose: there is alpaca"),
-        (["--data", str(texts), "--unit", "word"], "--unit word: there is paragraph"),
+        (["--data", str(texts), "--unit", "word"], "--unit word: is unknown; choose one of paragraph"),
         (["--data", str(texts), "--quantization", "int8"], "int8"),
-        (["--data", str(texts), "--template", "alpaca"], "--template does nothing to format text"),
+        (["--data", str(texts), "--template", "alpaca"], "--template does nothing for format text"),
         (["--data", str(rows_file), "--language-column", "language", "--format", "alpaca", "--unit", "line"], "--unit"),
     ):
         done = verb("routing", "profile", str(tiny_base), *wrong, "--out", str(out))
         assert (done.code, out.exists()) == (2, False)
         assert message in done.err
     (tmp_path / "file").write_text("")
-    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "p", "file is no folder")):
+    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "p", "file is not a folder")):
         done = verb("routing", "profile", str(tiny_base), "--data", str(texts), "--out", str(place))
         assert done.code == 2
         assert message in done.err

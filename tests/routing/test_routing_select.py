@@ -81,8 +81,8 @@ def test_unknown_languages_and_wrong_options_are_refused(made_profile: Make) -> 
         ((["sw"], 0.8), "no language 'sw'. It has a, b"),
         ((["a"], 0.0), "--coverage 0.0: must be above 0"),
         ((["a"], 1.5), "--coverage 1.5: must be above 0 and at most 1"),
-        (([], 0.5), "--languages: names none"),
-        ((["a"], 0.5, "logits"), "--by logits: there is tokens, gate"),
+        (([], 0.5), "--languages: is empty"),
+        ((["a"], 0.5, "logits"), "--by logits: is unknown; choose one of tokens, gate"),
     ):
         with pytest.raises(UserError, match=message):
             select_experts(profile, *arguments)
@@ -126,6 +126,6 @@ def test_the_file_is_whole_json(profile: Profile, tmp_path: Path) -> None:
 def test_a_place_that_takes_no_file_is_named(profile: Profile, tmp_path: Path) -> None:
     choice = select_experts(profile, ["sw"], 0.5)
     (tmp_path / "file").write_text("")
-    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "c.json", "file is no folder")):
+    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "c.json", "file is not a folder")):
         with pytest.raises(UserError, match=message):
             save_choice(choice, place)

@@ -181,7 +181,7 @@ def test_other_mistakes(
         export(folder.path, tmp_path / "full")
     with pytest.raises(UserError, match=r"is a run or an adapter.*Merge it first"):
         export(tiny_adapter, tmp_path / "lola")
-    with pytest.raises(UserError, match=r"transformers brings the class of GPT-2 models.*as it is"):
+    with pytest.raises(UserError, match=r"transformers has its own class for GPT-2 models.*Use it directly"):
         export(dense_gpt2, tmp_path / "lola")
     done = verb("export", str(tmp_path / "nowhere"), "--out", str(tmp_path / "lola"))
     assert done.code == 2

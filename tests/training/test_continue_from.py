@@ -302,7 +302,7 @@ def test_another_base_is_refused_before_it_is_loaded(
     recipe = stages.next("second", made("lora"))
     stages.base = make_base(stages.folder / "other", seed=1)
     error = stages.refused(recipe, f"base.model={stages.base}")
-    assert_says(error, "adapter.continue_from: … was trained on base … is … Give base.model to the adapter's own base.")
+    assert_says(error, "adapter.continue_from: … was trained on base … is … Set base.model to the adapter's own base.")
 
 
 def test_a_damaged_adapter_is_refused_before_the_base_is_opened(stages: Stages, made: Callable[[str], Path]) -> None:
@@ -417,7 +417,7 @@ def test_the_start_of_a_run_cannot_change(stages: Stages, made: Callable[[str], 
     shutil.copytree(made("lora"), other)
     for start in ([f"adapter.continue_from={other}"], ["adapter.continue_from=null", "adapter.attention.rank=4"]):
         error = stages.refused(recipe, *start, "--resume", "--allow-changed", "adapter")
-        assert_says(error, "adapter.continue_from was … a run starts once")
+        assert_says(error, "adapter.continue_from was … a run cannot change its start")
 
 
 # Plans

@@ -242,11 +242,11 @@ def test_wrong_rows_are_named_with_their_line(form: str, row: dict[str, Any], me
         ("data.packing=true", "compares whole answers"),
         ("adapter.dropout=0.1", "dropout would add that"),
         ("adapter.init=loftq", "loftq starts elsewhere"),
-        ("router.aux_loss=0.1", "has a loss of its own"),
+        ("router.aux_loss=0.1", "does not add the router's losses to its own loss"),
         ("objective=kto", "learns from format unpaired_preference"),
         ("objective=sft", "Set `objective: dpo` for preference"),
         ("train.loss_type=kto", "objective dpo has sigmoid"),
-        ("guards.router_collapse=stop", "does not measure the routers' load"),
+        ("guards.router_collapse=stop", "does not measure the router's load"),
     ],
 )
 def test_settings_without_meaning_are_refused(override: str, message: str, recipe_of: Callable[..., Path]) -> None:

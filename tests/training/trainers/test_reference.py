@@ -178,4 +178,4 @@ def test_a_plan_counts_the_reference(preference: Preference) -> None:
     assert with_adapter["parts"].pop("reference") == with_base["parts"]["adapter"]
     assert with_adapter["parts"] == with_base["parts"]
     assert with_adapter["peak_bytes"] == with_base["peak_bytes"] + with_base["parts"]["adapter"]
-    assert "the starting adapter, frozen" in preference.verb("plan", str(recipe)).out
+    assert "frozen copy of the starting adapter" in preference.verb("plan", str(recipe)).out
