@@ -190,5 +190,5 @@ def test_two_processes_at_once_make_one_entry(tokenizer: PreTrainedTokenizerFast
 
 def test_preview_says_that_rows_come_from_the_cache(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     recipe = recipe_file()
-    assert "from cache" not in verb("preview", recipe).out
+    assert "from the cache" not in verb("preview", recipe).out
     assert "Encoded rows come from the cache." in verb("preview", recipe).out

@@ -170,5 +170,5 @@ def refuse_other_facts(
     if (then := before.get("threads")) not in (None, threads := facts["threads"]):
         report(
             f"Note: torch had {then} threads when the run was stopped and has {threads} now. Sums are computed in "
-            f"another order, so last digits may differ. Set OMP_NUM_THREADS={then} to resume exactly."
+            f"another order, so last digits may differ. A run with OMP_NUM_THREADS={then} goes on exactly."
         )
