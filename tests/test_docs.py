@@ -63,7 +63,7 @@ def paths_in(document: Path) -> list[str]:
     text = document.read_text(encoding="utf-8")
     in_backticks = re.findall(r"`([\w./-]+(?:\.(?:py|md|csv)|/))`", text)
     in_commands = re.findall(r"\b((?:benchmarks|recipes|tests)/[\w./-]+\.(?:py|yaml|jsonl))", text)
-    links = re.findall(r"\]\(([\w./-]+)\)", text)
+    links = re.findall(r"""(?:\]\(|src=")([\w./-]+)[")]""", text)
     found = dict.fromkeys([*in_backticks, *in_commands, *links])
     exceptions = (*PARTS_OF_OUTPUT, *EXAMPLES, *MADE_FOR_THE_SITE)
     return [path for path in found if path not in exceptions and not path.startswith(FOLDERS_OF_OUTPUT)]

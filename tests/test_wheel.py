@@ -99,7 +99,7 @@ def test_its_verbs_work_outside_the_checkout(installed: Callable[..., str], tiny
     copied = installed("lola-ft", "recipes", "copy", "classification", "--out", tmp_path).splitlines()
     assert {Path(path).name for path in copied} >= {"classification.yaml", "classification_sample.jsonl"}
     recipe = next(path for path in copied if path.endswith(".yaml"))
-    changes = [f"base.model={tiny_base}", "data.max_length=128"]
+    changes = [f"base.model={tiny_base}", "data.max_length=128", "data.overlong=truncate"]
     cache: dict[str, Any] = {"LOLA_FT_CACHE": str(tmp_path / "cache")}
     assert "Training data" in installed("lola-ft", "preview", recipe, *changes, **cache)
     assert "It fits" in installed("lola-ft", "plan", recipe, *changes, "--gpu", "8GB", **cache)
