@@ -202,6 +202,7 @@ def test_a_variable_of_the_shell_is_refused(recipe: Callable[..., Path], verb: C
     assert_says(verb("train", recipe(rows="${DATA}/a.jsonl")).err, "not valid YAML … ${X} are not replaced")
 
 
+@pytest.mark.slow
 def test_a_base_that_has_moved_is_named_with_the_option_that_helps(
     recipe: Callable[..., Path],
     verb: Callable[..., Any],

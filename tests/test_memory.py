@@ -25,6 +25,7 @@ print(before, kept, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_what_is_freed_is_used_again_without_asking_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)

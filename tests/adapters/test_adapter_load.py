@@ -100,6 +100,7 @@ def test_an_adapter_on_any_parts_computes_base_plus_update(
         assert again.scaling(module) == weights.scaling(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 def test_saved_and_loaded_it_is_the_same_adapter(

@@ -82,6 +82,7 @@ def test_loss_and_gradients_are_those_of_pefts_own_layer(bases: dict[str, Path],
     assert all(ours_by_name[name].ne(0).any() for name in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", slow_but(["olmoe"], ["lola", "olmoe"]))
 def test_a_stored_adapter_gives_the_same_logits_here_in_stock_peft_and_merged(
     bases: dict[str, Path], family: str, tmp_path: Path
@@ -149,6 +150,7 @@ def roomy(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_trains_the_rows_of_its_special_tokens_and_no_others(verb: Callable[..., Any], tmp_path: Path) -> None:
     base = roomy(tmp_path / "base")
     recipe = chat_recipe(base, tmp_path, ["<|im_start|>", "<|im_end|>"])
@@ -199,6 +201,7 @@ def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading
     assert f"model.resize_token_embeddings(max({rows + 2}, model.config.vocab_size))" in (run / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_tokens_without_rows_in_the_base_are_named_with_the_fix(tmp_path: Path, tiny_base: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)

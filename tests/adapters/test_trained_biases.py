@@ -77,6 +77,7 @@ def test_each_bias_is_trained_once(
     assert audit(model).counts["biases", "float32"].parameters == biases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norms", "checkpointing"),
     slow_but([(False, False), (True, True)], [(False, False), (False, True), (True, False), (True, True)]),
@@ -148,6 +149,7 @@ def test_trained_biases_are_float32_on_a_16_bit_base(load: Callable[..., Any], i
 # Files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -257,6 +259,7 @@ def test_a_stack_needs_every_row(make_weights: Callable[..., AdapterWeights], tm
 # Several adapters
 
 
+@pytest.mark.slow
 def test_adapters_of_one_model_keep_their_own_biases(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
     """Adapters with biases of all or some experts, with norms, and without biases give the same as by themselves."""
     kinds = {

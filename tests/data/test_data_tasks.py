@@ -381,6 +381,7 @@ KEYS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(format=st.sampled_from(sorted(FORMATS)), fields=ROW, keys=KEYS)
 def test_any_row_in_any_format_is_an_example_or_gives_one_clean_error(

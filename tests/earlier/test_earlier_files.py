@@ -125,6 +125,7 @@ def test_the_cache_is_loaded_without_quantising(
     assert (load() - quantised).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_cache_replaces_a_missing_base(
     earlier: Path, earlier_logits: Logits, logits_of: Compute, verb: Verb
 ) -> None:
@@ -215,6 +216,7 @@ def test_resuming_a_finished_run_changes_nothing(name: str, verb: Verb) -> None:
     assert before == {path: path.read_bytes() for path in Path("finished", name).rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_evaluation_gives_the_stored_results(name: str, verb: Verb) -> None:
@@ -243,6 +245,7 @@ def test_a_merged_run_gives_the_stored_logits(
     assert_close(logits_of(merged), earlier_logits(f"finished/{name}/none"), **LOGITS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_merge_writes_the_stored_files(layout: str, verb: Verb) -> None:

@@ -27,6 +27,7 @@ def make_run(tiny_adapter: Path, tiny_base: Path, tmp_path: Path) -> Callable[..
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_the_matrix_holds_each_runs_change_by_tested_language(
     verb: Verb, make_run: Callable[..., Path], tiny_base: Path, tmp_path: Path

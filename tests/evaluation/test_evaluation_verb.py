@@ -76,6 +76,7 @@ def test_a_run_and_its_merge_score_alike_and_unlike_the_base(
     assert again.out == outcome.out.partition("Written to")[0], "the batch size changes nothing that is shown"
 
 
+@pytest.mark.slow
 def test_a_base_reads_what_the_run_reads(
     verb: Verb, tiny_base: Path, run: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_comparing_4_bit_with_unquantised_weights_is_said(
     assert "include rounding" not in verb("evaluate", *models, "--quantization", "nf4").out
 
 
+@pytest.mark.slow
 def test_answers_are_compared(verb: Verb, tiny_base: Path, run: Path, rows_file: Path, tmp_path: Path) -> None:
     options = ("--data", rows_file, "--format", "alpaca", "--language-column", "language", "--max-rows", "3")
     task = ("--task", "generate", "--max-new-tokens", "6", "--template", "plain", "--out", tmp_path / "out")
@@ -269,6 +271,7 @@ def test_long_prompts_are_named_before_any_model_is_loaded(
     assert "…" not in outcome.out
 
 
+@pytest.mark.slow
 def test_long_prompts_are_skipped_or_cut(
     verb: Verb, tiny_base: Path, long_rows: tuple[str, ...], tmp_path: Path
 ) -> None:

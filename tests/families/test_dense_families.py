@@ -44,6 +44,7 @@ def run(
     return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
 
 
+@pytest.mark.slow
 def test_a_run_lowers_the_loss_and_records_what_it_trained(run: tuple[Path, Path]) -> None:
     folder, base = run
     losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
@@ -68,6 +69,7 @@ def test_stock_peft_gets_the_same_logits(run: tuple[Path, Path]) -> None:
         assert (ours(IDS).logits - plain(IDS).logits).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_merge_equals_base_plus_adapter(run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path) -> None:
     folder, base = run
     outcome = verb("merge", folder, "--out", tmp_path / "merged")
@@ -86,6 +88,7 @@ def test_merge_equals_base_plus_adapter(run: tuple[Path, Path], verb: Callable[.
     assert (proof["applied_once"], proof["touched"], proof["untouched"]) == (16, 8, len(load_file(base / FILE)) - 8)
 
 
+@pytest.mark.slow
 def test_merge_into_rounded_weights_equals_the_four_bit_base_plus_adapter(
     run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -105,6 +108,7 @@ def test_an_opened_run_has_the_4_bit_base_of_training(run: tuple[Path, Path]) ->
     assert opened.model.get_base_model().quantization == "nf4"
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_answers(
     run: tuple[Path, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -297,6 +301,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 FAST_OPTIONS = [("norms and biases", "gpt2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "kind"), slow_but(FAST_OPTIONS, itertools.product(OPTIONS, KINDS)))
 def test_every_option_trains_is_stored_and_merged(
     option: str, kind: str, dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
@@ -321,6 +326,7 @@ def test_every_option_trains_is_stored_and_merged(
             torch.testing.assert_close(stock(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRID)
 def test_a_quantised_base_is_cached_and_merged_into(
     kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -342,6 +348,7 @@ def test_a_quantised_base_is_cached_and_merged_into(
         torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", GRID)
 def test_a_base_saved_without_its_prefix_keeps_its_names(
     kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path

@@ -33,6 +33,7 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 @every_kind
 @pytest.mark.parametrize("layout", ["peft", "per_expert"])
 def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
@@ -68,6 +69,7 @@ def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: di
     torch.testing.assert_close(logits(ours), logits(stock), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @every_kind
 def test_a_merge_into_rounded_weights_is_the_4_bit_base_plus_adapter(
     kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path
@@ -106,6 +108,7 @@ def test_the_proof_finds_experts_exchanged(
         lola_ft.merge(moe_bases["olmoe"], moe_adapters["olmoe"], tmp_path / "merged", check="weights")
 
 
+@pytest.mark.slow
 def test_an_update_of_one_expert_changes_that_expert_only(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     base = moe_bases["mixtral"]
     adapter = random_adapter(

@@ -85,6 +85,7 @@ def test_a_run_needs_the_planned_disk_space(run: tuple[Path, str], verb: Callabl
     assert planned["parts"]["gradients"] == 4 * trained
 
 
+@pytest.mark.slow
 def test_stock_peft_and_the_merge_give_the_same_logits(
     run: tuple[Path, str], moe_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_a_merge_copies_the_tensors_that_loading_leaves_out(base: Path, tmp_path: Path) -> None:
     kind = json.loads((base / "config.json").read_text())["model_type"]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

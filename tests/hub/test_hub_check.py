@@ -126,6 +126,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return environments
 
 
+@pytest.mark.slow
 def test_the_process_of_the_check_is_given_what_to_compare_and_its_answer_is_read(
     commands: list[dict[str, Any]], tiny_base: Path, tiny_adapter: Path, adapter: Path, merged: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_a_refusal_is_one_message_and_exit_code_2(
     assert "Published" not in captured.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("check_here")
 def test_a_recipes_hub_section_publishes_at_the_end(
     hub: Any, recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -119,6 +119,7 @@ def test_every_form_equals_the_loop_in_4_bit(way: str, form: str, load: str, ran
     same(outcome(partial(run_experts, products=products), experts, LOADS[load], rank, None, given.top_k), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", slow_but([0, 17], [0, 1, 8, 17]))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_every_rank_equals_the_loop(way: Products, rank: int) -> None:
@@ -127,6 +128,7 @@ def test_every_rank_equals_the_loop(way: Products, rank: int) -> None:
     same(outcome(partial(run_experts, products=way), experts, LOADS["spread"], rank, None), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("form", slow_but(["gated, top 3"], ["lola", "gated, top 3"]))
 def test_lora_on_some_experts_equals_the_loop(way: Products, form: str) -> None:
@@ -145,6 +147,7 @@ def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) ->
     same(outcome(partial(run_experts, products=GroupedMatmuls()), experts, load, 3, None, given.top_k), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", slow_but([_WITH_BIASES], ["lola", _WITH_BIASES]))
 def test_trained_biases_on_4_bit_weights_equal_the_loop(form: str) -> None:
     given = FORMS[form]
@@ -155,6 +158,7 @@ def test_trained_biases_on_4_bit_weights_equal_the_loop(form: str) -> None:
     same(outcome(partial(run_experts, products=WAYS["triton"]), experts, load, 4, None, given.top_k), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "form"),
     slow_but(
@@ -178,6 +182,7 @@ def test_other_sizes_equal_the_loop(sizes: tuple[int, int, int], form: str) -> N
         same(outcome(partial(run_experts, products=way), experts, load, 4, None, given.top_k), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "form"),
     slow_but(
@@ -226,6 +231,7 @@ def plain_with_masks(
     return torch.stack(rows).view(len(ids), top_k, -1).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", [0, 1], ids=["in", "out"])
 @pytest.mark.parametrize("form", slow_but(["lola", _WITH_BIASES], ["lola", "gated", _WITH_BIASES]))
 def test_weights_decoded_inside_are_those_dequantised_whole(form: str, projection: int) -> None:

@@ -495,6 +495,7 @@ def finite_difference(run: Callable[[], Tensor], leaf: Tensor, index: tuple[int,
     return (values[0] - values[1]) / 2e-6
 
 
+@pytest.mark.slow
 def test_backward_uses_the_masks_of_forward(form: Form) -> None:
     """With a fixed seed, the gradient is the slope of the output with that seed."""
     case = make_case(SPREAD, {"up_proj": 3, "down_proj": 2}, sizes=(6, 10, 4), dropout=0.5, form=form)

@@ -36,6 +36,7 @@ def test_effects_equal_the_values_computed_by_hand() -> None:
     assert measure_effects(one, None, one).original_from_4_bit is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", ["base", "nf4"])
 def test_each_rounding_keeps_the_predictions_of_its_base(
     rounding: str, copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
@@ -53,6 +54,7 @@ def test_each_rounding_keeps_the_predictions_of_its_base(
     assert effects.original_from_4_bit.kl > 1e-6
 
 
+@pytest.mark.slow
 def test_the_command_prints_effects_and_proof(
     tiny_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +94,7 @@ def test_models_that_do_not_fit_in_memory_are_skipped_with_the_reason(
     assert '"verification": null' in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "proof", "logits"),
     [(True, True, True), ("weights", True, False), ("none", False, False), (False, False, False)],

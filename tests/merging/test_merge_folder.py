@@ -48,6 +48,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # What is in it
 
 
+@pytest.mark.slow
 def test_a_merged_folder_loads_like_any_checkpoint(tiny_base: Path, adapter: Path, ids: Tensor, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -62,6 +63,7 @@ def test_a_merged_folder_loads_like_any_checkpoint(tiny_base: Path, adapter: Pat
     )
 
 
+@pytest.mark.slow
 def test_the_report_is_what_the_call_returns(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     report = merge(tiny_base, adapter, tmp_path / "merged")
     stored = json.loads((tmp_path / "merged" / "merge_report.json").read_text())
@@ -184,6 +186,7 @@ def test_without_its_own_tokenizer_the_bases_is_copied_as_a_whole(
     assert "a card" not in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_base_without_a_tokenizer_is_compared_on_plain_ids(golden_folder: Path, tmp_path: Path) -> None:
     report = merge(golden_folder / "base", golden_folder / "adapter", tmp_path / "merged")
     assert report.verification is not None
@@ -263,6 +266,7 @@ def test_a_failure_while_writing_leaves_nothing(
     assert names(tmp_path) == ["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [AdapterError("the logits differ"), KeyboardInterrupt()])
 def test_a_failed_or_interrupted_comparison_leaves_nothing(
     error: BaseException, tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -292,6 +296,7 @@ def test_an_adapter_tensor_left_out_is_found_by_counting(
     assert names(tmp_path) == ["adapter"]
 
 
+@pytest.mark.slow
 def test_a_wrong_merge_is_found_by_its_logits(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +313,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
     assert names(tmp_path) == ["adapter"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "dtype"),
     [

@@ -33,6 +33,7 @@ def four_bit(base: Path) -> Path:
     return quantize_base(base, "float32", quiet=True)
 
 
+@pytest.mark.slow
 def test_a_merge_into_the_4_bit_base_equals_rounding_nf4(
     base: Path, four_bit: Path, adapter: Path, tmp_path: Path
 ) -> None:

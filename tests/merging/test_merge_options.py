@@ -50,6 +50,7 @@ def trained(base: Path, settings: AdapterSettings, quantization: str | None = No
 FAST_KINDS = ("router", "norms and biases with dora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(FAST_KINDS, KINDS))
 def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tensor, tmp_path: Path) -> None:
     model = trained(tiny_base, KINDS[kind])

@@ -101,6 +101,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_the_loss(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = pack(["Kenya, Uganda na Tanzania"] * 200, tokenizer, row_length=64)

@@ -28,6 +28,7 @@ def names_of(language: str) -> set[str]:
     return {term.text for term in load_terms() if term.language == language}
 
 
+@pytest.mark.slow
 def test_help_and_start_page_name_the_size_and_the_languages_that_the_code_has() -> None:
     languages = f"{len({term.language for term in load_terms()})} languages"
     parameters = f"{nano_architecture(LOLA, NanoSettings()).total_parameters / 1e6:.1f} M parameters"
@@ -102,6 +103,7 @@ def test_adding_a_language_moves_no_other_term() -> None:
     assert set(before.held_out) == {t for t in after.held_out if t.language != "ka"}
 
 
+@pytest.mark.slow
 def test_documents_are_the_same_every_time(split: Split) -> None:
     some = [term for term in split.train if term.language in ("en", "sw", "th")]
     documents = build_documents(some, **PASSES)

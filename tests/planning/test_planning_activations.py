@@ -139,6 +139,7 @@ def test_a_gpus_way_with_the_experts_is_as_planned_to_the_byte(
     assert saved_bytes(model, batch, False) == activations(job).saved - (3 * 50 + 64 * 4) + loss_mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_recomputed_layer_saves_what_it_saves_without_checkpointing(
     family: str, odd_bases: Callable[..., Path], saved_bytes: Callable[[Any, Batch, bool], int]

@@ -21,6 +21,7 @@ LOLA = Job(
 )
 
 
+@pytest.mark.slow
 def test_changes_come_in_the_order_of_what_they_cost() -> None:
     checkpointed = replace(LOLA, checkpointing=True)
     single = replace(checkpointed, micro_batch_size=1, grad_accum_steps=24)

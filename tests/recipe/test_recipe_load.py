@@ -216,6 +216,7 @@ def test_a_rendered_recipe_shows_every_default(minimal: Path) -> None:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 # A path's `$` and `~` are the shell's: refused or replaced.
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="$~"), min_size=1, max_size=30))
@@ -243,6 +244,7 @@ def test_any_text_is_a_recipe_or_gives_one_clean_error(tmp_path_factory: pytest.
     str(caught.value).encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(data=st.dictionaries(st.sampled_from(["base", "adapter", "data", "train", "router", "output"]), YAML_LIKE))
 def test_any_mapping_is_a_recipe_or_gives_one_clean_error(

@@ -36,6 +36,7 @@ def one_by_one(model: Any, tokenizer: Any, text: str, max_length: int) -> tuple[
     return torch.cat(chosen), torch.cat(probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [128, 37])
 def test_counts_are_those_of_each_text_alone(
     max_length: int, tiny_base: Path, tiny_adapter: Path, texts: Path, monkeypatch: pytest.MonkeyPatch

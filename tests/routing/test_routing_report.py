@@ -170,6 +170,7 @@ def test_every_language_of_the_table_has_name_script_and_one_family() -> None:
     assert all(len(families) == 1 for families in branch_families.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("languages", [1, 3, pytest.param(150, marks=pytest.mark.slow)])
 def test_a_report_of_few_or_many_languages_is_whole(languages: int, made_profile: Make, tmp_path: Path) -> None:
@@ -190,6 +191,7 @@ def test_a_report_of_few_or_many_languages_is_whole(languages: int, made_profile
     assert (numbers["first"]["descent"] is None) == (languages < 8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
 def test_the_report_of_two_profiles_says_what_changed(
     profile: Profile, tiny_base: Path, tiny_adapter: Path, texts: Path, tmp_path: Path, verb: Callable[..., Any]

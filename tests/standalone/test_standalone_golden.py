@@ -51,6 +51,7 @@ def native(golden: dict[str, Tensor]) -> dict[str, Any]:
     return {"output": output, "grads": grads, "summed": summed, "backbone": output.hidden_states[-1]}
 
 
+@pytest.mark.slow
 def test_loading_finds_every_weight_without_lola_ft(found: Found) -> None:
     assert not found.facts["lola_ft"]
     model, config = found.facts["classes"]

@@ -110,6 +110,7 @@ def resolved(run: Path) -> dict[str, Any]:
 # Starting at the adapter's weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", slow_but(["some experts, biases"], list(KINDS)))
 def test_the_second_stage_starts_where_the_first_ended(kind: str, stages: Stages) -> None:
     """With a learning rate of next to nothing the weights stay; the settings are the first recipe's."""
@@ -140,6 +141,7 @@ def test_a_stage_trains_all_that_the_first_has_trained(stages: Stages) -> None:
     assert manifest(second)["trained"].keys() >= {"attention", "mlp", "experts", "router", "norms", "biases"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_but(["per_expert"], ["peft", "per_expert"]))
 def test_a_stage_of_another_family_starts_from_either_layout(layout: str, of_olmoe: Stages) -> None:
     groups = {"mlp": None, "attention": {"rank": 4}, "experts": {"rank": 4}}
@@ -150,6 +152,7 @@ def test_a_stage_of_another_family_starts_from_either_layout(layout: str, of_olm
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_special_tokens_come_from_the_adapter_and_other_ones_are_refused(stages: Stages) -> None:
     first = stages.train(stages.write("first", **KINDS["special tokens"]))
     second = stages.train(stages.next("second", first))
@@ -195,6 +198,7 @@ def test_an_adapter_of_stock_peft_goes_on_where_it_is(of_olmoe: Stages) -> None:
 # What is kept of the stages
 
 
+@pytest.mark.slow
 def test_manifest_card_and_merge_report_keep_the_chain(stages: Stages) -> None:
     first = stages.train(stages.write("first"))
     second = stages.train(stages.next("second", first))
@@ -215,6 +219,7 @@ def test_manifest_card_and_merge_report_keep_the_chain(stages: Stages) -> None:
     assert "| 3 | third | adapter (`" in (merged / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_is_a_stage(stages: Stages) -> None:
     """Its manifest lists no stages."""
     first = stages.train(stages.write("first"))
@@ -319,6 +324,7 @@ def test_a_damaged_adapter_is_refused_before_the_base_is_opened(stages: Stages, 
         assert_says(outcome.err, f"{file}: 1 tensors do not hold the numbers that were written")
 
 
+@pytest.mark.slow
 def test_what_is_no_adapter_is_refused(stages: Stages) -> None:
     assert_says(stages.refused(stages.next("a", stages.base)), "adapter.continue_from: … neither a run nor an adapter.")
     assert_says(stages.refused(stages.next("b", stages.folder / "none")), "adapter.continue_from: … no such folder")
@@ -340,6 +346,7 @@ def test_loftq_goes_on_only_in_4_bit(stages: Stages) -> None:
     assert read_adapter(stages.train(recipe) / "adapter").starts_at_rounding_error
 
 
+@pytest.mark.slow
 def test_another_template_is_warned_about(stages: Stages) -> None:
     first = stages.train(stages.write("first"))
     warning = "data.template plain is not the template that"

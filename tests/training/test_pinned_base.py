@@ -30,6 +30,7 @@ def repo(request: pytest.FixtureRequest, tiny_base: Path, tmp_path: Path, monkey
     return repo
 
 
+@pytest.mark.slow
 def test_recipe_manifest_and_adapter_name_the_commit(
     repo: Path, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_judged_answers_are_named_and_a_worse_one_is_not_shown_as_learned(
     assert "⟦ two" not in plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb_name", ["preview", "plan", "train"])
 def test_unused_fields_are_listed_before_training(
     verb_name: str, recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
@@ -94,6 +95,7 @@ def test_unused_fields_are_listed_before_training(
         assert f"{file}: fields not used: language (8 of 8 rows), sources (3 of 8 rows).\n" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data_is_said(recipe_file: Callable[..., Path], verb: Callable[..., Any]) -> None:
     batch = {"max_steps": 1, "micro_batch_size": 50, "grad_accum_steps": 2}
     recipe = recipe_file(data={"packing": False}, train=batch)

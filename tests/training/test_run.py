@@ -163,6 +163,7 @@ def verb_module() -> Callable[..., int]:
     return call
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """One batch of 8 and 8 batches of 1 give the same step: the loss is divided by the whole step's labels."""
     adapters = []

@@ -125,6 +125,7 @@ def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
     assert load_recipe(recipe_file(data={"sources": sources})).data == recipe.data  # the recipe itself is left alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", slow_but([True], [False, True]))
 def test_the_mix_is_what_is_trained(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path, packing: bool

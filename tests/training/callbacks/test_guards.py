@@ -50,6 +50,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(SftTrainer, "compute_loss", compute_loss)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing(
     recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def cosine(steps: int, warmup: int = 0) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("short", "long", "changes"),
     slow_but(
@@ -105,6 +106,7 @@ def test_a_constant_rate_gives_the_run_that_was_long_from_the_start(
     assert "extensions" not in manifests[0]
 
 
+@pytest.mark.slow
 def test_a_cosine_is_stretched_over_the_new_length(recipe: Path, finished: Path, verb: Callable[..., Outcome]) -> None:
     before = adapter_of(finished)
     outcome = verb("train", recipe, *TO_SIX)

@@ -105,6 +105,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "step", "resume", "goes_on"),
     [
@@ -315,6 +316,7 @@ def test_a_changed_recipe_is_refused(killed_run: Path, killed: Path, verb: Calla
     assert snapshot(killed) == before
 
 
+@pytest.mark.slow
 def test_allowed_changes_name_keys_and_need_resume(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
     outcome = verb("train", killed_run, f"output={killed}", "--resume", "--allow-changed", "train.leraning_rate")
     assert outcome.code == 2

@@ -42,6 +42,7 @@ def sources(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_forgetting_is_measured_by_language_and_said(
     recipe_file: Callable[..., Path], sources: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

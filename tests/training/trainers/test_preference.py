@@ -87,6 +87,7 @@ def test_the_bases_own_dropout_is_off(
     assert metrics(tmp_path / "dpo")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_kto_starts_at_a_half_and_moves_good_from_bad(
     recipe_of: Callable[..., Path], verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -124,6 +125,7 @@ def without_times(run: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in line if not key.endswith(times)} for line in metrics(run)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_rewards_are_measured_from_the_model_without_its_adapter(
     objective: str, recipe_of: Callable[..., Path], tiny_base: Path, tmp_path: Path
@@ -265,6 +267,7 @@ def test_no_language_can_be_watched(
     assert not (tmp_path / "dpo").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", slow_but(["dpo"], ["dpo", "kto"]))
 def test_rows_of_a_batch_that_is_not_finite_are_named(
     objective: str,

@@ -69,6 +69,7 @@ def preference(tmp_path: Path, tiny_base: Path, rows_file: Path, verb: Callable[
     return Preference(tmp_path, tiny_base, rows_file, verb)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "kind"),
     slow_but(
@@ -89,6 +90,7 @@ def test_the_first_loss_is_that_of_no_change(objective: str, kind: str, preferen
     )
 
 
+@pytest.mark.slow
 def test_the_first_loss_of_another_family_is_that_of_no_change(
     tmp_path: Path, rows_file: Path, verb: Callable[..., Outcome]
 ) -> None:
@@ -99,6 +101,7 @@ def test_the_first_loss_of_another_family_is_that_of_no_change(
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+@pytest.mark.slow
 def test_the_base_is_the_reference_if_it_is_asked_for(preference: Preference) -> None:
     """The first rewards are how far the first stage has moved the answers, here computed from whole logits."""
     first = preference.first(**KINDS["trained too"])
@@ -122,6 +125,7 @@ def batch_of_all(preference: Preference) -> dict[str, torch.Tensor]:
     return dict(DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)(list(rows)))
 
 
+@pytest.mark.slow
 def test_only_the_active_adapter_is_trained_and_saved(preference: Preference) -> None:
     first = preference.first(**KINDS["trained too"])
     recipe = load_recipe(preference.recipe("dpo", first, reference_pass="beside"))
@@ -169,6 +173,7 @@ def test_a_reference_without_meaning_is_refused(overrides: list[str], message: s
     assert_says(outcome.err, message)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_reference(preference: Preference) -> None:
     recipe = preference.recipe("dpo", preference.first(), reference_pass="beside")
     with_adapter, with_base = (

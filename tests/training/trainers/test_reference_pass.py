@@ -39,6 +39,7 @@ def from_the_base(recipe: Path) -> Path:
     return recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "continued"),
     slow_but([("dpo", True)], [("dpo", True), ("kto", True), ("dpo", False), ("kto", False)]),
@@ -86,6 +87,7 @@ def test_the_cheaper_way_is_chosen() -> None:
     assert ReferencePasses(None, None, 7).cheaper == "before"
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_said_planned_and_kept(preference: Preference) -> None:
     """A run within one epoch, twice: from an adapter, which would need a copy, and from the base, which would not."""
     first = preference.first()

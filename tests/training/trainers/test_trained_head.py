@@ -61,6 +61,7 @@ def test_without_its_adapter_the_head_is_the_bases(bases: dict[str, Path]) -> No
     assert set(IDS) <= set(LABELS.flatten().tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "way"),
     slow_but([("dpo", "before")], [(objective, way) for objective in STARTS for way in ("before", "beside")]),
