@@ -417,7 +417,7 @@ def test_a_run_starts_once(stages: Stages, made: Callable[[str], Path]) -> None:
     shutil.copytree(made("lora"), other)
     for start in ([f"adapter.continue_from={other}"], ["adapter.continue_from=null", "adapter.attention.rank=4"]):
         error = stages.refused(recipe, *start, "--resume", "--allow-changed", "adapter")
-        assert_says(error, "adapter.continue_from was … a run starts once")
+        assert_says(error, "adapter.continue_from was … a run cannot change its start")
 
 
 # Plans
