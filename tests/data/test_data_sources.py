@@ -135,7 +135,7 @@ BAD_FILES = [
         "a.jsonl",
         '{"text": "a"}\n'.encode("utf-16") + b"\0",
         "a.jsonl: begins like UTF-16 but is not ('utf-16-le' codec can't decode byte 0x00 in position 0: truncated "
-        " Save it as UTF-8.",
+        "data). Save it as UTF-8.",
     ),
     ("a.json", b'[{"text": "a"},\n{"text": }]', "a.json:2: broken JSON at column 10: expecting value."),
     (

@@ -303,8 +303,8 @@ def test_dropout_is_the_recipes(stages: Stages, made: Callable[[str], Path]) -> 
 def test_another_base_is_refused_before_it_is_loaded(
     stages: Stages, made: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "load_checkpoint", lambda *_: pytest.fail("the base was loaded"))
     recipe = stages.next("second", made("lora"))
+    monkeypatch.setattr(load, "load_checkpoint", lambda *_: pytest.fail("the base was loaded"))
     stages.base = make_base(stages.folder / "other", seed=1)
     error = stages.refused(recipe, f"base.model={stages.base}")
     assert_says(error, "adapter.continue_from: … was trained on base … is … Set base.model to the adapter's own base.")
