@@ -58,7 +58,7 @@ def test_the_template_shapes_the_prompt(verb: Verb, tiny_base: Path) -> None:
         (("--chat", "--out", "x.jsonl"), "--out does nothing with --chat"),
         (("--prompt", "one " * 300), "128 positions"),
         (("--prompt", ""), "The prompt is empty"),
-        (("--chat",), "renders a single request"),
+        (("--chat",), "renders only single requests"),
         (("--prompt", "a", "--template", "other"), "template 'other' is unknown"),
         (("--prompt", "a", "--top-p", "0.5"), "--top-p does nothing"),
         (("--prompt", "a", "--adapter", "nowhere"), "neither a run's folder nor an adapter's"),
@@ -124,5 +124,5 @@ def test_a_long_conversation_forgets_its_beginning(tiny_base: Path, capsys: pyte
 
 def test_a_template_of_single_requests_is_refused(tiny_base: Path) -> None:
     model = load_base(tiny_base, None, "float32", "cpu", quiet=True)
-    with pytest.raises(UserError, match="alpaca renders a single request"):
+    with pytest.raises(UserError, match="alpaca renders only single requests"):
         chat(model, AutoTokenizer.from_pretrained(tiny_base), Template.load("alpaca"), Sampling(), Talk("a").read)

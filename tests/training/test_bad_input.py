@@ -63,7 +63,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "open quote": ("r.csv", b'instruction,output\na,"b\n', "alpaca", "broken table"),
     "two delimiters": ("r.tsv", b"instruction;output|x\na;b|c\n", "alpaca", "semicolons or bars"),
-    "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "not a Parquet file that can be read"),
+    "no parquet": ("r.parquet", b"PAR1 not really", "alpaca", "cannot be read as a Parquet file"),
     "empty parquet": ("r.parquet", b"", "alpaca", "holds no rows"),
     "unknown kind": ("r.xlsx", b"PK", "alpaca", "unknown kind of file '.xlsx'"),
     "pickle": ("r.pkl", b"\x80\x04N.", "alpaca", "unknown kind of file '.pkl'"),

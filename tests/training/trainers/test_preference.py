@@ -240,7 +240,7 @@ def test_wrong_rows_are_named_with_their_line(form: str, row: dict[str, Any], me
     ("override", "message"),
     [
         ("data.packing=true", "compares whole answers"),
-        ("adapter.dropout=0.1", "dropout would add that"),
+        ("adapter.dropout=0.1", "dropout would add noise"),
         ("adapter.init=loftq", "loftq starts elsewhere"),
         ("router.aux_loss=0.1", "does not add the router's losses to its own loss"),
         ("objective=kto", "learns from format unpaired_preference"),
