@@ -7,6 +7,9 @@
 `scores`      Computes and keeps every score, with a mask of numbers.
 `latent`      Queries and keys are wider than values. Fused on a GPU, step by step in float32 on a CPU.
 
+An example: kind `scores`, 4 rows of 512 tokens, 16 heads. `attended` gives groups of 512 tokens, 4 of them; a layer has
+4 * 16 * 512 * 512 = 16.8 M scores (H, S, S), kept as 67 MB in float32, and all layers share a mask of 4 * 512 * 512.
+
 Letters: T tokens, H heads, S length of a sequence.
 """
 
@@ -56,8 +59,8 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
     sizes, row = job.sizes, job.tokens * size
     if job.architecture.family.attention == "scores":
         scores = score_numbers(job)
-        kept = 3 * row * job.width + scores * _FLOAT  # softmax is float32
-        if sizes.attention_dropout:
+        kept = 3 * row * job.width + scores * _FLOAT  # queries, keys, values (T, size); softmax (H, S, S) in float32
+        if sizes.attention_dropout:  # its mask (H, S, S)
             kept += scores * (1 if job.on_cuda else job.width)
         if sizes.attention_dropout or job.half:  # the probabilities after dropout or cast are another tensor
             kept += scores * job.width
@@ -67,6 +70,7 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
             5 if (job.packing or job.sequences == 1) and not job.half else 3
         )  # the values of a single row are not copied
         return (rows * row + 3 * score_numbers(job)) * _FLOAT, False
+    # Fused: queries, keys, values and the output (T, size), and the logarithm of each softmax's sum (T, H).
     kept = 4 * row * job.width + job.tokens * sizes.heads * _FLOAT
     if not _takes_mask_as_it_is(job):
         kept += mask_numbers(job) * job.width

@@ -27,8 +27,11 @@ def loss_work(job: Job) -> int:
 def backward_work(job: Job) -> int:
     """Return the bytes of a layer's largest part in the backward pass, with the gradient of the hidden states."""
     row = job.tokens * job.architecture.sizes.hidden
+    # Gradients of the hidden states (T, D) after the part and before it.
     stream = 2 * row * (_FLOAT if job.on_cuda else job.width)
+    # Gradients of queries, keys, values and the output (T, D).
     attention = 4 * row * job.width + _scores_work(job)
+    # Attention, MLP and experts come one after another, so only the largest counts.
     parts = max(attention, _activation_work(job)) + linear_tile(job)
     return stream + max(parts, _experts_work(job) if job.architecture.sizes.moe_layers else 0)
 

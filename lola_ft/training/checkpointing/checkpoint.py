@@ -68,12 +68,14 @@ def write_checkpoint(folder: Path, step: int, fill: Callable[[Path], None], keep
     """
     target = step_folder(folder, step)
     try:
-        with replace_folder(target) as partial:
+        with replace_folder(target) as partial:  # `.step-N.partial`, renamed to `step-N` at the end of the block
             fill(partial)
             _write_sums(partial)
             _sync(partial)
     except (OSError, SafetensorError, WriteError) as error:
         raise UserError(_not_written(target, error)) from error
+    # Only now, with the new one safe on the disk, remove older ones. With keep=2, step 600 of 200, 400, 600, 800:
+    # 400 and 600 stay; 200 is too old, and 800 is from before the run was resumed at 400.
     existing = checkpoints(folder)
     upto = [path for path in existing if step_of(path) <= step]
     for old in [*upto[:-keep], *existing[len(upto) :]]:

@@ -1,6 +1,12 @@
 """Making a run longer: `--resume --allow-changed train.max_steps` (or `train.epochs`) with a larger number.
 
-A finished run resumes from its last checkpoint, which is written after the last step for every `train.save_every`.
+A run writes a checkpoint after its last step, for every `train.save_every`, and a longer run resumes from it.
+An example: a run of 300 steps is finished, and `train.max_steps` becomes 500.
+
+1. `is_longer` compares 500 with the 300 steps of the last checkpoint: 200 are left.
+2. `reopen` removes the model card and the manifest, so that the run counts as unfinished.
+3. The run resumes at step 301. Its schedule is stretched over 500 steps, or restarted for 200
+   (`train.extended_schedule`); `SaysLonger` prints the learning rate.
 """
 
 import json
