@@ -43,21 +43,21 @@ def notebook_page(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         if cell["cell_type"] == "markdown":
             parts.append(source)
             continue
-        parts.append(_fenced(source, "python"))
+        magic, _, script = source.partition("\n")
+        parts.append(_fenced(script, "bash") if magic == "%%bash" else _fenced(source, "python"))
+        if printed := "".join(map(_text, cell["outputs"])).strip("\n"):
+            parts.append(_fenced(printed, "text"))
         for output in cell["outputs"]:
             if picture := output.get("data", {}).get("image/png"):
                 name = f"tutorial_{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode("".join(picture))
                 parts.append(f"![What the code above draws](images/{name})")
-            elif text := _text(output):
-                parts.append(_fenced(text, "text"))
     return "\n\n".join(parts) + "\n", pictures
 
 
 def _text(output: dict[str, Any]) -> str:
-    """Return what a cell printed, without colours; "" for what is not text."""
-    raw = output.get("text") or output.get("data", {}).get("text/plain") or ""
-    return _ESCAPES.sub("", "".join(raw)).strip("\n")
+    """Return what a cell printed, without colours; "" for values and pictures."""
+    return _ESCAPES.sub("", "".join(output.get("text", "")))
 
 
 def _fenced(text: str, language: str) -> str:

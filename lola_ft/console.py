@@ -72,7 +72,8 @@ def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> I
     count = counted if unit else TaskProgressColumn()
     columns = (TextColumn(what), bar, count, *more, *words, TimeRemainingColumn() if timed else TimeElapsedColumn())
     first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")  # of several processes
-    shown = console.is_terminal and first and not _BAR_SHOWN.get()
+    terminal = console.is_terminal and console.file.isatty()  # FORCE_COLOR makes no terminal of a pipe
+    shown = terminal and first and not _BAR_SHOWN.get()
     before = _BAR_SHOWN.set(True)
     try:
         with Progress(*columns, console=console, transient=True, disable=not shown) as progress:

@@ -56,6 +56,11 @@ def test_a_bar_inside_another_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_pipe_and_other_processes_see_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, io.StringIO(), 10, "tensors") == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks set it: colours, but no terminal
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with shown_progress("Merging", 10) as advance:
+        advance(5)
+    assert sys.stderr.getvalue() == ""
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert shown(monkeypatch, Terminal(), 10, "tensors") == ""
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich.box import ROUNDED
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from lola_ft.card.render import lora_line
 from lola_ft.console import Console, duration
@@ -16,17 +17,17 @@ from lola_ft.training.reports.metrics import read_metrics
 
 
 def print_summary(output: Path, console: Console) -> None:
-    """Print the box of a finished run, and below it the commands that one wants next, each on a line to copy."""
+    """Print the box of a finished run; below it its files and the commands that one wants next, a line each to copy."""
     manifest = json.loads((output / MANIFEST_FILE).read_text(encoding="utf-8"))
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in summary_rows(manifest, read_metrics(output / METRICS_FILE)):
-        table.add_row(name, value)
-    for name, file in (("adapter", ADAPTER_FOLDER), ("report", REPORT_FILE)):
-        table.add_row(name, str(output / file))
+        table.add_row(name, Text(value))  # not as markup: a folder's name may hold brackets
     console.print()
     console.print(Panel(table, title="Done", title_align="left", box=ROUNDED, expand=False))
+    console.print(f"Adapter:   {output / ADAPTER_FOLDER}")
+    console.print(f"Report:    {output / REPORT_FILE}")
     run = shlex.quote(str(output))
     console.print(f'Ask it:    lola-ft generate {run} --prompt "…"')
     console.print(f"Merge it:  lola-ft merge {run}")

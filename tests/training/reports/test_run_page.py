@@ -1,14 +1,18 @@
 """A run's page and summary: all that manifest and metrics tell, and nothing of the machine or from elsewhere."""
 
+import io
 import itertools
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lola_ft.console import Console
 from lola_ft.training.reports.run_page import render_run_page, without_places
-from lola_ft.training.reports.summary_box import summary_rows
+from lola_ft.training.reports.summary_box import print_summary, summary_rows
 from lola_ft.training.reports.svg_chart import line_chart, thinned, ticks
 
 LANGUAGES = {
@@ -134,6 +138,21 @@ def test_the_box_says_what_was_trained_and_what_came_of_it() -> None:
     assert rows["validation loss"] == "4.000 at first, 2.500 at the end"
     assert rows["time"] == "2 min, 95 tokens per second"
     assert "2 steps" in rows["skipped"]
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "exp[/v2] and [bold] more"
+    folder.mkdir(parents=True)
+    manifest = MANIFEST | {"recipe": MANIFEST["recipe"] | {"base": {"model": "a[/b]"}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    stream = io.StringIO()
+    print_summary(folder, Console(file=stream, width=60))
+    said = stream.getvalue()
+    assert "on a[/b]:" in " ".join(said.replace("│", " ").split())
+    assert f"Adapter:   {folder / 'adapter'}\n" in said, "a path is not broken"
+    assert f"lola-ft merge '{folder}'\n" in said
+    assert max(len(line) for line in said.splitlines() if line[:1] in "│╭╰") <= 60
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [3.2, 3.2], [-5.0, 7.0], [1e-5, 9e-5], [0.0, 0.0], [17, 12_345]])
