@@ -27,6 +27,7 @@ class Subject:
             neither says it.
         run: The run that it is, or in which it lies.
         manifest: The run's manifest, {} without a run.
+        offload: What a run kept in host memory: "experts" or None.
     """
 
     name: str
@@ -37,6 +38,11 @@ class Subject:
     quantization: str | None
     run: Path | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def offload(self) -> str | None:
+        kept = self.manifest.get("recipe", {}).get("base", {}).get("offload", "none")
+        return None if kept == "none" else kept
 
     @property
     def adapter(self) -> Path | None:

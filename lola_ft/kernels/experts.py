@@ -8,7 +8,8 @@ Shapes: T tokens, K choices of a token, C = T*K choices, N rows of the grouped b
 R rank; O outputs of the projection into the experts: F, or 2F (gate, then up) for gated ones.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +60,11 @@ def run_experts(
     for path in paths:
         factors += _padded(*path.of_all(experts.num_experts), dtype) if path else [None, None]
     up_dropout, down_dropout = (path.dropout if path else 0.0 for path in paths)
-    products = products or choose_products(x_TD.to(dtype), up, down, groups)
     activation = activation_of(experts.activation)
-    layer = _Layer(up, down, activation, experts.has_gate, groups, up_dropout, down_dropout, products)
-    with torch.autocast(x_TD.device.type, enabled=False):
+    with torch.autocast(x_TD.device.type, enabled=False), experts.in_memory():
+        products = products or choose_products(x_TD.to(dtype), up, down, groups)
+        dropouts = up_dropout, down_dropout
+        layer = _Layer(up, down, activation, experts.has_gate, groups, *dropouts, products, experts.in_memory)
         out_TD = _Experts.apply(
             x_TD.to(dtype), probs_TK.to(dtype), up.trainable, up.bias, down.trainable, down.bias, *factors, layer
         )
@@ -81,6 +83,7 @@ class _Layer:
     up_dropout: float
     down_dropout: float
     products: Products
+    in_memory: Callable[[], AbstractContextManager[None]]
 
     def activated(self, pre_NO: Tensor) -> Tensor:
         """(N, F): `act(up)`, or `act(gate) * up` of gated experts."""
@@ -168,8 +171,14 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_out_TD, layer = grads[0], ctx.layer
-        inputs, pre_NO, act_NF, probs_TK, *rest = ctx.saved_tensors
+        saved = ctx.saved_tensors  # first: with gradient checkpointing this computes the layer again
+        with ctx.layer.in_memory():
+            return _Experts._gradients(ctx, grads[0], saved)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_out_TD: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        layer = ctx.layer
+        inputs, pre_NO, act_NF, probs_TK, *rest = saved
         a_up, b_up, a_down, b_down, h_up, h_down, keep_ND, keep_NF = rest
         groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
         wants_x, wants_probs, wants_up, wants_up_bias, wants_down, wants_down_bias, *wants_factors, _ = (

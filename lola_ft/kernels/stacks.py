@@ -8,6 +8,7 @@ Shapes: E experts, M = E*P quantised matrices for P parts of a projection, I inp
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,6 +85,9 @@ class Experts(Protocol):
 
     def weights(self, name: str) -> WeightStack:
         """One projection by its name."""
+
+    def in_memory(self) -> AbstractContextManager[None]:
+        """A context in which the weights are where they are computed with; entered forward and again backward."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The first change of a run that makes it fit, in the order of what it costs.
 
 Gradient checkpointing costs time alone. A smaller micro batch, with more of them in a step, costs time and changes
-nothing that is learned. Shorter rows drop or cut data; smaller ranks learn less, and an adapter that a run goes on from
-has its ranks. Each change comes on top of those before.
+nothing that is learned; so do experts in host memory.
+Shorter rows drop or cut data; smaller ranks learn less, and an adapter that a run goes on from has its ranks. Each
+change comes on top of those before.
 """
 
 from collections.abc import Iterator
@@ -51,6 +52,9 @@ def _candidates(job: Job) -> Iterator[Job]:
         if together % size == 0:
             job = replace(job, micro_batch_size=size, grad_accum_steps=together // size)
             yield job
+    if job.on_cuda and job.quantization == "nf4" and job.sizes.moe_layers and not job.offload:
+        job = replace(job, offload=True)
+        yield job
     for length in range((job.length - 1) // _LENGTH_STEP * _LENGTH_STEP, _SHORTEST - 1, -_LENGTH_STEP):
         job = replace(job, length=length)
         yield job
@@ -67,6 +71,8 @@ def _overrides(before: Job, after: Job) -> Iterator[str]:
     if after.micro_batch_size != before.micro_batch_size:
         yield f"train.micro_batch_size={after.micro_batch_size}"
         yield f"train.grad_accum_steps={after.grad_accum_steps}"
+    if after.offload != before.offload:
+        yield "base.offload=experts"
     if after.length != before.length:
         yield f"data.max_length={after.length}"
     for name, key in _RANK_KEYS.items():

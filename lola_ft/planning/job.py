@@ -21,6 +21,7 @@ class Job:
         optimizer: A recipe's name for it.
         router_losses: How many losses of the routers there are.
         continues: Whether the adapter exists already, so that its ranks stay.
+        offload: Whether the experts' 4-bit weights are in host memory.
         base_dropout: Whether the base's own dropouts are at work; preferences are learned without them.
         reference: Whether a frozen copy of the adapter lies beside it, as the reference of preferences.
     """
@@ -42,6 +43,7 @@ class Job:
     continues: bool = False
     reference: bool = False
     base_dropout: bool = True
+    offload: bool = False
 
     @property
     def sizes(self) -> Sizes:

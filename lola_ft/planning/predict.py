@@ -7,6 +7,7 @@ from lola_ft.families.parts import Audit
 from lola_ft.planning.adapter_sizes import adapter_sizes
 from lola_ft.planning.base_weights import base_audit
 from lola_ft.planning.job import Job
+from lola_ft.planning.offloading import Offloading
 from lola_ft.planning.optimizer import OptimizerBytes, optimizer_bytes
 from lola_ft.planning.saved_for_backward import Activations, activations
 from lola_ft.planning.workspace import backward_work, loss_work
@@ -49,11 +50,19 @@ class Prediction:
     work: int
 
     @property
+    def offloading(self) -> Offloading | None:
+        """What is in host memory, if anything is."""
+        return Offloading(self.job) if self.job.offload else None
+
+    @property
     def parts(self) -> dict[str, int]:
         """Bytes of each part at the peak; paged optimiser state is left out, for it may leave the GPU."""
         kept = 0 if self.moment == "optimizer step" else self.activations.saved + self.activations.held
+        weights, elsewhere = self.fixed.base.total_bytes, self.offloading
+        if elsewhere:
+            weights += elsewhere.buffers - elsewhere.host
         return {
-            "weights": self.fixed.base.total_bytes,
+            "weights": weights,
             "adapter": self.fixed.adapter,
             **({"reference": self.fixed.adapter} if self.job.reference else {}),
             "gradients": _FLOAT * self.fixed.trained,
@@ -81,6 +90,7 @@ class Prediction:
             "paged_optimizer_bytes": self.fixed.optimizer.paged,
             "weights": self.fixed.base.as_dict(),
             "trained_parameters": self.fixed.trained,
+            **({"offload": self.offloading.as_dict()} if self.offloading else {}),
         }
 
 

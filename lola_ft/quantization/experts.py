@@ -76,10 +76,20 @@ class NF4Experts(FusedExperts):
         place.absmax2.copy_(new.absmax2)
         place.offset.copy_(new.offset)
 
-    def stored(self, part: str, expert_id: int) -> NF4:
-        """Return one expert's quantised weight (views into the stack)."""
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the parameters and buffers that make up the store."""
+        return [f"{name}{suffix}" for name in self.shapes for suffix in ("", *(f"_{scale}" for scale in _SCALES))]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor, on this module's device, as the parameter or buffer of this name."""
+        is_buffer = name in dict(self.named_buffers(recurse=False))
+        setattr(self, name, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
+
+    def stored(self, part: str, expert_id: int, held: Callable[[str], Tensor] | None = None) -> NF4:
+        """Return one expert's quantised weight (views into the stack); for `held` see `_stack`."""
         projection, number = self.parts[part]
-        stack = self._stack(projection)
+        stack = self._stack(projection, held)
         matrix = expert_id * stack.parts + number
         return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
 
@@ -105,9 +115,10 @@ class NF4Experts(FusedExperts):
             matrices_EPIO = matrices_EPIO.transpose(1, 2)
         return matrices_EPIO.reshape(self.num_experts, *self.part_shape(name))
 
-    def _stack(self, name: str) -> NF4Stack:
-        parts = _num_parts(name)
-        tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
+    def _stack(self, name: str, held: Callable[[str], Tensor] | None = None) -> NF4Stack:
+        """Return a projection's store; `held` gives its tensors by name where they are not this module's own."""
+        parts, held = _num_parts(name), held or partial(getattr, self)
+        tensors = [held(name).data, *(held(f"{name}_{scale}") for scale in _SCALES)]
         if parts > 1:
             tensors = [tensor.flatten(0, 1) for tensor in tensors]
         packed, absmax, absmax2, offset = tensors

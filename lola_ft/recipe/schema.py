@@ -88,6 +88,16 @@ class Base(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="number format of the arithmetic"
     )
+    offload: Literal["none", "experts"] = Field(
+        default="none", description="what a small GPU keeps in host memory: nothing, or the experts' 4-bit weights"
+    )
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.offload == "experts" and self.quantization == "none":
+            yield (
+                ("offload",),
+                "only 4-bit weights are kept in host memory, and quantization is none. Remove one of them",
+            )
 
 
 class GroupLora(Section):

@@ -12,6 +12,7 @@ from lola_ft.training.continued_recipe import keys_left_out
 
 # These do not decide any number that is trained.
 _FREE = (
+    "base.offload",
     "train.save_every",
     "train.keep",
     "train.eval_every",
