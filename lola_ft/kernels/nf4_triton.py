@@ -70,6 +70,28 @@ def _decoded(
 
 
 @triton.jit
+def _side(
+    hidden,
+    factor,
+    rows,
+    columns,
+    num_columns,
+    first,
+    rank,
+    stride_o,
+    stride_r,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`hidden @ factor.T` of the ranks from `first` on, RANK of them."""
+    ranks = first + tl.arange(0, RANK)
+    h = tl.load(hidden + rows[:, None] * rank + ranks[None, :], mask=ranks[None, :] < rank, other=0.0)
+    inside = (columns[None, :] < num_columns) & (ranks[:, None] < rank)
+    f = tl.load(factor + columns[None, :] * stride_o + ranks[:, None] * stride_r, mask=inside, other=0.0)
+    return tl.dot(h, f, input_precision=PRECISION)
+
+
+@triton.jit
 def product(
     x,
     out,
@@ -99,6 +121,7 @@ def product(
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    MANY_RANKS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,6 +129,8 @@ def product(
     PRECISION: tl.constexpr,
 ):
     """`x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`; plus bias; plus `hidden @ factor[expert].T` (RANK > 0).
+
+    RANK ranks are taken at a time; with MANY_RANKS there are more than these.
 
     W is the weight as stored, of `weight_rows` and `weight_columns` in all; for its parts see `_decoded`.
     """
@@ -169,14 +194,23 @@ def product(
             ).to(part.dtype)
         total += tl.dot(part, weight, input_precision=PRECISION)
     if RANK > 0:
-        ranks = tl.arange(0, RANK)
-        h = tl.load(hidden + rows[:, None] * rank + ranks[None, :], mask=ranks[None, :] < rank, other=0.0)
-        f = tl.load(
-            factor + expert * factor_stride_e + columns[None, :] * factor_stride_o + ranks[:, None] * factor_stride_r,
-            mask=real[None, :] & (ranks[:, None] < rank),
-            other=0.0,
-        )
-        side = tl.dot(h, f, input_precision=PRECISION)
+        factor += expert * factor_stride_e
+        side = _side(hidden, factor, rows, columns, num_out, 0, rank, factor_stride_o, factor_stride_r, RANK, PRECISION)
+        if MANY_RANKS:
+            for first in tl.range(RANK, rank, RANK, num_stages=1):
+                side += _side(
+                    hidden,
+                    factor,
+                    rows,
+                    columns,
+                    num_out,
+                    first,
+                    rank,
+                    factor_stride_o,
+                    factor_stride_r,
+                    RANK,
+                    PRECISION,
+                )
         if HAS_KEEP:
             kept = tl.load(keep + rows[:, None] * num_out + columns[None, :], mask=real[None, :], other=0)
             side = tl.where(kept != 0, side * keep_scale, 0.0)
@@ -203,14 +237,14 @@ def to_rank(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`x @ factor[expert].T`, RANK columns at once."""
+    """`x @ factor[expert].T`, RANK columns in a program."""
     tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile)
     if expert >= NUM_EXPERTS:
         return
     factor += expert.to(tl.int64) * factor_stride_e
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for start in range(0, num_in, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -239,9 +273,9 @@ def outer(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`left.T @ right` over one expert's rows: (rank, BLOCK_N columns) of `out` (E, rank, columns)."""
+    """`left.T @ right` over one expert's rows: RANK rows and BLOCK_N columns of `out` (E, rank, columns)."""
     expert = tl.program_id(0)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((RANK, BLOCK_N), dtype=tl.float32)
     for start in range(tl.load(starts + expert), tl.load(ends + expert), BLOCK_M):
