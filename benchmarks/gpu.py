@@ -38,6 +38,7 @@ from lola_ft.training.precision import choose_precision
 
 _RANK = 16
 _NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+_SHAPES = {"olmoe": {"n_inner": 1024}}  # where the Hub's config is not transformers' default
 _TRITON = "triton"
 # Columns of a tile, depth, warps, stages; "triton" alone is as the chip's launch settings say.
 _WAYS = ("grouped", _TRITON, "triton 128x64x4x3", "triton 256x64x8x3", "triton 128x128x8x2", "triton 64x64x4x4")
@@ -323,9 +324,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def sizes_of(args: argparse.Namespace) -> dict[str, int]:
-    """The sizes that were given, by the names of LOLA's config; the family's own stay otherwise."""
+    """The sizes that were given, by the names of LOLA's config; else the base's own on the Hub."""
     names = {"n_embd": args.hidden, "n_inner": args.inner, "n_head": args.heads, "vocab_size": args.vocab}
-    return {name: size for name, size in names.items() if size is not None}
+    return _SHAPES.get(args.family, {}) | {name: size for name, size in names.items() if size is not None}
 
 
 def synchronize() -> None:

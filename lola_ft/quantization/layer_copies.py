@@ -98,6 +98,7 @@ class LayerCopies:
         self._stores.append(self._transfers.host_memory(num_bytes))
         if number < _BUFFERS:
             self._buffers.append(self._transfers.device_memory(num_bytes))
+            self._left[number] = self._transfers.mark()  # what had this memory before may still be computed with
         return number, self._stores[number], self._buffers[number % _BUFFERS]
 
     @contextmanager
