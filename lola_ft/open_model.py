@@ -112,11 +112,11 @@ def open_subject(
     target = torch.device(device) if device else default_device()
     wanted = _fitting(subject) if quantization == "auto" else quantization
     held = known_dtype(_possible(dtype, target))
-    base = _base_folder(subject)
+    base, offload = _base_folder(subject), _offload(subject, wanted, target)
     if is_cache(base):
-        model = load_base(base, wanted, held, target, quiet=quiet)
+        model = load_base(base, wanted, held, target, quiet=quiet, offload=offload)
     else:
-        model = load_checkpoint(BaseCheckpoint.open(base), subject.base, wanted, held, target, quiet)
+        model = load_checkpoint(BaseCheckpoint.open(base), subject.base, wanted, held, target, quiet, offload=offload)
     fingerprint = model.base_fingerprint
     if subject.adapter:
         model = load_adapter(model, subject.adapter)
@@ -149,6 +149,11 @@ def _tokenizer_folder(subject: Subject, base: Path) -> Path:
 def _fitting(subject: Subject) -> str | None:
     """Return the quantisation of the run's training; NF4 if the base is only here in 4 bit."""
     return "nf4" if is_cache(subject.base) else subject.quantization
+
+
+def _offload(subject: Subject, quantization: str | None, device: torch.device) -> str | None:
+    """Return the weights that the run kept in host memory, if that is possible here: on a GPU, in 4 bit. Else None."""
+    return subject.offload if device.type == "cuda" and quantization == "nf4" else None
 
 
 def _possible(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:

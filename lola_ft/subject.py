@@ -39,6 +39,12 @@ class Subject:
     manifest: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def offload(self) -> str | None:
+        """The weights that the run kept in host memory ("experts"); None without offloading or without a run."""
+        kept = self.manifest.get("recipe", {}).get("base", {}).get("offload", "none")
+        return None if kept == "none" else kept
+
+    @property
     def adapter(self) -> Path | None:
         """The adapter's folder; None for a base or a merged model."""
         return self.folder if self.kind in ("run", "adapter") else None

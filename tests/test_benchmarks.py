@@ -1,11 +1,13 @@
 """The benchmarks run and print what they promise."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,12 +36,66 @@ def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
     small = "--layers 2 --hidden 64 --heads 4 --inner 128 --vocab 512 --seq 32 --steps 2 --decode 4 --ceiling 256"
     command = [sys.executable, str(script), *small.split(), "--tokens", "64", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert set(result["moe_layer_64"]) == {"loop", "grouped"}
-    assert all(isinstance(value, float) for value in result["moe_layer_64"].values())
-    for part in ("train_1_kept", "train_1_recomputed", "train_8_recomputed"):
-        assert 5.5 < result[part]["loss"] < 7.5  # ln(512) = 6.2
-        assert 0 < result[part]["share_of_matmul_rate"] < 1
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    for family in ("lola", "olmoe"):
+        layer, model = result[f"{family} layer, grouped"], result[f"{family} model"]
+        assert layer["error_of_length_64"] < 0.03
+        assert layer["ms_64"] > 0
+        assert layer["plain_ms_64"] > 0
+        assert abs(model["loss"]["chosen"] - model["loss"]["plain"]) < 0.01
+        for part in ("train_1_kept", "train_1_recomputed", "train_8_recomputed"):
+            assert 5.5 < model[part]["loss"] < 7.5  # ln(512) = 6.2
+            assert 0 < model[part]["share_of_matmul_rate"] < 1
+    assert sum(": yes, " in line or ": no, " in line for line in lines) == 1  # decoding; there is no GPU memory
+
+
+def test_the_gpus_benchmark_goes_on_where_a_part_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    def run(code: str, limit: float = 60) -> dict[str, Any]:
+        return gpu.in_process([sys.executable, "-c", code], limit)
+
+    said = "import json, os, sys, time; print(json.dumps({'ms': 3}), flush=True); "
+    assert run(said) == {"ms": 3}
+    assert run(said + "os.abort()") == {"ms": 3, "error": "ended with code -6"}
+    assert run(said + "sys.exit('wrong numbers')") == {"ms": 3, "error": "ended with code 1: wrong numbers"}
+    assert run(said + "time.sleep(60)", 2) == {"ms": 3, "error": "took longer than 2 s"}
+
+
+def test_the_gpus_benchmark_leaves_out_what_failed_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cuda", "--families", "lola", "olmoe"])
+    args, result, models = gpu.parse(), {"device": {"matmul_flops": 5.0}}, {}
+    for name, arguments, _ in gpu.parts(args, result):
+        if name.endswith(" model"):
+            models[name] = arguments
+        result[name] = {"error": "an illegal address"} if name == "olmoe layer, triton" else result.get(name, {"ms": 1})
+    assert models["lola model"][-3:] == ["--rate", "5.0", "--without"]
+    assert models["olmoe model"][-2:] == ["--without", "triton"]
+    result["lola model"] = {"train_8_recomputed": {"share_of_matmul_rate": 0.5}, "decode_tokens_per_s": 90.0}
+    assert [line.rpartition(": ")[2] for line in gpu.asked(result)] == ["yes, 0.5", "not measured", "no, 90.0"]
+
+
+def test_the_gpus_benchmark_times_no_wrong_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+
+    class Wrong(gpu.GroupedMatmuls):
+        def to_rank(self, *given: Any) -> torch.Tensor:
+            return super().to_rank(*given) * 1.2
+
+    args = argparse.Namespace(family="olmoe", hidden=64, inner=64, heads=4, vocab=512)
+    layer, top_k = gpu.random_layer(args, torch.device("cpu"), torch.float32)
+    assert top_k == 8
+    assert gpu.compare_way(layer, top_k, "grouped", 32, torch.float32)["error_of_length"] < 1e-3
+    monkeypatch.setattr(gpu, "way_of", lambda _: Wrong())
+    monkeypatch.setattr(gpu, "milliseconds", lambda *_: pytest.fail("wrong numbers were timed"))
+    with pytest.raises(SystemExit, match="wrong numbers"):
+        gpu.compare_way(layer, top_k, "grouped", 32, torch.float32)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 import lola_ft
 from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.cli import main
+from tests.conftest import make_base
 
 pytestmark = pytest.mark.gpu
 # A GPU sums in another order and may use TF32 in places; logits of the tiny base are of size 1 to 5.
@@ -43,6 +44,30 @@ def test_four_bit_weights_move_between_devices(tiny_base: Path) -> None:
     there = model.to("cuda")(IDS.to("cuda")).logits.cpu()
     torch.testing.assert_close(there, before, atol=GPU_TOLERANCE, rtol=GPU_TOLERANCE)
     assert torch.equal(model.to("cpu")(IDS).logits, before)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_experts_in_host_memory_give_the_same_numbers(checkpointing: bool, tmp_path: Path) -> None:
+    """Of six MoE layers, two are on the GPU at a time. A copy that is too early or too late would change the loss."""
+    base = make_base(tmp_path / "base", n_layer=12)
+    outcome = {}
+    for kept in ("experts", None):
+        torch.manual_seed(0)
+        loaded = lola_ft.load_base(base, "nf4", "float32", "cuda", quiet=True, offload=kept)
+        model = add_adapter(loaded, AdapterSettings(attention_rank=4, expert_rank=4, dropout=0.0)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer, ids, losses = torch.optim.SGD(trained, lr=0.1), IDS.to("cuda"), []
+        for _ in range(4):
+            loss = model(ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        outcome[kept] = torch.stack(losses).cpu()
+    torch.testing.assert_close(outcome["experts"], outcome[None], atol=GPU_TOLERANCE, rtol=GPU_TOLERANCE)
 
 
 def test_a_run_in_bfloat16_learns(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:

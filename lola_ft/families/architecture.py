@@ -170,6 +170,29 @@ class Architecture:
                 "or choose another base."
             )
 
+    def refuse_offload(self, quantization: str | None, device: str, processes: int = 1) -> None:
+        """Refuse `base.offload: experts` if experts cannot be kept in host memory, or if nothing would be saved.
+
+        Args:
+            quantization: "nf4" or None.
+            device: "cuda" or "cpu".
+            processes: Number of processes that train together.
+
+        Raises:
+            UserError: Names the reason.
+        """
+        reasons = {
+            f"a {self.family.title} has no experts": not self.sizes.moe_layers,
+            "base.quantization is none": quantization is None,
+            "there is no GPU here, and on a CPU they are in host memory in any case": device != "cuda",
+            f"each of {processes} processes would keep a copy of them": processes > 1,
+        }
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+            raise UserError(
+                "base.offload: `experts` keeps the experts' 4-bit weights in host memory and brings them to the GPU "
+                f"layer by layer, but {reason}. Set base.offload=none."
+            )
+
 
 _ADDED = re.compile(r"\.(?:lora_|parametrizations\.|token_adapter\.)")
 """The beginning of a name's part that an adapter adds to a module."""

@@ -24,7 +24,8 @@ def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Gr
     if up.nf4 is None or down.nf4 is None or x_TD.device.type != "cuda":
         return GroupedMatmuls()
     fused = _fused()
-    if fused is None or not fused.takes(up.nf4) or not fused.takes(down.nf4):
+    tile, rows_TD = groups.tile_rows, x_TD
+    if fused is None or not fused.takes(up.nf4, rows_TD, tile) or not fused.takes(down.nf4, rows_TD, tile):
         return GroupedMatmuls()
     shape = (up.in_features, up.out_features, up.is_transposed)
     key = (x_TD.device, x_TD.dtype, shape, groups.ends_E.numel(), groups.tile_rows, groups.num_rows.bit_length())

@@ -22,7 +22,8 @@ Shape suffixes:
     R  LoRA rank                    I  inputs of a projection, in functions that serve both projections
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +83,13 @@ def run_experts(
     for path in paths:
         factors += _padded(*path.of_all(experts.num_experts), dtype) if path else [None, None]
     up_dropout, down_dropout = (path.dropout if path else 0.0 for path in paths)
-    products = products or choose_products(x_TD.to(dtype), up, down, groups)
     activation = activation_of(experts.activation)
-    layer = _Layer(up, down, activation, experts.has_gate, groups, up_dropout, down_dropout, products)
-    # Autocast is off inside: everything is already in `dtype`.
-    with torch.autocast(x_TD.device.type, enabled=False):
+    # Autocast is off inside: everything is already in `dtype`. Weights that are kept in host memory are on the device
+    # only inside `in_memory`; `up` and `down` are views of the memory there that they are copied to.
+    with torch.autocast(x_TD.device.type, enabled=False), experts.in_memory():
+        products = products or choose_products(x_TD.to(dtype), up, down, groups)
+        dropouts = up_dropout, down_dropout
+        layer = _Layer(up, down, activation, experts.has_gate, groups, *dropouts, products, experts.in_memory)
         out_TD = _Experts.apply(
             x_TD.to(dtype), probs_TK.to(dtype), up.trainable, up.bias, down.trainable, down.bias, *factors, layer
         )
@@ -105,6 +108,7 @@ class _Layer:
     up_dropout: float
     down_dropout: float
     products: Products
+    in_memory: Callable[[], AbstractContextManager[None]]
 
     def activated(self, pre_NO: Tensor) -> Tensor:
         """Return (N, F): `act(up)`, or `act(gate) * up` for gated experts."""
@@ -200,10 +204,22 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Before `in_memory`: with gradient checkpointing this computes the layer again, which enters it, too.
+        saved = ctx.saved_tensors
+        with ctx.layer.in_memory():
+            return _Experts._gradients(ctx, grads[0], saved)
+
+    @staticmethod
+    def _gradients(ctx: Any, d_out_TD: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs of `forward`, in order.
+
+        Args:
+            saved: The tensors that `forward` saved.
+        """
         # The steps of forward, last first. Step 5 is y times probs; its factor probs is applied late (5c), because the
         # gradient of probs needs the product of d_out and W_down before it is weighted.
-        d_out_TD, layer = grads[0], ctx.layer
-        inputs, pre_NO, act_NF, probs_TK, *rest = ctx.saved_tensors
+        layer = ctx.layer
+        inputs, pre_NO, act_NF, probs_TK, *rest = saved
         a_up_ERD, b_up_EOR, a_down_ERF, b_down_EDR, hidden_up_NR, hidden_down_NR, keep_ND, keep_NF = rest
         groups, products, top_k = layer.groups, layer.products, probs_TK.shape[1]
         wants_x, wants_probs, wants_up, wants_up_bias, wants_down, wants_down_bias, *wants_factors, _ = (

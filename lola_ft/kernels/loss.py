@@ -64,9 +64,7 @@ def labelled_cross_entropy(
     Returns:
         A float32 scalar; a differentiable 0 if nothing is labelled.
     """
-    targets = labels_BS[:, 1:]
-    mask = targets != IGNORE
-    rows_ND, targets_N = x_BSD[:, :-1][mask], targets[mask]
+    rows_ND, targets_N = labelled_rows(x_BSD, labels_BS)
     divisor = targets_N.numel() if num_items_in_batch is None else num_items_in_batch
     ids_K, rows_KD = trained or (None, None)
     total = _SummedCrossEntropy.apply(rows_ND, head_VD, targets_N, ids_K, rows_KD)
@@ -83,15 +81,26 @@ def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Token
     Returns:
         Float32 (N,), in the order of the labels, row by row.
     """
-    targets = labels_BS[:, 1:]
-    mask = targets != IGNORE
-    rows_ND, targets_N = x_BSD[:, :-1][mask], targets[mask]
+    rows_ND, targets_N = labelled_rows(x_BSD, labels_BS)
     nats_N = rows_ND.new_empty(targets_N.shape, dtype=torch.float32)
     for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
         logits = logits_of(rows_ND[chunk], head_VD, trained)
         nats_N[chunk] = F.cross_entropy(logits, targets_N[chunk], reduction="none")
     return nats_N
+
+
+def labelled_rows(x_BSD: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states (N, D) of positions whose next token is labelled, and their labels (N,).
+
+    With S = 4 and the labels [[-100, -100, 7, 2]], N is 2: the states of positions 1 and 2, and the labels [7, 2].
+
+    On a GPU the host waits here for N, which decides the shapes of all later steps. Scoring every position instead
+    would cost more: the output head is a sixth of LOLA's work per token, and prompts have no labels.
+    """
+    targets_BS = labels_BS[:, 1:]
+    mask_BS = targets_BS != IGNORE
+    return x_BSD[:, :-1][mask_BS], targets_BS[mask_BS]
 
 
 def logits_of(rows_CD: Tensor, head_VD: Tensor, trained: TokenRows | None = None) -> Tensor:

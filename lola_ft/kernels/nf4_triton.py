@@ -15,7 +15,9 @@ How one weight is decoded (NF4 with double quantisation, arXiv 2305.14314), with
 Everything runs under Triton's interpreter on a CPU (TRITON_INTERPRET=1), which is how it is tested without a GPU.
 
 Letters in shapes: M rows of a tile (BLOCK_M), N its columns (BLOCK_N), K one step of the summed dimension (BLOCK_K),
-R the rank rounded up (RANK); `rank` is the real one.
+R ranks at a time (RANK, a power of two); `rank` is LoRA's own. Ranks are cut into blocks of R, so that any rank can be
+computed. For example, rank 8 is one block of R = 16 whose last 8 columns are masked, and rank 96 is two blocks of
+R = 64, the second with 32 real columns.
 """
 
 import triton
@@ -93,6 +95,35 @@ def _decoded(
 
 
 @triton.jit
+def _side(
+    hidden,
+    factor,
+    rows,
+    columns,
+    num_columns,
+    first,
+    rank,
+    stride_o,
+    stride_r,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Compute one block of a LoRA side path, (M, R) @ (R, N): `hidden @ factor.T` over RANK ranks from `first` on.
+
+    Args:
+        hidden: (rows of the buffer, rank).
+        factor: One expert's factor (num_columns, rank), with the strides `stride_o` and `stride_r`.
+        rows, columns: Numbers of the tile's rows (M,) and columns (N,).
+    """
+    # Ranks beyond the real one are zeros in both operands.
+    ranks = first + tl.arange(0, RANK)
+    h = tl.load(hidden + rows[:, None] * rank + ranks[None, :], mask=ranks[None, :] < rank, other=0.0)
+    inside = (columns[None, :] < num_columns) & (ranks[:, None] < rank)
+    f = tl.load(factor + columns[None, :] * stride_o + ranks[:, None] * stride_r, mask=inside, other=0.0)
+    return tl.dot(h, f, input_precision=PRECISION)
+
+
+@triton.jit
 def product(
     x,
     out,
@@ -122,6 +153,7 @@ def product(
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RANK: tl.constexpr,
+    MANY_RANKS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,12 +163,16 @@ def product(
     """Compute `x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`, plus the bias and a LoRA side path.
 
     The side path (if RANK > 0) is `hidden @ factor[expert].T`, and with HAS_KEEP multiplied by `keep * keep_scale`.
+    It is computed for RANK ranks at a time; with MANY_RANKS there are more than RANK. (A tile of all ranks would need
+    more registers than a thread has.)
 
     Args:
         x, out: (rows of the buffer, num_in) and (rows of the buffer, num_out), where a program has the rows of tile
             `program_id(0)` and the columns of block `program_id(1)`.
         weight_rows, weight_columns: Shape of W, one expert's weight as stored; for its parts see `_decoded`.
         blocks, superblocks: Blocks of 64 weights, and of 256 scales, in one quantised matrix.
+        hidden: (rows of the buffer, rank).
+        factor: (E, num_out, rank), with the strides `factor_stride_e`, `factor_stride_o` and `factor_stride_r`.
         keep: (rows of the buffer, num_out) bool.
     """
     # This program's expert; tiles after the last group have none.
@@ -202,16 +238,25 @@ def product(
                 BLOCK_N,
             ).to(part.dtype)
         total += tl.dot(part, weight, input_precision=PRECISION)
-    # LoRA: total (M, N) += hidden (M, R) @ factor.T (R, N), with dropout's mask (M, N)
+    # LoRA: total (M, N) += sum over blocks of ranks of hidden (M, R) @ factor.T (R, N), with dropout's mask (M, N)
     if RANK > 0:
-        ranks = tl.arange(0, RANK)
-        h = tl.load(hidden + rows[:, None] * rank + ranks[None, :], mask=ranks[None, :] < rank, other=0.0)
-        f = tl.load(
-            factor + expert * factor_stride_e + columns[None, :] * factor_stride_o + ranks[:, None] * factor_stride_r,
-            mask=real[None, :] & (ranks[:, None] < rank),
-            other=0.0,
-        )
-        side = tl.dot(h, f, input_precision=PRECISION)
+        factor += expert * factor_stride_e
+        side = _side(hidden, factor, rows, columns, num_out, 0, rank, factor_stride_o, factor_stride_r, RANK, PRECISION)
+        if MANY_RANKS:
+            for first in tl.range(RANK, rank, RANK, num_stages=1):
+                side += _side(
+                    hidden,
+                    factor,
+                    rows,
+                    columns,
+                    num_out,
+                    first,
+                    rank,
+                    factor_stride_o,
+                    factor_stride_r,
+                    RANK,
+                    PRECISION,
+                )
         if HAS_KEEP:
             kept = tl.load(keep + rows[:, None] * num_out + columns[None, :], mask=real[None, :], other=0)
             side = tl.where(kept != 0, side * keep_scale, 0.0)
@@ -238,15 +283,15 @@ def to_rank(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute `x @ factor[expert].T`: a program has BLOCK_M rows and all RANK columns."""
+    """Compute `x @ factor[expert].T`: a program has BLOCK_M rows and RANK columns, block `program_id(1)` of them."""
     tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile)
     if expert >= NUM_EXPERTS:
         return
     factor += expert.to(tl.int64) * factor_stride_e
-    # total (M, R) += x (M, K) @ factor.T (K, R), for each step of K along the inputs
+    # total (M, R) += x (M, K) @ factor.T (K, R), for each step of K along the inputs; R: this program's ranks
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     for start in range(0, num_in, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
@@ -275,11 +320,18 @@ def outer(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute `left.T @ right` over one expert's rows: `rank` rows and BLOCK_N columns of `out` (E, rank, columns)."""
+    """Compute `left.T @ right` over one expert's rows: a program has RANK rows and BLOCK_N columns of the output.
+
+    Args:
+        left, right: (rows of the buffer, rank) and (rows of the buffer, columns).
+        out: (E, rank, columns), where a program has the rows of block `program_id(2)` and the columns of block
+            `program_id(1)`.
+    """
     expert = tl.program_id(0)
-    ranks = tl.arange(0, RANK)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # total (R, N) += left.T (R, M) @ right (M, N), for each tile of M rows of the expert; zeros if it has none
+    # total (R, N) += left.T (R, M) @ right (M, N), for each tile of M rows of the expert; zeros if it has none.
+    # R is this program's block of ranks.
     total = tl.zeros((RANK, BLOCK_N), dtype=tl.float32)
     for start in range(tl.load(starts + expert), tl.load(ends + expert), BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -9,6 +9,7 @@ Shape suffixes: E experts, P parts of a projection, M = E * P quantised matrices
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +92,9 @@ class Experts(Protocol):
 
     def weights(self, name: str) -> WeightStack:
         """Return one projection's weights, by the projection's name."""
+
+    def in_memory(self) -> AbstractContextManager[None]:
+        """Return a context in which the weights are on the device. Forward enters it, and backward again."""
 
 
 @dataclass(frozen=True)

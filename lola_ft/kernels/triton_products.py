@@ -4,9 +4,13 @@ A launch starts one program per tile of rows and per block of output columns. Wi
 `expert_of_tile` = [0, 2, 2, 3] and 256 output columns in blocks of 128, that is 4 x 2 programs. Programs of tile 3
 return at once, because expert 3 does not exist: the tile is unused.
 
+LoRA's kernels cut the rank into blocks, one program each: `to_rank` at rank 96 starts 4 x 2 programs, for ranks 0 to 63
+and 64 to 95. `launch_settings` has the sizes of all blocks.
+
 Shape suffixes: N rows of the grouped buffer, E experts, I inputs and O outputs of the projection, R rank.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,32 +18,46 @@ from torch import Tensor
 
 from lola_ft.kernels import nf4_triton
 from lola_ft.kernels.grouping import Grouping
+from lola_ft.kernels.launch_settings import ON_MATRIX_UNITS, Launch, Launches, launches_of, rank_block
 from lola_ft.kernels.products import GroupedMatmuls, Side
 from lola_ft.kernels.stacks import NF4Stack, WeightStack
 
-_LEAST = 16  # rows and columns that a matrix unit takes at least
-_LARGEST_RANK = 256  # a larger rank would not fit into a program's memory beside the tile
+_LARGEST_RANK = 1024  # of a recipe; beyond it, `outer` computes the gradient of a whole weight
 
 
 class TritonProducts:
     """Multiply with 4-bit weights. The methods are those of `Products`; only the `nf4` of a weight is read.
 
     Args:
-        block_n: Columns of an output tile.
-        block_k: Depth of one step of the loop over the summed dimension.
-        num_warps, num_stages: Triton's launch options.
+        product: Launch settings of the product, in place of those for the chip.
+        capability: The chip to launch for, in place of the device's own.
     """
 
     recomputes_activations = True
 
-    def __init__(self, block_n: int = 128, block_k: int = 64, num_warps: int = 8, num_stages: int = 3) -> None:
-        self.block_n, self.block_k = block_n, block_k
-        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+    def __init__(self, product: Launch | None = None, capability: tuple[int, int] | None = None) -> None:
+        self._own, self._capability = product, capability
 
-    @staticmethod
-    def takes(nf4: NF4Stack) -> bool:
-        """Return True if the kernels can read this weight: each row is a whole number of blocks of 64 values."""
-        return nf4.shape[1] % nf4_triton.BLOCK.value == 0
+    def takes(self, nf4: NF4Stack, x: Tensor, tile_rows: int) -> bool:
+        """Return True if the kernels can read this weight and are used on x's chip for tiles of this many rows.
+
+        They can read a weight if each of its rows is a whole number of blocks of 64 values.
+        """
+        return nf4.shape[1] % nf4_triton.BLOCK.value == 0 and self._launches(x, tile_rows) is not None
+
+    def _launches(self, x: Tensor, tile_rows: int) -> Launches | None:
+        """Return the launch settings for x's chip and dtype; None if the kernels are not used there."""
+        launches: Launches | None = ON_MATRIX_UNITS  # in the interpreter on a CPU, which has no limits to fit into
+        if x.is_cuda or self._capability:
+            capability = self._capability or torch.cuda.get_device_capability(x.device)
+            launches = launches_of(capability, x.dtype, tile_rows)
+        return replace(launches, product=self._own) if launches and self._own else launches
+
+    def _chosen(self, x: Tensor, groups: Grouping) -> Launches:
+        """Return the launch settings for x and its groups."""
+        launches = self._launches(x, groups.tile_rows)
+        assert launches is not None, f"the kernels are not used for {x.dtype} in tiles of {groups.tile_rows} rows here"
+        return launches
 
     def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
         return self._product(x_NI, weight, groups, side, forward=True)
@@ -48,9 +66,9 @@ class TritonProducts:
         return self._product(x_NO, weight, groups, side, forward=False)
 
     def to_rank(self, x_NI: Tensor, factor_ERI: Tensor, groups: Grouping) -> Tensor:
-        rank = factor_ERI.shape[1]
+        rank, launch = factor_ERI.shape[1], self._chosen(x_NI, groups).to_rank
         out_NR = x_NI.new_empty(x_NI.shape[0], rank)
-        nf4_triton.to_rank[(groups.expert_of_tile.numel(),)](
+        nf4_triton.to_rank[(groups.expert_of_tile.numel(), -(-rank // rank_block(rank)))](
             x_NI,
             factor_ERI,
             out_NR,
@@ -59,10 +77,12 @@ class TritonProducts:
             *factor_ERI.stride(),
             rank,
             NUM_EXPERTS=factor_ERI.shape[0],
-            RANK=_rank_block(rank),
+            RANK=rank_block(rank),
             BLOCK_M=groups.tile_rows,
-            BLOCK_K=self.block_k,
+            BLOCK_K=launch.block_k,
             PRECISION=_precision(x_NI),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
         return out_NR
 
@@ -70,8 +90,9 @@ class TritonProducts:
         rank, columns, num_experts = left_NR.shape[1], right_NI.shape[1], groups.ends_E.numel()
         if rank > _LARGEST_RANK:  # the gradient of a whole weight, where `left` is as wide as the projection
             return GroupedMatmuls().outer(left_NR, right_NI, groups)
+        launch = self._chosen(left_NR, groups).outer
         out_ERI = left_NR.new_empty(num_experts, rank, columns)
-        nf4_triton.outer[(num_experts, -(-columns // self.block_n))](
+        nf4_triton.outer[(num_experts, -(-columns // launch.block_n), -(-rank // rank_block(rank)))](
             left_NR,
             right_NI,
             out_ERI,
@@ -79,15 +100,17 @@ class TritonProducts:
             groups.ends_E,
             rank,
             columns,
-            RANK=_rank_block(rank),
+            RANK=rank_block(rank),
             BLOCK_M=groups.tile_rows,
-            BLOCK_N=self.block_n,
+            BLOCK_N=launch.block_n,
             PRECISION=_precision(left_NR),
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
         return out_ERI
 
     def _product(self, x: Tensor, weight: WeightStack, groups: Grouping, side: Side | None, forward: bool) -> Tensor:
-        nf4, bias = weight.nf4, weight.bias if forward else None
+        nf4, bias, launch = weight.nf4, weight.bias if forward else None, self._chosen(x, groups).product
         assert nf4 is not None, "these kernels read 4-bit weights"
         out = x.new_empty(x.shape[0], weight.out_features if forward else weight.in_features)
         # The stored matrix of one expert, (rows, columns): (in, out) if transposed, else (out, in).
@@ -96,7 +119,7 @@ class TritonProducts:
         # Triton wants a tensor for every pointer. For those that the kernel does not read, `x` stands in.
         strides = side.factor_EOR.stride() if side else (0, 0, 0)
         rank = side.hidden_NR.shape[1] if side else 0
-        nf4_triton.product[(groups.expert_of_tile.numel(), -(-out.shape[1] // self.block_n))](
+        nf4_triton.product[(groups.expert_of_tile.numel(), -(-out.shape[1] // launch.block_n))](
             x,
             out,
             groups.expert_of_tile,
@@ -122,21 +145,17 @@ class TritonProducts:
             SIDE_BY_SIDE=weight.is_transposed,  # (in, out) weights: gate and up are the left and right columns
             TRANSPOSED=weight.is_transposed != forward,  # forward wants (in, out), backward (out, in)
             HAS_BIAS=bias is not None,
-            RANK=_rank_block(rank) if rank else 0,
+            RANK=rank_block(rank) if rank else 0,
+            MANY_RANKS=bool(rank) and rank > rank_block(rank),
             HAS_KEEP=side is not None and side.keep_NO is not None,
             BLOCK_M=groups.tile_rows,
-            BLOCK_N=self.block_n,
-            BLOCK_K=self.block_k,
+            BLOCK_N=launch.block_n,
+            BLOCK_K=launch.block_k,
             PRECISION=_precision(x),
-            **self._options,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
         )
         return out
-
-
-def _rank_block(rank: int) -> int:
-    """Return the power of two that a kernel works with, at least 16; columns beyond the rank are masked."""
-    assert rank <= _LARGEST_RANK, f"rank {rank} is more than {_LARGEST_RANK}, which these kernels take"
-    return max(_LEAST, 1 << (rank - 1).bit_length())
 
 
 def _precision(x: Tensor) -> Any:

@@ -129,6 +129,7 @@ class LolaModel(LolaPreTrainedModel):
         embeds_BSD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         self._check_attention(embeds_BSD.device, output_attentions)
         may_be_packed = position_ids is not None and attention_mask is None and past_key_values is None
+        given_position_ids = position_ids
         position_ids = self._positions(embeds_BSD, past_key_values, position_ids)
         stretches = mask = None
         if may_be_packed and config._attn_implementation == "sdpa":
@@ -139,7 +140,7 @@ class LolaModel(LolaPreTrainedModel):
                 inputs_embeds=embeds_BSD,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
-                position_ids=position_ids,
+                position_ids=given_position_ids,  # these make it look for packed documents, which the host waits for
             )
         # After the mask: with a cache, even an empty one, the mask would let packed documents see each other.
         if use_cache and past_key_values is None:

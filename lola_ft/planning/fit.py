@@ -5,8 +5,9 @@ and rank 16 is tried with:
 
 1. gradient checkpointing (costs only time)
 2. micro batch 2 x 8 steps, then 1 x 16 (costs time; the batch of 16 rows stays the same)
-3. rows of 960, 896, ... 128 tokens (drops or cuts data)
-4. ranks 8, 4, 2, 1 (learns less; not if the run continues an adapter, whose ranks are fixed)
+3. experts in host memory (costs time; only with 4-bit experts on a GPU)
+4. rows of 960, 896, ... 128 tokens (drops or cuts data)
+5. ranks 8, 4, 2, 1 (learns less; not if the run continues an adapter, whose ranks are fixed)
 
 The first candidate whose predicted peak is within the limit is the advice.
 """
@@ -60,6 +61,9 @@ def _candidates(job: Job) -> Iterator[Job]:
         if together % size == 0:
             job = replace(job, micro_batch_size=size, grad_accum_steps=together // size)
             yield job
+    if job.on_cuda and job.quantization == "nf4" and job.sizes.moe_layers and not job.offload:
+        job = replace(job, offload=True)
+        yield job
     for length in range((job.length - 1) // _LENGTH_STEP * _LENGTH_STEP, _SHORTEST - 1, -_LENGTH_STEP):
         job = replace(job, length=length)
         yield job
@@ -76,6 +80,8 @@ def _overrides(before: Job, after: Job) -> Iterator[str]:
     if after.micro_batch_size != before.micro_batch_size:
         yield f"train.micro_batch_size={after.micro_batch_size}"
         yield f"train.grad_accum_steps={after.grad_accum_steps}"
+    if after.offload != before.offload:
+        yield "base.offload=experts"
     if after.length != before.length:
         yield f"data.max_length={after.length}"
     for name, key in _RANK_KEYS.items():

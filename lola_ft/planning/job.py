@@ -21,6 +21,7 @@ class Job:
         optimizer: The optimiser's name in a recipe.
         router_losses: Number of router losses.
         continues: The run continues an adapter, whose ranks are fixed.
+        offload: The experts' 4-bit weights are in host memory.
         base_dropout: The base's own dropouts are on; dpo and kto train without them.
         reference: A frozen copy of the adapter is in memory, as the reference of dpo and kto.
     """
@@ -42,6 +43,7 @@ class Job:
     continues: bool = False
     reference: bool = False
     base_dropout: bool = True
+    offload: bool = False
 
     @property
     def sizes(self) -> Sizes:

@@ -22,6 +22,7 @@ from lola_ft.families.parts import Audit
 from lola_ft.planning.adapter_sizes import adapter_sizes
 from lola_ft.planning.base_weights import base_audit
 from lola_ft.planning.job import Job
+from lola_ft.planning.offloading import Offloading
 from lola_ft.planning.optimizer import OptimizerBytes, optimizer_bytes
 from lola_ft.planning.saved_for_backward import Activations, activations
 from lola_ft.planning.workspace import backward_work, loss_work
@@ -64,11 +65,19 @@ class Prediction:
     work: int
 
     @property
+    def offloading(self) -> Offloading | None:
+        """The experts in host memory; None without offloading."""
+        return Offloading(self.job) if self.job.offload else None
+
+    @property
     def parts(self) -> dict[str, int]:
         """The bytes of each part at the peak, without paged optimiser state, which may leave the GPU."""
         kept = 0 if self.moment == "optimizer step" else self.activations.saved + self.activations.held
+        weights, offloading = self.fixed.base.total_bytes, self.offloading
+        if offloading:
+            weights += offloading.buffers - offloading.host
         return {
-            "weights": self.fixed.base.total_bytes,
+            "weights": weights,
             "adapter": self.fixed.adapter,
             **({"reference": self.fixed.adapter} if self.job.reference else {}),
             "gradients": _FLOAT * self.fixed.trained,
@@ -96,6 +105,7 @@ class Prediction:
             "paged_optimizer_bytes": self.fixed.optimizer.paged,
             "weights": self.fixed.base.as_dict(),
             "trained_parameters": self.fixed.trained,
+            **({"offload": self.offloading.as_dict()} if self.offloading else {}),
         }
 
 

@@ -36,8 +36,9 @@ def _rows(prediction: Prediction) -> Iterator[tuple[str, tuple[str, int]]]:
     sizes = prediction.parts
     formats = {kind for _, kind in fixed.base.counts}
     paged = f"; {show_size(fixed.optimizer.paged)} more is paged" if fixed.optimizer.paged else ""
+    offloaded = "; experts: two layers at a time" if job.offload else ""
     how = {
-        "weights": " and ".join(sorted(formats, key=lambda kind: kind != "nf4")),
+        "weights": " and ".join(sorted(formats, key=lambda kind: kind != "nf4")) + offloaded,
         "adapter": f"{fixed.trained:,} trained parameters, float32",
         "reference": "frozen copy of the starting adapter, float32",
         "gradients": "float32",

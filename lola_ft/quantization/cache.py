@@ -117,6 +117,8 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
             tensor = read.to(device)
             if isinstance(module, NF4Linear) and name != "bias":
                 linear_parts[module_name][name] = tensor
+            elif isinstance(module, NF4Experts):
+                module.put(name, tensor)
             elif name in dict(module.named_buffers(recurse=False)):
                 setattr(module, name, tensor)
             else:

@@ -79,10 +79,24 @@ class NF4Experts(FusedExperts):
         assert tuple(weight.shape) == shape, f"{part} of an expert is {shape}, not {tuple(weight.shape)}"
         quantize(weight, self.stored(part, expert_id))
 
-    def stored(self, part: str, expert_id: int) -> NF4:
-        """Return one expert's quantised weight, as views into the stack."""
+    @property
+    def stored_names(self) -> list[str]:
+        """Names of the parameters and buffers of the 4-bit store."""
+        return [f"{name}{suffix}" for name in self.shapes for suffix in ("", *(f"_{scale}" for scale in _SCALES))]
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Set the parameter or buffer of this name to a tensor on this module's device."""
+        is_buffer = name in dict(self.named_buffers(recurse=False))
+        setattr(self, name, tensor if is_buffer else nn.Parameter(tensor, requires_grad=False))
+
+    def stored(self, part: str, expert_id: int, held: Callable[[str], Tensor] | None = None) -> NF4:
+        """Return one expert's quantised weight, as views into the stack.
+
+        Args:
+            held: See `_stack`.
+        """
         projection, number = self.parts[part]
-        stack = self._stack(projection)
+        stack = self._stack(projection, held)
         # Matrices are numbered expert by expert, then part by part.
         matrix = expert_id * stack.parts + number
         return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
@@ -113,10 +127,14 @@ class NF4Experts(FusedExperts):
             matrices_EPIO = matrices_EPIO.transpose(1, 2)
         return matrices_EPIO.reshape(self.num_experts, *self.part_shape(name))
 
-    def _stack(self, name: str) -> NF4Stack:
-        """Return a projection's tensors for the kernels, with (E, P, …) flattened to (E * P, …)."""
-        parts = _num_parts(name)
-        tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
+    def _stack(self, name: str, held: Callable[[str], Tensor] | None = None) -> NF4Stack:
+        """Return a projection's tensors for the kernels, with (E, P, …) flattened to (E * P, …).
+
+        Args:
+            held: Returns a tensor of the store by its name; by default the module's own.
+        """
+        parts, held = _num_parts(name), held or partial(getattr, self)
+        tensors = [held(name).data, *(held(f"{name}_{scale}") for scale in _SCALES)]
         if parts > 1:
             tensors = [tensor.flatten(0, 1) for tensor in tensors]
         packed, absmax, absmax2, offset = tensors

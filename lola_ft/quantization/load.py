@@ -31,8 +31,10 @@ from lola_ft.model.router import RouterGate
 from lola_ft.quantization.audit import audit, require_quantized
 from lola_ft.quantization.cache import SOURCE_FILE, is_cache, matching_cache, read_cache, source_identity, write_cache
 from lola_ft.quantization.experts import NF4Experts
+from lola_ft.quantization.layer_copies import LayerCopies
 from lola_ft.quantization.linear import NF4Linear
 from lola_ft.quantization.nf4 import NF4
+from lola_ft.quantization.offload import OffloadedExperts, copies_for
 
 QUANTIZATIONS = ("nf4", None)
 CAUSAL_LM = "causal_lm"
@@ -47,6 +49,7 @@ def load_base(
     quiet: bool = False,
     head: str = CAUSAL_LM,
     num_labels: int = 2,
+    offload: str | None = None,
 ) -> Any:
     """Load a base model of any supported family, ready for evaluation or for an adapter.
 
@@ -62,6 +65,8 @@ def load_base(
         quiet: Do not print the audit (parameters and bytes by part and format).
         head: "causal_lm"; or, if the family has them, "sequence_classification" or "token_classification": a new
             layer with `num_labels` outputs, which stays in `dtype`.
+        offload: "experts" keeps the experts' 4-bit weights in host memory, and copies each layer's to the GPU while
+            the layer before computes; None keeps all weights on the device.
 
     Returns:
         The family's model in evaluation mode, with `base_id`, `base_revision`, `base_fingerprint` and
@@ -71,7 +76,7 @@ def load_base(
         CheckpointError: If the checkpoint is damaged or does not fit its config, weights are not finite, an output head
             that should equal the embeddings does not, or a weight stayed dense that should be in 4 bit. The message
             names file and tensor.
-        UserError: For an unknown quantization, dtype or head.
+        UserError: For an unknown quantization, dtype, head or offload, or if experts cannot be kept in host memory.
     """
     quantization, torch_dtype = known_quantization(quantization), known_dtype(dtype)
     target = torch.device(device) if device else default_device()
@@ -80,10 +85,9 @@ def load_base(
             raise UserError(
                 f"{path}: is the 4-bit form of a base, which cannot get another head. Give the original base."
             )
-        return _load_quantized(Path(path), quantization, torch_dtype, target)
-    return load_checkpoint(
-        BaseCheckpoint.open(path, revision), path, quantization, torch_dtype, target, quiet, head, num_labels
-    )
+        return _load_quantized(Path(path), quantization, torch_dtype, target, offload)
+    checkpoint = BaseCheckpoint.open(path, revision)
+    return load_checkpoint(checkpoint, path, quantization, torch_dtype, target, quiet, head, num_labels, offload)
 
 
 def load_checkpoint(
@@ -95,6 +99,7 @@ def load_checkpoint(
     quiet: bool = False,
     head: str = CAUSAL_LM,
     num_labels: int = 2,
+    offload: str | None = None,
 ) -> Any:
     """Load a base from an opened checkpoint. Other arguments and errors are those of `load_base`.
 
@@ -107,7 +112,7 @@ def load_checkpoint(
     architecture = checkpoint.architecture
     if head != CAUSAL_LM:
         architecture.config.num_labels = num_labels
-    model = _build(architecture, head, quantization, dtype, device)
+    model = _build(architecture, head, quantization, dtype, device, offload)
     cached = quantization and matching_cache(source_identity(checkpoint, base_fingerprint, dtype))
     if cached:
         read_cache(model, cached, device)
@@ -120,6 +125,7 @@ def load_checkpoint(
     model.base_fingerprint = base_fingerprint
     if not quiet:
         title = f"{path}, {'NF4 with double quantisation' if quantization else 'not quantised'}, on {device}"
+        title += ", experts in host memory" if offload == "experts" else ""
         Console().print(audit(model).table(title))
     return model
 
@@ -182,12 +188,14 @@ def require_finite(tensor: Tensor, what: str) -> None:
         raise CheckpointError(f"{what} holds NaN or infinite values. The file is damaged, or its training diverged.")
 
 
-def _load_quantized(folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_quantized(
+    folder: Path, quantization: str | None, dtype: torch.dtype, device: torch.device, offload: str | None
+) -> Any:
     """Load a base from a folder that `quantize_base` wrote, without its source."""
     if quantization is None:
         raise UserError(f"{folder}: holds a base in 4 bit; load it with quantization='nf4'.")
     architecture = open_config(folder)[1]
-    model = _build(architecture, CAUSAL_LM, quantization, dtype, device)
+    model = _build(architecture, CAUSAL_LM, quantization, dtype, device, offload)
     read_cache(model, folder, device)
     exact = {place.parameter for place in architecture.places.values() if place.float32}
     for name, parameter in model.named_parameters():
@@ -200,9 +208,15 @@ def _load_quantized(folder: Path, quantization: str | None, dtype: torch.dtype, 
 
 
 def _build(
-    architecture: Architecture, head: str, quantization: str | None, dtype: torch.dtype, device: torch.device
+    architecture: Architecture,
+    head: str,
+    quantization: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    offload: str | None = None,
 ) -> Any:
     """Build a model on the meta device, with the 4-bit forms of the modules that 4-bit loading quantises."""
+    copies = copies_for(offload, architecture, quantization, device)
     with init_empty_weights(include_buffers=False):  # rotary tables, for example, are in no file
         model = architecture.family.model_class(head)(architecture.config)
     for name, module in [item for item in model.named_modules() if isinstance(item[1], Conv1D)]:
@@ -215,7 +229,7 @@ def _build(
         elif place.correction:
             _as_buffer(model.get_submodule(place.module), place.leaf)
         if quantization and place.quantized:
-            _quantize_module(model, place, device)
+            _quantize_module(model, place, device, copies)
     model.quantization = quantization
     model.config.dtype = dtype
     return model
@@ -268,14 +282,19 @@ def _settings_of(module: Any, activation: str) -> dict[str, Any]:
     }
 
 
-def _quantize_module(model: nn.Module, place: Place, device: torch.device) -> None:
-    """Replace the module that owns a weight by its 4-bit form, unless that was done."""
+def _quantize_module(model: nn.Module, place: Place, device: torch.device, copies: LayerCopies | None) -> None:
+    """Replace the module that owns a weight by its 4-bit form, unless that was done.
+
+    Args:
+        copies: Copies experts from host memory to the device; None if their 4-bit weights stay on the device.
+    """
     module = model.get_submodule(place.module)
     if isinstance(module, NF4Linear | NF4Experts):
         return
     if isinstance(module, FusedExperts):
         with torch.device("meta"):
-            experts = NF4Experts(**module.settings)
+            settings = module.settings
+            experts = NF4Experts(**settings) if copies is None else OffloadedExperts(copies, **settings)
         experts.allocate(device)
         _replace(model, place.module, experts)
     else:

@@ -92,6 +92,17 @@ class Base(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="number format for computing"
     )
+    offload: Literal["none", "experts"] = Field(
+        default="none",
+        description="weights to keep in host memory for a small GPU: none, or the experts' 4-bit weights",
+    )
+
+    def _rules(self) -> Iterable[Problem]:
+        if self.offload == "experts" and self.quantization == "none":
+            yield (
+                ("offload",),
+                "only 4-bit weights can be kept in host memory, but quantization is none. Remove one of the two",
+            )
 
 
 class GroupLora(Section):

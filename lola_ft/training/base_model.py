@@ -244,7 +244,8 @@ def load_with_adapter(
     from lola_ft.quantization.load import load_checkpoint
 
     assert base.checkpoint is not None, "a base is opened with its weights to be loaded"
-    model = load_checkpoint(base.checkpoint, base.name, recipe.base.quantization, dtype, device, quiet=console.quiet)
+    wanted, offload = recipe.base.quantization, recipe.base.offload
+    model = load_checkpoint(base.checkpoint, base.name, wanted, dtype, device, quiet=console.quiet, offload=offload)
     sizes = audit(model).as_dict()
     token_ids, new_ids = base.trained_tokens(recipe.data.special_tokens)
     settings = adapter_settings(recipe, token_ids)

@@ -18,7 +18,7 @@ from lola_ft.recipe.preference_rules import LEAST_MICRO_BATCH
 from lola_ft.training.base_model import OpenBase, adapter_settings
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.reference_choice import choose_reference_pass
-from lola_ft.training.setup import estimate_steps, fit_to_base, read_data, short_data_line
+from lola_ft.training.setup import estimate_steps, fit_to_base, read_data, refuse_offload, short_data_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +50,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     console = Console()
     device, limit = target_machine(gpu)
     recipe, base = fit_to_base(recipe, Console(stderr=True))
+    refuse_offload(recipe, base, device)
     facts, notes = _facts_of_data(recipe, base) if with_data else (None, ["The data was not read (--no-data)."])
     steps = estimate_steps(recipe, facts.tokens, facts.sequences) if facts else recipe.train.max_steps
     rows, held_out = (facts.sequences, facts.validation_rows) if facts else (None, 0)
@@ -66,6 +67,7 @@ def plan(recipe: Recipe, gpu: str | None, as_json: bool, with_data: bool = True)
     console.print(memory_table(prediction))
     sizes = f"{show_size(prediction.fixed.adapter_file)} on disk, the merged model {show_size(sum(merged.values()))}"
     lengths = [*_length_lines(job, steps, facts, notes), *([passes.line(chosen)] if passes else [])]
+    lengths += [prediction.offloading.line()] if prediction.offloading else []
     for line in [*lengths, f"The adapter takes {sizes}.", *verdict(prediction, limit, change)]:
         console.print(line)
 
@@ -119,6 +121,7 @@ def job_of(recipe: Recipe, architecture: Architecture, device: str, longest: int
         checkpointing=train.gradient_checkpointing,
         optimizer=train.optimizer,
         router_losses=(router.aux_loss > 0) + (router.z_loss > 0),
+        offload=recipe.base.offload == "experts",
         base_dropout=recipe.objective not in OBJECTIVE_FORMATS,
         row_sequences=2 if recipe.objective == "dpo" else 1,
         continues=recipe.adapter.continue_from is not None,

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from lola_ft.training import processes
 from lola_ft.training.callbacks.best_evaluation import BestEvaluation
 from lola_ft.training.callbacks.stop_request import StopRequest
@@ -24,7 +26,8 @@ class RunState:
     Attributes:
         stop: Tells whether the run was asked to stop.
         tokens_seen: Tokens of all training batches of all processes, without padding; counted after each step.
-        own_tokens: This process's tokens since the last step.
+        own_tokens: This process's tokens since the last step; a tensor on the device, which is read only at the step's
+            end, so that micro batches do not wait for it.
         evaluation_due: An evaluation was interrupted by a stop request; it is done on resuming.
         extensions: Changes of the run's length, oldest first. Each has the `step` of the change, the number of steps
             before (`from`) and after (`to`), and the `schedule` (`stretch` or `restart`).
@@ -34,7 +37,7 @@ class RunState:
 
     stop: StopRequest = field(default_factory=StopRequest)
     tokens_seen: int = 0
-    own_tokens: int = 0
+    own_tokens: int | Tensor = 0
     evaluation_due: bool = False
     extensions: list[dict[str, Any]] = field(default_factory=list)
     best: BestEvaluation | None = None
@@ -53,7 +56,7 @@ class RunState:
 
     def end_step(self) -> None:
         """Add the tokens that all processes have trained on since the last step."""
-        self.tokens_seen += processes.total(self.own_tokens)
+        self.tokens_seen += processes.total(int(self.own_tokens))
         self.own_tokens = 0
 
     def state_dict(self) -> dict[str, Any]:

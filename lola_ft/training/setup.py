@@ -82,6 +82,7 @@ def prepare_run(
     if earlier:
         recipe = with_stored_choices(recipe, earlier.recipe)
     recipe, base = fit_to_base(recipe, console, weights=True, run=earlier.folder if earlier else None)
+    refuse_offload(recipe, base, device.type, processes.count())
     recipe, tokenizer, data = read_data(recipe, base, earlier, allow_changed)
     refuse_unknown_metric(recipe.train, data, recipe.objective)
     print_report(data, console)
@@ -112,6 +113,13 @@ def fit_to_base(
     if start:
         warn_of_other_template(start, recipe.data.template, console)
     return base_model.fit_recipe(recipe, base, console), base
+
+
+def refuse_offload(recipe: Recipe, base: OpenBase, device: str, processes: int = 1) -> None:
+    """Refuse a recipe's `base.offload` that the base, the device or the number of processes does not allow."""
+    if recipe.base.offload != "none":
+        quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
+        base.architecture.refuse_offload(quantization, device, processes)
 
 
 def read_data(

@@ -25,7 +25,8 @@ LOLA = Job(
 def test_changes_come_in_the_order_of_what_they_cost() -> None:
     checkpointed = replace(LOLA, checkpointing=True)
     single = replace(checkpointed, micro_batch_size=1, grad_accum_steps=24)
-    short = replace(single, length=128)
+    kept = replace(single, offload=True)
+    short = replace(kept, length=128)
     halved = replace(short, settings=replace(LOLA.settings, attention_rank=8, mlp_rank=8, expert_rank=4))
     rank_one = replace(short, settings=replace(LOLA.settings, attention_rank=1, mlp_rank=1, expert_rank=1))
     checkpointing = "train.gradient_checkpointing=true"
@@ -34,8 +35,9 @@ def test_changes_come_in_the_order_of_what_they_cost() -> None:
     for wanted, overrides in (
         (checkpointed, (checkpointing,)),
         (single, (checkpointing, *batch)),
-        (short, (checkpointing, *batch, "data.max_length=128")),
-        (halved, (checkpointing, *batch, "data.max_length=128", *ranks)),
+        (kept, (checkpointing, *batch, "base.offload=experts")),
+        (short, (checkpointing, *batch, "base.offload=experts", "data.max_length=128")),
+        (halved, (checkpointing, *batch, "base.offload=experts", "data.max_length=128", *ranks)),
     ):
         change = first_fit(LOLA, predict(wanted).total)
         assert change is not None
@@ -57,7 +59,7 @@ def test_a_step_keeps_its_rows_and_every_smaller_micro_batch_is_tried() -> None:
 
 
 def test_what_is_on_already_is_not_suggested() -> None:
-    job = replace(LOLA, checkpointing=True, micro_batch_size=1)
+    job = replace(LOLA, checkpointing=True, micro_batch_size=1, offload=True)
     change = first_fit(job, predict(replace(job, length=1024)).total)
     assert change is not None
     assert change.overrides == ("data.max_length=1024",)

@@ -12,6 +12,7 @@ from lola_ft.training.continued_recipe import keys_left_out
 
 # Keys that affect no trained number.
 _FREE = (
+    "base.offload",
     "train.save_every",
     "train.keep",
     "train.eval_every",

@@ -151,7 +151,7 @@ class RunTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Compute one micro batch, and count its tokens."""
         mask = inputs.get("attention_mask")
-        self.run.own_tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        self.run.own_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         self.nonfinite.before_micro_batch(self._tr_loss)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.nonfinite.after_micro_batch(inputs, loss)
