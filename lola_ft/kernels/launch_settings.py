@@ -5,7 +5,7 @@ every chip and prints registers, spills and shared memory, and a slow test holds
 than its chip has. (Which of the settings that fit is fastest, only a GPU can tell: `python benchmarks/gpu.py`.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,8 +30,8 @@ class Launch:
     """One kernel's tile and its threads.
 
     Attributes:
-        block_n: Columns of an output tile.
-        block_k: Depth of one turn of the K loop.
+        block_n: Columns of an output tile; of the product a multiple of 64, the weights that share a scale.
+        block_k: Depth of one turn of the K loop; likewise.
         num_warps, num_stages: As Triton takes them.
     """
 
@@ -52,6 +52,7 @@ class Launches:
 
 ON_MATRIX_UNITS = Launches(product=Launch(128, 64, 8, 3), to_rank=Launch(128, 64, 4, 3), outer=Launch(128, 64, 4, 3))
 _WITHOUT = Launches(product=Launch(64, 64, 8, 1), to_rank=Launch(64, 32, 8, 1), outer=Launch(32, 64, 8, 1))
+_WITHOUT_ON_10 = replace(_WITHOUT, product=Launch(64, 64, 4, 1))  # with eight warps one variant spilled there
 
 
 def launches_of(capability: tuple[int, int], dtype: torch.dtype, tile_rows: int) -> Launches | None:
@@ -62,7 +63,9 @@ def launches_of(capability: tuple[int, int], dtype: torch.dtype, tile_rows: int)
     """
     if capability >= (8, 0) and dtype != torch.float32:
         return ON_MATRIX_UNITS
-    return _WITHOUT if tile_rows == _LEAST else None
+    if tile_rows != _LEAST:
+        return None
+    return _WITHOUT_ON_10 if capability[0] == 10 else _WITHOUT
 
 
 def rank_block(rank: int) -> int:
