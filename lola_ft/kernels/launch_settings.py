@@ -6,7 +6,7 @@ registers or needs more than its chip has. Of the settings that fit, only a GPU 
 (`python benchmarks/gpu.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,8 +31,8 @@ class Launch:
     """One kernel's tile sizes and launch options.
 
     Attributes:
-        block_n: Columns of an output tile.
-        block_k: Depth of one step of the loop over the summed dimension.
+        block_n: Columns of an output tile. For the product a multiple of 64, because 64 weights share a scale.
+        block_k: Depth of one step of the loop over the summed dimension; of the same multiple.
         num_warps, num_stages: Triton's launch options.
     """
 
@@ -53,6 +53,7 @@ class Launches:
 
 ON_MATRIX_UNITS = Launches(product=Launch(128, 64, 8, 3), to_rank=Launch(128, 64, 4, 3), outer=Launch(128, 64, 4, 3))
 _WITHOUT = Launches(product=Launch(64, 64, 8, 1), to_rank=Launch(64, 32, 8, 1), outer=Launch(32, 64, 8, 1))
+_WITHOUT_ON_10 = replace(_WITHOUT, product=Launch(64, 64, 4, 1))  # with eight warps one variant spilled there
 
 
 def launches_of(capability: tuple[int, int], dtype: torch.dtype, tile_rows: int) -> Launches | None:
@@ -68,7 +69,9 @@ def launches_of(capability: tuple[int, int], dtype: torch.dtype, tile_rows: int)
     """
     if capability >= (8, 0) and dtype != torch.float32:
         return ON_MATRIX_UNITS
-    return _WITHOUT if tile_rows == _LEAST else None
+    if tile_rows != _LEAST:
+        return None
+    return _WITHOUT_ON_10 if capability[0] == 10 else _WITHOUT
 
 
 def rank_block(rank: int) -> int:
