@@ -25,7 +25,10 @@ ROUNDING = 1e-5
 TODAY = "today's"
 
 
-@pytest.fixture(scope="module", params=[TODAY, *(pytest.param(v, marks=pytest.mark.slow) for v in OLD_VERSIONS)])
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[TODAY, *OLD_VERSIONS])
 def found(request: pytest.FixtureRequest, drive: Callable[[str], Found]) -> Found:
     version = request.param
     found = drive(sys.executable if version == TODAY else python_with(version))
@@ -51,7 +54,6 @@ def native(golden: dict[str, Tensor]) -> dict[str, Any]:
     return {"output": output, "grads": grads, "summed": summed, "backbone": output.hidden_states[-1]}
 
 
-@pytest.mark.slow
 def test_loading_finds_every_weight_without_lola_ft(found: Found) -> None:
     assert not found.facts["lola_ft"]
     model, config = found.facts["classes"]

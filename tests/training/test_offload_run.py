@@ -40,6 +40,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_learns_resumes_merges_and_answers(
     base: Path,
     rows_file: Path,

@@ -111,14 +111,14 @@ def assert_same_run(run: Path, whole: Path) -> None:
     [
         ("state written", 6, "--resume", "Going on from step 3"),
         # Within an epoch, the oldest not yet removed.
-        pytest.param("renamed", 9, "train.resume=auto", "Going on from step 9", marks=pytest.mark.slow),
-        pytest.param("logged", 8, "--resume", "Going on from step 6", marks=pytest.mark.slow),
-        pytest.param("logged", 2, "--resume", "no checkpoint yet", marks=pytest.mark.slow),
-        pytest.param("logged", 11, "--resume", "Going on from step 9", marks=pytest.mark.slow),
-        pytest.param("substep", 7, "--resume", "Going on from step 6", marks=pytest.mark.slow),
-        pytest.param("evaluating", 8, "--resume", "Going on from step 6", marks=pytest.mark.slow),
-        pytest.param("sums written", 12, "--resume", "Going on from step 9", marks=pytest.mark.slow),
-        pytest.param("trained", 12, "--resume", "Going on from step 12", marks=pytest.mark.slow),
+        ("renamed", 9, "train.resume=auto", "Going on from step 9"),
+        ("logged", 8, "--resume", "Going on from step 6"),
+        ("logged", 2, "--resume", "no checkpoint yet"),
+        ("logged", 11, "--resume", "Going on from step 9"),
+        ("substep", 7, "--resume", "Going on from step 6"),
+        ("evaluating", 8, "--resume", "Going on from step 6"),
+        ("sums written", 12, "--resume", "Going on from step 9"),
+        ("trained", 12, "--resume", "Going on from step 12"),
     ],
 )
 def test_killed_and_resumed_is_the_same_run(
@@ -132,11 +132,12 @@ def test_killed_and_resumed_is_the_same_run(
     assert_same_run(recipe.parent / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "step", "act", "saved"),
     [
         ("evaluating", 4, "ctrl-c", "step-4"),  # the evaluation is left, and done on resuming; an epoch ends here
-        pytest.param("substep", 6, "terminate", "step-7", marks=pytest.mark.slow),
+        ("substep", 6, "terminate", "step-7"),
     ],
 )
 def test_asked_to_stop_saves_and_goes_on(
@@ -349,6 +350,7 @@ def test_an_allowed_change_is_carried_out(
     assert any(group["weight_decay"] == 0.5 for group in groups)
 
 
+@pytest.mark.slow
 def test_another_optimiser_cannot_go_on(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
     change = ("train.optimizer=sgd", f"output={killed}", "--allow-changed", "train")
     outcome = verb("train", killed_run, "--resume", *change)
@@ -356,6 +358,7 @@ def test_another_optimiser_cannot_go_on(killed_run: Path, killed: Path, verb: Ca
     assert "train.optimizer was adamw_8bit when this run was started and is sgd now" in outcome.err
 
 
+@pytest.mark.slow
 def test_without_resume_a_run_is_not_touched(killed_run: Path, killed: Path, verb: Callable[..., Any]) -> None:
     before = snapshot(killed)
     outcome = verb("train", killed_run, f"output={killed}")
@@ -418,6 +421,7 @@ def test_killed_before_its_recipe_was_there(
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(whole: Path, verb: Callable[..., Any]) -> None:
     before = snapshot(whole)
     outcome = verb("train", whole.parent / "recipe.yaml", "--resume")
@@ -426,6 +430,7 @@ def test_a_finished_run_stays_as_it_is(whole: Path, verb: Callable[..., Any]) ->
     assert snapshot(whole) == before
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused(killed_run: Path, killed: Path, verb: Callable[..., Any], rows_file: Path) -> None:
     before, rows = snapshot(killed), rows_file.read_bytes()
     try:
@@ -438,6 +443,7 @@ def test_changed_data_is_refused(killed_run: Path, killed: Path, verb: Callable[
     assert snapshot(killed) == before
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(killed_run: Path, verb: Callable[..., Any]) -> None:
     outcome = verb("train", killed_run, "output=/proc/run", "--resume")
     assert outcome.code == 2
