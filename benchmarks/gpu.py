@@ -45,7 +45,7 @@ _TRITON = "triton"
 _WAYS = ("grouped", _TRITON, "triton 128x64x4x3", "triton 256x64x8x3", "triton 128x128x8x2", "triton 64x64x4x4")
 _WRONG = {torch.float32: 1e-3, torch.bfloat16: 0.03, torch.float16: 0.01}
 """Largest error allowed against the plain path, as a share of a tensor's norm: half precision rounds every step."""
-_LAYER_SECONDS, _MODEL_SECONDS, _LEAST_SECONDS = 60, 220, 10
+_MINUTES, _LAYER_SECONDS, _MODEL_SECONDS, _LEAST_SECONDS = 8, 60, 220, 10
 ASKED: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "LOLA, micro batch 8: at least 0.45 of the matmul rate": (
         ("lola model", "train_8_recomputed", "share_of_matmul_rate"),
@@ -76,7 +76,9 @@ def main() -> None:
         if left < _LEAST_SECONDS:
             result[name] = {"error": "no time was left"}
         else:
-            result[name] = in_process([sys.executable, __file__, *passed_on(args), *arguments], min(limit, left))
+            result[name] = in_process(
+                [sys.executable, __file__, *passed_on(args), *arguments], min(limit * args.minutes / _MINUTES, left)
+            )
         so_far = round(time.perf_counter() - began, 1)
         print(json.dumps({name: result[name], "seconds_so_far": so_far}), flush=True)
     if not args.dry:
@@ -358,7 +360,7 @@ def peak(device: torch.device) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["lola", "olmoe"])
-    parser.add_argument("--minutes", type=float, default=8, help="time for all parts; later parts are skipped (8)")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="time for all parts; later parts are skipped (8)")
     parser.add_argument("--dry", action="store_true", help="print the parts and run none")
     for name in ("layers", "hidden", "heads", "inner", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the family's own")

@@ -35,6 +35,7 @@ def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
     script = BENCHMARKS / "gpu.py"
     small = "--layers 2 --hidden 64 --heads 4 --inner 128 --vocab 512 --seq 32 --steps 2 --decode 4 --ceiling 256"
     command = [sys.executable, str(script), *small.split(), "--tokens", "64", "--device", "cpu"]
+    command += ["--minutes", "60"]  # each part's limit is a share of it
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1])

@@ -24,7 +24,8 @@ MADE_FOR_THE_SITE = ("changelog.md", "tutorial.md")
 NEIGHBOURS = {
     "docs/internals.md": "lola_ft/kernels",  # the section on experts names the folder once, then its files
     "docs/publishing.md": "lola_ft/standalone",  # names the two files that lie beside the weights
-    "docs/performance.md": "benchmarks",  # its first line says that all scripts are there
+    "docs/performance.md": "benchmarks",  # the files that it names are scripts
+    "docs/performance_history.md": "benchmarks",
     "docs/add_a_family.md": "lola_ft/families",  # its table names files beside the one that it follows
 }
 """A folder whose files a document names without it."""
