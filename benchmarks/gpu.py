@@ -360,7 +360,7 @@ def peak(device: torch.device) -> float:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", default=["lola", "olmoe"])
-    parser.add_argument("--minutes", type=float, default=_MINUTES, help="time for all parts; later parts are skipped (8)")
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help="for all parts; later ones are skipped (8)")
     parser.add_argument("--dry", action="store_true", help="print the parts and run none")
     for name in ("layers", "hidden", "heads", "inner", "vocab"):
         parser.add_argument(f"--{name}", type=int, help="instead of the family's own")
