@@ -1,13 +1,15 @@
 # make demo   sets up .venv and runs the main job on the embedded default
 # make test   sets up .venv, then format check, lint, types, tests
+# make docs   the documentation's site, in site/; fails on a broken link
 # make bench  the benchmarks that a CPU runs, with a table and a plot in bench/
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 DEV    := $(VENV)/.ready-dev
+DOCS   := $(VENV)/.ready-docs
 
-.PHONY: demo test test-slow bench check format clean
+.PHONY: demo test test-slow docs bench check format clean
 
 demo: $(READY)
 	$(BIN)/lola-ft demo
@@ -25,6 +27,9 @@ test: check
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py
 
@@ -37,13 +42,17 @@ format: $(DEV)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# What a user needs; with what the tests need besides.
+# What a user needs; with what the tests need besides; with what the site needs.
 $(READY): pyproject.toml constraints.txt
 	$(call install,.)
 	touch $@
 
 $(DEV): pyproject.toml constraints.txt
 	$(call install,'.[dev]')
+	touch $(READY) $@
+
+$(DOCS): pyproject.toml constraints.txt
+	$(call install,'.[docs]')
 	touch $(READY) $@
 
 # A module is compiled when it is first imported, not all of them here: a tenth of them is ever used.
@@ -53,4 +62,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) runs .cache
+	rm -rf $(VENV) runs .cache site

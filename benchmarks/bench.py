@@ -1,7 +1,7 @@
 """The CPU's benchmarks, one after another: `make bench`. Writes a table and a plot to a folder (bench/).
 
-Each runs in a process of its own with few repetitions, all in under ten minutes on two cores that have nothing else to
-do. Speeds of different runs cannot be compared; the ratios inside one run can.
+Each benchmark runs in its own process with few repetitions. All of them take less than ten minutes on two idle cores.
+Speeds of different runs cannot be compared, but ratios within a run can.
 """
 
 import argparse
@@ -21,7 +21,9 @@ _HERE = Path(__file__).parent
 RUNS = {
     "train_step": ["train_step.py", "--steps", "5"],
     "whole_step": ["whole_step.py", "--steps", "5", "--warmup", "1"],
-    "roofline": ["roofline.py", "--steps", "5"],
+    "roofline": ["roofline.py", "--steps", "5", "--beside", "olmoe"],
+    "families": ["families.py", "--families", "olmoe", "--layers", "2", "--steps", "3", "--warmup", "1"],
+    "long_run": ["long_run.py", "--layers", "2", "--steps", "100", "--warmup", "30", "--seq", "256"],
     "experts": ["experts.py"],
     "scaling": ["scaling.py", "--layers", "4", "--steps", "3"],
     "decode": ["decode.py"],
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def run(command: list[str]) -> dict[str, Any]:
-    """What a benchmark's last line says."""
+    """Run a benchmark and return the JSON of its last line."""
     began = time.perf_counter()
     done = subprocess.run([sys.executable, str(_HERE / command[0]), *command[1:]], capture_output=True, text=True)
     if done.returncode:
@@ -60,7 +62,7 @@ def run(command: list[str]) -> dict[str, Any]:
 
 
 def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The figures that matter, in words."""
+    """Return the most important figures, with a description of each."""
     found: list[tuple[str, Any]] = []
     if step := results.get("train_step"):
         found += [
@@ -73,7 +75,21 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
             ("its memory, as a share of theirs", whole["share_of_their_memory"]),
         ]
     if roof := results.get("roofline"):
-        found.append(("share of the step's own matrix products alone", roof["share"]))
+        found += [
+            ("share of the step's own matrix products alone", roof["share"]),
+            ("the same share of OLMoE (64 experts, 8 per token), as a multiple", roof["share_beside"]),
+        ]
+    if families := results.get("families"):
+        olmoe = families["olmoe"]
+        found += [
+            ("OLMoE: times faster than stock transformers with PEFT", olmoe["times_faster"]),
+            ("OLMoE: memory, as a share of theirs", olmoe["share_of_their_memory"]["whole"]),
+        ]
+    if long := results.get("long_run"):
+        found += [
+            ("batches of changing length: growth of memory", long["ways"]["few lengths"]["growth"]),
+            ("batches of changing length: few lengths, times faster", long["few_lengths_are_times_faster"]),
+        ]
     if experts := results.get("experts"):
         found += [(f"MoE layer, times ours: {name}", value) for name, value in experts["times_ours"].items()]
     if scaling := results.get("scaling"):
@@ -91,7 +107,7 @@ def figures(results: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def plot(scaling: dict[str, Any], path: Path) -> None:
-    """The three series, each as a multiple of its first."""
+    """Plot the three series, each as a multiple of its first value."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3), sharey=True)
     for axes, series in zip(panels, ("experts", "rank", "tokens"), strict=True):
         points = sorted((int(name), point["times"]) for name, point in scaling[series].items())

@@ -1,7 +1,7 @@
-"""Seconds to decode one token with 16 experts a layer and with 64: `python benchmarks/decode.py --help`.
+"""Seconds to decode one token with 16 experts per layer and with 64: `python benchmarks/decode.py --help`.
 
-Each token visits one expert, so the number of experts should not matter. Both models are in NF4 and of random weights;
-they take turns, so that a busy machine slows both. Prints one JSON line last.
+Each token uses one expert, so the number of experts should not matter. Both models are in NF4 and have random weights.
+They take turns, so that a busy machine slows both. Prints one JSON line last.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def make_model(args: argparse.Namespace, experts: int) -> LolaForCausalLM:
-    """A random model in 4 bit."""
+    """Return a random model in 4 bit."""
     torch.manual_seed(0)
     config = LolaConfig(
         vocab_size=args.vocab, n_embd=args.hidden, n_layer=args.layers, n_head=args.heads, num_experts=experts
@@ -51,7 +51,7 @@ def make_model(args: argparse.Namespace, experts: int) -> LolaForCausalLM:
 
 @torch.no_grad()
 def decode(model: LolaForCausalLM, prompt: int, tokens: int) -> float:
-    """Mean seconds of one token after a prompt; ids are random, so that every expert is met."""
+    """Return the mean seconds per token after a prompt of random ids, which use all experts."""
     device = model.device
     cache = DynamicCache(config=model.config)
     model(torch.randint(6, model.config.vocab_size, (1, prompt), device=device), past_key_values=cache)

@@ -1,8 +1,8 @@
-"""Does a nano base's routing follow descent, and is that of its training? `python benchmarks/descent.py --help`
+"""Test of nano bases' routing against the descent of languages: `python benchmarks/descent.py --help`
 
-One pre-training is one draw: another start and another order of the text give other routers. So nano bases of several
-seeds are tested, and beside each a base of the same seed that was never trained, whose routing can follow nothing but
-tokens. Prints a table, then one JSON line.
+One pre-training is one sample, because another start and another order of the text give other routers. So nano bases
+of several seeds are tested, and for each an untrained base of the same seed, whose routing can only follow tokens.
+Prints a table, then one JSON line.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def untrained(trained: Path, folder: Path, settings: NanoSettings) -> Path:
-    """The same base as it starts, with the same tokenizer."""
+    """Write the same base before training, with the same tokenizer."""
     torch.manual_seed(settings.pretrain.seed)
     model = LolaForCausalLM(LolaConfig.from_pretrained(trained))
     torch.nn.init.normal_(model.transformer.wte.weight, std=settings.embedding_std)
@@ -53,7 +53,7 @@ def untrained(trained: Path, folder: Path, settings: NanoSettings) -> Path:
 
 
 def measure(base: Path, texts: Path, permutations: int) -> dict[str, Any]:
-    """Mantel's tests of all layers together, and how often the nearest language is a relative."""
+    """Return Mantel's tests of all layers together, and the share of languages whose nearest language is a relative."""
     found = follow_descent(profile_routing(base, [texts], quantization=None), permutations)
     assert found, "the nano base's text has languages of many families"
     tests = found["layers"]["all"]

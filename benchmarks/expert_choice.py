@@ -1,9 +1,9 @@
-"""Does it pay to train only the experts that a language uses? `python benchmarks/expert_choice.py --help`
+"""The value of training only the experts that a language uses: `python benchmarks/expert_choice.py --help`
 
-On the nano base: continued text in some languages, with LoRA of one rank on all experts, on those that get most of
-the languages' tokens, on as many at random, or on attention alone. Measures bits per byte of names that no text held,
-in the trained languages and elsewhere, against the base, with bootstrap intervals over texts. Prints a table, then one
-JSON line.
+Continued training of the nano base on text in some languages, with LoRA of one rank on all experts, on the experts that
+get most of the languages' tokens, on as many random ones, or only on attention. Measures bits per byte of held-out
+names, in the trained languages and in others, compared with the base, with bootstrap intervals over texts. Prints a
+table, then one JSON line.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def write_training_text(path: Path, languages: list[str], passes: int) -> None:
-    """Names that pre-training saw, too, in lists of other company."""
+    """Write lists of names that pre-training also contained, in other combinations."""
     rows = []
     for language in languages:
         terms = [term for term in load_split().train if term.language == language]
@@ -54,7 +54,7 @@ def write_training_text(path: Path, languages: list[str], passes: int) -> None:
 
 
 def make_variants(base: Path, folder: Path, languages: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Name to the recipe's `adapter` section."""
+    """Return the recipe's `adapter` section of each variant, by name."""
     profile = profile_routing(base, [folder / "text.jsonl"], language_column="language")
     chosen = save_choice(select_experts(profile, languages, args.coverage), folder / "selected.json")
     rank = args.rank
@@ -71,7 +71,7 @@ def make_variants(base: Path, folder: Path, languages: list[str], args: argparse
 
 
 def run(base: Path, folder: Path, name: str, adapter: dict[str, Any], args: argparse.Namespace) -> tuple[Path, int]:
-    """Train one variant; its run folder, and how many parameters were trained."""
+    """Train one variant; return its run folder and the number of trained parameters."""
     out = folder / name.replace(" ", "-")
     train_on_text(base, folder / "text.jsonl", out, adapter, args)
     trained = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["trained"]
@@ -79,7 +79,7 @@ def run(base: Path, folder: Path, name: str, adapter: dict[str, Any], args: argp
 
 
 def measure(base: Path, runs: dict[str, Path], languages: list[str]) -> dict[str, dict[str, Any]]:
-    """Bits per byte on held-out names, and its change against the base, in the trained languages and elsewhere."""
+    """Return bits per byte on held-out names, and its change from the base, in the trained languages and in others."""
     examples = []
     for language in sorted({term.language for term in load_split().held_out}):
         terms = [term for term in load_split().held_out if term.language == language]

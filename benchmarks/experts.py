@@ -1,9 +1,9 @@
-"""One MoE layer with LoRA, forward and backward, by several ways in turn: `python benchmarks/experts.py --help`.
+"""One MoE layer with LoRA, forward and backward, in several ways in turns: `python benchmarks/experts.py --help`.
 
-Ours on 4-bit weights; the same on dense weights (what not having to dequantise would save: the upper bound); a Python
-loop over bitsandbytes' layers with PEFT's LoRA; PEFT's own wrapper of 3-D parameters, which builds `W + BA`. Choices of
-experts are fresh in every round: with repeated ones, groups of the same size hide what new sizes cost. Prints one JSON
-line last: median milliseconds, and how many times ours each takes.
+The ways: lola_ft on 4-bit weights; lola_ft on dense weights (the lower bound, without dequantising); a Python loop over
+bitsandbytes' layers with PEFT's LoRA; PEFT's own wrapper of 3-D parameters, which builds `W + BA`. Choices of experts
+are new in every round, because repeated group sizes would hide the cost of new ones. Prints one JSON line last: median
+milliseconds, and each as a multiple of lola_ft's.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def once(way: Way, x: Tensor, ids: Tensor, probs: Tensor) -> float:
-    """Milliseconds of a forward and backward."""
+    """Return the milliseconds of a forward and backward."""
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
     began = time.perf_counter()
     out = way(x, ids, probs)

@@ -1,14 +1,15 @@
-"""A LoRA training step of other mixtures of experts, ours beside today's stack: `python benchmarks/families.py --help`.
+"""A LoRA training step of other mixtures of experts, and of the stock stack: `python benchmarks/families.py --help`.
 
-Today's stack is transformers' own model with PEFT's `target_parameters`, with each of transformers' ways to run experts
-that fits. Its experts are not in 4 bit: bitsandbytes leaves fused experts as they are loaded, and they are loaded, as
-usual, in bfloat16 where the processor has units for it, else in float32. Ours is the 4-bit base. Both train LoRA of one
-rank on attention and experts, each in a process of its own, in turn (`turns.py`).
+The stock stack is transformers' own model with PEFT's `target_parameters`, with each of transformers' ways to run
+experts that fits into memory. Its experts are not in 4 bit, because bitsandbytes does not quantise fused experts. They
+are in bfloat16 if the processor has units for it, else in float32. lola_ft uses the 4-bit base. Both train LoRA of one
+rank on attention and experts, each in its own process, in turns (`turns.py`).
 
-Then ours with k experts per token against one k times as wide: same parameters, same active parameters.
+Second comparison: lola_ft with k experts per token, and with one expert that is k times as wide. Both have the same
+number of parameters and of active parameters.
 
-Memory is what was resident at most, loading included: in all, and above what the process had after its imports.
-Prints one JSON line last.
+Memory is the largest resident memory including loading: in total, and above the memory after the imports. Prints one
+JSON line last.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def beside_stock(family: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second and memory of ours and of the stock ways; ratios against the quickest of these."""
+    """Return tokens per second and memory of lola_ft and the stock ways, and ratios to the fastest stock way."""
     shaped = with_shape(args, family, **SHAPES[family])
     fits, left_out = stock_ways(shaped)
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +86,7 @@ def beside_stock(family: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def against_top_1(args: argparse.Namespace) -> dict[str, Any]:
-    """Time of a step with several experts per token, as a multiple of that with one as wide as these together."""
+    """Return the time of a step with k experts per token, as a multiple of that with one expert k times as wide."""
     many = with_shape(args, "olmoe", **SHAPES["olmoe"])
     one = with_shape(args, "olmoe", experts=many.experts // many.top_k, top_k=1, inner=many.inner * many.top_k)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def against_top_1(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stock_ways(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """transformers' ways to run experts, and why some are left out: one copies the weights of every choice."""
+    """Return transformers' ways to run experts, and the reasons for those left out (one copies weights per choice)."""
     choices = args.batch * args.seq * args.top_k
     layer = choices * 3 * args.hidden * args.inner * precision_of(args).dtype.itemsize
     free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
@@ -121,7 +122,7 @@ def stock_ways(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 
 def stock(folder: str, args: argparse.Namespace, experts_implementation: str) -> Step:
-    """transformers' model as loaded, with PEFT's LoRA on attention and experts."""
+    """Load transformers' model with PEFT's LoRA on attention and experts, and return its step."""
     dtype = precision_of(args).dtype
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map=args.device, experts_implementation=experts_implementation
@@ -139,7 +140,7 @@ def stock(folder: str, args: argparse.Namespace, experts_implementation: str) ->
 
 
 def stock_step(model: PeftModel, args: argparse.Namespace) -> float:
-    """Seconds of one step."""
+    """Return the seconds of one step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     ids = torch.randint(6, model.config.vocab_size, (args.batch, args.seq), device=model.device)
     began = time.perf_counter()

@@ -1,10 +1,10 @@
-"""A base's exact shapes with random weights, on this machine: load in NF4, a few tokens, one training step.
+"""A base's exact shapes with random weights on this machine: load in NF4, generate a few tokens, train one step.
 
     python benchmarks/full_size.py [--source-dtype bfloat16|float32] [--folder DIR]
     python benchmarks/full_size.py --family olmoe|qwen3_moe [--layers 8] [--folder DIR]
 
-LOLA's needs 20 GB of disk for bfloat16 shards, 35 GB for float32; what the others need and measure says
-`full_size_families.py`. Prints one JSON line last and removes what it wrote.
+LOLA needs 20 GB of disk for bfloat16 shards, 35 GB for float32. For the other families, see `full_size_families.py`.
+Prints one JSON line last and removes what it wrote.
 """
 
 import argparse
@@ -32,14 +32,14 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run every stage and report it."""
+    """Run every stage and return the results."""
     model, result = measure_load(folder, args)
-    from lola_ft.training.precision import choose_precision  # only now: loading alone does not need the trainer
+    from lola_ft.training.precision import choose_precision  # imported late: loading does not need the trainer
 
     compute_dtype = args.dtype
     if not choose_precision("bfloat16", torch.device("cpu")).bf16:
         compute_dtype = "float32"
-        model.float()  # what stays dense; bfloat16 products take this CPU hundreds of times longer
+        model.float()  # the dense weights: bfloat16 products are hundreds of times slower on this CPU
     compute(model, args, compute_dtype, result["memory_mb"], result["seconds"])
     return result | {"compute_dtype": compute_dtype}
 
@@ -51,7 +51,7 @@ def compute(
     memory: dict[str, Any],
     seconds: dict[str, float],
 ) -> None:
-    """A forward, a few tokens and a training step; notes memory and seconds."""
+    """Run a forward, generate a few tokens and train a step; record memory and seconds."""
     ids = torch.randint(6, 100_000, (1, args.seq))
     with torch.no_grad(), Peak() as peak:
         began = time.perf_counter()
@@ -67,7 +67,7 @@ def compute(
 
 
 def train_step(model: torch.nn.Module, ids: torch.Tensor, compute_dtype: str) -> float:
-    """One step of LoRA on attention and all experts with gradient checkpointing; seconds."""
+    """Return the seconds of one step of LoRA on attention and all experts with gradient checkpointing."""
     began = time.perf_counter()
     peft_model = add_adapter(model, AdapterSettings(attention_rank=16, expert_rank=16)).train()  # type: ignore[arg-type]
     peft_model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,11 +1,11 @@
 """Another family at its exact shapes with random weights: `python benchmarks/full_size.py --family olmoe`.
 
-Writes the checkpoint shard by shard; then, each in a process of its own, loads it in 4 bit, takes one training step of
-LoRA on attention and experts, generates a few tokens; writes an adapter, merges it, and copies the same bytes before
-and after. Memory is the process's own (anonymous), above what it had after its imports.
+The stages, each in its own process: write the checkpoint shard by shard; load it in 4 bit, train one step of LoRA on
+attention and experts, generate a few tokens; write an adapter, merge it, and copy the same bytes before and after.
+Memory is the process's own (anonymous), above the memory after its imports.
 
-OLMoE-1B-7B needs 42 GB of disk. Of Qwen3-30B-A3B, which is 61 GB, `--layers 8` needs 33 GB; what grows by the layer is
-extrapolated to all 48.
+OLMoE-1B-7B needs 42 GB of disk. Qwen3-30B-A3B has 61 GB of weights: `--layers 8` needs 33 GB, and figures that grow
+with the layers are extrapolated to all 48.
 """
 
 import argparse
@@ -58,7 +58,7 @@ WANTED = {"load_above_quantised_gb": 0.4, "merge_over_copy": 1.5, "merge_gb": 0.
 
 
 def measure_family(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Run every stage and report it."""
+    """Run every stage and return the results."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
     layers, busy = min(args.layers, WHOLE[args.family]), [os.getloadavg()[0]]
@@ -92,14 +92,14 @@ def measure_family(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_and_train(base: Path, rank: int, seq: int) -> dict[str, Any]:
-    """Load in 4 bit, generate, take a training step; seconds and gigabytes."""
+    """Load in 4 bit, generate and train a step; return seconds and gigabytes."""
     import lola_ft
     from lola_ft.checkpoints.base_checkpoint import open_config
     from lola_ft.kernels.precision import has_bfloat16
     from lola_ft.quantization import audit
 
     load_base = lola_ft.load_base
-    open_config(base)[1].family.model_class()  # both bring modules, which are no part of loading
+    open_config(base)[1].family.model_class()  # imports modules, which is not part of loading
     imports = read_memory()["anonymous"]
     with Peak() as peak:
         began = time.perf_counter()
@@ -111,7 +111,7 @@ def load_and_train(base: Path, rank: int, seq: int) -> dict[str, Any]:
     in_layers = sum(part["bytes"] for name, part in parts.items() if not name.startswith(("embeddings", "head")))
     ids = torch.randint(6, model.config.vocab_size, (1, seq))
     if not has_bfloat16(torch.device("cpu")):
-        model.float()  # what stays dense; bfloat16 products take such a CPU hundreds of times longer
+        model.float()  # the dense weights: bfloat16 products are hundreds of times slower on such a CPU
     grown = sum(part["bytes"] for part in audit(model).as_dict().values()) - quantised
     with torch.no_grad():
         began = time.perf_counter()
@@ -135,8 +135,8 @@ def load_and_train(base: Path, rank: int, seq: int) -> dict[str, Any]:
 
 
 def training_step(model: Any, rank: int, seq: int) -> tuple[float, float, float]:
-    """Seconds, loss and peak memory (MB) of a step with LoRA on attention and experts, recomputing activations."""
-    from train_step import train_steps, with_adapter  # only now: loading does not need the trainer
+    """Return seconds, loss and peak memory (MB) of a step of LoRA on attention and experts with checkpointing."""
+    from train_step import train_steps, with_adapter  # imported late: loading does not need the trainer
 
     from lola_ft.training.precision import choose_precision
 
@@ -147,9 +147,9 @@ def training_step(model: Any, rank: int, seq: int) -> tuple[float, float, float]
 
 
 def extrapolated(found: dict[str, Any], whole: int) -> dict[str, Any]:
-    """The figures of all layers: what grows by the layer, times their number; embeddings and head once.
+    """Return the figures of a model with all layers: layers' parts times their number, embeddings and head once.
 
-    Seconds are all taken to grow by the layer, which is a little too much.
+    Seconds are assumed to grow with the layers as a whole, which is slightly too much.
     """
     times = whole / found["layers"]
     fixed = found["quantised_gb"] - found["of_which_in_layers_gb"]

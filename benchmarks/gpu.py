@@ -1,8 +1,9 @@
-"""What a GPU makes of LOLA at its full shape: `python benchmarks/gpu.py`, under eight minutes on an H200.
+"""LOLA at its full shape on a GPU: `python benchmarks/gpu.py`, less than eight minutes on an H200.
 
-Random weights, NF4, LoRA of rank 16 on attention, dense MLP and all experts, 2048 tokens a row. Prints a JSON line
-after each part, and all of it in one line last: the device's own matmul rate; loading; one MoE layer by each way of
-multiplying; training at several micro batches, as a share of that rate over active FLOPs; decoding.
+Random weights, NF4, LoRA of rank 16 on attention, dense MLP and all experts, 2048 tokens per row. The parts are: the
+device's own matmul rate; loading; one MoE layer with each way of multiplying; training at several micro batches, with
+the active FLOPs as a share of the matmul rate; decoding. Prints one JSON line after each part, and all of them in one
+line last.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def parts(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """Name and numbers of each part, in order."""
+    """Yield name and numbers of each part, in order."""
     precision = choose_precision("bfloat16", device)
     yield "device", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rate = matmul_rate(device, precision.dtype, args.ceiling)
@@ -75,7 +76,7 @@ def parts(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[str,
 def training(
     model: Any, batch: int, args: argparse.Namespace, precision: Any, flops: int, rate: float
 ) -> dict[str, float | str]:
-    """Speed and memory of training steps; a message where the memory is too small."""
+    """Return speed and memory of training steps, or a message if the memory is too small."""
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -92,7 +93,7 @@ def training(
 
 
 def moe_layer(base: LolaForCausalLM, tokens: int, dtype: torch.dtype) -> dict[str, float | str]:
-    """Milliseconds of the first MoE layer forward and backward with LoRA, by each way."""
+    """Return the milliseconds of the first MoE layer, forward and backward with LoRA, for each way of multiplying."""
     experts, device = base.transformer.h[1].moe.experts, base.device
     torch.manual_seed(0)
     x = torch.randn(tokens, base.config.n_embd, device=device, dtype=dtype, requires_grad=True)
@@ -123,7 +124,7 @@ def with_products(products: Any) -> Callable[..., torch.Tensor]:
 
 
 def milliseconds(run: Callable[[], torch.Tensor], rounds: int = 5) -> float | str:
-    """Median of a forward and backward; the reason if it does not run."""
+    """Return the median milliseconds of a forward and backward, or the reason why it does not run."""
     times = []
     try:
         for _ in range(rounds + 2):
@@ -132,13 +133,13 @@ def milliseconds(run: Callable[[], torch.Tensor], rounds: int = 5) -> float | st
             run().sum().backward()
             synchronize()
             times.append(time.perf_counter() - began)
-    except Exception as error:  # a compiler's or a kernel's: the other ways are still worth measuring
+    except Exception as error:  # from a compiler or a kernel; the other ways can still be measured
         return str(error).splitlines()[0][:200]
     return round(statistics.median(times[2:]) * 1000, 3)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOPs a second of a square matmul, the best of some."""
+    """Return the FLOPs per second of a square matmul, the best of several."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(12):
@@ -151,7 +152,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 
 def active_flops(base: LolaForCausalLM) -> int:
-    """Of a trained token: each weight that it meets once forward and once for the gradient of its input."""
+    """Return the FLOPs per trained token: each weight that it uses, once forward and once for its input's gradient."""
     config = base.config
     attention, mlp = 4 * config.n_embd**2, 2 * config.n_embd * config.n_inner
     weights = config.n_layer * (attention + mlp) + config.n_embd * config.vocab_size

@@ -1,8 +1,8 @@
 """Loading at LOLA's exact shapes: quantising while reading, then from the cache. `python benchmarks/load.py --help`
 
-Fewer layers than LOLA's by default; `--layers 24` is the whole (20 GB of disk for bfloat16 shards, 35 GB for float32).
-Prints one JSON line last and removes what it wrote. Memory is the process's own (anonymous) and its resident peak; the
-checkpoint is written by a child process, so that writing does not count.
+By default the model has fewer layers than LOLA. `--layers 24` is the full model (20 GB of disk for bfloat16 shards,
+35 GB for float32). Prints one JSON line last and removes what it wrote. Memory is the process's own (anonymous) and its
+resident peak. A child process writes the checkpoint, so that writing does not count.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def print_result(args: argparse.Namespace, measure: Callable[[Path], dict[str, A
 
 
 def measure_load(folder: Path, args: argparse.Namespace) -> tuple[LolaForCausalLM, dict[str, Any]]:
-    """The loaded model, and what loading it took."""
+    """Return the loaded model, and the time and memory of loading it."""
     seconds: dict[str, float] = {}
     memory: dict[str, Any] = {}
     source = folder / "base"
@@ -79,9 +79,9 @@ def measure_load(folder: Path, args: argparse.Namespace) -> tuple[LolaForCausalL
 
 
 def time_parts(source: Path) -> dict[str, float]:
-    """Seconds of what loading is made of: reading every weight, and quantising what is quantised from memory.
+    """Return the seconds of the parts of loading: reading every weight, and quantising weights from memory.
 
-    Also what bitsandbytes' own quantiser would take for it, from two weights of each shape.
+    The time of bitsandbytes' own quantiser is estimated from two weights of each shape.
     """
     seconds: dict[str, float] = defaultdict(float)
     weights: dict[tuple[int, ...], int] = Counter()
@@ -104,7 +104,7 @@ def time_parts(source: Path) -> dict[str, float]:
 
 
 def load_again(source: Path, dtype: str) -> tuple[float, dict[str, float]]:
-    """Seconds and peak memory of a load that finds the cache."""
+    """Return seconds and peak memory of a load from the cache."""
     with Peak() as peak:
         began = time.perf_counter()
         lola_ft.load_base(source, "nf4", dtype, device="cpu", quiet=True)
@@ -113,7 +113,7 @@ def load_again(source: Path, dtype: str) -> tuple[float, dict[str, float]]:
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Run a stage in a process of its own, so that its memory does not count here; seconds and result."""
+    """Run a stage in its own process, so that its memory does not count here; return seconds and result."""
     began = time.perf_counter()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         result = pool.submit(function, *arguments).result()
@@ -121,7 +121,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]
 
 
 def make_parser(**defaults: int) -> argparse.ArgumentParser:
-    """The command line; `full_size.py` takes the same."""
+    """Return the parser of the command line, which `full_size.py` uses, too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of what stays dense")

@@ -1,11 +1,11 @@
-"""A process's own memory, and its peak while something runs (Linux)."""
+"""A process's own memory, and its peak in a block of code (Linux)."""
 
 import threading
 from pathlib import Path
 
 
 class Peak:
-    """Samples this process's memory while its block runs."""
+    """Context manager that samples this process's memory while its block runs."""
 
     def __enter__(self) -> "Peak":
         self._stop = threading.Event()
@@ -19,7 +19,7 @@ class Peak:
         self._thread.join()
 
     def result(self) -> dict[str, float]:
-        """Largest anonymous and resident memory seen, MB."""
+        """Return the largest sampled anonymous and resident memory, MB."""
         return self._most
 
     def _sample(self) -> None:
@@ -29,17 +29,17 @@ class Peak:
 
 
 def read_memory() -> dict[str, float]:
-    """Anonymous and resident memory of this process, MB (Linux)."""
+    """Return the anonymous and resident memory of this process, MB (Linux)."""
     fields = _fields()
     return {"anonymous": fields["RssAnon"], "resident": fields["VmRSS"]}
 
 
 def peak_resident() -> float:
-    """The most that has been resident of this process so far, MB (Linux)."""
+    """Return the largest resident memory of this process so far, MB (Linux)."""
     return _fields()["VmHWM"]
 
 
 def _fields() -> dict[str, float]:
-    """What the kernel says of this process's memory, MB."""
+    """Return the kernel's figures about this process's memory, MB."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {words[0][:-1]: round(int(words[1]) * 1024 / 1e6, 1) for words in lines if words[-1] == "kB"}

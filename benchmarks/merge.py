@@ -1,9 +1,9 @@
-"""Merging at LOLA's exact shapes: time against a copy of the same bytes, and peak memory.
+"""Merging at LOLA's exact shapes: time compared with a copy of the same bytes, and peak memory.
 
     python benchmarks/merge.py [--layers 24] [--folder DIR]
 
-A random bfloat16 checkpoint, and a LoRA adapter of rank 16 on attention, dense MLP and every expert. Every stage runs
-in a process of its own. Needs 45 GB of disk; prints one JSON line last and removes what it wrote.
+Merges a random LoRA adapter of rank 16 on attention, dense MLP and every expert into a random bfloat16 checkpoint. Each
+stage runs in its own process. Needs 45 GB of disk, prints one JSON line last, and removes what it wrote.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter, then copy, merge, copy, and merge with the proof of what was written."""
+    """Write base and adapter, then copy, merge, copy, and merge with the proof from the files."""
     base, adapter, merged = folder / "base", folder / "adapter", folder / "merged"
     base.mkdir()
     sizes = {key: getattr(args, key) for key in SIZES if getattr(args, key)}
@@ -61,13 +61,13 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def alone(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function in a fresh process, so that nothing before it counts."""
+    """Call a function in a new process, so that nothing before it counts."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **options).result()
 
 
 def timed_copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder's weights and sync them; the copy is removed."""
+    """Copy a folder's weights, sync and remove the copy; return the seconds."""
     target.mkdir()
     began = time.perf_counter()
     for file in sorted(source.glob("*.safetensors")):
@@ -80,7 +80,7 @@ def timed_copy(source: Path, target: Path) -> float:
 
 
 def timed_merge(base: Path, adapter: Path, merged: Path, check: str) -> dict[str, Any]:
-    """Merge: seconds, memory and what the report says; the result is removed."""
+    """Merge and remove the result; return seconds, memory and figures of the report."""
     from lola_ft.merging import merge
 
     imports = read_memory()

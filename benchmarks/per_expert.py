@@ -1,7 +1,7 @@
-"""The common way, to compare with: a module for every expert in a Python loop, bitsandbytes' layers, PEFT's LoRA.
+"""The common way, for comparison: one module per expert in a Python loop, bitsandbytes' layers, PEFT's LoRA.
 
-It follows what the model's authors publish (GPT-2's network for each expert and each dense layer, GELU by its formula,
-tokens picked out for one expert after another, eager attention, full logits), in our own words, on today's libraries.
+It follows the code of the model's authors (GPT-2's network for each expert and each dense layer, GELU by its formula,
+tokens selected for one expert after another, eager attention, full logits), rewritten for current libraries.
 """
 
 import bitsandbytes as bnb
@@ -26,7 +26,7 @@ class Network(nn.Module):
 
 
 class PerExpert(nn.Module):
-    """In the place of `FusedExperts`: a list of networks, each called with the tokens that chose it."""
+    """A replacement of `FusedExperts`: a list of networks, each called with the tokens that chose it."""
 
     def __init__(self, experts: FusedExperts, quantised: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class PerExpert(nn.Module):
 
 
 def linear(weight: Tensor, bias: Tensor, quantised: bool) -> nn.Linear:
-    """A linear layer of these numbers, bitsandbytes' if it shall be in 4 bit."""
+    """Return a linear layer with this weight and bias; bitsandbytes' layer if it is to be in 4 bit."""
     outputs, inputs = weight.shape
     if not quantised:
         layer = nn.Linear(inputs, outputs, dtype=weight.dtype)
@@ -68,7 +68,7 @@ def again(layer: nn.Linear, quantised: bool) -> nn.Linear:
 
 
 def per_expert_model(dense: LolaForCausalLM, rank: int, quantised: bool) -> PeftModel:
-    """The whole model that way, with LoRA on attention, dense MLP and experts; takes the dense model apart."""
+    """Turn a dense model into one of this kind, with LoRA on attention, dense MLP and experts."""
     dense.set_attn_implementation("eager")
     dense.requires_grad_(False)
     for block in dense.transformer.h:

@@ -1,4 +1,4 @@
-"""A checkpoint of a family's shapes with random weights, and an adapter for it."""
+"""Random weights: a checkpoint with a family's shapes, and an adapter for it."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from lola_ft.families import Place, architecture_of
 from lola_ft.model import LolaConfig
 
 SHARD_BYTES = 5_000_000_000
-# Keys of other families' configs for LOLA's.
+# Keys of other families' configs, by LOLA's keys.
 _KEYS = {
     "n_layer": ("num_hidden_layers",),
     "n_embd": ("hidden_size",),
@@ -28,7 +28,7 @@ _KEYS = {
 
 
 def config_of(family: str, **sizes: Any) -> Any:
-    """A family's config, of sizes that LOLA's config names, or by its own names."""
+    """Return a family's config, with sizes under the names of LOLA's config or its own."""
     if family == "lola":
         return LolaConfig(**sizes)
     config_class = CONFIG_MAPPING[family]
@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, family: str 
     """Write random weights in the Hub's layout, shard by shard.
 
     Args:
-        sizes: Of the config, where they are others than the class's own, by the names of LOLA's config or its own.
+        sizes: Sizes that differ from the defaults of the config class, under the names of LOLA's config or its own.
     """
     config = config_of(family, n_layer=layers, **sizes)
     config.save_pretrained(folder)
@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, family: str 
         shards[-1].append((name, place))
         size += num_bytes
     weight_map = {}
-    pool = torch.randn(1 << 24).mul_(0.02)  # every tensor is a stretch of these, from a place of its own
+    pool = torch.randn(1 << 24).mul_(0.02)  # every tensor is a piece of this, from another place on
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         entries = [TensorEntry(name, folder / file, DTYPE_NAMES[dtype], place.shape, 0, 0) for name, place in shard]
@@ -70,7 +70,7 @@ def write_checkpoint(folder: Path, dtype: torch.dtype, layers: int, family: str 
 
 
 def _start(name: str, place: Place, pool: Tensor, shift: int) -> Tensor:
-    """Normal weights, unit norms, zero biases, as an untrained model has them."""
+    """Return a tensor of an untrained model: normal weights, unit norms, zero biases."""
     if name.endswith(".bias"):
         return torch.zeros(place.shape)
     if place.group == "norms":
@@ -88,7 +88,7 @@ def write_random_adapter(folder: Path, base: Path, rank: int) -> None:
 
     torch.manual_seed(1)
     weights = AdapterWeights(BaseCheckpoint.open(base).architecture)
-    shared: dict[tuple[str, int | None], Tensor] = {}  # gate and up of an expert have one A
+    shared: dict[tuple[str, int | None], Tensor] = {}  # gate and up of an expert share one A
     for name, place in weights.architecture.places.items():
         if place.quantized:
             size_out, size_in = place.out_in

@@ -1,18 +1,18 @@
-"""Measure what learned routing adds: `python benchmarks/routing_ablation.py --help`.
+"""Measure the value of learned routing: `python benchmarks/routing_ablation.py --help`.
 
-Small LOLAs on the Universal Declaration of Human Rights that differ in one thing, how a token's expert is found:
+Trains small LOLAs on the Universal Declaration of Human Rights that differ only in the choice of a token's expert:
 
     learned        LOLA's router: top-1 by softmax, with its balancing loss
     by token       drawn once for each token of the vocabulary and each layer, then fixed
     by language    the same for all tokens of a language; languages of one family share an expert as far as possible
-    dense, active  no experts: one feed-forward network of an expert's width, as many parameters active per token
-    dense, total   no experts: one feed-forward network as wide as all experts together, as many parameters in all
+    dense, active  no experts: one feed-forward network of an expert's width, with equal active parameters per token
+    dense, total   no experts: one feed-forward network as wide as all experts together, with equal total parameters
 
-All see the same text in the same order, as many tokens, and start from the same seed. How much text a language has
-decides its group: all of the articles (high), a third of them (middle) or two (low). The groups rotate with the seed,
-except that the language of the fine-tuning is always in the low one. Bits per byte are those of articles 26 to 30,
-which no text holds, before and after fine-tuning of all weights on one language. Prints a JSON line for each run, then
-a table of means and differences with 95 % intervals over the seeds (Student's t), then one JSON line.
+All train on the same text in the same order, with the same number of tokens and the same seed. The amount of a
+language's text depends on its group: all articles (high), a third of them (middle) or two (low). The groups rotate with
+the seed, but the language of fine-tuning is always in the low group. Bits per byte are measured on the held-out
+articles 26 to 30, before and after fine-tuning of all weights on one language. Prints a JSON line for each run, then a
+table of means and differences with 95 % intervals over the seeds (Student's t), then one JSON line.
 """
 
 import argparse
@@ -47,7 +47,7 @@ LEARNED, BY_TOKEN, BY_LANGUAGE, DENSE_ACTIVE, DENSE_TOTAL = KINDS = (
     "learned", "by token", "by language", "dense, active", "dense, total",
 )  # fmt: skip
 GROUPS = {"high": 25, "middle": 8, "low": 2}
-"""Articles of each language that are trained on, the first ones."""
+"""Number of first articles that are trained on, by group."""
 LANGUAGES = "en de nl sv fr es pt it ru uk bg pl hi mr sw zu xh rw id ms jv fi et tr"
 ROW = 256
 """Tokens of a packed row."""
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def grouped(languages: list[str], target: str, seed: int) -> tuple[list[str], dict[str, str]]:
-    """Return the languages, relatives side by side, and each one's group; relatives go to different groups."""
+    """Return the languages, sorted by family, and each language's group. Relatives are in different groups."""
 
     def descent(code: str) -> tuple[str, str]:
         found = find_language(code)
@@ -92,13 +92,13 @@ def grouped(languages: list[str], target: str, seed: int) -> tuple[list[str], di
 
 
 def training_articles(code: str, count: int) -> list[str]:
-    """Return the texts of the first articles of a language, none of them held out."""
+    """Return the texts of a language's first articles, without held-out ones."""
     kept = [number for number in range(1, NUM_ARTICLES + 1) if number not in HELD_OUT_ARTICLES][:count]
     return [find_declaration(code).articles[number - 1].text for number in kept]
 
 
 def encoded(texts: Sequence[str], language: int, tokenizer: PreTrainedTokenizerFast) -> list[Document]:
-    """Tokenise texts; each is cut to a row, so that all kinds read the same tokens."""
+    """Tokenise texts. Each is cut to one row, so that all kinds train on the same tokens."""
     documents = []
     for text, ids in zip(
         texts, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"], strict=True
@@ -147,7 +147,7 @@ def one_run(
 
 
 class Variant(nn.Module):
-    """A small LOLA of one kind; it is told each token's language, which only one kind uses."""
+    """A small LOLA of one kind. It gets each token's language, which only one kind uses."""
 
     def __init__(self, kind: str, seed: int, num_languages: int, args: argparse.Namespace) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Variant(nn.Module):
         )  # fmt: skip
         torch.manual_seed(seed)
         self.kind, self.lola = kind, LolaForCausalLM(config)
-        nn.init.normal_(self.lola.transformer.wte.weight, std=0.25)  # as the nano base
+        nn.init.normal_(self.lola.transformer.wte.weight, std=0.25)  # like the nano base
         drawn = torch.Generator().manual_seed(seed)
         for block in self.lola.transformer.h:
             if not block.is_moe or kind == LEARNED:
@@ -171,12 +171,12 @@ class Variant(nn.Module):
                 count = args.vocab if kind == BY_TOKEN else num_languages
                 table = torch.randint(args.experts, (args.vocab,), generator=drawn)
                 if kind == BY_LANGUAGE:
-                    table = torch.arange(count) * args.experts // count  # relatives stand side by side
+                    table = torch.arange(count) * args.experts // count  # relatives are neighbours
                 block.moe = FixedMoe(block.moe.experts, table)
 
     @property
     def active_parameters(self) -> int:
-        """Count the parameters that work on a token: of experts, one per layer."""
+        """Return the number of active parameters per token, with one expert per layer."""
         total = sum(parameter.numel() for parameter in self.parameters())
         experts = [module for module in self.modules() if isinstance(module, FusedExperts)]
         held = sum(parameter.numel() for module in experts for parameter in module.parameters())
@@ -193,7 +193,7 @@ class Variant(nn.Module):
 
 
 class FixedMoe(nn.Module):
-    """Experts without a router: a table says which one takes a token. Their output is not scaled."""
+    """Experts without a router. A table gives each token's expert, and outputs are not scaled."""
 
     def __init__(self, experts: FusedExperts, table: Tensor) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class FixedMoe(nn.Module):
 
 
 def dense(config: LolaConfig, width: int) -> LolaMLP:
-    """Return LOLA's dense feed-forward network in another width, with weights drawn as LOLA's are."""
+    """Return LOLA's dense feed-forward network in another width, initialised like LOLA."""
     made = LolaMLP(LolaConfig(**config.to_dict() | {"n_inner": width}))
     for layer in (made.c_fc, made.c_proj):
         nn.init.normal_(layer.weight, std=config.initializer_range)
@@ -219,7 +219,7 @@ def dense(config: LolaConfig, width: int) -> LolaMLP:
 def learn(
     model: Variant, documents: Sequence[Document], eos: int, steps: int, rate: float, seed: int, rows: int = 4
 ) -> None:
-    """Train all weights on packed rows for a number of steps, in an order that only the seed decides."""
+    """Train all weights on packed rows for a number of steps, in an order that depends only on the seed."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     scheduler = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 30), steps)
     batches = packed_batches(documents, eos, rows, random.Random(seed))
@@ -228,7 +228,7 @@ def learn(
         for _ in range(steps):
             ids_BS, languages_BS = next(batches)
             logits_BSV, balance = model(ids_BS, languages_BS, restarting_positions(ids_BS, eos))
-            # Nothing precedes the first token of a document: it is not learned.
+            # The first token of a document has no context, so it is not learned.
             labels = ids_BS[:, 1:].masked_fill(ids_BS[:, :-1] == eos, -100)
             loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels.flatten())
             (loss + balance).backward()
@@ -242,7 +242,7 @@ def learn(
 def packed_batches(
     documents: Sequence[Document], eos: int, rows: int, order: random.Random
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ids and languages (B, S) without end; documents are shuffled each time they are used up."""
+    """Yield ids and languages (B, S) without end, and shuffle the documents for every epoch."""
     ids, languages = list[int](), list[int]()
     while True:
         while len(ids) < rows * ROW:
@@ -256,7 +256,7 @@ def packed_batches(
 
 @torch.inference_mode()
 def bits_per_byte(model: Variant, documents: Sequence[Document], num_languages: int, batch: int = 16) -> list[float]:
-    """Return each language's bits per byte; a document's first token is context only, and its bytes do not count."""
+    """Return each language's bits per byte. A document's first token is only context, and its bytes do not count."""
     nats, sizes = np.zeros(num_languages), np.zeros(num_languages)
     model.eval()
     ordered = sorted(documents, key=lambda document: len(document.ids))

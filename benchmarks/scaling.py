@@ -1,8 +1,8 @@
-"""How a training step grows with experts, rank and tokens: `python benchmarks/scaling.py --help`.
+"""The growth of a training step's time with experts, rank and tokens: `python benchmarks/scaling.py --help`.
 
-Three series about the default shape of `train_step.py` with fewer layers: experts at the same tokens, rank, tokens.
-Also the step without LoRA on the experts. All models of a series take turns, so that a busy machine slows all. Prints
-one JSON line last: median seconds, and each as a multiple of the first of its series.
+There are three series from the default shape of `train_step.py` with fewer layers: experts (at the same number of
+tokens), rank, and tokens; and the step without LoRA on the experts. All models of a series take turns, so that a busy
+machine slows all. Prints one JSON line last: median seconds, and each as a multiple of the first in its series.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def expert_lora(args: argparse.Namespace, precision: Precision) -> dict[str, dic
 
 
 def tokens_series(args: argparse.Namespace, precision: Precision) -> dict[str, dict[str, float]]:
-    """Seconds for 2048 tokens, in micro batches of so many."""
+    """Return the seconds for 2048 tokens in several micro batch sizes."""
     model = model_of(args, precision)
     times: dict[str, list[float]] = {str(count): [] for count in TOKENS}
     for round_ in range(args.steps):

@@ -1,9 +1,9 @@
 """Make the package's file of declarations from the whole data set. `python benchmarks/select_declaration.py SOURCE`
 
-The source is JSON Lines packed by xz, an object for each of 456 languages and scripts; `lola_ft/nano/declaration.md`
-says where it comes from. The languages of `lola_ft/routing/families.csv` are kept, one text per language and script,
-under CLDR's code of the language. The texts are copied as they are, without paragraphs that say only `&1`, which
-stand where the source lost one; a text with an article that has nothing else is left out. Run again, it writes the
+The source is JSON Lines packed with xz, one object for each of 456 languages and scripts. `lola_ft/nano/declaration.md`
+names its origin. The languages of `lola_ft/routing/families.csv` are kept, one text per language and script, under
+CLDR's code of the language. Texts are copied without changes, but without paragraphs that are only `&1`, the source's
+mark for a lost paragraph. A text is left out if one of its articles has no other paragraph. Running it again writes the
 same bytes.
 """
 
@@ -23,11 +23,11 @@ TAGS = {
     "als": "sq", "lah": "pnb", "bik": "bcl", "nb": "no", "tl": "fil", "zlm-Latn": "ms", "zlm-Arab": "ms-Arab",
     # One variant stands for the language.
     "ak-asante": "ak", "de-1996": "de", "el-monoton": "el", "pt-BR": "pt", "rm-rumgr": "rm",
-    # The script that is usual needs no mention; an unusual one does.
+    # The usual script is not named; an unusual one is.
     "az-Latn": "az", "bs-Latn": "bs", "mn-Cyrl": "mn", "sr-Cyrl": "sr", "tk-Latn": "tk", "ug-Arab": "ug",
     "uz-Latn": "uz", "azb": "azb-Latn",
 }  # fmt: skip
-"""Our tags of the source's, where they differ."""
+"""lola_ft's tags by the source's, if they differ."""
 LEFT_OUT = {
     "ak", "ak-akuapem", "de-1901", "el-polyton", "fa-AF", "ha-NE", "ha-NG", "pt-PT", "rm", "rm-puter", "rm-surmiran",
     "rm-sursilv", "rm-sutsilv", "rm-vallader", "ta-LK",  # other variants of a language that is kept
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def select(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep what is wanted, under our tags, sorted by them."""
+    """Return the wanted rows under lola_ft's tags, sorted by tag."""
     table, names = read_languages(), english_names()
     kept = []
     for row in rows:

@@ -1,10 +1,10 @@
-"""A LOLA that carries its own code, on any transformers, beside the native class: `python benchmarks/standalone.py`.
+"""An exported LOLA on several versions of transformers, and the native class: `python benchmarks/standalone.py`.
 
     python benchmarks/standalone.py --pythons OLD/bin/python NEW/bin/python
 
-Each Python loads the same exported folder of random weights with the code that lies in it, in a process that does not
-import lola_ft, and generates; this one does it with lola_ft's class first and last. Logits are compared with the native
-class's. Prints one JSON line last.
+Each Python loads the same exported folder of random weights with the code in it, in a process without lola_ft, and
+generates. The Python that runs this script does the same with lola_ft's class, first and last. Logits are compared with
+the native class's. Prints one JSON line last.
 """
 
 import argparse
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What a process does; it imports torch and transformers only, and lola_ft if it is told to.
+# The script of each process. It imports only torch and transformers, and lola_ft if asked to.
 LOAD_AND_GENERATE = """
 import json, sys, time
 folder, out, native = sys.argv[1], sys.argv[2], sys.argv[5] == "native"
-tokens, rounds = int(sys.argv[3]), int(sys.argv[4])
+tokens, rounds, batches = int(sys.argv[3]), int(sys.argv[4]), list(map(int, sys.argv[6].split(",")))
 import torch, transformers
 from safetensors.torch import save_file
 if native:
@@ -34,22 +34,25 @@ for _ in range(2):  # the second one finds modules imported and files read
     began = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, **options).eval()
     loads.append(time.perf_counter() - began)
-ids = torch.randint(6, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-seconds = []
+ids = torch.randint(6, model.config.vocab_size, (max(2, *batches), 64), generator=torch.Generator().manual_seed(0))
+speeds = {}
 with torch.no_grad():
-    logits = model(ids).logits
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        made = model.generate(
-            ids[:1, :16], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=1,
-            attention_mask=torch.ones(1, 16, dtype=torch.long),
-        )
-        seconds.append(time.perf_counter() - began)
-assert made.shape[1] == 16 + tokens
+    logits = model(ids[:2]).logits
+    for batch in batches:
+        seconds = []
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            made = model.generate(
+                ids[:batch, :16], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=1,
+                attention_mask=torch.ones(batch, 16, dtype=torch.long),
+            )
+            seconds.append(time.perf_counter() - began)
+            assert made.shape == (batch, 16 + tokens)
+        speeds[batch] = [batch * tokens / one for one in seconds[1:]]
 save_file({"logits": logits.contiguous()}, out)
 print(json.dumps({
     "transformers": transformers.__version__, "class": type(model).__module__.split(".")[0], "load_s": loads,
-    "tokens_per_s": [tokens / one for one in seconds[1:]], "lola_ft": "lola_ft" in sys.modules,
+    "tokens_per_s": speeds, "lola_ft": "lola_ft" in sys.modules,
 }))
 """
 
@@ -76,14 +79,15 @@ def main() -> None:
             (sys.executable, True),
         ]
         found = [run(python, native, root, args) for python, native in runs]
-    native = [*found[0]["tokens_per_s"], *found[-1]["tokens_per_s"]]
+    first, last = found[0]["tokens_per_s"], found[-1]["tokens_per_s"]
+    native = {batch: statistics.median([*first[batch], *last[batch]]) for batch in first}
     result = {
         "bytes": files,
         "native": summary(found[0], native),
         "with_its_own_code": [
             summary(one, native) | {"largest_logit_difference": difference(one, found[0])} for one in found[1:-1]
         ],
-        "wanted": {"largest_logit_difference": 1e-4},
+        "wanted": {"largest_logit_difference": 1e-4, "native_is_times_faster": 1.5},
         "load_average": os.getloadavg()[0],
         "shape": {key: value for key, value in vars(args).items() if key != "pythons"},
     }
@@ -91,7 +95,7 @@ def main() -> None:
 
 
 def run(python: str, native: bool, root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Load and generate in a process of its own; what it printed, and its logits."""
+    """Load and generate in a separate process; return its output and its logits."""
     from safetensors.torch import load_file
 
     out = root / "logits.safetensors"
@@ -100,6 +104,7 @@ def run(python: str, native: bool, root: Path, args: argparse.Namespace) -> dict
     environment |= {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
     kind = "native" if native else "own code"
     command = [python, "-c", LOAD_AND_GENERATE, root / "lola", out, args.tokens, args.rounds, kind]
+    command.append(",".join(map(str, args.batch)))
     began = time.perf_counter()
     done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -109,14 +114,15 @@ def run(python: str, native: bool, root: Path, args: argparse.Namespace) -> dict
     return found | {"whole_s": time.perf_counter() - began, "logits": load_file(out)["logits"]}
 
 
-def summary(found: dict[str, Any], native: list[float]) -> dict[str, Any]:
-    """Medians, and speed beside the native class's."""
-    speed = statistics.median(found["tokens_per_s"])
+def summary(found: dict[str, Any], native: dict[str, float]) -> dict[str, Any]:
+    """Return medians by batch size, and how many times faster the native class generates."""
+    speed = {batch: statistics.median(rounds) for batch, rounds in found["tokens_per_s"].items()}
     return {
         "transformers": found["transformers"],
         "load_s": [round(seconds, 2) for seconds in found["load_s"]],
-        "tokens_per_s": round(speed, 1),
-        "times_native_speed": round(speed / statistics.median(native), 2),
+        "tokens_per_s": {batch: round(value, 1) for batch, value in speed.items()},
+        "spread": {batch: [round(min(r), 1), round(max(r), 1)] for batch, r in found["tokens_per_s"].items()},
+        "native_is_times_faster": {batch: round(native[batch] / value, 2) for batch, value in speed.items()},
     }
 
 
@@ -132,6 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="batch sizes of generation")
     parser.add_argument("--tokens", type=int, default=64, help="generated each time")
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()

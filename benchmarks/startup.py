@@ -1,9 +1,9 @@
-"""How soon the command line answers, as a share of the time that `import torch` takes on the same machine.
+"""The command line's time to answer, as a share of the time of `import torch` on the same machine.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --checkout ../another-version
 
-The commands and the import take turns, each in a process of its own; the medians are compared. The last line is JSON.
+The commands and the import take turns, each in its own process, and their medians are compared. The last line is JSON.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def commands(checkout: Path, recipe: str, taken: str, run: str) -> dict[str, list[str]]:
-    """Return what is timed, by name."""
+    """Return the timed commands by name."""
     return {
         "import torch": ["-c", "import torch"],
         "--help": ["-m", "lola_ft", "--help"],
@@ -60,7 +60,7 @@ def commands(checkout: Path, recipe: str, taken: str, run: str) -> dict[str, lis
 
 
 def measure(runs: dict[str, list[str]], checkout: Path, repeats: int) -> dict[str, list[float]]:
-    """Time each command so many times, in turns, after one round that does not count."""
+    """Time each command `repeats` times, in turns, after one round that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     for turn in range(repeats + 1):

@@ -1,7 +1,7 @@
-"""Reading, encoding and packing rows of Alpaca's size: speed and memory; encoding again from the cache. See `--help`.
+"""Speed and memory of reading, encoding and packing rows of Alpaca's size, also from the cache. See `--help`.
 
-Rows are made of words drawn at random, as long as Alpaca's on average. Memory is the process's own and its children's
-(anonymous), sampled in each part; the mapped results are their files'. Prints one JSON line last.
+Rows are random words, on average as long as Alpaca's. Memory is the anonymous memory of the process and its children,
+sampled in each part; memory-mapped results do not count. Prints one JSON line last.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def measure(folder: Path, rows: int, workers: int, vocab: int) -> dict[str, Any]
 
 
 def make_words() -> list[str]:
-    """Four thousand words, the frequent ones short."""
+    """Return four thousand words, of which frequent ones are short."""
     draw = random.Random(0)
     return sorted({"".join(draw.choices(_SYLLABLES, k=draw.randint(1, 4))) for _ in range(4000)}, key=len)
 
@@ -86,7 +86,7 @@ def texts(words: list[str], count: int) -> list[str]:
 
 
 def write_rows(file: Path, words: list[str], rows: int) -> Path:
-    """Instructions of ten words, inputs of eight in every third row, answers of fifty on average, as in Alpaca."""
+    """Write rows like Alpaca's: instructions of ten words, inputs of eight in every third row, answers of fifty."""
     draw = random.Random(2)
     pool = draw.choices(words, [1 / (place + 5) for place in range(len(words))], k=200_000)
 
@@ -106,7 +106,7 @@ def write_rows(file: Path, words: list[str], rows: int) -> Path:
 
 
 def timed(work: Any) -> tuple[float, int, Any]:
-    """Seconds, peak memory while it worked, result."""
+    """Return the seconds of `work`, its peak memory, and its result."""
     done, peak = threading.Event(), [own_memory()]
 
     def watch() -> None:
@@ -125,7 +125,7 @@ def timed(work: Any) -> tuple[float, int, Any]:
 
 
 def own_memory() -> int:
-    """Anonymous bytes of this process and its children."""
+    """Return the anonymous bytes of this process and its children."""
     this = psutil.Process()
     return sum(anonymous(process.pid) for process in [this, *this.children(recursive=True)])
 
@@ -133,7 +133,7 @@ def own_memory() -> int:
 def anonymous(pid: int) -> int:
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 

@@ -1,4 +1,4 @@
-"""A short run of training on a file of texts, as several benchmarks need it."""
+"""A short training run on a file of texts, for several benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -19,13 +19,13 @@ def train_on_text(
     quantization: str = "nf4",
     **data: Any,
 ) -> Path:
-    """Train an adapter on texts; returns the run's folder.
+    """Train an adapter on texts and return the run's folder.
 
     Args:
         text: JSONL with `text` and `language`.
         adapter: Groups of the recipe's `adapter` section.
-        args: `rank`, `steps` and `rate`.
-        data: More of the recipe's `data` section.
+        args: Has `rank`, `steps` and `rate`.
+        data: Further keys of the recipe's `data` section.
     """
     recipe = {
         "base": {"model": str(base), "dtype": "float32", "quantization": quantization},

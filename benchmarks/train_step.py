@@ -1,8 +1,8 @@
 """One LoRA training step at a given shape, on random weights: `python benchmarks/train_step.py --help`.
 
-Trains LoRA on attention, dense MLP and experts with the router frozen and dropout 0; prints one JSON line last. Of
-another family than LOLA, `--inner` is the experts' inner size. Token ids are fresh in every step: with repeated ones,
-groups of the same size hide what new sizes cost.
+Trains LoRA on attention, dense MLP and experts with a frozen router and without dropout. Prints one JSON line last. For
+other families than LOLA, `--inner` is the experts' inner size. Token ids are new in every step, because repeated group
+sizes would hide the cost of new ones.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def write_base(folder: Path, args: argparse.Namespace) -> None:
-    """Write a random base in bfloat16, in a process of its own: what that takes must not count as this one's peak."""
+    """Write a random base in bfloat16, in a separate process, so that its memory does not count in this one's peak."""
     sizes = {
         "vocab_size": args.vocab,
         "n_positions": max(args.seq, 64),
@@ -76,7 +76,7 @@ def write_base(folder: Path, args: argparse.Namespace) -> None:
 
 
 def with_adapter(base: Any, rank: int, checkpointing: bool) -> PeftModel:
-    """LoRA on attention, dense MLP, shared experts and every expert, as far as the base has them; ready to train."""
+    """Add LoRA to attention, dense MLP, shared experts and experts, as far as the base has them, ready to train."""
     torch.manual_seed(0)
     has = architecture_of(base.config).features
     ranks = AdapterSettings(
@@ -95,8 +95,8 @@ def with_adapter(base: Any, rank: int, checkpointing: bool) -> PeftModel:
 def train_steps(
     model: PeftModel, batch: int, seq: int, warmup: int, steps: int, precision: Precision
 ) -> tuple[list[float], float]:
-    """Seconds of each step after the warm-up, and the last loss."""
-    keep_freed_memory()  # as a run does
+    """Return the seconds of each step after the warm-up, and the last loss."""
+    keep_freed_memory()  # like a run
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     seconds, loss_value = [], 0.0
     for step in range(warmup + steps):
@@ -118,7 +118,7 @@ def parse(**defaults: int) -> argparse.Namespace:
 
 
 def make_parser(**defaults: int) -> argparse.ArgumentParser:
-    """The command line; other benchmarks take the same, with defaults of their own."""
+    """Return the parser of the command line, which other benchmarks use with other defaults."""
     about = sys.modules["__main__"].__doc__
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shape = {"layers": 8, "hidden": 512, "heads": 8, "inner": 2048, "experts": 16, "vocab": 16384}

@@ -1,4 +1,4 @@
-"""Measure what training on one language does to relatives and strangers: `python benchmarks/transfer_matrix.py --help`.
+"""Measure the effect of training on one language on other languages: `python benchmarks/transfer_matrix.py --help`.
 
 On the nano base, or another one: an adapter for each of some widespread languages, trained on the declaration's
 articles 1 to 25 in it. Then bits per byte of articles 26 to 30 in these languages, in small relatives of theirs and in
@@ -58,7 +58,7 @@ def known(code: str) -> Language:
 
 
 def label(code: str) -> str:
-    """Return `Romance es`: tables and pictures sort by it."""
+    """Return a label such as `Romance es`, by which tables and pictures are sorted."""
     return f"{known(code).branch} {code}"
 
 
@@ -73,7 +73,7 @@ def write_rows(file: Path, codes: list[str], held_out: bool) -> None:
 
 
 def run(base: Path, folder: Path, code: str, args: argparse.Namespace) -> Path:
-    """Train on one language; returns the run's folder."""
+    """Train on one language and return the run's folder."""
     data, out = folder / f"{code}.jsonl", folder / code
     write_rows(data, [code], held_out=False)
     groups = {group: {"rank": args.rank} for group in ("attention", "mlp", "experts")}
@@ -93,7 +93,7 @@ def matrix(transfer: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def matrix_lines(cells: list[dict[str, Any]]) -> list[str]:
-    """Write a line for each language trained on, a column for each tested one; * where the interval excludes zero."""
+    """Return a line per trained language with a column per tested one; * means that the interval excludes zero."""
     first = cells[0]["trained"]
     lines = ["trained  " + "".join(f"{cell['tested']:>7} " for cell in cells if cell["trained"] == first)]
     for trained in dict.fromkeys(cell["trained"] for cell in cells):
@@ -113,7 +113,7 @@ def kinship(one: Language, other: Language) -> str:
 
 
 def by_kinship(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the mean change of each kinship, and how many pairs are better or worse beyond their interval."""
+    """Return the mean change of each kinship, and the number of pairs whose interval is all better or all worse."""
     groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells:
         groups[cell["kinship"]].append(cell)

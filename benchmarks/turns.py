@@ -1,7 +1,7 @@
-"""Several ways to do the same step, each in a process of its own, their steps in turn.
+"""Several ways to do the same step, each in its own process, with steps in turns.
 
-What a way leaves in its process (kernels of the matrix library, memory) is not for the others to meet, and a busy
-machine slows all of them alike.
+Separate processes keep the ways independent (kernels of the matrix library, memory). Turns make a busy machine slow all
+of them equally.
 """
 
 import gc
@@ -19,18 +19,18 @@ from memory import Peak, peak_resident
 from lola_ft.memory import give_back_freed_memory
 
 Step = Callable[[], float]
-"""Does one step; returns its seconds."""
+"""Function that does one step and returns its seconds."""
 MakeStep = Callable[[], Step]
-"""Loads a model and returns its step; a function of a module or a `partial` of one, for it goes to another process."""
+"""Function that loads a model and returns its step. It must be picklable: a module's function or a `partial`."""
 
 
 def in_turns(
     ways: Mapping[str, MakeStep], rounds: int, warmup: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Let every way do its steps in turn.
+    """Run the ways' steps in turns.
 
     Args:
-        warmup: First rounds, which are not counted.
+        warmup: Number of first rounds that do not count.
 
     Returns:
         Seconds of each counted step, and the figures of `serve`, by way.
@@ -47,7 +47,7 @@ def in_turns(
 
 
 class _Way:
-    """A process that does a way's steps when it is asked to."""
+    """A process that does a way's steps on request."""
 
     def __init__(self, make: MakeStep) -> None:
         self._make, context = make, multiprocessing.get_context("spawn")
@@ -56,8 +56,8 @@ class _Way:
 
     def __enter__(self) -> "_Way":
         self._process.start()
-        self._theirs.close()  # so that `ask` ends, and does not wait, if that process fails
-        self.ask("figures")  # the model is there; its loading disturbs nobody's steps
+        self._theirs.close()  # so that `ask` ends instead of waiting if the process fails
+        self.ask("figures")  # waits for the model, so that loading does not disturb the steps of others
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,12 +74,14 @@ class _Way:
 
 
 def serve(pipe: Connection, make: MakeStep) -> None:
-    """Answer `step` with its seconds, and `figures` with these.
+    """Answer `step` with its seconds, and `figures` with these figures.
 
-    after_imports: MB resident before the model is there; whole: the most that was resident; steps_anonymous: the most
-    anonymous memory in a step; gpu: the most that torch had of a GPU; cpu_s: seconds of the processor that the median
-    step took on all threads, which a busy machine changes less than its duration (if threads sleep where they wait:
-    OMP_WAIT_POLICY=PASSIVE).
+    after_imports: Resident MB before the model is loaded.
+    whole: Largest resident MB.
+    steps_anonymous: Largest anonymous MB in a step.
+    gpu: Largest MB that torch used of a GPU.
+    cpu_s: Processor seconds of the median step on all threads. A busy machine changes them less than the duration, if
+        waiting threads sleep (OMP_WAIT_POLICY=PASSIVE).
     """
     figures = {"after_imports": peak_resident(), "steps_anonymous": 0.0, "cpu_s": 0.0}
     step, cpu_s = make(), []

@@ -1,9 +1,8 @@
-"""A training step by the common way and by ours, in turn: `python benchmarks/whole_step.py --help`.
+"""A training step with lola_ft and in the common way, in turns: `python benchmarks/whole_step.py --help`.
 
-The common way is `per_expert.py`: a module an expert, bitsandbytes' layers, PEFT, eager attention, full logits. Both
-train LoRA on the same random base, each in a process of its own, for what one of them leaves in a process (kernels of
-the matrix library, memory) is not the other's to meet; their steps take turns, and wait meanwhile. Memory is the most
-that each had in its steps. Prints one JSON line last.
+The common way is `per_expert.py`: one module per expert, bitsandbytes' layers, PEFT, eager attention, full logits. Both
+train LoRA on the same random base, each in its own process, so that they do not influence each other (kernels of the
+matrix library, memory). Their steps take turns. Memory is the largest in the steps. Prints one JSON line last.
 """
 
 import argparse
@@ -63,7 +62,7 @@ def common(folder: str, args: argparse.Namespace) -> Step:
 
 
 def common_step(model: PeftModel, batch: int, seq: int) -> float:
-    """Seconds of one step."""
+    """Return the seconds of one step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(6, model.config.vocab_size, (batch, seq), device=model.device)
     began = time.perf_counter()

@@ -553,7 +553,7 @@ def routing_select(
 @app.command()
 def nano(
     family: Annotated[
-        str | None, Option(help="Model type, one of those `lola-ft families` lists. Default: lola_v1.")
+        str | None, Option(help="Model type, one of those `lola-ft families` lists. Default: LOLA.")
     ] = None,
     out: Annotated[
         str | None,

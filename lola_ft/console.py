@@ -40,6 +40,8 @@ def shown_progress(what: str, total: float | None, unit: str = "") -> Iterator[A
         yield lambda amount: bar.advance(task, amount)
 
 
+_WIDE = 80
+"""Columns from which a bar has words beside the time."""
 _BAR_SHOWN = ContextVar("_BAR_SHOWN", default=False)
 
 
@@ -63,14 +65,25 @@ def progress_bar(what: str, unit: str = "", *more: Any, timed: bool = True) -> I
     )
 
     counted = TextColumn(f"{{task.completed:,.0f}}{' of {task.total:,.0f}' if timed else ''} {unit}")
-    time = (TextColumn("time left"), TimeRemainingColumn()) if timed else (TextColumn("time used"), TimeElapsedColumn())
-    columns = (TextColumn(what), BarColumn(), counted if unit else TaskProgressColumn(), *more, *time)
     console = Console(stderr=True)
+    # On a narrow terminal all of it stays on one line: a short bar, and no words beside the time.
+    words = [TextColumn("time left" if timed else "time used")] if console.width >= _WIDE else []
+    bar = BarColumn(bar_width=max(4, min(40, console.width - 60)))
+    count = counted if unit else TaskProgressColumn()
+    columns = (TextColumn(what), bar, count, *more, *words, TimeRemainingColumn() if timed else TimeElapsedColumn())
     first = os.environ.get("LOCAL_RANK", "0") in ("0", "-1")  # of several processes
     shown = console.is_terminal and first and not _BAR_SHOWN.get()
     before = _BAR_SHOWN.set(True)
     try:
-        with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
-            yield bar
+        with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+            yield progress
     finally:
         _BAR_SHOWN.reset(before)
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `45 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -153,3 +153,14 @@ def test_standalone_code_gives_the_native_logits() -> None:
     assert own["largest_logit_difference"] < 1e-4
     assert own["tokens_per_s"] > 0
     assert set(result["bytes"]) == {"configuration_lola.py", "modeling_lola.py"}
+
+
+@pytest.mark.slow
+def test_the_readme_has_the_table_of_gpus_that_the_plans_give() -> None:
+    root = BENCHMARKS.parent
+    command = [sys.executable, str(BENCHMARKS / "gpu_table.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout.splitlines()
+    table, found = "\n".join(printed[:-1]), json.loads(printed[-1])
+    assert table in (root / "README.md").read_text(encoding="utf-8")
+    assert found["instruct_mixtral"]["24GB"] is None
+    assert found["instruct"]["8GB"] == found["instruct"]["as_in_recipe"] < 8e9

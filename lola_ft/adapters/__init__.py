@@ -1,6 +1,7 @@
-"""Adapters: which weights get LoRA, and their layouts on disk.
+"""Adapters: the weights that get LoRA, and the adapters' layouts on disk.
 
-What needs PEFT is imported when it is first used: reading an adapter's files does not, and a merge has little memory.
+Modules that need PEFT are imported at their first use. Reading an adapter's files does not need it, and a merge has
+little memory.
 """
 
 from typing import TYPE_CHECKING

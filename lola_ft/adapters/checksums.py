@@ -1,7 +1,7 @@
-"""The contents of an adapter's file, checked tensor by tensor: all numbers, and the ones that were written.
+"""Check of an adapter's file, tensor by tensor: all values are finite, and equal to the ones that were written.
 
-Shapes do not tell a tensor from the same numbers in another order (experts fastest or slowest, two layers swapped), and
-names do not tell that a module was lost with both its factors. A file of ours lists its tensors with their checksums.
+Shapes do not show that numbers are in another order (experts fastest or slowest, two layers swapped), and names do not
+show that a module was lost with both its factors. So files of lola_ft list their tensors with checksums.
 """
 
 import json
@@ -19,18 +19,18 @@ CHECKSUMS_KEY = "lola_ft_tensors"
 
 
 def checksums_of(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the CRC-32 of each tensor's bytes, eight hex digits; zeros for a tensor without numbers (meta)."""
+    """Return the CRC-32 of each tensor's bytes, eight hex digits; zeros for meta tensors, which have no numbers."""
     return {
         name: _hex(0 if tensor.is_meta else zlib.crc32(bytes_of(tensor.contiguous()))) for name, tensor in state.items()
     }
 
 
 def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-    """Read every tensor once.
+    """Read every tensor once and check it.
 
     Raises:
-        AdapterError: Naming tensors with NaN or infinity; or, if the file lists its tensors, those that are missing,
-            added or changed.
+        AdapterError: If tensors hold NaN or infinity; or, if the file lists its tensors, if some are missing, added or
+            changed. The message names them.
     """
     found = {name: _read(entry) for name, entry in entries.items()}
     if broken := [name for name, (finite, _) in found.items() if not finite]:
@@ -56,7 +56,7 @@ def check_contents(file: Path, entries: Mapping[str, TensorEntry], metadata: Map
 
 
 def _read(entry: TensorEntry) -> tuple[bool, str]:
-    """Return whether every value is finite, and the CRC-32. (A piece's extremes are NaN if any value is.)"""
+    """Return True if every value is finite, and the CRC-32 of the bytes."""
     finite, checksum = True, 0
     for _, piece in entry.pieces():
         finite = finite and bool(torch.stack(torch.aminmax(piece)).isfinite().all())

@@ -1,4 +1,4 @@
-"""A weighted sum of adapters on one base, exactly."""
+"""An exact weighted sum of adapters on one base."""
 
 from collections.abc import Mapping
 
@@ -12,16 +12,16 @@ from lola_ft.families import architecture_of
 
 
 def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -> PeftModel:
-    """Add an adapter whose update is the weighted sum of others' and make it the active one.
+    """Add an adapter whose update is the weighted sum of other adapters' updates, and make it the active one.
 
-    Their factors stand side by side, so that its rank is the sum of their ranks and nothing is approximated.
+    The factors are put side by side, so that the new rank is the sum of the ranks and the sum is exact.
 
     Args:
         shares: The weight of each adapter, by name.
-        name: Of the new adapter.
+        name: Name of the new adapter.
 
     Raises:
-        AdapterError: If one of them is more than LoRA.
+        AdapterError: If one of the adapters has more than plain LoRA.
     """
     joined = AdapterWeights(architecture_of(model.config))
     for adapter, share in shares.items():
@@ -32,6 +32,8 @@ def combine_adapters(model: PeftModel, shares: Mapping[str, float], name: str) -
             full = weights.trained or weights.token_rows
             what = "holds fully trained weights" if full else "uses DoRA or LoftQ"
             raise AdapterError(f"adapter '{adapter}' {what}, which a sum of updates cannot express.")
+        # b @ a summed over adapters: A's one below another (sum of R, in), B's side by side (out, sum of R), with share
+        # and scaling in B. alpha = rank makes the joined scaling 1.
         for module, pair in weights.pairs.items():
             a, b = pair.a.float(), pair.b.float() * (share * weights.scaling(module))
             if module in joined.pairs:

@@ -1,4 +1,4 @@
-"""Rewriting an adapter in another layout."""
+"""Conversion of an adapter to another layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ class Conversion:
 
 
 def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str | Path) -> Conversion:
-    """Write an adapter to `out` in `layout`; the numbers are bit-equal. Tokenizer and template come along.
+    """Write an adapter to `out` in `layout`, with bit-equal numbers. Tokenizer and template are copied, too.
 
     Args:
-        base: The adapter's base, which has the number of experts; the adapter must fit it.
+        base: The adapter's base, which gives the number of experts. The adapter must fit it.
 
     Raises:
         AdapterError: If the adapter does not fit the base, or the layout cannot hold it.
@@ -32,7 +32,7 @@ def convert_adapter(adapter: str | Path, base: str | Path, layout: str, out: str
     weights = stored.weights(checkpoint.architecture)
     weights.check_fit()
     if Path(weights.base).exists() or weights.base.startswith((".", "/", "~")):
-        weights.base, weights.revision = "", None  # a folder's path means nothing to others
+        weights.base, weights.revision = "", None  # a local path means nothing on other machines
 
     if layout == "peft":
         weights.base_biases |= {name: checkpoint.entries[name].read() for name in weights.untrained_biases()}

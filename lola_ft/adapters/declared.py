@@ -1,4 +1,4 @@
-"""The modules that an adapter's config declares, by Hub names: a tensor that the file lost is found in this way."""
+"""The modules that an adapter's config declares, by Hub names, to find tensors that are missing in its file."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,11 +8,15 @@ from lola_ft.families import Architecture
 
 
 def declared_modules(config: Mapping[str, Any], architecture: Architecture) -> tuple[list[str], list[str]]:
-    """List the modules with LoRA, and the fully trained ones, by PEFT's rules for `adapter_config.json`."""
+    """List the modules with LoRA and the fully trained ones that a config declares, by PEFT's rules.
+
+    Args:
+        config: `adapter_config.json`.
+    """
     places = architecture.places
     modules = [name.removesuffix(".weight") for name in places if name.endswith(".weight")]
     matrices = [module for module in modules if len(places[f"{module}.weight"].shape) == 2]
-    conv1d = bool(config.get("fan_in_fan_out"))  # the authors' model, in which an expert's projections are modules
+    conv1d = bool(config.get("fan_in_fan_out"))  # LOLA's authors' model, where experts' projections are modules
     experts = [module for module in matrices if places[f"{module}.weight"].expert is not None]
     head = architecture.family.embeddings[1].removesuffix(".weight")
     linear = [module for module in (*matrices, head) if conv1d or module not in experts]
@@ -30,7 +34,7 @@ def declared_modules(config: Mapping[str, Any], architecture: Architecture) -> t
 
 
 def _matches(name: str, targets: str | Collection[str] | None) -> bool:
-    """Match a regular expression against the whole name, or ends of names."""
+    """Return True if a name matches: a string is a regular expression for the whole name, a list has endings."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == target or name.endswith(f".{target}") for target in targets or ())

@@ -1,12 +1,15 @@
 """DoRA on a linear layer, 4-bit or dense, without a dense weight in the graph (Liu et al. 2024, arXiv 2402.09353).
 
-The weight is cut into its rows' lengths, which are learned, and their directions, which LoRA changes:
-`y = m / |W + sBA| * (W + sBA) x + bias`. PEFT's own (0.21) builds `W + sBA` in every forward and, with dropout, keeps W
-for backward. Here the base's output is scaled, and the rows' lengths come from
-`|W_i + sB_i A|^2 = |W_i|^2 + 2s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T`, where W A^T is one more pass of R rows.
-As in PEFT the lengths are a constant to the gradient. Dropout acts only on the LoRA path.
+A weight's rows have lengths m, which are learned, and directions, which LoRA changes:
 
-Shapes: I input, O output, R rank.
+    y = m / |W + s B A| * (W + s B A) x + bias              with |.| the length of each row, (O,)
+    |W_i + s B_i A|^2 = |W_i|^2 + 2 s B_i (W A^T)_i + s^2 B_i (A A^T) B_i^T     for row i
+
+PEFT (0.21) builds `W + s B A` (O, I) in every forward and, with dropout, keeps W for backward. Here the base's output
+is scaled, and the lengths come from the second line: W A^T (O, R) is one more pass of R rows through the weight, and
+A A^T is (R, R). As in PEFT, lengths are constants for the gradient. Dropout acts only on the LoRA path.
+
+Shape suffixes: I inputs, O outputs, R rank.
 """
 
 from typing import Any
@@ -22,7 +25,7 @@ from lola_ft.quantization import NF4Linear
 
 
 class Magnitude(nn.Module):
-    """The learned lengths (O,) of a weight's rows; knows the lengths of the frozen weight."""
+    """The learned lengths (O,) of a weight's rows, and the lengths of the frozen weight's rows."""
 
     base_squares: Tensor
 
@@ -34,8 +37,9 @@ class Magnitude(nn.Module):
 
     @torch.no_grad()
     def lengths(self, base_layer: nn.Linear, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-        """Lengths (O,) of the rows of `W + scaling * B A`, float32."""
+        """Return the lengths (O,) of the rows of `W + scaling * B A`, float32."""
         with torch.autocast(a_RI.device.type, enabled=False):
+            # cross (O,) = B_i (W A^T)_i; own (O,) = B_i (A A^T) B_i^T, each for all rows i
             a_RI, b_OR = a_RI.float(), b_OR.float()
             cross_O = (_through_weight(a_RI, base_layer).t() * b_OR).sum(1)
             own_O = (b_OR @ (a_RI @ a_RI.t()) * b_OR).sum(1)
@@ -43,7 +47,7 @@ class Magnitude(nn.Module):
 
 
 class SideDora(DoraLinearVariant):
-    """PEFT's extension point for LoRA's variants; names and files stay PEFT's."""
+    """DoRA at PEFT's extension point for variants of LoRA. Names and files are PEFT's."""
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:  # noqa: ARG004
@@ -56,6 +60,8 @@ class SideDora(DoraLinearVariant):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         scaling, base_layer = module.scaling[active_adapter], module.get_base_layer()
         magnitude = module.lora_magnitude_vector[active_adapter]
+        # y = factor * (W x + update) + bias, computed from result = W x + bias:
+        # y = result + (factor - 1) * W x + factor * update
         factor_O = magnitude.weight / magnitude.lengths(base_layer, a.weight, b.weight, scaling)
         update = b(a(module.lora_dropout[active_adapter](x))) * scaling
         product = result if base_layer.bias is None else result - base_layer.bias
@@ -64,7 +70,7 @@ class SideDora(DoraLinearVariant):
 
 
 class DenseLoraLinear(LoraLinear):
-    """PEFT's LoRA on a dense linear layer, with this DoRA."""
+    """PEFT's LoRA on a dense linear layer, with the DoRA of this file."""
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:  # noqa: ARG002
         return SideDora() if config.use_dora else None
@@ -77,7 +83,7 @@ def _square_lengths(base_layer: nn.Linear) -> Tensor:
 
 
 def _through_weight(x_RI: Tensor, base_layer: nn.Linear) -> Tensor:
-    """`x W^T` (R, O) in float32."""
+    """Return `x W^T` (R, O) in float32."""
     if isinstance(base_layer, NF4Linear):
         out_RO = x_RI.new_empty(x_RI.shape[0], base_layer.out_features)
         return times_transposed(x_RI, base_layer.tiles(torch.float32), out_RO)

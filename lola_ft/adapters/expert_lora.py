@@ -1,10 +1,14 @@
 """LoRA on fused experts as a side path, inside PEFT.
 
 PEFT's own wrapper for 3-D parameters (0.21) builds `W + BA` for all experts in every forward, needs the dense weight,
-and refuses dropout. This subclass keeps its parameters, names and files, so that stock PEFT loads what we save, and
-replaces the forward: each token pays rank-R work for its own expert only.
+and refuses dropout. This subclass keeps the wrapper's parameters, names and files, so that stock PEFT loads the saved
+adapters. It replaces the forward: each token costs rank-R work for its own expert only.
 
-A (E*R, in) is expert-slowest, B (out, R*E) expert-fastest: PEFT's layout.
+In PEFT's layout, A (E*R, in) is expert-slowest and B (out, R*E) expert-fastest. With E = 2 and R = 2, the rows of A and
+the columns of B belong to these (expert, rank) pairs:
+
+    rows of A       (0, 0) (0, 1) (1, 0) (1, 1)
+    columns of B    (0, 0) (1, 0) (0, 1) (1, 1)
 """
 
 import copy
@@ -26,10 +30,10 @@ from lola_ft.quantization import NF4Experts
 
 
 class ParamWrapper(StockParamWrapper):
-    """LoRA of one projection of FusedExperts. (PEFT recognises these wrappers by this very class name.)
+    """LoRA of one projection of FusedExperts. PEFT recognises its wrappers by this class name.
 
-    Wrappers nest: `down_proj`'s holds that of `up_proj` or `gate_up_proj`, which holds the experts. The outermost one
-    runs them all.
+    Wrappers nest: the wrapper of `down_proj` holds the wrapper of `up_proj` or `gate_up_proj`, which holds the experts.
+    The outermost wrapper runs the experts with all side paths.
     """
 
     def __init__(
@@ -45,31 +49,32 @@ class ParamWrapper(StockParamWrapper):
         experts = self.get_base_layer()
         self.num_experts = experts.num_experts
         self._param_ndim = 3
-        return experts.part_shape(self.parameter_name)  # as stored: `update_layer` swaps (out, in)
+        return experts.part_shape(self.parameter_name)  # as stored; PEFT's `update_layer` swaps (out, in)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         experts = self.get_base_layer()
         self.experts_of[adapter_name] = experts.selected or tuple(range(experts.num_experts))
-        self.num_experts = len(self.experts_of[adapter_name])  # PEFT makes so many pairs
+        self.num_experts = len(self.experts_of[adapter_name])  # PEFT makes this number of pairs
         super().update_layer(adapter_name, r, lora_alpha, config=without_extras(config), **kwargs)
         self.num_experts = experts.num_experts
         self.dropout_of[adapter_name] = config.lora_dropout
 
     def low_rank(self) -> LowRank | None:
-        """The active adapters' side path; several act as one of their ranks' sum."""
+        """Return the side path of the active adapters, or None. Several act as one, whose rank is the sum of theirs."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return None
         dropouts = {self.dropout_of[name] for name in names} if self.training else {0.0}
         if len(dropouts) > 1:
             raise AdapterError(f"adapters {', '.join(names)} have different dropout; train one at a time.")
+        # All experts that any active adapter trains (E of them): a (E, sum of ranks, in), b (E, out, sum of ranks)
         experts = sorted({e for name in names for e in self.experts_of[name]})
         a = torch.cat([self._spread(split_a, self.lora_A, name, experts) for name in names], dim=1)
         b = torch.cat([self._spread(split_b, self.lora_B, name, experts) * self.scaling[name] for name in names], dim=2)
         return LowRank(a, b, dropouts.pop(), None if len(experts) == self.num_experts else tuple(experts))
 
     def _spread(self, split: Callable[[Tensor, int], Tensor], factors: Any, name: str, experts: list[int]) -> Tensor:
-        """An adapter's factors of `experts`, zeros for those that it leaves out."""
+        """Return an adapter's factors of `experts`, with zeros for experts that it leaves out."""
         own = self.experts_of[name]
         stack = split(factors[name].weight, len(own))
         if len(own) == len(experts):
@@ -79,6 +84,7 @@ class ParamWrapper(StockParamWrapper):
         return spread.index_copy(0, places, stack)
 
     def forward(self, x_TD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Walk inwards through the nested wrappers, collect each projection's side path, and call the experts once.
         self._check_forward_args(x_TD, *args, **kwargs)
         paths: dict[str, LowRank] = {}
         layer: nn.Module = self
@@ -99,10 +105,10 @@ class ParamWrapper(StockParamWrapper):
 
 @contextmanager
 def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | None) -> Iterator[None]:
-    """While an adapter is made, tell each MoE layer's experts which of them get LoRA.
+    """Tell each MoE layer which of its experts get LoRA, while an adapter is made inside the block.
 
     Args:
-        config: Changed to name only the layers that have any.
+        config: Changed to name only the layers with selected experts.
 
     Raises:
         UserError: If the selection does not fit the model.
@@ -115,7 +121,7 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
     chosen = [
         (name.replace(".base_layer", ""), module, ids) for (name, module), ids in zip(layers, selection, strict=True)
     ]
-    named_in_full = any(target.count(".") > 1 for target in config.target_parameters or ())  # not just experts.up_proj
+    named_in_full = any(target.count(".") > 1 for target in config.target_parameters or ())  # more than experts.up_proj
     if config.target_parameters and not all(selection) and not named_in_full:
         projections = [target.rpartition(".")[2] for target in config.target_parameters]
         prefix = "base_model.model."
@@ -132,17 +138,20 @@ def select_experts(model: nn.Module, config: LoraConfig, selection: Selection | 
 
 
 def without_extras(config: LoraConfig) -> LoraConfig:
-    """A copy that stock PEFT's wrapper accepts: dropout happens in our side path, and experts have no DoRA."""
+    """Return a copy of the config that PEFT's own wrapper accepts, without dropout and DoRA.
+
+    Dropout happens in the side path of this file, and experts have no DoRA.
+    """
     plain = copy.copy(config)
     plain.lora_dropout, plain.use_dora = 0.0, False
     return plain
 
 
 def refuse_merge() -> NoReturn:
-    """Refuse PEFT's in-memory merge: fused experts have no single dense weight to add to.
+    """Refuse PEFT's merge in memory, because fused experts have no single dense weight to add to.
 
     Raises:
-        AdapterError: Always, naming what merges instead.
+        AdapterError: Always. The message names the command that merges.
     """
     raise AdapterError(
         "Merging into 4-bit weights in memory would round the adapter away. Use `lola-ft merge` (lola_ft.merge): it "

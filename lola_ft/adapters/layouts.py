@@ -1,8 +1,10 @@
 """The two layouts of an adapter on disk, to and from `AdapterWeights`.
 
-`peft`: what PEFT writes for the model in memory; an MoE layer's experts share one A (E*R, in) and one B (out, R*E).
-`per_expert`: one A (R, in) and B (out, R) per expert, under the names of the checkpoint (LOLA's authors' own layout).
-Both call linear layers by the same names and hold a router's trained weight unchanged.
+`peft`: the layout that PEFT writes for the model in memory. An MoE layer's experts share one A (E*R, in) and one B
+(out, R*E).
+`per_expert`: the layout of LOLA's authors. Each expert has its own A (R, in) and B (out, R), named as in the
+checkpoint.
+Both use the same names for linear layers, and hold a router's trained weight unchanged.
 """
 
 import re
@@ -34,13 +36,13 @@ def from_state(
     architecture: Architecture,
     experts_of: Mapping[str, Sequence[int]] | None = None,
 ) -> AdapterWeights:
-    """Read either layout's tensors; every one is used, or it is an error.
+    """Read the tensors of either layout. A tensor that cannot be used is an error.
 
     Args:
         state: Tensors by their name in the file.
         config: `adapter_config.json`.
         architecture: The base's.
-        experts_of: The experts that a layer's fused factors are of, where these are not all.
+        experts_of: The experts that a layer's fused factors belong to, for layers where these are not all.
     """
     weights = AdapterWeights(
         architecture,
@@ -50,17 +52,21 @@ def from_state(
     )
     layout = architecture.family.experts
     weights.token_ids = token_ids_in(config)
+    # 1. Factors by module and kind; fully trained weights go into `weights`, with stacks of biases split by expert.
     factors, keys = _sort_factors(state, weights)
     split_stacks(weights, experts_of or {})
     for module, pair in factors.items():
         pair_keys = tuple(keys[module, factor] for factor in pair)
         fused = _fused_module(module, layout)
+        # 2. A pair of a single module: A (R, in) and B (out, R)
         if fused is None or layout is None:
             named, name = _named_in_config(module, config), architecture.family.on_disk(module)
             _check_rank(named, pair, config, 1)
             weights.keys[name] = pair_keys
             weights.pairs[name] = LoraPair(pair["A"], pair["B"], _alpha(named, config), pair.get("magnitude"))
             continue
+        # 3. A stack of E experts: A (E*R, in) -> (E, R, in), B (out, R*E) -> (E, out, R). With gate and up in one
+        # stack,    each expert's B (2F, R) is split into gate's and up's (F, R).
         stack = _fused_stack(fused, module != fused, factors, config, layout)
         named, projections = f"{fused}.{stack}", layout.stacks[stack]
         experts = (experts_of or {}).get(fused, range(architecture.num_experts))
@@ -78,7 +84,11 @@ def from_state(
 
 
 def token_ids_in(config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the tokens whose rows are trained; raises AdapterError if embeddings and head have different ones."""
+    """Return the tokens whose rows are trained.
+
+    Raises:
+        AdapterError: If embeddings and output head have different ones.
+    """
     given = config.get("trainable_token_indices") or {}
     by_module = given if isinstance(given, dict) else {"": given}
     found = {tuple(ids) for ids in by_module.values()}
@@ -90,7 +100,10 @@ def token_ids_in(config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def grown_vocabulary(token_ids: Iterable[int], rows: int) -> int:
-    """Return a vocabulary's rows with trained tokens: more than `rows` where these are all that follow."""
+    """Return the number of embedding rows with these trained tokens.
+
+    It is more than `rows` if the tokens include all ids from `rows` on, without a gap.
+    """
     beyond = {token for token in token_ids if token >= rows}
     return rows + len(beyond) if beyond == set(range(rows, rows + len(beyond))) else rows
 
@@ -98,10 +111,10 @@ def grown_vocabulary(token_ids: Iterable[int], rows: int) -> int:
 def _sort_factors(
     state: dict[str, Tensor], weights: AdapterWeights
 ) -> tuple[dict[str, dict[str, Tensor]], dict[tuple[str, str], str]]:
-    """Sort factors by module and kind, with their keys; fully trained weights go where they belong.
+    """Sort factors by module and kind, with their keys, and put fully trained weights into `weights`.
 
     Raises:
-        AdapterError: Naming the tensors that have no place in the base.
+        AdapterError: If tensors have no place in the base. The message names them.
     """
     architecture = weights.architecture
     factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -109,6 +122,7 @@ def _sort_factors(
     unknown: list[str] = []
     incomplete: list[str] = []
     for key, tensor in sorted(state.items()):
+        # Each tensor is a factor of LoRA, trained rows of an embedding, or a fully trained weight; else it is unknown.
         name = key.removeprefix(PREFIX)
         match = _LORA_KEY.match(name)
         if match:
@@ -129,6 +143,7 @@ def _sort_factors(
                 weights.keys[plain] = (key,)
                 continue
         unknown.append(key)
+    # Pairs must have A and B. Only pairs outside the fused experts may have DoRA's lengths.
     for module, pair in factors.items():
         fused = _fused_module(module, architecture.family.experts)
         allowed = ({"A", "B"},) if fused else ({"A", "B"}, {"A", "B", "magnitude"})
@@ -155,11 +170,11 @@ def _sort_factors(
 def to_state(
     weights: AdapterWeights, layout: str, experts_of: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, Tensor]:
-    """Return the tensors of a layout, by their name in the file; bit-equal to those they were read from.
+    """Return the tensors of a layout by their name in the file, bit-equal to the tensors that they were read from.
 
     Args:
-        experts_of: The experts to stack in a layer, where these are not all. In a file of the layout `peft` they must
-            be all, the others zeros: stock PEFT knows no choice.
+        experts_of: The experts to stack, for layers where these are not all. A file of the layout `peft` must hold all,
+            with zeros for the others, because stock PEFT has no selection of experts.
     """
     plain = [module for module, pair in weights.pairs.items() if pair.magnitude is None]
     if layout == "per_expert" and weights.dora and plain:
@@ -179,6 +194,7 @@ def to_state(
     for name, rows in weights.token_rows.items():
         module = family.in_memory(name.removesuffix(".weight"))
         state[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
+    # Pairs of single modules are written; in the layout `peft`, experts' pairs are collected by fused parameter.
     stacks: dict[tuple[str, str], dict[int, LoraPair]] = defaultdict(dict)
     for module, pair in weights.pairs.items():
         single = family.parse_expert(module)
@@ -193,12 +209,13 @@ def to_state(
                 by_expert[single.expert] = joined_pair(weights, single)
     if len({frozenset(m for m, s in stacks if s == stack) for _, stack in stacks}) > 1:
         raise AdapterError(
-            "Some layers have LoRA on both projections of their experts, others on one: only per_expert can hold that."
+            "Some layers have LoRA on both projections of their experts, others on one, and only the layout per_expert "
+            "can hold both."
         )
     for (module, stack), by_expert in stacks.items():
         wanted = (experts_of or {}).get(module, range(weights.architecture.num_experts))
         a_ERI, b_EOR = _stack(by_expert, wanted, f"{module}.{stack}")
-        # PEFT nests the wrappers: the first parameter's lies inside the second's where both have one.
+        # PEFT nests wrappers: if both parameters have one, the first parameter's is inside the second's.
         assert family.experts is not None, "only experts are stacked"
         first, second = family.experts.stacks
         inner = stack == first and (module, second) in stacks
@@ -216,7 +233,7 @@ def _pair_state(module: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
 
 
 def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) -> tuple[Tensor, Tensor]:
-    """Stack factors to (E, R, in) and (E, out, R); an expert without a pair gets zeros, which change nothing."""
+    """Stack factors to (E, R, in) and (E, out, R), with zeros for an expert without a pair."""
     some = next(iter(by_expert.values()))
     if {(pair.a.shape, pair.b.shape, pair.alpha) for pair in by_expert.values()} != {
         (some.a.shape, some.b.shape, some.alpha)
@@ -228,7 +245,7 @@ def _stack(by_expert: dict[int, LoraPair], experts: Sequence[int], name: str) ->
 
 
 def _fused_module(module: str, layout: ExpertLayout | None) -> str | None:
-    """Return the fused experts' module that a LoRA pair is on; None for another module."""
+    """Return the fused experts' module that a LoRA pair belongs to; None for any other module."""
     plain = module.removesuffix(".base_layer")
     return plain if layout and plain.endswith(f".{layout.module}") else None
 
@@ -236,10 +253,10 @@ def _fused_module(module: str, layout: ExpertLayout | None) -> str | None:
 def _fused_stack(
     module: str, inner: bool, factors: dict[str, dict[str, Tensor]], config: dict[str, Any], layout: ExpertLayout
 ) -> str:
-    """Find the fused parameter of a pair: wrappers nest, and the config tells which one there is if there is only one.
+    """Return the fused parameter of a pair, from the nesting of wrappers or, if there is one wrapper, from the config.
 
     Args:
-        inner: Whether it is the inner one of two wrappers.
+        inner: True for the inner of two wrappers.
     """
     first, second = layout.stacks
     if inner:
@@ -253,7 +270,7 @@ def _fused_stack(
 
 
 def _named_in_config(module: str, config: dict[str, Any]) -> str:
-    """A module's name in the config; its weight's, where a router's bare weight has the LoRA."""
+    """Return a module's name in the config; for LoRA on a router's bare weight, the weight's name."""
     weight = f"{module}.weight"
     targets = config.get("target_parameters") or ()
     return weight if any(weight.endswith(f".{target}") for target in targets) else module
@@ -276,7 +293,7 @@ def _alpha(name: str, config: dict[str, Any]) -> float:
 
 
 def _setting(pattern_key: str, common_key: str, name: str, config: dict[str, Any]) -> Any:
-    """Return a module's own value, or the common one; the first pattern that matches counts, as in PEFT."""
+    """Return a module's own value, or the common one. As in PEFT, the first pattern that matches counts."""
     pattern = config.get(pattern_key) or {}
     first = next((end for end in pattern if re.match(rf"(?:.*\.)?(?:{end})$", name)), name)
     value = pattern.get(first, config.get(common_key))

@@ -1,4 +1,4 @@
-"""Attaching a stored adapter to a model, and storing an attached one; every tensor is accounted for."""
+"""Loading a stored adapter onto a model, and saving an attached one. No tensor is lost without an error."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ from lola_ft.families import Family, architecture_of
 from lola_ft.model.experts import FusedExperts
 
 REFERENCE_NAME = "ref"
-"""TRL (1.16) takes the adapter of this name as the reference of DPO and KTO; without one, the base."""
+"""Name of the adapter that TRL (1.16) uses as the reference of DPO and KTO. Without it, TRL uses the base."""
 
 
 def load_adapter(
@@ -34,17 +34,18 @@ def load_adapter(
     trainable: bool = False,
     name: str = "default",
 ) -> PeftModel:
-    """Put a stored adapter of either layout on a model (changed in place; use the returned model afterwards).
+    """Load a stored adapter of either layout onto a model, which is changed in place; use the returned model.
 
     Args:
-        model: A base; or a model with an adapter, to load another one beside the first and make it active.
+        model: A base; or a model with an adapter, which gets another one besides. The new one becomes active.
+        path: The adapter's folder.
         allow_other_base: Accept an adapter that was trained on other base weights.
-        trainable: Go on training it, without dropout. A frozen one refuses to compute in training mode with gradients,
-            unless something else of the model is trained.
-        name: What to call the adapter, for `set_adapter`.
+        trainable: Allow further training, without dropout. Otherwise the adapter is frozen, and the model refuses to
+            run in training mode with gradients unless something else in it is trained.
+        name: The adapter's name, for `set_adapter`.
 
     Raises:
-        AdapterError: If a tensor of the adapter has no place, or a place no tensor; or if the base is another.
+        AdapterError: If a tensor of the adapter has no place, or a place has no tensor; or if the base is another one.
     """
     own, stored = identity_of(model), read_adapter(path)
     architecture = architecture_of(model.config)
@@ -72,17 +73,17 @@ def put_weights(
     trainable: bool,
     dropouts: Mapping[str, float] | None = None,
 ) -> PeftModel:
-    """Attach an adapter with these numbers and make it the active one.
+    """Attach an adapter with these weights and make it the active one.
 
     Args:
-        dropouts: Dropout of a target (the end of a module's name), where it is not 0.
+        dropouts: Dropout by target (ending of a module's name); 0 for the others.
     """
     weights = sharing_inputs(weights)
     experts_of = weights.experts_of()
     state = to_state(weights, "peft", experts_of)
     config = _loading_config(weights, state, model)
     config.fan_in_fan_out = False  # in memory every linear layer is out×in
-    config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own
+    config.inference_mode, config.bias = not trainable, "none"  # with `all` PEFT would train the base's own biases
     selection = _selection(model, weights, experts_of) if experts_of else None
     peft_model = attach(model, config, name, selection, dropouts, weights.biases())
     _set_state(peft_model, state, name)
@@ -94,10 +95,10 @@ def put_weights(
 
 
 def _refuse_to_train_nothing(model: nn.Module, _inputs: tuple[Any, ...]) -> None:
-    """Refuse a training step that no weight would learn from: its gradients would be 0, or missing, without a word.
+    """Refuse a training step in which no weight is trained: gradients would be 0 or missing, without a message.
 
     Raises:
-        AdapterError: Saying how to load an adapter for training.
+        AdapterError: If nothing is trained. The message says how to load an adapter for training.
     """
     if not (model.training and torch.is_grad_enabled()) or any(p.requires_grad for p in model.parameters()):
         return
@@ -108,7 +109,7 @@ def _refuse_to_train_nothing(model: nn.Module, _inputs: tuple[Any, ...]) -> None
 
 
 def add_reference(model: PeftModel, weights: AdapterWeights) -> None:
-    """Put a frozen copy of an adapter beside the active one, under the name that TRL's trainers compare it with."""
+    """Add a frozen copy of an adapter under the name that TRL's trainers use as the reference."""
     active = model.active_adapter
     put_weights(model, weights, REFERENCE_NAME, trainable=False)
     model.set_adapter(active)
@@ -118,16 +119,17 @@ def add_reference(model: PeftModel, weights: AdapterWeights) -> None:
 def save_adapter(
     model: PeftModel, path: str | Path, layout: str = "peft", also: Callable[[Path], None] | None = None
 ) -> Path:
-    """Store a model's active adapter; `peft` loads with stock PEFT, `per_expert` with the authors' code.
+    """Save a model's active adapter and return its folder.
 
     Args:
-        also: Called with the folder before it is put in place, to write what belongs beside the adapter.
+        layout: `peft` loads with stock PEFT, `per_expert` with the code of LOLA's authors.
+        also: Function that writes further files into the folder, before the folder is put in place.
     """
     return write_adapter(adapter_weights(model), path, layout, also)
 
 
 def fitting_layout(model: PeftModel) -> str:
-    """Return `peft`; or `per_expert` where only some experts have LoRA, since `peft` holds zeros for the others."""
+    """Return `per_expert` if only some experts have LoRA, because `peft` holds zeros for the others; else `peft`."""
     num_experts = architecture_of(model.config).num_experts
     some = any(len(ids) < num_experts for ids in experts_of(model, model.active_adapter).values())
     dora = any(".lora_magnitude_vector." in name for name, _ in model.named_parameters())
@@ -136,7 +138,7 @@ def fitting_layout(model: PeftModel) -> str:
 
 
 def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights:
-    """Return the numbers of an adapter, the active one if no name is given, on the CPU, by Hub names."""
+    """Return the weights of an adapter (by default the active one) on the CPU, by Hub names."""
     if not isinstance(model, PeftModel):
         raise AdapterError("This model has no adapter to save.")
     name = name or model.active_adapter
@@ -153,9 +155,9 @@ def adapter_weights(model: nn.Module, name: str | None = None) -> AdapterWeights
 
 
 def experts_of(model: PeftModel, name: str) -> dict[str, tuple[int, ...]]:
-    """Return the experts with LoRA or trained biases, by the Hub name of their layer; layers without any are left out.
+    """Return the experts with LoRA or trained biases, by the Hub name of their layer.
 
-    So is a layer whose experts have no LoRA and all their biases trained.
+    Layers without any are left out, and layers whose experts have no LoRA but all biases trained.
     """
     found = {
         plain_name(path): module.experts_of[name]
@@ -173,7 +175,7 @@ def plain_name(path: str) -> str:
 
 
 def _untrained_biases(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Return the base's biases of experts that an adapter leaves out, by Hub names; none if it trains no biases."""
+    """Return the base's biases of experts that an adapter leaves out, by Hub names; {} if it trains no biases."""
     architecture, found = architecture_of(model.config), dict[str, Tensor]()
     for parameter, (chosen, stack) in partly_trained(model, name).items():
         parts, layout = stack_parts(parameter, architecture), architecture.family.experts
@@ -197,7 +199,7 @@ def _selection(
 
 
 def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: PreTrainedModel) -> LoraConfig:
-    """PEFT's config for the native model; a target is named in full where it covers only some layers."""
+    """Return PEFT's config for the native model. A target that covers only some layers is named in full."""
     config = _naming_modules(config_for(weights, "peft"), weights.architecture.family)
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
         if isinstance(config[kind], list):
@@ -207,7 +209,7 @@ def _loading_config(weights: AdapterWeights, state: dict[str, Tensor], model: Pr
 
 
 def _naming_modules(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The config with linear layers among the modules, of which stock PEFT is told by their weights."""
+    """Return the config with linear layers as target modules. Stock PEFT gets some of them as target parameters."""
 
     def plain(target: str) -> str:
         return target if target in family.parameter_targets else target.removesuffix(".weight")
@@ -225,11 +227,11 @@ def _naming_modules(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _names_of(target: str, kind: str, state: dict[str, Tensor], model: PreTrainedModel) -> list[str]:
-    """`[target]` if every module that ends so has a tensor in the state, else the full names of those that have."""
+    """Return `[target]` if every module with this ending has a tensor in the state, else the full names of those."""
     parts = model.named_parameters() if kind == "target_parameters" else model.named_modules()
     full = list(dict.fromkeys(plain_name(name) for name, _ in parts if plain_name(name).endswith(f".{target}")))
     module_of = {name: name.rpartition(".")[0] if kind == "target_parameters" else name for name in full}
-    mark = ".weight" if kind == "modules_to_save" else ".lora_"  # a bias that is trained by itself is neither
+    mark = ".weight" if kind == "modules_to_save" else ".lora_"  # matches no bias that is trained without its weight
     held = [
         name for name in full if any(key.startswith(f"{PREFIX}{module_of[name]}.") and mark in key for key in state)
     ]

@@ -1,8 +1,8 @@
-"""Starting LoRA at the error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
+"""LoRA that starts at the rounding error of the 4-bit base (LoftQ with one step; Li et al. 2023, arXiv 2310.08659).
 
-The base stays frozen: A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts nearer to
-the original model. Such an adapter belongs to the 4-bit base: the original weights do not have the error that it
-corrects. So it is merged with `--rounding nf4`.
+The base stays frozen. A and B become the best rank-R approximation of `W - nf4(W)`, so that training starts closer to
+the original model. The adapter then belongs to the 4-bit base, because the original weights do not have the error that
+it corrects. So it is merged with `--rounding nf4`.
 """
 
 from collections import defaultdict
@@ -23,24 +23,26 @@ _OVERSAMPLING, _ITERATIONS, _SEED = 8, 2, 0
 
 @torch.no_grad()
 def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapter_name: str = "default") -> str:
-    """Fill a fresh adapter's factors; returns a sentence with how much of the error they take away.
+    """Set a new adapter's factors, and return a sentence about the share of the error that they correct.
 
     Args:
         checkpoint: The base's original weights.
 
     Raises:
-        UserError: If nothing with LoRA is in 4 bit.
+        UserError: If no module with LoRA is in 4 bit.
     """
     modules = {name.replace(".base_layer", ""): module for name, module in model.base_model.model.named_modules()}
     wrappers = _wrappers(model)
     before = after = 0.0
     gates_and_ups: dict[tuple[str, int | None], dict[str, Tensor]] = defaultdict(dict)
     for entry in checkpoint:
+        # 1. The wrapper of this weight; weights without LoRA, or not in 4 bit, are skipped.
         place = checkpoint.architecture.places[entry.name]
         module = modules.get(place.module)
         wrapper = wrappers.get(place.parameter if place.expert is not None else place.module)
         if wrapper is None or not place.quantized or adapter_name not in wrapper.lora_A:
             continue
+        # 2. The weight after 4-bit rounding, out×in
         if isinstance(module, NF4Experts) and place.expert is not None:
             if place.expert not in wrapper.experts_of[adapter_name]:
                 continue
@@ -50,14 +52,16 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
             rounded_OI = wrapper.get_base_layer().dense_weight(torch.float32)
         else:
             continue
+        # 3. Its rounding error W - nf4(W) (O, I); for gate and up (2F, I)
         weight = entry.read(torch.float32).to(rounded_OI.device)
         error_OI = (weight.t() if place.in_by_out else weight) - rounded_OI
-        if place.part is not None:  # one pair for both: wait for the other
+        if place.part is not None:  # gate and up share one pair: wait for the other one
             parts = gates_and_ups[place.parameter, place.expert]
             parts[place.part] = error_OI
             if len(parts) < 2:
                 continue
             error_OI = torch.cat([parts.pop("gate_proj"), parts.pop("up_proj")])
+        # 4. The best factors, and the squares of the error without and with them
         b_OR, a_RI = _best_factors(error_OI, wrapper.r[adapter_name], wrapper.scaling[adapter_name])
         _set_factors(wrapper, adapter_name, place.expert, a_RI, b_OR)
         before += error_OI.square().sum().item()
@@ -69,7 +73,7 @@ def start_at_rounding_error(model: PeftModel, checkpoint: BaseCheckpoint, adapte
 
 
 def _wrappers(model: PeftModel) -> dict[str, Any]:
-    """List PEFT's layers by the name in memory of the module or expert parameter that they wrap."""
+    """Return PEFT's layers by the name in memory of the module or expert parameter that they wrap."""
     found: dict[str, Any] = {}
     for name, module in model.base_model.model.named_modules():
         plain = name.replace(".base_layer", "")
@@ -81,12 +85,12 @@ def _wrappers(model: PeftModel) -> dict[str, Any]:
 
 
 def _best_factors(error_OI: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """B (O, R) and A (R, I) with `scaling * B A` the best approximation, evenly shared between them."""
+    """Return B (O, R) and A (R, I) such that `scaling * B A` is the best approximation, with equal norms."""
     devices = [error_OI.device] if error_OI.is_cuda else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(_SEED)  # the approximation draws random directions
+        torch.manual_seed(_SEED)  # the approximation uses random directions
         q = min(rank + _OVERSAMPLING, *error_OI.shape)
-        u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)
+        u, s, v = torch.svd_lowrank(error_OI, q=q, niter=_ITERATIONS)  # error ~ u (O, q) diag(s) v.T (q, I)
     rank = min(rank, q)
     root = (s[:rank] / scaling).sqrt()
     return u[:, :rank] * root, (v[:, :rank] * root).t()

@@ -1,4 +1,4 @@
-"""Adapters on disk: reading and writing a folder of `adapter_config.json` and `adapter_model.safetensors`."""
+"""Adapters on disk: reading and writing a folder with `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from lola_ft.files import replace_folder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 LAYOUT_VERSION = "1"
-# What this version reads right; another value of these would change the numbers.
+# The only values that this version supports. With another value of a key, the weights would mean something else.
 _PLAIN_CONFIG: dict[str, Any] = {
     "lora_bias": False,
     "layer_replication": None,
@@ -53,7 +53,7 @@ _AUTHORS_CONFIG_KEYS = (
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter's folder: its config, and the place of each tensor in its file."""
+    """An adapter's folder: its config, and the place in the file of each tensor."""
 
     folder: Path
     config: dict[str, Any]
@@ -66,40 +66,40 @@ class StoredAdapter:
 
     @property
     def starts_at_rounding_error(self) -> bool:
-        """Tell whether the adapter corrects the rounding of the 4-bit base, and so belongs on it."""
+        """True if the adapter corrects the rounding of the 4-bit base, and so belongs to that base."""
         return self.metadata.get("lola_ft_start") == "loftq"
 
     @property
     def loads_with_stock_peft(self) -> bool:
-        """Tell whether stock PEFT loads it, on the unquantised base: PEFT refuses DoRA beside LoRA on experts."""
+        """True if stock PEFT loads the adapter on the unquantised base. PEFT refuses DoRA with LoRA on experts."""
         dora_beside_experts = bool(self.config.get("use_dora") and self.config.get("target_parameters"))
         return self.layout == "peft" and not dora_beside_experts and not self.starts_at_rounding_error
 
     @property
     def rows(self) -> int:
-        """Return how many rows of embeddings the trained tokens need at least; 0 without any."""
+        """Return the number of embedding rows that the trained tokens need at least; 0 without trained tokens."""
         return max(token_ids_in(self.config), default=-1) + 1
 
     def vocabulary(self, rows: int) -> int:
-        """Return how many rows the embeddings have with this adapter on a base of `rows` rows.
+        """Return the number of embedding rows with this adapter on a base of `rows` rows.
 
-        They are more where the adapter holds every row from there on.
+        It is more than `rows` if the adapter holds every row from there on.
         """
         return grown_vocabulary(token_ids_in(self.config), rows)
 
     def weights(self, architecture: Architecture) -> AdapterWeights:
-        """Read the adapter's numbers, by Hub names.
+        """Read the adapter's weights, by Hub names.
 
         Args:
             architecture: The base's.
 
         Raises:
-            AdapterError: If a tensor has no place in such a base.
+            AdapterError: If a tensor has no place in a base of this architecture.
         """
         return self._arranged({key: entry.read() for key, entry in self.entries.items()}, architecture)
 
     def outline(self, architecture: Architecture) -> AdapterWeights:
-        """Return the weights with shapes only (meta tensors); `keys` says where their numbers are."""
+        """Return the weights as meta tensors, with shapes only. Their `keys` are the names in the file."""
         shapes = {
             key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in self.entries.items()
         }
@@ -114,7 +114,7 @@ class StoredAdapter:
             weights.bias_experts = json.loads(self.metadata["lola_ft_biases"])
         weights.base_fingerprint = self.metadata.get("base_fingerprint")
         weights.starts_at_rounding_error = self.starts_at_rounding_error
-        if "lola_ft_layout" not in self.metadata:  # a file of ours lists its tensors, and may leave layers out
+        if "lola_ft_layout" not in self.metadata:  # files of lola_ft list their tensors, and may leave out layers
             weights.declared = self.config
         weights.keep_experts(json.loads(self.metadata.get("lola_ft_experts", "{}")))
         if bool(weights.token_rows) != bool(weights.token_ids):
@@ -130,7 +130,7 @@ def read_adapter(path: str | Path) -> StoredAdapter:
     """Read an adapter folder of either layout.
 
     Raises:
-        AdapterError: If it is missing, damaged, or holds something that would be lost.
+        AdapterError: If it is missing or damaged, or holds something that this version would lose.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
@@ -171,10 +171,10 @@ def read_adapter(path: str | Path) -> StoredAdapter:
 def write_adapter(
     weights: AdapterWeights, path: str | Path, layout: str, also: Callable[[Path], None] | None = None
 ) -> Path:
-    """Write an adapter folder whole or not at all; an older adapter there is replaced at the end.
+    """Write an adapter folder as a whole or not at all, and return it. An older adapter there is replaced at the end.
 
     Args:
-        also: Called with the folder before it is put in place, to write what belongs beside the adapter.
+        also: Function that writes further files into the folder, before the folder is put in place.
     """
     if layout not in LAYOUTS:
         raise AdapterError(f"layout '{layout}' is not known; use one of {', '.join(LAYOUTS)}.")
@@ -196,10 +196,10 @@ def write_adapter(
 
 
 def file_metadata(weights: AdapterWeights, layout: str, state: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Return what an adapter's file says about itself beside its tensors.
+    """Return the metadata of an adapter's file.
 
     Args:
-        state: The tensors, as the layout has them.
+        state: The tensors of the file, in the layout.
     """
     metadata = {"lola_ft_layout": f"{layout}/{LAYOUT_VERSION}", CHECKSUMS_KEY: json.dumps(checksums_of(state))}
     if weights.base_fingerprint:
@@ -214,7 +214,7 @@ def file_metadata(weights: AdapterWeights, layout: str, state: dict[str, torch.T
 
 
 def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write with our own writer: safetensors orders metadata at random, so equal adapters would differ in bytes."""
+    """Write an adapter's file so that equal adapters have equal bytes (safetensors orders metadata at random)."""
     entries = [
         TensorEntry(name, file, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0) for name, tensor in state.items()
     ]
@@ -224,7 +224,7 @@ def _write_tensors(file: Path, state: dict[str, torch.Tensor], metadata: dict[st
 
 
 def is_replaceable(path: str | Path) -> bool:
-    """Tell whether an adapter may be written here: no folder, an empty one, or an adapter's."""
+    """Return True if an adapter may be written here: the folder does not exist, is empty, or holds an adapter."""
     folder = Path(path)
     if not folder.is_dir():
         return not folder.exists()
@@ -234,9 +234,9 @@ def is_replaceable(path: str | Path) -> bool:
 def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
     """Return `adapter_config.json` for the weights: the settings that stock PEFT needs to load them.
 
-    Dropout is written as 0: it plays no part once trained, and PEFT refuses it on expert parameters.
+    Dropout is written as 0, because it has no effect after training, and PEFT refuses it on expert parameters.
     """
-    # Here, so that reading an adapter does without PEFT.
+    # Imported late, so that reading an adapter does not import PEFT.
     from peft import LoraConfig
 
     from lola_ft.adapters.settings import linear_targets, token_modules
@@ -278,7 +278,7 @@ def config_for(weights: AdapterWeights, layout: str) -> dict[str, Any]:
 
 
 def ranks_and_alphas(weights: AdapterWeights, layout: str) -> tuple[dict[str, int], dict[str, float]]:
-    """Return rank and alpha of each target, named by the shortest ending that says what is meant.
+    """Return rank and alpha of each target. A target is named by its shortest clear ending.
 
     Raises:
         AdapterError: If modules of one target differ, which neither a config nor a model can express.
@@ -294,9 +294,9 @@ def ranks_and_alphas(weights: AdapterWeights, layout: str) -> tuple[dict[str, in
 
 
 def _others_hold_in_by_out(architecture: Architecture, layout: str) -> bool:
-    """Tell whether other tools load the adapter onto a model with linear layers in×out (transformers' `Conv1D`).
+    """Return True if other tools load the adapter onto a model with linear layers in×out (transformers' `Conv1D`).
 
-    A native class of ours holds them out×in, the code of LOLA's authors in the orientation of the files.
+    lola_ft's own model classes hold them out×in, the code of LOLA's authors in the orientation of the files.
     """
     if architecture.family.native:
         return layout == "per_expert"
@@ -304,7 +304,10 @@ def _others_hold_in_by_out(architecture: Architecture, layout: str) -> bool:
 
 
 def _preferred(values: dict[str, Any], family: Family) -> Any:
-    """Return the experts' value if there is one (PEFT wants no pattern for parameters), else the first, else 1."""
+    """Return the common value of a pattern: the experts' if there is one, else the first, else 1.
+
+    The experts' value must be the common one, because PEFT allows no pattern for parameters.
+    """
     of_experts = (values[target] for target in family.expert_targets if target in values)
     return next(of_experts, next(iter(values.values()), 1))
 

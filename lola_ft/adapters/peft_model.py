@@ -1,4 +1,4 @@
-"""An adapter attached to a model: PEFT's wrappers around what gets LoRA, everything else frozen."""
+"""An adapter attached to a model: PEFT's wrappers around the modules that get LoRA, everything else frozen."""
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -32,8 +32,8 @@ from lola_ft.quantization import NF4Linear
 class NF4LoraLinear(LoraLinear4bit):
     """PEFT's LoRA on a 4-bit linear layer.
 
-    A single plain adapter is added inside the layer's own pass: PEFT's forward makes four more tensors of the output's
-    size. Merging is refused, since it would quantise the merged weight again.
+    A single plain adapter is added inside the layer's own forward, because PEFT's forward creates four more tensors of
+    the output's size. Merging in memory is refused, because it would quantise the merged weight again.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -53,7 +53,7 @@ class NF4LoraLinear(LoraLinear4bit):
 
 
 def add_adapter(model: PreTrainedModel, settings: AdapterSettings, adapter_name: str = "default") -> PeftModel:
-    """Wrap a model (changed in place) with a fresh adapter, or give a wrapped one another; all else is frozen."""
+    """Wrap a model (in place) with a new adapter, or add one to a wrapped model. All other weights are frozen."""
     architecture = architecture_of(model.config)
     config = lora_config(settings, architecture)
     dropouts = settings.dropout_by_target(architecture.family)
@@ -71,15 +71,15 @@ def attach(
 ) -> PeftModel:
     """Wrap a model as `add_adapter` does, from PEFT's config.
 
-    Adapter weights and fully trained weights are float32 on any base: small updates vanish in 16 bits.
+    Adapter weights and fully trained weights are float32 on any base, because 16 bits lose small updates.
 
     Args:
         selection: Experts that get LoRA, for each MoE layer; None for all.
-        dropouts: Dropout of a target (the end of a module's name) in place of the config's.
+        dropouts: Dropout by target (ending of a module's name), instead of the config's.
         biases: Hub names of the biases to train.
 
     Raises:
-        UserError: If the model has an adapter already and was not given as the PeftModel around it.
+        UserError: If the model has an adapter already, and is not the PeftModel around it.
     """
     wrapped = isinstance(model, PeftModel)
     if not wrapped and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -89,10 +89,10 @@ def attach(
     classes: dict[type, type] = dict.fromkeys(EXPERT_CLASSES, ParamWrapper)
     classes |= {NF4Linear: NF4LoraLinear, RouterGate: RouterLora, RouterInWeightDtype: RouterParamWrapper}
     config._register_custom_module(classes | ({nn.Linear: DenseLoraLinear} if config.use_dora else {}))
-    config.base_model_name_or_path = None  # PEFT fills in the model's own name, and warns if it replaces one
-    identity_of(model)  # while its parameters have their own names
+    config.base_model_name_or_path = None  # PEFT sets it to the model's name, and warns if it replaces another one
+    identity_of(model)  # before PEFT renames the parameters
     with select_experts(model, config, selection), seen_by_peft(model), targets_as_given(), warnings.catch_warnings():
-        # PEFT 0.21 says so of patterns that name a parameter, and follows them.
+        # PEFT 0.21 warns of patterns that name a parameter, but applies them.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
         if wrapped:
             model.add_adapter(adapter_name, config)
@@ -107,7 +107,7 @@ def attach(
         of_adapter = any(
             marker in name for marker in ("lora_", "modules_to_save", ".trained_bias.", ".trainable_tokens_delta.")
         )
-        if of_adapter and parameter.dtype != torch.float32:  # also where it is only loaded, not trained
+        if of_adapter and parameter.dtype != torch.float32:  # also for an adapter that is only loaded, not trained
             parameter.data = parameter.data.float()
         assert of_adapter or not parameter.requires_grad, f"{name} would be trained"
     return peft_model
@@ -115,9 +115,9 @@ def attach(
 
 @contextmanager
 def targets_as_given() -> Iterator[None]:
-    """While an adapter is made, keep PEFT (0.21) from reading its targets as names of transformers 4.
+    """Keep PEFT (0.21) from converting targets from transformers 4's names, while an adapter is made inside the block.
 
-    It would take a dense layer's or a shared expert's `gate_proj` for those of all experts.
+    PEFT would take the `gate_proj` of a dense layer or a shared expert for the ones of all experts.
     """
     name = "convert_peft_config_for_transformers"
     convert = getattr(transformers_weight_conversion, name)
@@ -129,14 +129,14 @@ def targets_as_given() -> Iterator[None]:
 
 
 def identity_of(model: PreTrainedModel | PeftModel) -> str | None:
-    """Return the fingerprint of a model's base weights, and keep it on the model; None if it is not known."""
+    """Return the fingerprint of a model's base weights, and store it on the model; None if it is unknown."""
     if not isinstance(model, PeftModel) and not hasattr(model, "base_fingerprint"):
         model.base_fingerprint = fingerprint_in_memory(model)
     return getattr(model, "base_fingerprint", None)
 
 
 def _set_dropouts(model: PeftModel, adapter_name: str, dropouts: Mapping[str, float]) -> None:
-    """Give each group its own dropout; PEFT's config has one for all."""
+    """Set each group's own dropout. PEFT's config has one for all."""
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue

@@ -1,4 +1,4 @@
-"""LoRA on the router, whose scores are float32: on a linear layer, or on a weight that a router holds itself."""
+"""LoRA on the router, whose scores are float32: on a linear layer, or on a router's bare weight."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ class RouterLora(LoraLinear):
 
 
 class ParamWrapper(StockParamWrapper):
-    """LoRA of a router's own weight: it scores with `W + BA`, in float32. (PEFT wants this very class name.)
+    """LoRA on a router's bare weight: it scores with `W + BA`, in float32. PEFT requires this class name.
 
-    The weight is small, E x D. There is no side path for dropout to act on, so it does not act here.
+    The weight is small, (E, D). There is no side path, so dropout has no effect here.
     """
 
     def __init__(

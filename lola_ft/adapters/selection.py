@@ -6,7 +6,7 @@ from pathlib import Path
 from lola_ft.errors import UserError
 
 Selection = tuple[tuple[int, ...], ...]
-"""The experts that get LoRA, for each MoE layer in order."""
+"""Ids of the experts that get LoRA, one tuple per MoE layer in order."""
 
 
 def read_selection(select: str | list[list[int]]) -> Selection | None:
@@ -16,7 +16,7 @@ def read_selection(select: str | list[list[int]]) -> Selection | None:
         select: `all`, the lists themselves, or the path of a JSON file with the lists under `experts`.
 
     Raises:
-        UserError: If the file is not of that form.
+        UserError: If the file does not have this form.
     """
     if select == "all":
         return None
@@ -25,10 +25,10 @@ def read_selection(select: str | list[list[int]]) -> Selection | None:
 
 
 def check_selection(selection: Selection, num_layers: int, num_experts: int) -> None:
-    """Refuse a selection of experts that does not fit a base.
+    """Check that a selection of experts fits a base.
 
     Raises:
-        UserError: Saying where.
+        UserError: If it does not fit. The message names the layer.
     """
     where = "adapter.experts.select"
     if len(selection) != num_layers:

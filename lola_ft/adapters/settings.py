@@ -1,4 +1,4 @@
-"""The settings of an adapter, without any library's types, and PEFT's config for them."""
+"""The settings of an adapter, without types of other libraries, and PEFT's config for them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -16,23 +16,25 @@ INITS = ("default", "gaussian", "loftq")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The weights to train beside the frozen base.
+    """The choice of weights that an adapter trains, and how.
 
     Attributes:
         attention_rank, mlp_rank, shared_rank, expert_rank, router_rank: LoRA rank of each group; None leaves the group
             out.
         alpha: The update is scaled by alpha / rank (alpha / sqrt(rank) with `rslora`).
-        dropout: Of the side path's input.
-        alphas, dropouts: Of one group (attention, mlp, shared_experts, experts, router), in place of the common one.
+        dropout: Probability of dropping an input of the side path.
+        alphas, dropouts: Values of single groups (attention, mlp, shared_experts, experts, router), instead of the
+            common ones.
         rslora: Scale by alpha / sqrt(rank) (arXiv 2312.03732).
-        dora: Learn the length of attention's and MLP's output rows apart from their direction (arXiv 2402.09353).
+        dora: Learn the length of the output rows of attention and MLP separately from their direction (arXiv
+            2402.09353).
         init: `default` (A random, B zero), `gaussian` (A normal), or `loftq` (both start at the error of the 4-bit
             base, arXiv 2310.08659).
         selection: Experts that get LoRA; None for all.
-        tune_router: Fully train the router's weights and save them with the adapter.
-        tune_norms: Fully train the norms.
-        tune_biases: Fully train every bias; of experts, only the selected ones'.
-        token_ids: Tokens whose rows of the embeddings, and of an output head of its own, are trained.
+        tune_router: Fully train the router's weights (no LoRA) and save them with the adapter.
+        tune_norms: Fully train the norms (no LoRA).
+        tune_biases: Fully train every bias (no LoRA); for experts, only those of the selected experts.
+        token_ids: Tokens whose rows are trained: in the embeddings, and in the output head if it is not tied to them.
     """
 
     attention_rank: int | None = None
@@ -65,7 +67,7 @@ class AdapterSettings:
         return {group: rank for group, rank in given.items() if rank is not None}
 
     def wanted(self) -> dict[str, str]:
-        """Return the recipe keys in use, with the feature of a family that each needs."""
+        """Return the feature of a family that each recipe key in use needs."""
         keys = {
             "adapter.attention": ("attention", self.attention_rank is not None),
             "adapter.mlp": ("mlp", self.mlp_rank is not None),
@@ -81,17 +83,17 @@ class AdapterSettings:
         return self.dropouts.get(group, self.dropout)
 
     def dropout_by_target(self, family: Family) -> dict[str, float]:
-        """Return the dropout of each target, named as PEFT is told it."""
+        """Return the dropout of each target, by PEFT's name of the target."""
         return {target: self.dropout_of(group) for group in self.ranks() for target in family.lora_groups[group]}
 
 
 def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraConfig":
-    """Return PEFT's config. (`attach` does what PEFT has no place for: dropout by group, selection, biases.)
+    """Return PEFT's config for the settings. Dropout by group, selection and biases, which it lacks, are for `attach`.
 
     Raises:
         UserError: If the family lacks a group, nothing would be trained, or two settings contradict each other.
     """
-    # Here, so that planning does without PEFT.
+    # Imported late, so that planning does not import PEFT.
     from peft import LoraConfig
 
     family, ranks = architecture.family, settings.ranks()
@@ -107,7 +109,7 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
     if settings.init not in INITS:
         raise UserError(f"init '{settings.init}' is not known; use one of {', '.join(INITS)}.")
     alphas = {group: settings.alphas.get(group, settings.alpha) for group in ranks}
-    # The experts' values are the common ones: PEFT warns of a pattern that names a parameter, though it follows it.
+    # The experts' values are the common ones, because PEFT warns of patterns that name a parameter.
     common = "experts" if "experts" in ranks else next(iter(ranks), "")
     common_rank, common_alpha = ranks.get(common, 1), alphas.get(common, settings.alpha)
     targets = {target: group for group in ranks for target in family.lora_groups[group]}
@@ -131,15 +133,15 @@ def lora_config(settings: AdapterSettings, architecture: Architecture) -> "LoraC
 
 
 def token_modules(architecture: Architecture) -> dict[str, str]:
-    """Return PEFT's names of the modules whose rows belong to tokens, with their weights' Hub names.
+    """Return the Hub names of the weights whose rows belong to tokens, by PEFT's names of their modules.
 
-    An output head that is tied to the embeddings has their rows, and no own ones.
+    An output head that is tied to the embeddings shares their rows and is left out.
     """
     return {name.split(".")[-2]: name for name in architecture.family.embeddings if name in architecture.places}
 
 
 def linear_targets(targets: Collection[str], family: Family) -> list[str] | str:
-    """Return PEFT's `target_modules`; a name of PEFT's that matches nothing where no linear layer has LoRA."""
+    """Return PEFT's `target_modules`. Without LoRA on linear layers it is PEFT's name that matches no module."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     parameters = (*family.parameter_targets, *(target for target in targets if target.endswith(".weight")))

@@ -1,8 +1,11 @@
 """Gate and up of gated experts: one LoRA pair in memory and in PEFT's layout, two in the layout `per_expert`.
 
-Fused, the pair of `gate_up_proj` has one A (R, in) and one B (2F, R): gate's and up's updates share A. Written one by
-one they are two pairs with the same A. Two pairs with an A of each, as transformers 4 trained them, become one of the
-ranks' sum: A is both, one below the other, and B is zero where gate would read up's rows, and the other way round.
+Fused, the pair of `gate_up_proj` has one A (R, in) and one B (2F, R): gate and up share A. In `per_expert` they are two
+pairs with the same A. Two pairs of rank R with different A's, as transformers 4 trained them, become one of rank 2R:
+
+    A (2R, in)      = [A_gate; A_up]                    one below the other
+    B (2F, 2R)      = [[B_gate, 0], [0, B_up]]          zeros where gate would read up's rank, and the reverse
+    B @ A (2F, in)  = [B_gate @ A_gate; B_up @ A_up]    exactly the two updates
 """
 
 import warnings
@@ -22,10 +25,10 @@ Stacked: TypeAlias = dict[tuple[str, int], dict[str, LoraPair]]
 
 
 def joined_pair(weights: AdapterWeights, expert: ExpertName) -> LoraPair:
-    """The pair of an expert's fused parameter: that of its only projection, or gate's and up's as one.
+    """Return the pair of an expert's fused parameter: its only projection's, or gate's and up's joined.
 
     Raises:
-        AdapterError: Of gate and up only one has a pair, or their A or alpha differ: see `sharing_inputs`.
+        AdapterError: If only one of gate and up has a pair, or their A or alpha differ; see `sharing_inputs`.
     """
     layout = weights.architecture.family.experts
     assert layout is not None, "only experts are fused"
@@ -41,10 +44,10 @@ def joined_pair(weights: AdapterWeights, expert: ExpertName) -> LoraPair:
 
 
 def sharing_inputs(weights: AdapterWeights) -> AdapterWeights:
-    """The same adapter with one A for gate and up of each expert, exactly; itself if it is so already.
+    """Return an equal adapter in which gate and up of each expert share one A; itself if they share it already.
 
     Raises:
-        AdapterError: If gate and up are scaled differently, which no single pair can express.
+        AdapterError: If gate and up have different ranks or scalings, which this single pair cannot express.
     """
     layout = weights.architecture.family.experts
     for stack, projections in layout.stacks.items() if layout else ():
@@ -89,7 +92,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _side_by_side(weights: AdapterWeights, names: list[str]) -> list[LoraPair]:
-    """Pairs of one expert with both A's; a projection without a pair gets zeros."""
+    """Return pairs of one expert that all have both A's. A projection without a pair gets zeros."""
     given = [weights.pairs[name] for name in names if name in weights.pairs]
     scalings = {weights.scaling(name) for name in names if name in weights.pairs}
     if len(scalings) > 1 or len({pair.rank for pair in given}) > 1:
@@ -97,9 +100,11 @@ def _side_by_side(weights: AdapterWeights, names: list[str]) -> list[LoraPair]:
             f"{names[0]} and {names[1].rpartition('.')[2]}: their ranks or scalings differ, which one fused pair "
             "cannot express. Keep the adapter in the layout per_expert, or merge it."
         )
+    # Twice the rank: alpha grows with it, so that the scaling stays the same.
     rank, total = given[0].rank, len(names) * given[0].rank
     alpha = given[0].alpha * (total / rank) ** (0.5 if weights.rslora else 1.0)
     pairs = [weights.pairs.get(name, replace(given[0], b=torch.zeros_like(given[0].b))) for name in names]
+    # a (2R, in) is shared; b (F, 2R) of each projection has its own R columns, and zeros in the others.
     a = torch.cat([pair.a for pair in pairs])
     result = []
     for number, pair in enumerate(pairs):

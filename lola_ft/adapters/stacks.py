@@ -1,4 +1,4 @@
-"""The stacks in which PEFT holds the LoRA factors of an MoE layer's experts: A is expert-slowest, B expert-fastest."""
+"""PEFT's stacks of the LoRA factors of an MoE layer's experts: A is expert-slowest, B expert-fastest."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The settings that a stored adapter was made with, read off its tensors."""
+"""The settings that a stored adapter was made with, recovered from its tensors."""
 
 from lola_ft.adapters.selection import Selection
 from lola_ft.adapters.settings import AdapterSettings
@@ -6,10 +6,10 @@ from lola_ft.adapters.weights import AdapterWeights
 
 
 def settings_of(weights: AdapterWeights) -> AdapterSettings:
-    """Return the ranks, alphas and choices of an adapter; dropout, which is not stored, is 0.
+    """Return the ranks, alphas and choices of an adapter. Dropout is not stored, so it is 0.
 
-    An adapter of another tool may have LoRA on some modules of a group, or of several ranks: then the group has the
-    largest rank, and that one's alpha.
+    An adapter of another tool may have different ranks within a group, or LoRA on only some modules. The group then has
+    the largest rank and its alpha.
     """
     places = weights.architecture.places
     ranks: dict[str, int] = {}
@@ -40,7 +40,7 @@ def settings_of(weights: AdapterWeights) -> AdapterSettings:
 
 
 def _selection(weights: AdapterWeights) -> Selection | None:
-    """Return the experts that an adapter is of, for each MoE layer; None if it is of all."""
+    """Return the experts that have LoRA or trained biases, for each MoE layer; None if all have."""
     architecture = weights.architecture
     chosen: dict[int | None, set[int]] = {layer: set() for layer in architecture.sizes.moe_layers}
     for name in (*(f"{module}.weight" for module in weights.pairs), *weights.trained):

@@ -1,10 +1,10 @@
-"""Trained rows of the embeddings: special tokens that the base has not learned.
+"""Trained rows of the embeddings, for special tokens that the base has not learned.
 
-PEFT has `trainable_token_indices` for it, and adapters are stored its way. Its layer (PEFT 0.21) copies the whole
-embedding matrix in every forward pass and forms a gradient of that size; here only the trained rows are computed beside
-the frozen matrix. Where input embeddings and output head are one tensor, both use the same rows.
+PEFT calls this `trainable_token_indices`, and adapters are stored in its form. PEFT's layer (0.21) copies the whole
+embedding matrix in every forward pass and computes a gradient of that size. Here only the trained rows are computed, in
+addition to the frozen matrix. If input embeddings and output head are tied, both use the same rows.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, K trained rows.
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary, K trained rows.
 """
 
 from collections.abc import Collection
@@ -24,7 +24,7 @@ class TrainedRows(TrainableTokensLayer):
     """PEFT's layer on an embedding or an output head, computed row by row."""
 
     def rows(self) -> TokenRows | None:
-        """Return the active adapter's rows; None without one."""
+        """Return the active adapter's rows; None without an active adapter."""
         names = [name for name in self.active_adapters if name in self.trainable_tokens_delta]
         if self.disable_adapters or self.merged or not names:
             return None
@@ -38,10 +38,12 @@ class TrainedRows(TrainableTokensLayer):
         if rows is None:
             return result
         rows_KD = rows.rows_KD.to(result.dtype)
+        # Embedding: token ids (B, S) of which those with a trained row get it instead of the frozen one
         if isinstance(base, nn.Embedding):
             is_row_BSK = x[..., None] == rows.ids_K
             own_BSD = rows_KD[is_row_BSK.int().argmax(dim=-1)]
             return torch.where(is_row_BSK.any(dim=-1, keepdim=True), own_BSD, result)
+        # Output head: logits (B, S, V) of which the K trained tokens' are replaced by x (B, S, D) @ rows.T (D, K)
         return result.index_copy(-1, rows.ids_K, x.to(rows_KD.dtype) @ rows_KD.t())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: ARG002
@@ -50,9 +52,10 @@ class TrainedRows(TrainableTokensLayer):
 
 @torch.no_grad()
 def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Give a base's embeddings, and an output head of its own, so many rows; new ones are the mean of the others.
+    """Grow a base's embeddings, and an output head that is not tied to them, to `rows` rows.
 
-    Does nothing where there are as many. The base keeps its identity: the new rows are an adapter's to train.
+    New rows are the mean of the others. Does nothing if there are enough. The base keeps its fingerprint, because the
+    new rows belong to the adapter that trains them.
     """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if rows <= len(embeddings.weight):
@@ -72,7 +75,7 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
 
 @torch.no_grad()
 def start_at_mean(model: nn.Module, token_ids: Collection[int], adapter_name: str = "default") -> None:
-    """Start the rows of tokens that the base has never seen at the mean of all rows."""
+    """Set the rows of tokens that the base has never seen to the mean of all rows, as the start of training."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:
             layer = module.token_adapter
@@ -83,8 +86,8 @@ def start_at_mean(model: nn.Module, token_ids: Collection[int], adapter_name: st
 
 
 def compute_by_row(model: nn.Module) -> None:
-    """Let every layer of trained rows of a model compute beside the frozen matrix."""
+    """Replace a model's layers of trained rows by `TrainedRows`."""
     for module in model.modules():
         if isinstance(module, TrainableTokensWrapper):
             module.token_adapter.__class__ = TrainedRows
-            module.bias = getattr(module.token_adapter.get_base_layer(), "bias", None)  # TRL's head asks the wrapper
+            module.bias = getattr(module.token_adapter.get_base_layer(), "bias", None)  # TRL reads it here

@@ -1,8 +1,8 @@
-"""Fully trained biases: an adapter's own, beside the base's, which do not change.
+"""Fully trained biases: each adapter has its own, and the base's biases do not change.
 
-PEFT's `bias="all"` trains the base's own tensors. So only one adapter can do it, disabling it does not give the base
-back, and the experts' stacks are left out. Here a bias is parametrised (`torch.nn.utils.parametrize`): `module.bias` is
-the active adapter's or, without an adapter, the base's own tensor.
+PEFT's `bias="all"` trains the base's own tensors. So only one adapter can do it, disabling the adapter does not restore
+the base, and the experts' stacks are left out. Here a bias is parametrised (`torch.nn.utils.parametrize`):
+`module.bias` is the active adapter's tensor or, without an adapter, the base's.
 """
 
 import re
@@ -27,17 +27,18 @@ _IN_MEMORY = re.compile(r"\.parametrizations\.(?P<kind>\w+)\.0\.trained_bias$")
 
 
 class TrainedBias(AuxiliaryTrainingWrapper):
-    """The parametrisation of one bias, or of the stack of a layer's experts' biases, of which it holds the chosen rows.
+    """The parametrisation of one bias, or of the stack of biases of a layer's experts.
 
-    PEFT activates, disables, saves and loads it like its own `modules_to_save`.
+    Of a stack, an adapter may hold only some experts' rows. PEFT activates, disables, saves and loads the
+    parametrisation like its own `modules_to_save`.
 
     Attributes:
-        trained_bias: By adapter, float32.
-        experts_of: Experts whose rows an adapter holds; an adapter that holds the whole tensor is not in it.
+        trained_bias: The biases by adapter, float32.
+        experts_of: Experts whose rows an adapter holds. An adapter that holds the whole tensor is not listed.
     """
 
     adapter_layer_names = ("trained_bias",)
-    __getattr__ = nn.Module.__getattr__  # the parent's looks into a module that it wraps, and there is none
+    __getattr__ = nn.Module.__getattr__  # the parent's searches a wrapped module, which does not exist here
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -48,7 +49,7 @@ class TrainedBias(AuxiliaryTrainingWrapper):
         self._disable_adapters = False
 
     def add(self, adapter_name: str, own: Tensor, experts: tuple[int, ...] | None) -> None:
-        """Give an adapter a copy of the base's bias `own`, or of some rows of it."""
+        """Add an adapter's bias: a copy of the base's bias `own`, or of some experts' rows of it."""
         rows = own.detach() if experts is None else own.detach()[list(experts)]
         self.trained_bias[adapter_name] = nn.Parameter(rows.float().clone())
         self._adapters.add(adapter_name)
@@ -99,7 +100,7 @@ class TrainedBias(AuxiliaryTrainingWrapper):
 
 
 def bias_names(architecture: Architecture, selection: Selection | None, norms: bool) -> list[str]:
-    """List the Hub names of all biases that an adapter may train; of experts, only the chosen ones'.
+    """List the Hub names of all biases that an adapter may train; for experts, only those of the selected experts.
 
     Args:
         norms: Include the norms' biases.
@@ -118,7 +119,7 @@ def bias_names(architecture: Architecture, selection: Selection | None, norms: b
 
 
 def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) -> None:
-    """Give an adapter biases of its own, by Hub names; they are active if the adapter is."""
+    """Add an adapter's own biases, by Hub names. They are active if the adapter is."""
     places = architecture_of(model.config).places
     experts_of: dict[str, list[int]] = {}
     for place in (places[name] for name in names):
@@ -138,13 +139,13 @@ def train_biases(model: PeftModel, names: Collection[str], adapter_name: str) ->
 
 
 def drop_copied_biases(model: PeftModel) -> None:
-    """Remove the other adapters' biases that PEFT copied with a norm that an adapter trains."""
+    """Remove other adapters' biases that PEFT copied together with a fully trained norm."""
     for wrapper in model.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             for copy in wrapper.modules_to_save.values():
                 if parametrize.is_parametrized(copy, "bias"):
                     own = _own(copy, "bias")
-                    # Not torch's `remove_parametrizations`: it changes the class, which the original has, too.
+                    # torch's `remove_parametrizations` would change the class, which the original module shares.
                     del copy._modules["parametrizations"]
                     copy.__class__ = type(copy).__bases__[0]
                     copy.register_parameter("bias", own)
@@ -152,7 +153,7 @@ def drop_copied_biases(model: PeftModel) -> None:
 
 @contextmanager
 def seen_by_peft(model: nn.Module) -> Iterator[None]:
-    """Put the experts' biases aside while PEFT looks for expert weights to put LoRA on.
+    """Hide the experts' biases inside the block, so that PEFT finds the expert weights for LoRA.
 
     PEFT (0.21) finds the parameters of a parametrised module only by their full names.
     """
@@ -166,7 +167,7 @@ def seen_by_peft(model: nn.Module) -> Iterator[None]:
 
 
 def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """List the stacks of which an adapter holds some rows, by name in memory: the experts, and the base's stack."""
+    """Return the experts and the base's stack for stacks of which an adapter holds some rows, by name in memory."""
     return {
         plain_key(f"{path}.trained_bias").removeprefix(PREFIX): (
             module.experts_of[adapter_name],
@@ -178,7 +179,7 @@ def partly_trained(model: nn.Module, adapter_name: str) -> dict[str, tuple[tuple
 
 
 def plain_key(key: str) -> str:
-    """Return a trained bias's name in the model without an adapter, from its name in PEFT's state or in a file."""
+    """Return a trained bias's name in the model without adapters, from its name in PEFT's state or in a file."""
     return key if ".lora_" in key else _without_wrappers(_IN_MEMORY.sub(r".\g<kind>", key))
 
 
@@ -192,7 +193,7 @@ def _own(module: nn.Module, kind: str) -> nn.Parameter:
 
 
 def _owners(model: PeftModel) -> dict[str, nn.Module]:
-    """Yield the base's own modules that have a bias, whatever is wrapped around them, by their name in the base."""
+    """Return the base's modules that have a bias, without their wrappers, by their name in the base."""
     return {
         _without_wrappers(path): module
         for path, module in model.get_base_model().named_modules()

@@ -1,7 +1,7 @@
 """Fully trained weights in files: routers, norms, biases.
 
-A bias has the name that the base's own bias has once PEFT has wrapped its module: by that name stock PEFT finds its
-place. In the layout `peft` the biases of an MoE layer's experts are one stack (E, out), in `per_expert` each by itself.
+A bias has the name that the base's own bias has after PEFT has wrapped its module, so that stock PEFT finds its place.
+The biases of an MoE layer's experts are one stack (E, out) in the layout `peft`, and single tensors in `per_expert`.
 """
 
 from collections import defaultdict
@@ -16,9 +16,10 @@ from lola_ft.families import Architecture
 
 
 def trained_name(name: str, architecture: Architecture) -> str | None:
-    """Return a fully trained weight's Hub name (of a stack, the name in memory) from its name in a file.
+    """Return a fully trained weight's Hub name from its name in a file; for a stack, its name in memory.
 
-    None for a tensor that cannot be fully trained.
+    Returns:
+        None for a tensor that cannot be fully trained.
     """
     plain = name.replace(".base_layer", "") if name.endswith("bias") else name
     if stack_parts(plain, architecture):
@@ -27,12 +28,12 @@ def trained_name(name: str, architecture: Architecture) -> str | None:
     plain = f"{architecture.family.on_disk(module)}.{kind_of_weight}"
     kind = architecture.kind_of(plain)
     trainable = kind is not None and (kind.group in ("router", "norms") or plain.endswith(".bias"))
-    trainable |= kind is not None and kind.correction  # PEFT stores it with its router, and asks for it
+    trainable |= kind is not None and kind.correction  # PEFT stores it with its router, and requires it when loading
     return plain if trainable else None
 
 
 def stack_parts(name: str, architecture: Architecture) -> tuple[str, str] | None:
-    """Take the name of a stack of experts' biases apart: the experts' module, and the projection on disk."""
+    """Split the name of a stack of experts' biases into the experts' module and the projection on disk."""
     layout = architecture.family.experts
     module, _, leaf = name.rpartition(".")
     if layout is None or not module.endswith(f".{layout.module}"):
@@ -45,7 +46,7 @@ def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]
     """Replace each stack of experts' biases by one bias per expert.
 
     Args:
-        experts_of: The experts whose rows a layer's stack holds, where it does not hold all.
+        experts_of: The experts whose rows a layer's stack holds, for layers where these are not all.
     """
     layout = weights.architecture.family.experts
     for name in list(weights.trained):
@@ -68,7 +69,10 @@ def split_stacks(weights: AdapterWeights, experts_of: Mapping[str, Sequence[int]
 
 
 def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Return the trained weights by their names in a file of a layout."""
+    """Return the fully trained weights by their names in a file of a layout.
+
+    In the layout `peft` the biases of a layer's experts become one stack (E, out), which the base's biases complete.
+    """
     family = weights.architecture.family
     targets = {family.target_of(module, layout) for module in weights.pairs}
     state: dict[str, Tensor] = {}
@@ -98,7 +102,7 @@ def trained_state(weights: AdapterWeights, layout: str, experts_of: Mapping[str,
 
 
 def _base_row(weights: AdapterWeights, name: str) -> Tensor:
-    """Return the base's bias of an expert that is not trained: stock PEFT puts it into the base with the others."""
+    """Return the base's bias of an expert that is not trained. Stock PEFT loads whole stacks, so it is needed."""
     if name not in weights.base_biases:
         raise AdapterError(
             f"{name}: the layout peft holds the biases of a layer's experts as one stack. This bias was not trained, "

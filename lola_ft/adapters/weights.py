@@ -1,7 +1,7 @@
-"""An adapter's numbers by Hub names, whatever layout they are stored in.
+"""An adapter's weights by Hub names, independent of the layout that they are stored in.
 
-Every module of the checkpoint that has LoRA, each expert's projection included, has one pair of matrices here; merging,
-converting and loading all start from this form.
+Every module of the checkpoint with LoRA has one pair of matrices here, and so has each projection of each expert.
+Merging, converting and loading all start from this form.
 """
 
 import warnings
@@ -24,8 +24,8 @@ class LoraPair:
     Attributes:
         a: (R, in).
         b: (out, R).
-        alpha: The update's strength before it is divided by R (or its root, for rsLoRA).
-        magnitude: Learned lengths of the weight's output rows (out,), with DoRA.
+        alpha: Strength of the update: scaling is alpha / R, or alpha / sqrt(R) with rsLoRA.
+        magnitude: With DoRA, the learned lengths of the weight's output rows (out,).
     """
 
     a: Tensor
@@ -44,19 +44,20 @@ class AdapterWeights:
 
     Attributes:
         architecture: The base's.
-        pairs: By Hub module name.
-        trained: Fully trained weights (the router's, the norms', biases), by Hub tensor name.
+        pairs: LoRA pairs by Hub module name.
+        trained: Fully trained weights (routers, norms, biases), by Hub tensor name.
         token_rows: Trained rows of embeddings and output head (K, D), by Hub tensor name.
         token_ids: The tokens that these rows belong to, in order.
-        base_biases: The base's biases of experts that are not trained: `peft` holds a layer's as one stack.
-        bias_experts: Experts whose biases the file claims to hold, by layer; None if it claims nothing.
-        rslora: Scale by alpha / sqrt(rank) in place of alpha / rank.
+        base_biases: The base's biases of experts that are not trained, because `peft` holds a layer's as one stack.
+        bias_experts: Experts whose biases the file should hold, by layer, according to its metadata; None if it says
+            nothing about them.
+        rslora: Scale by alpha / sqrt(rank) instead of alpha / rank.
         base: The base's Hub id, "" for a local folder.
         revision: The commit of a base on the Hub.
         base_fingerprint: Identity of the base's weights, if it is known.
-        starts_at_rounding_error: It corrects the rounding of the 4-bit base (LoftQ), and belongs on that base.
-        declared: The config of another tool's file, which must hold all declared modules; None for a file of ours.
-        keys: Names in the file, by module (A's and B's) or trained weight.
+        starts_at_rounding_error: True if it corrects the rounding of the 4-bit base (LoftQ), and belongs to that base.
+        declared: The config of a file of another tool, which must hold all declared modules; None for files of lola_ft.
+        keys: Names in the file, by module (of A and B) or fully trained weight.
     """
 
     architecture: Architecture
@@ -79,13 +80,13 @@ class AdapterWeights:
         return pair.alpha / (pair.rank**0.5 if self.rslora else pair.rank)
 
     def delta(self, module: str) -> Tensor:
-        """Return the update of a weight as the checkpoint stores it, float32 (LoRA, arXiv 2106.09685); without DoRA."""
+        """Return the LoRA update of a weight in its stored orientation, float32 (arXiv 2106.09685), without DoRA."""
         pair = self.pairs[module]
         delta_OI = torch.mm(pair.b.float(), pair.a.float()).mul_(self.scaling(module))
         return delta_OI.t().contiguous() if self.is_in_by_out(module) else delta_OI
 
     def is_in_by_out(self, module: str) -> bool:
-        """Tell whether the checkpoint stores this module's weight in×out."""
+        """Return True if the checkpoint stores this module's weight in×out."""
         place = self.architecture.kind_of(f"{module}.weight")
         return place is not None and place.in_by_out
 
@@ -94,13 +95,13 @@ class AdapterWeights:
         return any(pair.magnitude is not None for pair in self.pairs.values())
 
     def tensor_count(self) -> int:
-        """Count the tensors of the layout `per_expert`."""
+        """Return the number of tensors in the layout `per_expert`."""
         return sum(2 + (pair.magnitude is not None) for pair in self.pairs.values()) + (
             len(self.trained) + len(self.token_rows)
         )
 
     def biases(self) -> list[str]:
-        """List the trained biases; a norm's bias that is trained with its weight is not among them."""
+        """List the trained biases, without the bias of a norm that is trained together with its weight."""
         return [
             name
             for name in self.trained
@@ -108,12 +109,12 @@ class AdapterWeights:
         ]
 
     def experts_of(self) -> dict[str, tuple[int, ...]]:
-        """Return the ids of experts with LoRA or trained biases, by layer; layers where all have them are left out."""
+        """Return the ids of experts with LoRA or trained biases, by layer. Layers where all have them are left out."""
         found = self._experts_in([*self.pairs, *(name.removesuffix(".bias") for name in self.trained)])
         return {layer: ids for layer, ids in found.items() if len(ids) < self.architecture.num_experts}
 
     def untrained_biases(self) -> list[str]:
-        """List the biases that a layer's stack holds beside the trained ones."""
+        """List the biases in a layer's stack that are not trained."""
         experts = self.architecture.family.experts
         return [
             f"{experts.name(layer, e, projection)}.bias"
@@ -136,7 +137,7 @@ class AdapterWeights:
         return {layer: tuple(sorted(ids)) for layer, ids in found.items()}
 
     def keep_experts(self, experts_of: Mapping[str, Collection[int]]) -> None:
-        """Drop pairs and biases of experts that are not named; layers that are not named stay whole."""
+        """Drop pairs and biases of experts that are not named. Layers that are not named keep all."""
         for name in [*self.pairs, *self.trained]:
             own = self.architecture.family.parse_expert(name.removesuffix(".bias"))
             if own and own.expert not in experts_of.get(own.module, (own.expert,)):
@@ -146,10 +147,10 @@ class AdapterWeights:
                     self.base_biases[name] = self.trained.pop(name)
 
     def check_fit(self) -> None:
-        """Refuse an adapter that does not fit its base's tensors.
+        """Check that the adapter fits its base's tensors.
 
         Raises:
-            AdapterError: Naming every module that does not fit.
+            AdapterError: If modules do not fit. The message names all of them.
         """
         places = self.architecture.places
         problems = []
@@ -187,7 +188,7 @@ class AdapterWeights:
             )
 
     def _not_held(self) -> list[str]:
-        """List what the file's config declares and the file does not hold."""
+        """List the modules that the config declares and the file does not hold, each with the reason."""
         if self.declared is None:
             return []
         lora, trained = declared_modules(self.declared, self.architecture)
@@ -202,9 +203,9 @@ class AdapterWeights:
         ]
 
     def _lost(self, declared: list[str]) -> list[str]:
-        """Of declared modules without LoRA, those of a kind of which others have it; the other kinds are said.
+        """Return the declared modules without LoRA whose kind has LoRA elsewhere; warn about the other kinds.
 
-        A short name in a config may mean attention, dense layers and experts at once; a file may lack some of them.
+        A short name in a config may match attention, dense layers and experts at once, so a file may lack some kinds.
         """
         target_of = self.architecture.family.target_of
         held = {target_of(module, "peft") for module in self.pairs}
@@ -212,15 +213,17 @@ class AdapterWeights:
         left_out = sorted({kind for kind in kinds.values() if kind and held and kind not in held})
         if left_out:
             warnings.warn(
-                f"adapter_config.json names {', '.join(left_out)}, but the adapter has no tensors for it.", stacklevel=4
+                f"adapter_config.json names {', '.join(left_out)}, but the adapter's file has no LoRA tensors for "
+                f"{'this name' if len(left_out) == 1 else 'these names'}. Nothing is loaded there.",
+                stacklevel=4,
             )
         return [module for module, kind in kinds.items() if kind not in left_out]
 
     def _missing_biases(self) -> list[str]:
-        """List the biases that an adapter with trained biases should hold, and does not."""
+        """List the biases that an adapter with trained biases should hold but does not."""
         if not self.biases():
             return []
-        # A file that does not say which experts it is about is about all of them, or none.
+        # A file whose metadata names no experts must hold the biases of all experts, or of none.
         of_all = self.bias_experts is None and bool(self.experts_with_biases())
 
         def wanted(name: str) -> bool:
@@ -230,6 +233,6 @@ class AdapterWeights:
         return [name for name in self.architecture.bias_names if name not in self.trained and wanted(name)]
 
     def _reason(self, module: str) -> str:
-        """Say why a module cannot have LoRA, if there is a known reason."""
+        """Return the end of a message that says why a module cannot have LoRA; "" if no reason is known."""
         tied = self.architecture.tied_modules
         return f". {self.architecture.tied_reason}" if tied and module.endswith(tied) else ""

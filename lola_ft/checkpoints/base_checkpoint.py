@@ -1,4 +1,4 @@
-"""A checkpoint folder of any family, opened and checked: the place of each tensor; mistakes name file and tensor."""
+"""A checkpoint folder of any family, opened and checked: the place of each tensor. Errors name file and tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,14 +21,14 @@ class BaseCheckpoint:
     """A checked checkpoint folder: its architecture and the place of each weight.
 
     Attributes:
-        config_json: The config as the file has it.
-        entries: By Hub name.
+        config_json: The content of `config.json`.
+        entries: The weights by Hub name.
         files: The safetensors files.
         ignored: Names of legacy buffers and of copies of tied weights, which are left out.
-        set_aside: Tensors of layers that loading leaves out and a merge copies, by name.
+        set_aside: Tensors of layers that are not loaded but copied by a merge, by name.
         head: A copy of the embeddings under the output head's name, if a file holds one.
-        omitted_prefix: Beginning of the Hub names that this folder's files leave out: some were saved from the
-            backbone alone.
+        omitted_prefix: Beginning of the Hub names that is missing in this folder's files, because only the backbone was
+            saved; "" if nothing is missing.
     """
 
     folder: Path
@@ -46,14 +46,16 @@ class BaseCheckpoint:
         """Open a folder or a Hub repository (downloaded, or from the cache) and check every weight's shape.
 
         Raises:
-            CheckpointError: Naming file and tensor.
+            CheckpointError: If a weight is missing, unknown or of another shape. The message names file and tensor.
         """
+        # 1. All tensors of the files, under Hub names, with fused experts split
         folder = resolve_folder(path, revision)
         config_json, architecture = open_config(folder)
         files = weight_files(folder)
         found, prefix = _named_as_on_the_hub(_find_tensors(files), architecture.family)
         family, (_, head) = architecture.family, architecture.family.embeddings
         found = {entry.name: entry for entry in taken_apart(found.values(), family)}
+        # 2. Sorted into ignored ones (buffers, copies of a tied head), those set aside, and weights
         ignored = {
             name: entry
             for name, entry in found.items()
@@ -62,6 +64,7 @@ class BaseCheckpoint:
         is_set_aside = family.set_aside or (lambda *_: False)
         set_aside = {name: entry for name, entry in found.items() if is_set_aside(name, architecture.config)}
         entries = {name: entry for name, entry in found.items() if name not in ignored and name not in set_aside}
+        # 3. The weights must be the ones that the architecture has, with its shapes.
         _check_tensors(folder, entries, architecture, config_json)
         left_out = sorted(ignored)
         return BaseCheckpoint(
@@ -82,15 +85,15 @@ class BaseCheckpoint:
 
     @property
     def copied(self) -> list[TensorEntry]:
-        """The weights and what is set aside, in file order: what a merge writes."""
+        """The weights and the tensors set aside, in file order: the tensors that a merge writes."""
         return sorted([*self.entries.values(), *self.set_aside.values()], key=_in_file_order)
 
     def stored_name(self, name: str) -> str:
-        """Return the name of what holds a weight in this folder's files."""
+        """Return the name of the tensor that holds a weight in this folder's files."""
         return self.family.in_file(name).removeprefix(self.omitted_prefix)
 
     def check_tied_head(self) -> None:
-        """Refuse a checkpoint whose output head should equal its embeddings and does not: the head would be lost.
+        """Check that a stored output head that should be tied to the embeddings equals them; else it would be lost.
 
         Raises:
             CheckpointError: If the stored head differs in any value.
@@ -113,10 +116,10 @@ def _in_file_order(entry: TensorEntry) -> tuple[Path, int]:
 
 
 def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
-    """Read a folder's config, as the file has it and as an architecture.
+    """Read a folder's config; return the content of the file, and the architecture.
 
     Raises:
-        CheckpointError: There is none, it is of no supported family, or it cannot be used.
+        CheckpointError: If there is no config, its family is not supported, or it cannot be used.
     """
     file = folder / CONFIG_FILE
     config_json = read_json(file)
@@ -127,7 +130,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
             f"{file}: this checkpoint is quantised ({method}), and its weights cannot be quantised again without loss. "
             "Give the original in 16 or 32 bit as the base: it is loaded in 4 bit (base.quantization: nf4)."
         )
-    # Here: transformers knows the config classes, and a message about a folder does without it.
+    # Imported late: the checks before need no transformers.
     from transformers import CONFIG_MAPPING
 
     try:
@@ -147,7 +150,7 @@ def open_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
 
 
 def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
-    """List every tensor of the files; a tensor that is in two of them is refused."""
+    """Return every tensor of the files by name. A tensor that is in two files is an error."""
     found: dict[str, TensorEntry] = {}
     for file in files:
         for entry in read_header(file):
@@ -160,7 +163,7 @@ def _find_tensors(files: list[Path]) -> dict[str, TensorEntry]:
 
 
 def _named_as_on_the_hub(found: dict[str, TensorEntry], family: Family) -> tuple[dict[str, TensorEntry], str]:
-    """Return the tensors by Hub name, and the beginning of the names that the files leave out, "" if none."""
+    """Return the tensors by Hub name, and the beginning of the names that is missing in the files, "" if none."""
     prefix = f"{family.backbone}."
     if any(name.startswith(prefix) for name in found):
         return found, ""

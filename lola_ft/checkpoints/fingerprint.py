@@ -1,4 +1,4 @@
-"""A short identity of a base model's weights, to tell whether an adapter was trained on this base."""
+"""A short identity of a base model's weights, to check that an adapter was trained on this base."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ _SAMPLES = 64
 
 
 def fingerprint(checkpoint: BaseCheckpoint) -> str:
-    """Return sixteen hex digits over every weight's name, shape and 64 values spread over it.
+    """Return sixteen hex digits: a hash of every weight's name, shape and 64 values spread over it.
 
-    Values are compared in bfloat16, so that a float32 checkpoint and its bfloat16 copy have the same identity.
-    (A float16 copy has another: its values round twice.)
+    Values are hashed in bfloat16, so that a float32 checkpoint and its bfloat16 copy have the same fingerprint. A
+    float16 copy has another one, because its values are rounded twice.
     """
     return _digest(
         (checkpoint.stored_name(name), entry.shape, _sample(entry)) for name, entry in checkpoint.entries.items()
@@ -31,11 +31,11 @@ def fingerprint(checkpoint: BaseCheckpoint) -> str:
 
 
 def fingerprint_in_memory(model: "PreTrainedModel") -> str | None:
-    """Return the fingerprint of a model that transformers loaded, whose checkpoint is not known.
+    """Return the fingerprint of a model that transformers loaded from an unknown checkpoint.
 
     Returns:
-        None where the values are not those of a file (quantised, float16, resized). None for transformers' own classes,
-        too: whether the names in their file have the backbone's prefix is not known.
+        None if the values are not those of a file (quantised, float16, resized), or if the class is transformers' own:
+        its file may or may not have the backbone's prefix in the names.
     """
     family = FAMILIES.get(model.config.model_type)
     if family is None or not family.native:

@@ -1,4 +1,4 @@
-"""A checkpoint's folder, found here or on the Hub, and the names of its files."""
+"""A checkpoint's folder, local or from the Hub, and the names of its files."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,12 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_
 GENERATION_FILE = "generation_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FILE = "prompt_template.jinja"
-"""The prompt template that training used, beside an adapter or a merged model."""
+"""File with the prompt template that training used, in the folder of an adapter or a merged model."""
 
 TERMS_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""Texts of terms that go with the weights, and with what is made from them."""
+"""Licence texts, which go with the weights and with models made from them."""
 
-# With its card and its terms, which a merge and a publication pass on.
+# Model card and licence texts are included, because a merge and a publication pass them on.
 _WANTED_FILES = (
     "*.safetensors",
     "*.json",
@@ -40,8 +40,8 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
     """Return the local folder of a checkpoint; a Hub id is downloaded or found in the cache.
 
     Raises:
-        NoCheckpointError: There is no such folder and no such repository.
-        CheckpointError: It is a file.
+        NoCheckpointError: If there is no such folder and no such repository.
+        CheckpointError: If the path is a file.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -66,7 +66,7 @@ def resolve_folder(path: str | Path, revision: str | None = None) -> Path:
 
 
 def commit_of(path: str | Path, folder: Path) -> str | None:
-    """Return the commit of a base on the Hub from the folder that it was resolved to; None of a local folder.
+    """Return the commit of a base on the Hub, from its folder in the cache; None for a local folder.
 
     The Hub's cache names a snapshot's folder after its commit.
     """
@@ -74,26 +74,26 @@ def commit_of(path: str | Path, folder: Path) -> str | None:
 
 
 def text_folder(model: str, revision: str) -> Path:
-    """Return a folder with a base's config and tokenizer; of a base on the Hub the weights are not downloaded.
+    """Return a folder with a base's config and tokenizer, without downloading the weights of a base on the Hub.
 
     Raises:
-        CheckpointError: No such base.
+        CheckpointError: If there is no such base.
     """
     if Path(model).exists() or not is_repo_id(model):
         return resolve_folder(model, revision)
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(_TEXT_FILES)))
-    except Exception as error:  # whatever the network raises
+    except Exception as error:  # the network may raise anything
         raise NoCheckpointError(
             f"{model}: not a folder in {Path.cwd()}, and not found on the Hub ({first_line(error)})."
         ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return a checkpoint's safetensors files: the single file or, without one, those of the index (as transformers).
+    """Return a checkpoint's safetensors files: the single file or, if there is none, the shards of the index.
 
     Raises:
-        CheckpointError: If there are none, or a shard is missing.
+        CheckpointError: If there are no files, or a shard is missing.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -104,8 +104,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: its weight_map does not say which shard holds which tensor.")
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise CheckpointError(f"{index}: names shards that do not exist: {', '.join(missing) or 'none at all'}.")
+        if not names:
+            raise CheckpointError(f"{index}: its weight_map names no shard. Download the checkpoint again.")
+        if missing:
+            raise CheckpointError(
+                f"{index}: names shards that do not exist: {', '.join(missing)}. Download the checkpoint again."
+            )
         return [folder / name for name in names]
     pickles = sorted(file.name for pattern in _PICKLED_WEIGHTS for file in folder.glob(pattern))
     found = f", but {', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}" if pickles else ""

@@ -1,7 +1,7 @@
-"""Tensors that hold all experts of a layer in the file: taken apart into a tensor for each expert's projection, and
-put together again.
+"""Tensors that hold all experts of a layer in the file: split into one tensor per expert and projection, and joined.
 
-Everything between works on single experts' matrices, whatever the file; the bytes are where they were.
+All code between reading and writing works on single experts' matrices, whatever the file's layout. Splitting moves no
+bytes: the parts are entries with other places in the same file.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,12 +13,13 @@ from lola_ft.families import Family
 
 
 def taken_apart(entries: Iterable[TensorEntry], family: Family) -> Iterator[TensorEntry]:
-    """Give the slices of a tensor (E, outputs, inputs) of all experts: of each expert gate and up, or down."""
+    """Yield the entries, with tensors (E, outputs, inputs) of all experts split: per expert gate and up, or down."""
     for entry in entries:
         names = family.experts.fused_in(entry.name) if family.experts else ()
         if not names or len(entry.shape) != 3 or entry.shape[1] % len(names):
             yield entry
             continue
+        # Memory order is expert, then projection: part i belongs to expert i // P and projection i % P.
         num_experts, outputs, inputs = entry.shape
         size = entry.num_bytes // (num_experts * len(names))
         for number in range(num_experts * len(names)):
@@ -30,11 +31,11 @@ def taken_apart(entries: Iterable[TensorEntry], family: Family) -> Iterator[Tens
 def put_together(
     entries: Iterable[TensorEntry], stored_name: Callable[[str], str], family: Family
 ) -> Iterator[TensorEntry]:
-    """Give the tensors as the file has them, by its names.
+    """Yield the tensors under the file's names, with experts joined as the file has them.
 
     Args:
-        entries: In the file's order.
-        stored_name: From the Hub name of a tensor, the file's name.
+        entries: The tensors, in the file's order.
+        stored_name: Function that returns the file's name of a tensor from its Hub name.
     """
     for name, group in groupby(entries, key=lambda entry: stored_name(entry.name)):
         slices = list(group)

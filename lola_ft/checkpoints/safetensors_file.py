@@ -1,7 +1,7 @@
-"""Safetensors files, read tensor by tensor without mapping them.
+"""Safetensors files, read tensor by tensor without memory mapping.
 
-Tensors are read with plain reads into memory of their own: a mapped file would count as resident for as long as the
-mapping lives, and a file that shrinks under a mapping kills the process.
+Tensors are read with plain reads into their own memory. A mapped file would count as resident memory as long as the
+mapping exists, and a file that shrinks under a mapping kills the process.
 """
 
 import json
@@ -23,19 +23,19 @@ from lola_ft.errors import CheckpointError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
-_PIECE = 1 << 20  # values read at a time where a tensor is cast: an embedding would else double the peak of loading
+_PIECE = 1 << 20  # values read at a time if a tensor is cast; without pieces an embedding would double the peak memory
 
 
-# Gives the memory for so many values of a dtype.
+# A function that returns memory for a number of values of a dtype.
 Empty = Callable[[int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """The place of a tensor's bytes: `shape` elements from byte `start` of `file`.
+    """The place of a tensor's bytes: `shape` elements from byte `start` of `file` on.
 
     Attributes:
-        kind: The dtype as the file names it, such as "BF16".
+        kind: The dtype's name in the file, such as "BF16".
     """
 
     name: str
@@ -50,27 +50,31 @@ class TensorEntry:
         return DTYPES[self.kind]
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Read the tensor into memory of its own, in its own dtype or cast to another, a piece at a time."""
+        """Read the tensor into its own memory, in its own dtype or cast to another one, a piece at a time."""
         tensor = torch.empty(self.shape, dtype=dtype or self.dtype)
-        flat = tensor.view(-1)
         if tensor.dtype == self.dtype:
-            with self.file.open("rb", buffering=0) as handle:
-                handle.seek(self.start)
-                read_fully(handle.fileno(), bytes_of(flat), self.file)
+            self.read_into(tensor)
             return tensor
+        flat = tensor.view(-1)
         for start, piece in self.pieces():
             flat[start : start + piece.numel()] = piece
         return tensor
+
+    def read_into(self, tensor: Tensor) -> None:
+        """Fill a contiguous CPU tensor of this shape and dtype."""
+        with self.file.open("rb", buffering=0) as handle:
+            handle.seek(self.start)
+            read_fully(handle.fileno(), bytes_of(tensor), self.file)
 
     def pieces(self, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield the flat tensor in pieces of whole units (such as rows), each with the place of its first value.
 
         Args:
-            empty: Gives the memory of a piece; fresh memory if left out.
+            empty: Function that returns the memory of a piece; by default new memory.
         """
         empty = empty or _fresh
         with self.file.open("rb", buffering=0) as handle:
-            if hasattr(os, "posix_fadvise"):  # not on every system
+            if hasattr(os, "posix_fadvise"):  # not available on every system
                 os.posix_fadvise(handle.fileno(), self.start, self.num_bytes, os.POSIX_FADV_SEQUENTIAL)
             handle.seek(self.start)
             numel, step = prod(self.shape), max(1, _PIECE // unit) * unit
@@ -90,25 +94,57 @@ def _fresh(numel: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(numel, dtype=dtype)
 
 
-def read_ahead(
-    wanted: Iterable[tuple[TensorEntry, torch.dtype | None]], ahead: int = 1
-) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """Read each entry, in its dtype or cast to another, while the caller works on the ones before.
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor to read.
+
+    Attributes:
+        dtype: The dtype to cast to; None for the tensor's own.
+        borrowed: Read into memory that is used again once the next tensor is asked for. New memory costs more than the
+            reading: the system clears each of its pages first. Not together with `dtype`.
+    """
+
+    entry: TensorEntry
+    dtype: torch.dtype | None = None
+    borrowed: bool = False
+
+    def read(self, memory: Tensor) -> Tensor:
+        """Read the tensor, into `memory` (uint8) if it is borrowed."""
+        if not self.borrowed:
+            return self.entry.read(self.dtype)
+        tensor = memory[: self.entry.num_bytes].view(self.entry.dtype).view(self.entry.shape)
+        self.entry.read_into(tensor)
+        return tensor
+
+
+def read_ahead(wanted: Iterable[Wanted], ahead: int = 1) -> Iterator[tuple[TensorEntry, Tensor]]:
+    """Read each tensor while the caller works on the ones before.
 
     Args:
-        ahead: Number of tensors that are read ahead, and held beside the yielded one.
+        ahead: Number of tensors that are read ahead, and held besides the yielded one.
     """
-    coming: deque[tuple[TensorEntry, Future[Tensor]]] = deque()
+    coming: deque[tuple[Wanted, Tensor, Future[Tensor]]] = deque()
+    unused: list[Tensor] = []
+
+    def start(item: Wanted) -> None:
+        memory = unused.pop() if item.borrowed and unused else torch.empty(0, dtype=torch.uint8)
+        if item.borrowed and memory.numel() < item.entry.num_bytes:
+            memory = torch.empty(item.entry.num_bytes, dtype=torch.uint8)
+        coming.append((item, memory, pool.submit(item.read, memory)))
+
+    def finish() -> Iterator[tuple[TensorEntry, Tensor]]:
+        item, memory, future = coming.popleft()
+        yield item.entry, future.result()
+        if item.borrowed:
+            unused.append(memory)
+
     with ThreadPoolExecutor(ahead) as pool:
-        for entry, dtype in wanted:
-            coming.append((entry, pool.submit(entry.read, dtype)))
+        for item in wanted:
+            start(item)
             if len(coming) > ahead:
-                first, future = coming.popleft()
-                yield first, future.result()
-                del future
+                yield from finish()
         while coming:
-            first, future = coming.popleft()
-            yield first, future.result()
+            yield from finish()
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -117,7 +153,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_fully(fd: int, view: memoryview, file: Path) -> None:
-    """Fill `view` from the file's position on; a short read means that the file shrank."""
+    """Fill `view` from the file's current position on. A short read, because the file shrank, is an error."""
     done = 0
     while done < len(view):
         count = os.readv(fd, [view[done:]])
@@ -127,7 +163,11 @@ def read_fully(fd: int, view: memoryview, file: Path) -> None:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """List the tensors of a safetensors file from its header; check that the file is as long as the header says."""
+    """List the tensors of a safetensors file from its header, and check that the file's length fits the header.
+
+    A file is 8 bytes with the header's length n (little-endian), n bytes of JSON, and the tensors. The JSON gives each
+    tensor's dtype, shape, and first and end byte, counted from byte 8 + n on.
+    """
     size = file.stat().st_size
     with file.open("rb") as handle:
         prefix = handle.read(8)

@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor, without holding a file's tensors in memory."""
+"""A writer of safetensors files, tensor by tensor, without all of a file's tensors in memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Outline = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def file_header(tensors: Iterable[Outline], metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
-    """Return the bytes that come before a file's tensors, and the number of bytes that follow."""
+    """Return the bytes before a file's tensors, and the number of bytes that follow."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     offset = 0
     for name, shape, dtype in tensors:
@@ -30,7 +30,7 @@ def file_header(tensors: Iterable[Outline], metadata: Mapping[str, str] | None =
 
 
 class SafetensorsWriter:
-    """One file, filled in the order of `entries`; its header is written first, so shapes and dtypes must hold."""
+    """One file, filled in the order of `entries`. The header comes first, so shapes and dtypes must not change."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class SafetensorsWriter:
         Args:
             entries: The tensors to come.
             dtype: Dtype of every tensor; None keeps each tensor's own.
-            metadata: The file's metadata, beside its format.
+            metadata: The file's metadata, in addition to its format.
         """
         tensors = [(entry.name, entry.shape, dtype or entry.dtype) for entry in entries]
         self._pending = tensors[::-1]
         header, self.num_bytes = file_header(tensors, metadata)
-        self._written = 0  # values of the tensor that is being written
+        self._written = 0  # values written of the current tensor
         self._handle = path.open("wb", buffering=0)
         self._handle.write(header)
 
@@ -60,7 +60,7 @@ class SafetensorsWriter:
         self.write_piece(tensor)
 
     def write_piece(self, values: Tensor) -> None:
-        """Write the next values of the tensor that is being written, cast to its dtype."""
+        """Write the next values of the current tensor, cast to its dtype."""
         name, shape, dtype = self._pending[-1]
         self._written += values.numel()
         numel = torch.Size(shape).numel()

@@ -10,14 +10,14 @@ from lola_ft.errors import CheckpointError
 
 
 def load_tokenizer(folder: Path, config: Any, own_rows: Collection[str] = ()) -> PreTrainedTokenizerFast:
-    """Load the base's tokenizer, checked against its vocabulary.
+    """Load the base's tokenizer, and check it against the base's vocabulary.
 
     Args:
         config: transformers' config of the base.
-        own_rows: Tokens that training gives rows of their own; they may lie beyond the model's.
+        own_rows: Tokens with trained rows, whose ids may be beyond the model's rows.
 
     Raises:
-        CheckpointError: If there is none, or it has more tokens than the model.
+        CheckpointError: If there is no tokenizer, or it has more tokens than the model.
     """
     tokenizer = read_tokenizer(folder)
     beyond = tokenizer.convert_ids_to_tokens(list(range(config.vocab_size, len(tokenizer))))

@@ -1,4 +1,4 @@
-"""The base families: what each model type's checkpoints look like, and the registry of all that are supported.
+"""The base families: a description of the checkpoints of each model type, and the registry of the supported ones.
 
 To add a family, write its file and list it here.
 """
@@ -53,18 +53,18 @@ _MIXTURES = (
 )
 _DENSE = (GPT2, BLOOM, LLAMA, MISTRAL, QWEN2, QWEN3)
 FAMILIES = {family.model_type: family for family in (*_MIXTURES, *_DENSE)}
-"""By `model_type`."""
+"""The supported families by `model_type`."""
 
 
 def find_family(model_type: object, where: object = "config.json", own_code: bool = False) -> Family:
     """Return the family of a model type.
 
     Args:
-        where: The file that names it, for the message.
-        own_code: Whether the checkpoint brings Python code for its model.
+        where: The file that names the type, for the message.
+        own_code: True if the checkpoint brings Python code for its model.
 
     Raises:
-        CheckpointError: A type that is not supported; the message lists those with a like name, or all that are.
+        CheckpointError: If the type is not supported. The message lists types with a similar name, or all.
     """
     family = FAMILIES.get(str(model_type))
     if family is None:
@@ -80,7 +80,7 @@ def find_family(model_type: object, where: object = "config.json", own_code: boo
 
 
 def recorded_family(model_type: str | None) -> Family:
-    """Return the family that a run's manifest records; earlier versions recorded none where it was LOLA."""
+    """Return the family that a run's manifest records. Earlier versions recorded none for LOLA."""
     return find_family(model_type or LOLA.model_type, "manifest.json")
 
 
@@ -88,6 +88,6 @@ def architecture_of(config: Any) -> Architecture:
     """Return the architecture that transformers' config describes.
 
     Raises:
-        CheckpointError: As `find_family`.
+        CheckpointError: If the model type is not supported.
     """
     return Architecture(find_family(config.model_type), config)

@@ -1,4 +1,4 @@
-"""A family with one config: every tensor and size of one base, and the refusal of what the base lacks."""
+"""A family with one config: all tensors and sizes of one base, and the error for a feature that the base lacks."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ class Architecture:
 
     @cached_property
     def places(self) -> dict[str, Place]:
-        """Every tensor of a checkpoint, by its Hub name, in the order of the layers."""
+        """All tensors of a checkpoint by Hub name, in the order of the layers."""
         return self.family.places(self.config)
 
     @property
@@ -39,14 +39,14 @@ class Architecture:
 
     @property
     def total_parameters(self) -> int:
-        """Weights of a checkpoint; tied ones count once."""
+        """Number of weights in a checkpoint. Tied weights count once."""
         return sum(prod(place.shape) for place in self.places.values())
 
     @property
     def active_parameters(self) -> int:
-        """Weights that multiply each token: without the experts that it does not use, and without embeddings.
+        """Number of weights that multiply each token: without unused experts and without embeddings.
 
-        Embeddings are looked up. Tied ones are the output head too, and count as that.
+        Embeddings are only looked up. Tied ones are also the output head, and count as that.
         """
         sizes, tokens = self.sizes, self.places[self.family.embeddings[0]]
         numels = {name: prod(place.shape) for name, place in self.places.items() if place.group != "embeddings"}
@@ -56,7 +56,7 @@ class Architecture:
 
     @cached_property
     def matrices(self) -> dict[tuple[int | None, str], list[tuple[int, int]]]:
-        """Outputs and inputs of the linear layers, in order, by layer and group; the experts' are left out."""
+        """(outputs, inputs) of the linear layers, in order, by layer and group; experts are left out."""
         found: dict[tuple[int | None, str], list[tuple[int, int]]] = {}
         for place in self.places.values():
             if place.group in LORA_GROUPS and place.expert is None and len(place.shape) == 2:
@@ -65,26 +65,29 @@ class Architecture:
 
     @cached_property
     def norm_modules(self) -> tuple[str, ...]:
-        """Names of the normalisation layers, without what stands before them: what PEFT's `modules_to_save` takes."""
+        """Last parts of the normalisation layers' names, as PEFT's `modules_to_save` takes them."""
         return self._last_names("norms", ".weight")
 
     @cached_property
     def router_modules(self) -> tuple[str, ...]:
-        """The router's name, likewise, with as much before it as tells it from other modules."""
+        """The routers' names for PEFT's `modules_to_save`: long enough to match no other module."""
         return tuple(self._module_to_save(module) for module in self.family.targets.get("router", ()))
 
     def is_in_router(self, module: str) -> bool:
-        """Tell whether a module in memory is a router or a part of one."""
+        """Return True if a module in memory is a router or a part of one."""
         return any(f".{target}." in f"{module}." for target in self.family.targets.get("router", ()))
 
     def trained_module(self, name: str) -> str:
-        """Return what PEFT's `modules_to_save` calls the module of a fully trained weight, given its Hub name."""
+        """Return the `modules_to_save` name of the module that owns a fully trained weight, from its Hub name."""
         module = self.family.in_memory(name.rpartition(".")[0])
         routers = (target for target in self.family.targets.get("router", ()) if f".{target}." in f"{module}.")
         return next(map(self._module_to_save, routers), module.rpartition(".")[2])
 
     def _module_to_save(self, router: str) -> str:
-        """PEFT takes every module whose name ends so, also a `shared_expert_gate` for `gate`."""
+        """Return a router's name for `modules_to_save`: its last part, or all of it if that would match other modules.
+
+        PEFT takes every module whose name ends with it: `gate` would also take a `shared_expert_gate`.
+        """
         last = router.rpartition(".")[2]
         others = (place.module for place in self.places.values() if place.group != "router")
         return router if any(module.endswith(last) for module in others) else last
@@ -102,7 +105,7 @@ class Architecture:
 
     @property
     def tied_reason(self) -> str:
-        """Why input embeddings and output head cannot have LoRA."""
+        """The reason why input embeddings and output head cannot have LoRA, for a message."""
         embeddings, head = self.tied_modules
         return (
             f"{self.family.title}'s embeddings ({embeddings}) and output head ({head}) are one tensor, so two updates "
@@ -117,7 +120,7 @@ class Architecture:
         return (*(group for group in self.family.lora_groups if group in held), *beside)
 
     def with_vocabulary(self, rows: int) -> "Architecture":
-        """Return the same architecture with so many rows of embeddings; itself where it has as many."""
+        """Return the architecture with this number of embedding rows; itself if it has this number already."""
         if rows == self.sizes.vocab:
             return self
         config = copy.deepcopy(self.config)
@@ -125,18 +128,18 @@ class Architecture:
         return Architecture(self.family, config)
 
     def group_of(self, name: str) -> str | None:
-        """Return the group of a module or parameter of the model in memory, whatever PEFT has wrapped around it."""
+        """Return the group of a module or parameter in memory, by its name with or without PEFT's wrappers."""
         own = _WRAPPERS.sub("", _ADDED.split(name)[0])
         return self._groups.get(own) or self._groups.get(own.rpartition(".")[0])
 
     @cached_property
     def _groups(self) -> dict[str, str]:
         places = list(self.places.values())
-        modules = {place.module: place.group for place in reversed(places)}  # its first tensor says what it is
+        modules = {place.module: place.group for place in reversed(places)}  # the first tensor decides
         return modules | {place.parameter: place.group for place in places}
 
     def kind_of(self, name: str) -> Place | None:
-        """A tensor with the same name but for its numbers (layer, expert): tells what a name means in this family."""
+        """Return a tensor whose name differs only in numbers (layer, expert), to tell what a name means; else None."""
         return self._kinds.get(_without_numbers(name))
 
     @cached_property
@@ -148,14 +151,14 @@ class Architecture:
         return tuple(dict.fromkeys(name.split(".")[-2] for name in found))
 
     def require(self, wanted: Mapping[str, str], has: Collection[str] | None = None) -> None:
-        """Refuse what this family lacks: the one place and form in which that is said.
+        """Check that this family has the features that are asked for.
 
         Args:
-            wanted: What is asked for, by the key that asks for it: `{"adapter.experts": "experts"}`.
-            has: What there is, if not `features`.
+            wanted: The features, by the key that asks for them: `{"adapter.experts": "experts"}`.
+            has: The features that exist; by default `features`.
 
         Raises:
-            UserError: Naming every key, what is missing and what there is.
+            UserError: If some are missing. The message names every key, the missing features and the existing ones.
         """
         known = self.features if has is None else has
         missing = {key: feature for key, feature in wanted.items() if feature not in known}
@@ -169,9 +172,9 @@ class Architecture:
 
 
 _ADDED = re.compile(r"\.(?:lora_|parametrizations\.|token_adapter\.)")
-"""Where the name of what an adapter adds to a module begins."""
+"""The beginning of a name's part that an adapter adds to a module."""
 _WRAPPERS = re.compile(r"^base_model\.model\.|\.base_layer|\.original_module|\.modules_to_save\.[^.]+")
-"""Parts that PEFT puts into the names of modules."""
+"""Parts that PEFT inserts into the names of modules."""
 
 
 def _without_numbers(name: str) -> str:

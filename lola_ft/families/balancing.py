@@ -1,6 +1,6 @@
-"""The losses of a family's routers: its authors' load-balancing loss.
+"""The load-balancing loss of a family's authors.
 
-Shapes: B batch, S sequence, T = B*S tokens, K choices of a token, E experts.
+Shape suffixes: B batch, S sequence, T = B*S tokens, K choices per token, E experts.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from lola_ft.model.router import load_balancing_loss
 def balancing_loss(
     architecture: Architecture, router_logits: Sequence[Tensor], token_mask_T: Tensor | None = None
 ) -> Tensor:
-    """The family's own load-balancing loss, not weighted.
+    """Return the family's own load-balancing loss, not weighted.
 
     Args:
         router_logits: One (T, E) tensor per MoE layer.
-        token_mask_T: True for real tokens (T,); all are real if absent.
+        token_mask_T: True for real tokens (T,); by default all are real.
 
     Returns:
         A scalar, float32.
@@ -33,10 +33,10 @@ def balancing_loss(
 
 
 def pooled_balancing_loss(router_logits: Sequence[Tensor], top_k: int, token_mask_T: Tensor | None = None) -> Tensor:
-    """transformers' `load_balancing_loss_func`: `E * sum_e f_e * P_e` over the tokens of all layers as one.
+    """Return `E * sum_e f_e * P_e` over the tokens of all layers together, as transformers' `load_balancing_loss_func`.
 
     f_e is the number of choices of expert e per token (Switch Transformers, arXiv 2101.03961, equations 4 to 6, with K
-    choices), P_e its mean probability by softmax. Padding does not count.
+    choices), P_e its mean softmax probability. Padding does not count.
 
     Returns:
         A scalar, float32; K if the load is even.

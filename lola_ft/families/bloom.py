@@ -1,4 +1,4 @@
-"""BLOOM (`bloom`): ALiBi slopes in place of position embeddings, biases, matrices stored out×in."""
+"""BLOOM (`bloom`): ALiBi slopes instead of position embeddings, biases, matrices stored out×in."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lola_ft.families.family import Family, Sizes
 from lola_ft.families.place import Place
 
 TRAINED_LENGTH = 2048
-"""Tokens of the sequences that BLOOM was trained on; its config need not say it."""
+"""Length in tokens of the sequences that BLOOM was trained on. A config may leave it out."""
 
 
 def sizes(config: Any) -> Sizes:
@@ -25,7 +25,7 @@ def sizes(config: Any) -> Sizes:
 
 
 def config_keys(sizes: Sizes) -> dict[str, Any]:
-    """Return the keys of a config of such sizes; `inner` is always four times `hidden`."""
+    """Return the config keys for these sizes. `inner` is always four times `hidden`."""
     return {
         "vocab_size": sizes.vocab,
         "hidden_size": sizes.hidden,
@@ -38,7 +38,7 @@ def config_keys(sizes: Sizes) -> dict[str, Any]:
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     d = config.hidden_size
     words = "transformer.word_embeddings.weight"
     found = {words: Place(words, (config.vocab_size, d), "embeddings")}
@@ -74,7 +74,7 @@ BLOOM = Family(
     heads={"causal_lm": "transformers:BloomForCausalLM"},
     backbone="transformer",
     positions="slopes",
-    packs=False,  # transformers gives its attention no position ids, so it cannot see where a document begins
+    packs=False,  # transformers passes no position ids to its attention, so it cannot see where a document begins
     attention="scores",
     norm="layer",
     normed_embeddings=True,

@@ -1,6 +1,6 @@
-"""transformers' own causal models with LOLA's loss: only labelled rows are scored, logits never exist as a whole.
+"""transformers' own causal models with LOLA's loss, which scores only labelled rows and never holds all logits.
 
-Shapes: B batch, S sequence, D hidden.
+Shape suffixes: B batch, S sequence, D hidden.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ from lola_ft.model.router import real_tokens
 
 
 class LabelledLoss:
-    """Mixed into a causal model of transformers; takes the arguments that `LolaForCausalLM` takes.
+    """Mixin for a causal model of transformers. `forward` takes the arguments of `LolaForCausalLM.forward`.
 
     Attributes:
         quantization: "nf4" or None.
@@ -78,7 +78,7 @@ class LabelledLoss:
         )
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """Do as transformers does; a layer that is computed again keeps its choices of experts."""
+        """Enable checkpointing as transformers does, but let a recomputed layer keep its choices of experts."""
         if architecture_of(self.config).family.routing and "gradient_checkpointing_func" in kwargs:
             kwargs["gradient_checkpointing_func"] = keeping_choices(kwargs["gradient_checkpointing_func"])
         super()._set_gradient_checkpointing(enable, **kwargs)  # type: ignore[misc]
@@ -103,7 +103,7 @@ class LabelledLoss:
         return super().save_pretrained(folder, *args, state_dict=turned, **kwargs)  # type: ignore[misc]
 
     def _check_packing(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Hold that a packed batch reaches only attention that keeps its documents apart."""
+        """Assert that packed documents are given only to attention that keeps them apart."""
         if architecture_of(self.config).family.packs:
             return
         packed = attention_mask is None and position_ids is not None and bool((position_ids[:, 1:] == 0).any())
@@ -112,5 +112,5 @@ class LabelledLoss:
 
 @cache
 def with_labelled_loss(model_class: type) -> type:
-    """Return a class of transformers with this loss, under the same name, so that configs name transformers' class."""
+    """Return a class of transformers with this loss. It keeps its name, so that configs name transformers' class."""
     return type(model_class.__name__, (LabelledLoss, model_class), {"__module__": model_class.__module__})

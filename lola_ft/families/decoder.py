@@ -1,6 +1,6 @@
-"""The parts that transformers' decoders of Llama's kind share, as tensors of a checkpoint. Families put them together.
+"""Parts that transformers' Llama-like decoders share, as tensors of a checkpoint. Families put them together.
 
-No biases but those of attention, matrices out×in, RMS norms, rotary positions, gated MLPs and experts.
+These decoders have biases in attention only, matrices out×in, RMS norms, rotary positions, gated MLPs and experts.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ MLP_TARGETS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 SIZE_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 OLD_BUFFERS = (r"\.rotary_emb\.inv_freq$",)
-"""Angles of positions that checkpoints of earlier transformers carry."""
+"""Rotary angles, which checkpoints of earlier transformers contain."""
 
 EXPERTS = ExpertLayout("mlp.experts", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)})
-"""Most families' experts; fused in memory since transformers 5."""
+"""The experts of most families, fused in memory since transformers 5."""
 
 
 def family(model_type: str, title: str, model: str, **own: Any) -> Family:
-    """Describe such a decoder.
+    """Return the family of a Llama-like decoder.
 
     Args:
-        model: transformers' class.
+        model: Name of transformers' class.
         own: The fields of `Family` in which these decoders differ.
     """
     return Family(
@@ -40,10 +40,10 @@ def family(model_type: str, title: str, model: str, **own: Any) -> Family:
 
 
 def sizes(config: Any, **own: Any) -> Sizes:
-    """Read what the configs of these families have in common.
+    """Read the sizes that the configs of these families have in common.
 
     Args:
-        own: Other fields of `Sizes`, such as those about experts.
+        own: Other fields of `Sizes`, such as those of experts.
     """
     return Sizes(
         vocab=config.vocab_size,
@@ -59,7 +59,7 @@ def sizes(config: Any, **own: Any) -> Sizes:
 
 
 def config_keys(sizes: Sizes) -> dict[str, Any]:
-    """Return the keys of a config of such sizes; every head has keys and values of its own."""
+    """Return the config keys for these sizes. Every head has its own keys and values."""
     return {
         "vocab_size": sizes.vocab,
         "hidden_size": sizes.hidden,
@@ -73,7 +73,7 @@ def config_keys(sizes: Sizes) -> dict[str, Any]:
 
 
 def ends(config: Any) -> dict[str, Place]:
-    """Embeddings, the final norm, and the output head where it is a tensor of its own."""
+    """List embeddings, the final norm, and the output head if it is not tied to the embeddings."""
     tokens, head = EMBEDDINGS
     found = {tokens: Place(tokens, (config.vocab_size, config.hidden_size), "embeddings")}
     found |= norm("model.norm", config.hidden_size, None)
@@ -83,12 +83,12 @@ def ends(config: Any) -> dict[str, Place]:
 
 
 def norm(name: str, size: int, layer: int | None) -> dict[str, Place]:
-    """One RMS norm."""
+    """List the weight of an RMS norm."""
     return {f"{name}.weight": Place(f"{name}.weight", (size,), "norms", layer)}
 
 
 def linear(name: str, size_in: int, size_out: int, group: str, layer: int, bias: bool = False) -> dict[str, Place]:
-    """One linear layer."""
+    """List weight and, on request, bias of a linear layer."""
     found = {f"{name}.weight": Place(f"{name}.weight", (size_out, size_in), group, layer)}
     if bias:
         found[f"{name}.bias"] = Place(f"{name}.bias", (size_out,), group, layer)
@@ -96,14 +96,14 @@ def linear(name: str, size_in: int, size_out: int, group: str, layer: int, bias:
 
 
 def head_size(config: Any) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention(
     prefix: str, config: Any, layer: int, biases: bool = False, output_bias: bool = False
 ) -> dict[str, Place]:
-    """The norms around attention, and its four projections; keys and values may have fewer heads."""
+    """List the norms around attention and its four projections. Keys and values may have fewer heads than queries."""
     hidden, size = config.hidden_size, head_size(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     found = norm(f"{prefix}.input_layernorm", hidden, layer)
@@ -114,39 +114,39 @@ def attention(
 
 
 def query_key_norms(prefix: str, queries: int, keys: int, layer: int) -> dict[str, Place]:
-    """Norms of queries and keys."""
+    """List the norms of queries and keys."""
     return norm(f"{prefix}.self_attn.q_norm", queries, layer) | norm(f"{prefix}.self_attn.k_norm", keys, layer)
 
 
 def gated_mlp(name: str, hidden: int, inner: int, group: str, layer: int, biases: bool = False) -> dict[str, Place]:
-    """Gate, up and down; of a dense layer or of a shared expert."""
+    """List gate, up and down of a dense layer or of a shared expert."""
     found = linear(f"{name}.gate_proj", hidden, inner, group, layer, biases)
     found |= linear(f"{name}.up_proj", hidden, inner, group, layer, biases)
     return found | linear(f"{name}.down_proj", inner, hidden, group, layer, biases)
 
 
 def dense_mlp(prefix: str, config: Any, layer: int, biases: bool = False) -> dict[str, Place]:
-    """The MLP of a layer without experts."""
+    """List the MLP of a layer without experts."""
     return gated_mlp(f"{prefix}.mlp", config.hidden_size, config.intermediate_size, "mlp", layer, biases)
 
 
 def router(
     on_disk: str, in_memory: str, num_experts: int, hidden: int, layer: int, float32: bool = False
 ) -> dict[str, Place]:
-    """The router's weight."""
+    """List the router's weight."""
     place = Place(f"{in_memory}.weight", (num_experts, hidden), "router", layer, float32=float32)
     return {f"{on_disk}.weight": place}
 
 
 def correction(on_disk: str, in_memory: str, shape: tuple[int, ...], layer: int) -> dict[str, Place]:
-    """A term added to a router's scores for the choice of experts only (arXiv 2408.15664)."""
+    """List the term that is added to a router's scores only for the choice of experts (arXiv 2408.15664)."""
     return {on_disk: Place(in_memory, shape, "other", layer, float32=True, correction=True)}
 
 
 def experts(
     prefix: str, layout: ExpertLayout, hidden: int, inner: int, num_experts: int, layer: int
 ) -> dict[str, Place]:
-    """Gate, up and down of every expert of a layer; gate and up lie in one stack in memory."""
+    """List gate, up and down of every expert of a layer. In memory, gate and up are one stack."""
     module = f"{prefix}.{layout.module}"
     found: dict[str, Place] = {}
     for expert in range(num_experts):

@@ -1,4 +1,4 @@
-"""DeepSeek's mixtures and those made after them: where experts begin, shared experts, corrected routers."""
+"""DeepSeek's mixtures and similar ones: dense first layers, shared experts, routers with a correction term."""
 
 import re
 from collections.abc import Callable
@@ -20,12 +20,12 @@ KEYS = ExpertKeys("n_routed_experts", "moe_intermediate_size", "num_experts_per_
 
 
 def moe_layers(config: Any) -> tuple[int, ...]:
-    """Return the layers with experts: all but the first ones."""
+    """Return the indices of the layers with experts: all but the first ones."""
     return tuple(range(config.first_k_dense_replace, config.num_hidden_layers))
 
 
 def config_keys(sizes: Sizes, latent: bool) -> dict[str, Any]:
-    """Return keys of a small config: one dense layer, one shared expert, one group of experts."""
+    """Return the keys of a small config, with one dense layer, one shared expert and one group of experts."""
     found: dict[str, Any] = {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
     if not latent:
         return found
@@ -43,11 +43,11 @@ def deepseek_family(
     latent: bool = False,
     **own: Any,
 ) -> Family:
-    """Describe a mixture with shared experts, and dense layers before those with experts.
+    """Return the family of a mixture with shared experts, and with dense layers before those with experts.
 
     Args:
-        model: transformers' class.
-        latent: Whether its attention is DeepSeek's own, not grouped-query attention.
+        model: Name of transformers' class.
+        latent: True for DeepSeek's latent attention, False for grouped-query attention.
         own: Other fields of `Family`.
     """
     if latent:
@@ -69,7 +69,7 @@ def deepseek_family(
 
 
 def latent_attention(prefix: str, config: Any, layer: int) -> dict[str, Place]:
-    """Multi-head latent attention (arXiv 2405.04434): keys and values, and perhaps queries, pass a narrow layer."""
+    """List multi-head latent attention (arXiv 2405.04434): keys, values and perhaps queries pass a narrow layer."""
     hidden, heads, biases = config.hidden_size, config.num_attention_heads, config.attention_bias
     turned, straight, value = config.qk_rope_head_dim, config.qk_nope_head_dim, config.v_head_dim
     queries, latent, name = heads * (straight + turned), config.kv_lora_rank, f"{prefix}.self_attn"
@@ -90,7 +90,7 @@ def latent_attention(prefix: str, config: Any, layer: int) -> dict[str, Place]:
 def feed_forward(
     prefix: str, config: Any, layer: int, corrected: bool = True, biases: bool = False
 ) -> dict[str, Place]:
-    """Router, experts and shared experts of a layer, or its dense MLP."""
+    """List router, experts and shared experts of a layer, or its dense MLP."""
     if layer < config.first_k_dense_replace:
         return decoder.dense_mlp(prefix, config, layer, biases)
     hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
@@ -104,6 +104,6 @@ def feed_forward(
 
 
 def is_behind_the_last_layer(name: str, config: Any) -> bool:
-    """Tell whether a tensor belongs to a layer that predicts further tokens; transformers leaves it out."""
+    """Return True if a tensor belongs to a layer that predicts further tokens. transformers leaves it out."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return match is not None and int(match[1]) >= config.num_hidden_layers

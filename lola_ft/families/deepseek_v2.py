@@ -7,7 +7,7 @@ from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

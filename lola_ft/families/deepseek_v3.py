@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): V2's layers, sigmoid scores with a correction of the choice."""
+"""DeepSeek-V3 (`deepseek_v3`; arXiv 2412.19437): V2's layers, sigmoid scores with a correction term for the choice."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"

@@ -1,4 +1,4 @@
-"""ERNIE 4.5's mixtures (`ernie4_5_moe`): softmax in float32 with a correction of the choice, shared experts."""
+"""ERNIE 4.5's mixtures (`ernie4_5_moe`): softmax in float32, a correction term for the choice, shared experts."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from lola_ft.families.place import Place
 
 
 def moe_layers(config: Any) -> tuple[int, ...]:
-    """Return the layers with experts; the others have a dense MLP."""
+    """Return the indices of the layers with experts. The others have a dense MLP."""
     last = min(config.moe_layer_end_index, config.num_hidden_layers - 1)
     return every_nth(range(config.moe_layer_start_index, last + 1), config.moe_layer_interval)
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor.
+    """List every tensor of a checkpoint by Hub name.
 
     Raises:
-        CheckpointError: For a model with biases, of which there is none: its output head would have one, too.
+        CheckpointError: For a config with biases: no published model has them, and its output head would need one.
     """
     if config.use_bias:
         raise CheckpointError(
@@ -36,7 +36,7 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def mixture(prefix: str, config: Any, layer: int) -> dict[str, Place]:
-    """Router, experts and shared experts of a layer."""
+    """List router, experts and shared experts of a layer."""
     hidden, inner, num_experts = config.hidden_size, config.moe_intermediate_size, config.moe_num_experts
     gate, statics = f"{prefix}.mlp.gate", f"moe_statics.{deepseek.CORRECTION}"
     found = decoder.router(gate, gate, num_experts, hidden, layer, float32=True)

@@ -1,9 +1,9 @@
-"""A base family: how the checkpoints of one `model_type` are laid out, on disk and in memory.
+"""A base family: the layout of the checkpoints of one `model_type`, on disk and in memory.
 
-Loading, auditing, adapters, planning, merging, training and routing read this table and nothing else. A family is one
-file beside this one; the names of its tensors stand there and nowhere else.
+Loading, auditing, adapters, planning, merging, training and routing read only this table. Each family has one file in
+this folder, the only place where the names of its tensors are written.
 
-Names on disk are called Hub names: they identify a weight everywhere, whatever the model in memory calls it.
+Names on disk are called Hub names. They identify a weight everywhere, whatever its name in memory.
 """
 
 import re
@@ -23,8 +23,8 @@ class Routing:
 
     Attributes:
         balance: The load-balancing loss of its authors: `layer_sum` (a term per layer, summed), `pooled` (one term
-            over the tokens of all layers, as transformers has it), or None.
-        gate: How the router holds its weight: as a `linear` layer, or as a bare `parameter` of its own.
+            over the tokens of all layers, as in transformers), or None.
+        gate: Form of the router's weight: a `linear` layer, or a bare `parameter`.
     """
 
     balance: Literal["layer_sum", "pooled"] | None = None
@@ -36,14 +36,15 @@ class Sizes:
     """A config's numbers under the names that the field uses.
 
     Attributes:
-        hidden, inner: Width of the residual stream, and between the two layers of a dense MLP.
+        hidden: Width of the residual stream.
+        inner: Width inside a dense MLP.
         positions: Longest sequence in tokens.
         moe_layers: Indices of the layers with experts.
         expert_inner: Width inside an expert.
-        top_k: Experts that a token uses.
-        logit_divisor: What logits are divided by.
+        top_k: Experts per token.
+        logit_divisor: Divisor of the logits.
         activation: transformers' name of the activation inside MLP and experts.
-        embedding_dropout, attention_dropout, residual_dropout: Probabilities, while training.
+        embedding_dropout, attention_dropout, residual_dropout: Probabilities, in training.
     """
 
     vocab: int
@@ -65,40 +66,42 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Family:
-    """All that the toolkit knows of one `model_type`.
+    """The facts about one `model_type` that the toolkit uses.
 
     Attributes:
-        title: What people call such models.
-        heads: Model classes by head (`causal_lm`, …), each as `module:Class`, imported when it is wanted. A class of
-            transformers gets LOLA's loss (`families/causal_lm.py`).
+        title: The models' common name.
+        heads: Model classes by head (`causal_lm`, …), each as `module:Class`, imported at first use. Classes of
+            transformers get LOLA's loss (`families/causal_lm.py`).
         backbone: Attribute of the causal model that holds the layers.
-        positions: How it knows a token's place: by `learned` embeddings, `rotary`, or `slopes` of attention (ALiBi).
-        packs: Whether its attention keeps the documents of a packed row apart.
-        attention: How it is computed: `fused` (PyTorch's own, which holds no scores), `scores` (all scores are in
-            memory, and a mask of numbers), `stretches` (fused, and packed documents a stretch at a time), or `latent`
-            (queries and keys wider than values, which a CPU's fused attention does not take: it holds the scores).
+        positions: Form of a token's position: `learned` embeddings, `rotary`, or `slopes` of attention (ALiBi).
+        packs: True if its attention keeps the documents of a packed row apart.
+        attention: The way to compute it, which decides about memory: `fused` (PyTorch's own, which holds no scores),
+            `scores` (all scores and a mask of numbers are in memory), `stretches` (fused, and packed documents one
+            stretch at a time), or `latent` (queries and keys are wider than values, which fused attention on a CPU
+            does not support: it holds the scores).
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
-        normed_embeddings: Whether a norm stands between the embeddings and the first layer.
-        normed_queries: Whether norms stand behind the projections of queries and keys.
-        targets: By group, endings of the names in memory of its linear layers (of the router, its module).
-        renamed: Endings of module names on disk that are others in memory, with these; the experts' are in `experts`.
-        size_keys: Keys of `config.json` that give the sizes; a config without them gets transformers' defaults.
-        ignored: Patterns of tensors that checkpoints carry beside the weights: buffers of earlier versions.
-        set_aside: Whether a tensor, by name and config, belongs to what transformers leaves out, such as layers that
-            predict several tokens; a merge copies it.
-        embeddings: Hub name of the input embeddings, and of the output head where a checkpoint has one.
-        sizes: Read the sizes of a config.
-        config_keys: Return keys of `config.json` for a small model of given sizes: the inverse of `sizes`. The layers
-            with experts and the activation are the family's own.
-        places: List every tensor of a checkpoint by its Hub name.
-        fully: What can be trained without LoRA: norms, biases.
+        normed_embeddings: True if there is a norm between the embeddings and the first layer.
+        normed_queries: True if there are norms after the projections of queries and keys.
+        targets: Endings of the linear layers' names in memory, by group; for the router, of its module.
+        renamed: Endings of module names that differ between disk (key) and memory (value). Those of experts are in
+            `experts`.
+        size_keys: Keys of `config.json` that give the sizes. Without them a config would get transformers' defaults.
+        ignored: Patterns of tensors in checkpoints that are no weights: buffers of earlier versions.
+        set_aside: Function of a tensor's name and the config: True for weights that transformers does not load, such as
+            layers that predict several tokens. A merge copies them.
+        embeddings: Hub names of the input embeddings, and of the output head if a checkpoint has one.
+        sizes: Function that reads the sizes of a config.
+        config_keys: Function that returns the keys of `config.json` for a small model of given sizes, the inverse of
+            `sizes`. The layers with experts and the activation are the family's own.
+        places: Function that lists every tensor of a checkpoint by Hub name.
+        fully: The groups that can be fully trained (no LoRA): norms, biases.
         experts, routing: None for a dense family.
-        hub_class: Class that a merged `config.json` names, where it is another than the base's own says.
-        auto_map: Code of ours beside the weights, for transformers without lola_ft: by Auto class, `file.Class` of
-            `lola_ft/standalone`. Empty for families that transformers brings itself.
-        licence, licence_name: The Hub's identifier and the name (Markdown), if all of its checkpoints have one licence.
-        authors_url: Where the authors describe it.
-        tags: For the Hub.
+        hub_class: Class that a merged `config.json` names, if it is not the one in the base's config.
+        auto_map: lola_ft's code for the folder of the weights, for transformers without lola_ft: by Auto class,
+            `file.Class` of `lola_ft/standalone`. Empty for families that transformers supports itself.
+        licence, licence_name: The Hub's identifier and the name (Markdown), if all checkpoints have the same licence.
+        authors_url: Web page of the authors about the models.
+        tags: Tags for the Hub.
     """
 
     model_type: str
@@ -137,7 +140,7 @@ class Family:
 
     @property
     def lora_groups(self) -> dict[str, tuple[str, ...]]:
-        """Targets by group as PEFT is told them: modules, experts' fused parameters, the weights of bare routers."""
+        """PEFT's targets by group: modules, fused parameters of experts, weights of bare routers."""
         own = dict(self.targets)
         if self.experts:
             own["experts"] = self.experts.targets
@@ -147,35 +150,35 @@ class Family:
 
     @property
     def router_is_parameter(self) -> bool:
-        """True if the router's module holds its weight as a bare parameter, and is no linear layer."""
+        """True if the router is not a linear layer, but a module with its weight as a bare parameter."""
         return self.routing is not None and self.routing.gate == "parameter"
 
     @property
     def parameter_targets(self) -> tuple[str, ...]:
-        """Targets that are parameters in memory."""
+        """The targets that are parameters in memory, not modules."""
         return (*self.expert_targets, *(self.lora_groups["router"] if self.router_is_parameter else ()))
 
     @property
     def expert_targets(self) -> tuple[str, ...]:
-        """The fused parameters of experts, () for a dense family."""
+        """The fused parameters of experts; () for a dense family."""
         return self.experts.targets if self.experts else ()
 
     @property
     def balances(self) -> bool:
-        """True if its authors balance the load of the experts by a loss."""
+        """True if the family's authors balance the load of the experts with a loss."""
         return self.routing is not None and self.routing.balance is not None
 
     @property
     def native(self) -> bool:
-        """True if the model class is ours; else it is transformers' own."""
+        """True if the model class is lola_ft's own, False if it is transformers'."""
         return self.heads["causal_lm"].startswith("lola_ft.")
 
     def parse_expert(self, module: str) -> ExpertName | None:
-        """Take the Hub name of an expert's projection apart; None for any other module."""
+        """Split the Hub name of an expert's projection into its parts; return None for any other module."""
         return self.experts.parse(module) if self.experts else None
 
     def in_file(self, name: str) -> str:
-        """Return the name of the file's tensor that holds a tensor: another one for experts in one piece."""
+        """Return the name of the file's tensor that holds this tensor. They differ if a file holds experts fused."""
         return self.experts.fused_of(name) if self.experts else name
 
     def in_memory(self, module: str) -> str:
@@ -187,9 +190,13 @@ class Family:
         return _with_ending(module, {memory: disk for disk, memory in self.renamed.items()})
 
     def target_of(self, module: str, layout: str) -> str | None:
-        """Return the shortest ending of a Hub module name that says in a layout's config what is meant.
+        """Return the name of a module among the targets of an adapter's config: an ending of its Hub name.
 
-        None if the module is in no group that can have LoRA.
+        Args:
+            layout: `peft` or `per_expert`.
+
+        Returns:
+            The shortest ending that is clear; None if the module is in no group that can have LoRA.
         """
         if expert := self.parse_expert(module):
             numbered = ".".join(module.split(".")[-3:])
@@ -203,17 +210,17 @@ class Family:
         return None
 
     def _is_named_by_weight(self, target: str, group: str) -> bool:
-        """Tell whether PEFT's config names a module by its weight, among the `target_parameters`.
+        """Return True if PEFT's config names a module by its weight, among the `target_parameters`.
 
-        Bare routers have no other name. And a dense layer or shared expert that is called like an expert's projection:
-        PEFT (0.21) takes such a name among the `target_modules` for all the experts, and leaves the module out.
+        There are two cases. A bare router has no other name. And a dense layer or shared expert may have the name of an
+        expert's projection: PEFT (0.21) takes it among the `target_modules` for all experts, and skips the module.
         """
         if group == "router":
             return self.router_is_parameter
         return self.experts is not None and not self.native and target.rpartition(".")[2] in self.experts.projections
 
     def takes_lora(self, module: str) -> bool:
-        """Tell whether a module, named as an adapter's file of either layout names it, can have LoRA in this family."""
+        """Return True if a module can have LoRA in this family; named as in an adapter's file of either layout."""
         plain = module.removesuffix(".base_layer")
         fused = self.experts is not None and plain.endswith(f".{self.experts.module}")
         return fused or self.target_of(plain, "peft") is not None
@@ -223,10 +230,10 @@ class Family:
         return self.experts.targets[list(self.experts.stacks).index(self.experts.stack_of(projection))]
 
     def model_class(self, head: str = "causal_lm") -> type:
-        """The class to build.
+        """Return the model class with this head.
 
         Raises:
-            UserError: If the family has no model with such a head.
+            UserError: If the family has no model with this head.
         """
         if head not in self.heads:
             raise UserError(f"head '{head}': {self.title} models have {', '.join(self.heads)}. Use one of these.")
@@ -234,17 +241,17 @@ class Family:
         found = getattr(import_module(module), name)
         if self.native:
             return found
-        # Here, because it brings torch: the table itself is read without.
+        # Imported late, because it imports torch, which reading the table does not need.
         from lola_ft.families.causal_lm import with_labelled_loss
 
         return with_labelled_loss(found)
 
     def is_ignored(self, name: str) -> bool:
-        """Tell whether a tensor of a checkpoint is a buffer of earlier versions, not a weight."""
+        """Return True if a tensor of a checkpoint is a buffer of earlier versions, not a weight."""
         return any(re.search(pattern, name) for pattern in self.ignored)
 
 
 def _with_ending(name: str, endings: Mapping[str, str]) -> str:
-    """The name with its ending changed, if it is one of these."""
+    """Replace the ending of a name if it is one of `endings`."""
     found = (name.removesuffix(old) + new for old, new in endings.items() if name.endswith(f".{old}"))
     return next(found, name)

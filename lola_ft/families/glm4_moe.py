@@ -7,7 +7,7 @@ from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor; queries and keys have norms in the larger models only."""
+    """List every tensor of a checkpoint by Hub name. Only the larger models have norms of queries and keys."""
     size = decoder.head_size(config)
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""GPT-2 and its kind (`gpt2`, mGPT among them): learned positions, biases, matrices stored in×out (`Conv1D`)."""
+"""GPT-2 and models of its type (`gpt2`, such as mGPT): learned positions, biases, matrices stored in×out (`Conv1D`)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from lola_ft.families.family import Family, Sizes
 from lola_ft.families.place import Place
 
 IGNORED = (r"\.attn\.bias$", r"\.attn\.masked_bias$")
-"""Buffers of the attention that old checkpoints carry."""
+"""Attention's buffers in old checkpoints."""
 
 
 def sizes(config: Any) -> Sizes:
@@ -26,7 +26,7 @@ def sizes(config: Any) -> Sizes:
 
 
 def config_keys(sizes: Sizes) -> dict[str, Any]:
-    """Return the keys of a config of such sizes; LOLA's has the same."""
+    """Return the config keys for these sizes, which LOLA has, too."""
     return {
         "vocab_size": sizes.vocab,
         "n_embd": sizes.hidden,
@@ -41,7 +41,7 @@ def config_keys(sizes: Sizes) -> dict[str, Any]:
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     d, f = config.n_embd, config.n_inner or 4 * config.n_embd
     found = embeddings(config.vocab_size, config.n_positions, d)
     for layer in range(config.n_layer):
@@ -54,7 +54,7 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def embeddings(vocab: int, positions: int, hidden: int) -> dict[str, Place]:
-    """Tokens' and positions' embeddings, and the final norm."""
+    """List the embeddings of tokens and positions, and the final norm."""
     found = {
         name: Place(name, (rows, hidden), "embeddings")
         for name, rows in (("transformer.wte.weight", vocab), ("transformer.wpe.weight", positions))
@@ -63,24 +63,24 @@ def embeddings(vocab: int, positions: int, hidden: int) -> dict[str, Place]:
 
 
 def norm(name: str, hidden: int, layer: int | None) -> dict[str, Place]:
-    """One LayerNorm."""
+    """List weight and bias of a LayerNorm."""
     return {f"{name}.{kind}": Place(f"{name}.{kind}", (hidden,), "norms", layer) for kind in ("weight", "bias")}
 
 
 def attention(prefix: str, hidden: int, layer: int) -> dict[str, Place]:
-    """Query, key and value in one matrix, and the output projection."""
+    """List the joint projection of query, key and value, and the output projection."""
     joint = linear(f"{prefix}.attn.c_attn", hidden, 3 * hidden, "attention", layer)
     return joint | linear(f"{prefix}.attn.c_proj", hidden, hidden, "attention", layer)
 
 
 def mlp(prefix: str, hidden: int, inner: int, layer: int) -> dict[str, Place]:
-    """The two layers of a dense MLP."""
+    """List the two layers of a dense MLP."""
     up = linear(f"{prefix}.mlp.c_fc", hidden, inner, "mlp", layer)
     return up | linear(f"{prefix}.mlp.c_proj", inner, hidden, "mlp", layer)
 
 
 def linear(name: str, size_in: int, size_out: int, group: str, layer: int) -> dict[str, Place]:
-    """A linear layer stored in×out, and its bias."""
+    """List weight (stored in×out) and bias of a linear layer."""
     return {
         f"{name}.weight": Place(f"{name}.weight", (size_in, size_out), group, layer, in_by_out=True),
         f"{name}.bias": Place(f"{name}.bias", (size_out,), group, layer),

@@ -1,6 +1,6 @@
-"""Granite's mixtures (`granitemoe`; IBM Granite 3.0): experts in every layer, top-k, then softmax; scaled streams.
+"""Granite's mixtures (`granitemoe`; IBM Granite 3.0): experts in every layer, top-k, then softmax; scaled residuals.
 
-A file holds all experts of a layer in two tensors; each expert's matrices get the names that other families have.
+A file holds all experts of a layer in two tensors. Each expert's matrices get the names of other families' experts.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ EXPERTS = ExpertLayout(
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor; a layer's experts in the order of its two tensors in the file."""
+    """List every tensor of a checkpoint by Hub name, a layer's experts in the order of its two tensors in the file."""
     d, num_experts, biases = config.hidden_size, config.num_local_experts, config.attention_bias
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Hunyuan's mixtures (`hunyuan_v1_moe`; Hunyuan-A13B): a shared MLP beside the chosen experts, linear routers."""
+"""Hunyuan's mixtures (`hunyuan_v1_moe`; Hunyuan-A13B): a shared MLP besides the chosen experts, linear routers."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SHARED_TARGETS = ("shared_mlp.gate_proj", "shared_mlp.up_proj", "shared_mlp.down
 
 
 def sizes_of_experts(config: Any) -> dict[str, int]:
-    """Read how many experts there are and how many a token uses; a config may have a number per layer."""
+    """Read the number of experts and of experts per token. A config may give one number per layer."""
     return {
         "num_experts": _same_in_every_layer(config.num_experts, "num_experts"),
         "top_k": _same_in_every_layer(config.moe_topk, "moe_topk"),
@@ -20,7 +20,7 @@ def sizes_of_experts(config: Any) -> dict[str, int]:
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     hidden, inner, size, biases = (
         config.hidden_size,
         config.intermediate_size,
@@ -42,10 +42,10 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def _same_in_every_layer(value: int | list[int], key: str) -> int:
-    """Return a number that a config gives once, or per layer.
+    """Return a number that a config gives once or per layer.
 
     Raises:
-        CheckpointError: If they differ.
+        CheckpointError: If layers differ.
     """
     values = {value} if isinstance(value, int) else set(value)
     if len(values) != 1:

@@ -1,4 +1,4 @@
-"""`lola-ft families`: what is supported of each base family."""
+"""The text and JSON of `lola-ft families`: the features that are supported for each base family."""
 
 import json
 from typing import Any
@@ -33,7 +33,7 @@ def families_as_json() -> str:
 
 
 def facts_of(family: Family) -> dict[str, Any]:
-    """Return what a user needs to know of a family before choosing a base."""
+    """Return the facts about a family that a user needs to choose a base."""
     trained = ["router"] if "router" in family.lora_groups else []
     return {
         "title": family.title,

@@ -1,4 +1,4 @@
-"""Llama (`llama`) and the dense decoders that are built like it: Mistral, Qwen2, Qwen3."""
+"""Llama (`llama`) and the dense decoders of the same structure: Mistral, Qwen2, Qwen3."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +11,13 @@ from lola_ft.families.place import Place
 def dense_places(
     config: Any, biases: bool = False, output_bias: bool = False, mlp_bias: bool = False, head_norms: bool = False
 ) -> dict[str, Place]:
-    """List every tensor of such a decoder.
+    """List every tensor of a checkpoint of a Llama-like dense decoder by Hub name.
 
     Args:
-        biases: Queries, keys and values have biases; `output_bias`, `mlp_bias`: the others.
-        head_norms: Each head's queries and keys are normed.
+        biases: True if queries, keys and values have biases.
+        output_bias: True if attention's output projection has one.
+        mlp_bias: True if the MLP's projections have biases.
+        head_norms: True if each head's queries and keys are normed.
     """
     size = decoder.head_size(config)
     found = decoder.ends(config)
@@ -29,10 +31,10 @@ def dense_places(
 
 
 def dense_family(model_type: str, title: str, model: str, places: Callable[[Any], dict[str, Place]]) -> Family:
-    """Describe such a decoder.
+    """Return the family of a Llama-like dense decoder.
 
     Args:
-        model: transformers' class.
+        model: Name of transformers' class.
     """
     return decoder.family(
         model_type,
@@ -48,7 +50,7 @@ def dense_family(model_type: str, title: str, model: str, places: Callable[[Any]
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor of a Llama; most have no biases."""
+    """List every tensor of a Llama checkpoint by Hub name. Most have no biases."""
     return dense_places(config, config.attention_bias, config.attention_bias, config.mlp_bias)
 
 

@@ -31,12 +31,15 @@ def sizes(config: Any) -> Sizes:
 
 
 def config_keys(sizes: Sizes) -> dict[str, Any]:
-    """Return the keys of a config of such sizes."""
+    """Return the config keys for these sizes."""
     return gpt2.config_keys(sizes) | {"num_experts": sizes.num_experts, "topk": sizes.top_k}
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor: matrices are stored in×out but for the router's; one tensor per expert and projection."""
+    """List every tensor of a checkpoint by Hub name.
+
+    Matrices are stored in×out, except the router's. Each projection of each expert is a tensor.
+    """
     d, f = config.n_embd, config.n_inner
     found = embeddings(config.vocab_size, config.n_positions, d)
     for layer in range(config.n_layer):
@@ -88,7 +91,7 @@ LOLA = Family(
         "AutoConfig": "configuration_lola.LolaConfig",
         "AutoModel": "modeling_lola.LolaModel",
         "AutoModelForCausalLM": "modeling_lola.LolaForCausalLM",
-        # `transformers serve` (5.23) asks this Auto class first, and then knows only classes that transformers brings.
+        # `transformers serve` (5.23) asks this Auto class first. Without an entry it finds only transformers' classes.
         "AutoModelForDecision": "modeling_lola.LolaForCausalLM",
     },
     licence="cc-by-4.0",

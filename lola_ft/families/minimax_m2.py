@@ -1,6 +1,6 @@
-"""MiniMax-M2 (`minimax_m2`): experts in every layer, sigmoid scores with a correction of the choice.
+"""MiniMax-M2 (`minimax_m2`): experts in every layer, sigmoid scores with a correction term for the choice.
 
-Named on disk as Mixtral's; the correction lies beside the router.
+Names on disk are Mixtral's, with the correction term next to the router.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     size = decoder.head_size(config)
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
     found = decoder.ends(config)

@@ -1,4 +1,4 @@
-"""Mistral (`mistral`): a Llama whose attention may see a window only."""
+"""Mistral (`mistral`): a Llama whose attention may be limited to a window."""
 
 from lola_ft.families.llama import dense_family, dense_places
 

@@ -1,6 +1,6 @@
 """Mixtral (`mixtral`; arXiv 2401.04088): experts in every layer, top-2 by softmax, renormalised.
 
-On disk the experts are `block_sparse_moe.experts.N.w1`, `w3` and `w2` (gate, up, down), in memory `mlp.experts`.
+Experts are named `block_sparse_moe.experts.N.w1`, `w3` and `w2` (gate, up, down) on disk, and `mlp.experts` in memory.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ EXPERTS = ExpertLayout(
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
@@ -27,7 +27,7 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def feed_forward(prefix: str, config: Any, layer: int) -> dict[str, Place]:
-    """Router and experts of a layer."""
+    """List router and experts of a layer."""
     d, num_experts = config.hidden_size, config.num_local_experts
     found = decoder.router(f"{prefix}.block_sparse_moe.gate", f"{prefix}.mlp.gate", num_experts, d, layer)
     return found | decoder.experts(prefix, EXPERTS, d, config.intermediate_size, num_experts, layer)

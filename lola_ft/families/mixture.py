@@ -1,4 +1,4 @@
-"""Mixtures of experts among transformers' decoders of Llama's kind: what their descriptions share."""
+"""Parts that the descriptions of Llama-like mixtures of experts share."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lola_ft.families.place import Place
 
 @dataclass(frozen=True)
 class ExpertKeys:
-    """Keys of `config.json` that give the number of experts, the width inside one, and how many a token uses."""
+    """Keys of `config.json` for the number of experts, the width inside an expert, and the experts per token."""
 
     num_experts: str
     inner: str
@@ -21,7 +21,7 @@ class ExpertKeys:
 
 
 _ROUTING = Routing(balance="pooled", gate="parameter")
-"""As most of these families route."""
+"""The routing of most of these families."""
 
 
 def every_layer(config: Any) -> tuple[int, ...]:
@@ -30,7 +30,7 @@ def every_layer(config: Any) -> tuple[int, ...]:
 
 
 def every_nth(layers: Iterable[int], interval: int) -> tuple[int, ...]:
-    """Return those of the layers that are the last of `interval` ones, counted from the first layer of the model."""
+    """Return every `interval`-th of the layers, counted from the first layer of the model."""
     return tuple(layer for layer in layers if (layer + 1) % interval == 0)
 
 
@@ -53,17 +53,17 @@ def mixture_family(
     more_keys: Callable[[Sizes], dict[str, Any]] = lambda _: {},
     **own: Any,
 ) -> Family:
-    """Describe a mixture of experts.
+    """Return the family of a mixture of experts.
 
     Args:
-        model: transformers' class.
-        moe_layers: Return the indices of the layers with experts of a config.
-        dense_layers: Whether there are layers without experts, which have an MLP.
-        shared_targets: The projections of shared experts, if it has any.
+        model: Name of transformers' class.
+        moe_layers: Function of a config that returns the indices of the layers with experts.
+        dense_layers: True if there are layers without experts, with a dense MLP.
+        shared_targets: The projections of shared experts, if there are any.
         router: Ending of the router's name in memory.
-        more_sizes: Return the fields of `Sizes` that differ from those of other decoders.
-        size_keys: Keys that give sizes, beside those of every decoder and of the experts.
-        more_keys: Return keys of a small config, beside those of every decoder and of the experts.
+        more_sizes: Function of a config that returns the fields of `Sizes` that differ from other decoders'.
+        size_keys: Config keys of sizes, in addition to those of every decoder and of the experts.
+        more_keys: Function that returns keys of a small config, in addition to those of every decoder and the experts.
         own: Other fields of `Family`.
     """
 

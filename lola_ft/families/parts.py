@@ -1,4 +1,4 @@
-"""Parameters and bytes by part and format: counted on a loaded model (`quantization/audit.py`) or planned."""
+"""Parameters and bytes by part and format, counted on a loaded model (`quantization/audit.py`) or planned."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ _PART_OF_GROUP = {"mlp": "dense mlp", "shared_experts": "shared experts"}
 
 @dataclass
 class Count:
-    """Logical parameters (a 4-bit weight counts as what it stands for) and the bytes they take."""
+    """A number of parameters (a 4-bit weight counts its original values) and the bytes that they take."""
 
     parameters: int = 0
     num_bytes: int = 0
@@ -36,7 +36,7 @@ class Audit:
         return sum(count.parameters for count in self.counts.values())
 
     def as_dict(self) -> dict[str, dict[str, int]]:
-        """`{"experts nf4": {"parameters": …, "bytes": …}, …}` for the manifest."""
+        """Return `{"experts nf4": {"parameters": …, "bytes": …}, …}` for the manifest."""
         return {
             f"{part} {kind}": {"parameters": count.parameters, "bytes": count.num_bytes}
             for (part, kind), count in self._sorted()

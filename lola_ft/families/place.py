@@ -1,27 +1,27 @@
-"""One tensor of a checkpoint: its shape and group on disk, and where it lives in the model in memory."""
+"""One tensor of a checkpoint: its shape and group on disk, and its place in the model in memory."""
 
 from dataclasses import dataclass
 
 LORA_GROUPS = ("attention", "mlp", "shared_experts", "experts", "router")
-"""Groups of weights that a recipe can give LoRA, if the family has them."""
+"""Groups of weights that can have LoRA, if the family has them."""
 QUANTIZED_GROUPS = ("attention", "mlp", "shared_experts", "experts")
 """Groups whose matrices 4-bit loading quantises."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a checkpoint, and where it lives in the model in memory.
+    """One tensor of a checkpoint, and its place in the model in memory.
 
     Attributes:
         parameter: Name of the model's parameter that holds it.
-        shape: On disk.
+        shape: Shape on disk.
         group: One of `LORA_GROUPS`, or norms, embeddings, head, other. A bias belongs to the group of its weight.
         layer: Index of its layer.
-        expert: The expert's id; the parameter then is a stack (E, …) and the tensor one slice of it.
-        in_by_out: The matrix is stored in×out on disk; else out×in, as `nn.Linear` holds it.
-        part: The expert's projection, where several of them share a stack (`gate_proj` or `up_proj`).
-        float32: It is held in float32 whatever the model's dtype.
-        correction: It corrects a router's choice and is never trained: a buffer in memory.
+        expert: The expert's id. The parameter is then a stack (E, …), and the tensor one slice of it.
+        in_by_out: True if the matrix is stored in×out on disk, False if out×in like `nn.Linear`.
+        part: The expert's projection (`gate_proj` or `up_proj`), if several share a stack.
+        float32: True if it is held in float32 whatever the model's dtype.
+        correction: True for a router's correction term, which is never trained: a buffer in memory.
     """
 
     parameter: str
@@ -41,7 +41,7 @@ class Place:
 
     @property
     def transposed(self) -> bool:
-        """True if disk and memory differ in orientation: linear layers are out×in in memory, experts as on disk."""
+        """True if disk and memory differ in orientation: in memory, linear layers are out×in, experts as on disk."""
         return self.in_by_out and self.expert is None
 
     @property
@@ -56,6 +56,6 @@ class Place:
 
     @property
     def out_in(self) -> tuple[int, int]:
-        """Outputs and inputs of a matrix."""
+        """(outputs, inputs) of a matrix."""
         rows, columns = self.shape
         return (columns, rows) if self.in_by_out else (rows, columns)

@@ -1,4 +1,4 @@
-"""Qwen1.5's and Qwen2's mixtures of experts (`qwen2_moe`): a shared expert, with a gate, beside the chosen ones."""
+"""Qwen1.5's and Qwen2's mixtures of experts (`qwen2_moe`): a shared expert with a gate besides the chosen experts."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ SHARED_TARGETS = ("shared_expert.gate_proj", "shared_expert.up_proj", "shared_ex
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor; the shared expert's gate (one output) stays as it is, so it is `other`."""
+    """List every tensor of a checkpoint by Hub name. The shared expert's gate (one output) is frozen: group `other`."""
     d = config.hidden_size
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):

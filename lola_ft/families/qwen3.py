@@ -8,7 +8,7 @@ from lola_ft.families.place import Place
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     return dense_places(config, config.attention_bias, config.attention_bias, head_norms=True)
 
 

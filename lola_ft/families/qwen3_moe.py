@@ -1,4 +1,4 @@
-"""Qwen3's mixtures of experts (`qwen3_moe`; arXiv 2505.09388): top-8 by softmax, norms of queries and keys by head."""
+"""Qwen3's mixtures of experts (`qwen3_moe`; arXiv 2505.09388): top-8 by softmax, norms per head of queries and keys."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ KEYS = ExpertKeys("num_experts", "moe_intermediate_size", "num_experts_per_tok")
 
 
 def moe_layers(config: Any) -> tuple[int, ...]:
-    """Return the layers with experts; the others have a dense MLP."""
+    """Return the indices of the layers with experts. The others have a dense MLP."""
     listed = config.mlp_only_layers or ()
     others = (layer for layer in range(config.num_hidden_layers) if layer not in listed)
     return every_nth(others, config.decoder_sparse_step) if config.num_experts > 0 else ()
 
 
 def places(config: Any) -> dict[str, Place]:
-    """List every tensor."""
+    """List every tensor of a checkpoint by Hub name."""
     size = decoder.head_size(config)
     found = decoder.ends(config)
     for layer in range(config.num_hidden_layers):
@@ -29,7 +29,7 @@ def places(config: Any) -> dict[str, Place]:
 
 
 def feed_forward(prefix: str, config: Any, layer: int) -> dict[str, Place]:
-    """Router and experts of a layer, or its dense MLP."""
+    """List router and experts of a layer, or its dense MLP."""
     d = config.hidden_size
     if layer not in moe_layers(config):
         return decoder.dense_mlp(prefix, config, layer)

@@ -1,6 +1,6 @@
-"""The routers of transformers' own models: computed in their weight's dtype, and kept to their choices.
+"""Changes to the routers of transformers' models: scores in the weight's dtype, and fixed choices when recomputed.
 
-Shapes: T tokens, K choices of a token, D hidden.
+Shape suffixes: T tokens, K choices per token, D hidden.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from torch.overrides import TorchFunctionMode
 
 
 class RouterInWeightDtype(nn.Module):
-    """Mixed into a router: it scores in its weight's dtype, also under autocast.
+    """Mixin for a router: it scores in its weight's dtype, also under autocast.
 
-    A trained weight is float32, where 16 bits could swap two close experts.
+    A trained weight is float32. In 16 bits, rounding could change the choice between two experts with close scores.
     """
 
     weight: Tensor
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Score as the router does; x is (…, D) of any dtype."""
+        """Score as the router does, for x (…, D) of any dtype."""
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype), *args, **kwargs)
 
 
 def score_in_weight_dtype(router: nn.Module) -> None:
-    """Make a router of transformers a `RouterInWeightDtype`, under the same class name."""
+    """Turn a router of transformers into a `RouterInWeightDtype`; its class keeps its name."""
     own: Any = type(router)
     router.__class__ = _in_weight_dtype(own)
 
@@ -38,10 +38,10 @@ def _in_weight_dtype(router_class: Any) -> Any:
 
 
 def keeping_choices(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap torch's checkpoint: what a layer chose by top-k it chooses again when it is computed again.
+    """Wrap torch's checkpoint function so that a recomputed layer repeats its top-k choices.
 
-    A rounding difference in the recomputation could else send a token to another expert than the one whose output
-    the loss has seen.
+    Otherwise a rounding difference in the recomputation could send a token to another expert than in forward, and the
+    gradient would belong to an output that the loss has not seen.
     """
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ def keeping_choices(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Choices(TorchFunctionMode):
-    """Records the indices of every `topk` of a layer in its first pass, and takes them again in the next ones."""
+    """Records the indices of every `topk` of a layer in its first pass, and uses them in the next passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Choices(TorchFunctionMode):
         self._next = 0
 
     def again(self) -> "_Choices":
-        """Begin a pass: the first one records."""
+        """Begin a pass. The first one records."""
         self._complete, self._next = bool(self._made), 0
         return self
 
@@ -76,6 +76,7 @@ class _Choices(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in (torch.topk, torch.Tensor.topk):
             return function(*args, **kwargs)
+        # First pass: record the choice. Later passes: ignore the scores and take the recorded one.
         if not self._complete:
             with torch.no_grad():
                 self._made.append(function(*args, **kwargs).indices)
@@ -86,7 +87,7 @@ class _Choices(TorchFunctionMode):
 
 
 class _Taken(torch.autograd.Function):
-    """`scores.gather(dim, indices)`, which keeps the indices for backward and not the scores, in every pass."""
+    """`scores.gather(dim, indices)`, which saves only the indices for backward, not the scores, in every pass."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, dim: int, indices: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _fitting(
             break
     check_room(ids, positions, "The line")
     if forgotten:
-        print(f"(the first {forgotten} answers are left out: the model has {positions} positions)", file=sys.stderr)
+        print(f"(the first {forgotten} exchanges are left out: the model has {positions} positions)", file=sys.stderr)
     return kept, ids
 
 

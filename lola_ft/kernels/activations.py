@@ -1,4 +1,4 @@
-"""The activations that experts use, by the names of transformers' `ACT2FN`, each with its exact gradient."""
+"""The activations of experts, under the names of transformers' `ACT2FN`, each with its exact gradient."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from lola_ft.errors import UserError
 
 @dataclass(frozen=True)
 class Activation:
-    """An elementwise function.
+    """An elementwise function with its gradient.
 
     Attributes:
-        forward: From x to the output.
-        backward: From the output's gradient and x to the gradient of x.
+        forward: Returns the output for x, in x's shape and dtype.
+        backward: Returns the gradient of x for the output's gradient and x.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -27,7 +27,7 @@ def activation_of(name: str) -> Activation:
     """Return the activation of this name.
 
     Raises:
-        UserError: If the kernels do not have it; the message lists those that they have.
+        UserError: If the kernels do not have it. The message lists the ones that they have.
     """
     if name not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS))

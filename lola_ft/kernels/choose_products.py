@@ -1,4 +1,4 @@
-"""Which way of multiplying is fastest here: measured once for each shape, on the device and the choices at hand."""
+"""Choice of the fastest way to multiply, measured once per shape with the device and the tokens' choices at hand."""
 
 import warnings
 from functools import cache
@@ -16,7 +16,11 @@ _chosen: dict[tuple[Any, ...], Products] = {}
 
 
 def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping) -> Products:
-    """The fastest way for a shape; dense weights and devices without Triton leave no choice."""
+    """Return the fastest way for this shape. With dense weights, or without Triton, there is only `GroupedMatmuls`.
+
+    Args:
+        x_TD: Hidden states (T, D) in the dtype to compute in.
+    """
     if up.nf4 is None or down.nf4 is None or x_TD.device.type != "cuda":
         return GroupedMatmuls()
     fused = _fused()
@@ -32,7 +36,7 @@ def choose_products(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Gr
 
 
 def chosen() -> dict[str, str]:
-    """What was chosen so far, in words: shape to way."""
+    """Return the choices made so far: a description of each shape, and the name of its way."""
     return {
         f"{key[2][0]}x{key[2][1]}, {key[3]} experts, {key[1]}, tiles of {key[4]}, below {1 << key[5]} rows": type(
             way
@@ -43,7 +47,7 @@ def chosen() -> dict[str, str]:
 
 @cache
 def _fused() -> Any:
-    """The Triton products, or None where Triton is not there."""
+    """Return the Triton products, or None if Triton is not installed."""
     try:
         from lola_ft.kernels.triton_products import TritonProducts
     except ImportError:
@@ -56,7 +60,7 @@ def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping
     for way in (GroupedMatmuls(), fused):
         try:
             seconds[way] = _time(way, x_TD, up, down, groups)
-        except Exception as error:  # a compiler's: anything; the other way is there
+        except Exception as error:  # a compiler raises anything; the other way may work
             reason = str(error).splitlines()[0] if str(error) else repr(error)
             warnings.warn(f"{type(way).__name__} does not run on this device ({reason}); it is not used.", stacklevel=2)
     assert seconds, "no way to multiply runs on this device; the warnings say why"
@@ -64,7 +68,7 @@ def _measured(x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping
 
 
 def _time(way: Products, x_TD: Tensor, up: WeightStack, down: WeightStack, groups: Grouping) -> float:
-    """Milliseconds of a product forward and one backward, the fastest of some."""
+    """Return the milliseconds of one forward and one backward product, the fastest of `_RUNS`."""
     rows_ND = x_TD.detach().new_ones(groups.num_rows, up.in_features)
     times = []
     for run in range(_RUNS + 2):  # the first two compile and warm up

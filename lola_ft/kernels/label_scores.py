@@ -1,8 +1,9 @@
-"""How likely a model finds each labelled token, with gradient, where rows of the output head are trained.
+"""Log-probability of each labelled token, with gradient, also where rows of the output head are trained.
 
-The logits of a batch never exist: they are formed a chunk at a time, forward and again backward.
+The logits of a whole batch never exist. They are computed a chunk at a time in forward, and again in backward.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, N labelled positions, C of a chunk, K trained rows of the head.
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary, N labelled positions, C positions of a chunk, K trained
+rows of the head.
 """
 
 from typing import Any, NamedTuple
@@ -12,18 +13,18 @@ from torch import Tensor
 
 from lola_ft.kernels.loss import IGNORE, TokenRows, logits_of
 
-_CHUNK_ROWS = 256  # as many as the loss takes: 102 MB of float32 logits for a vocabulary of 100,000
+_CHUNK_ROWS = 256  # like the loss: 102 MB of float32 logits for a vocabulary of 100,000
 
 
 class LabelScores(NamedTuple):
-    """Scores of each position's label; 0 or False where there is none.
+    """Scores of each position's label, all (B, S - 1); 0 or False where there is no label.
 
     Attributes:
-        log_probs_BS: Logarithm of its probability, float32 (B, S - 1), with gradient.
-        entropy_BS: Of all tokens' probabilities, in nats.
-        mean_logits_BS: Mean of all tokens' logits.
-        is_top1_BS: Whether it is the likeliest token.
-        mask_BS: Whether the position has a label.
+        log_probs_BS: Log-probability of the label, float32, with gradient.
+        entropy_BS: Entropy of the predicted distribution in nats, float32.
+        mean_logits_BS: Mean logit over the vocabulary, float32.
+        is_top1_BS: True where the label is the likeliest token.
+        mask_BS: True where the position has a label.
     """
 
     log_probs_BS: Tensor
@@ -33,7 +34,7 @@ class LabelScores(NamedTuple):
     mask_BS: Tensor
 
 
-@torch.compiler.disable  # how many positions have a label is in the data
+@torch.compiler.disable  # the number of labelled positions depends on the data
 def label_scores(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: TokenRows | None = None) -> LabelScores:
     """Score the labelled positions.
 
@@ -41,7 +42,7 @@ def label_scores(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Tok
         x_BSD: Hidden states (B, S, D) that `head_VD` projects.
         head_VD: The output head, which is frozen.
         labels_BS: Labels (B, S), not yet shifted; -100 is ignored.
-        trained: Rows in place of some of the head's.
+        trained: Trained rows that replace some rows of the head.
     """
     targets_BS = labels_BS[:, 1:]
     mask_BS = targets_BS != IGNORE
@@ -54,7 +55,7 @@ def label_scores(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Tok
 
 
 class _LabelScores(torch.autograd.Function):
-    """The scores (N,) of rows; the gradient is that of the log-probabilities alone."""
+    """The scores (N,) of rows; only the log-probabilities have a gradient."""
 
     @staticmethod
     def forward(
@@ -71,7 +72,7 @@ class _LabelScores(torch.autograd.Function):
             mean_logits_N[chunk] = logits_CV.mean(dim=-1)
             is_top1_N[chunk] = logits_CV.argmax(dim=-1) == targets_N[chunk]
             log_probs_CV = logits_CV.log_softmax(dim=-1)
-            del logits_CV  # two of these at a time: they are large
+            del logits_CV  # large: at most two such tensors exist at a time
             log_probs_N[chunk] = log_probs_CV.gather(-1, targets_N[chunk, None])[:, 0]
             entropy_N[chunk] = -log_probs_CV.exp().mul_(log_probs_CV).sum(dim=-1)
         ctx.save_for_backward(rows_ND, head_VD, targets_N, ids_K, trained_KD)
@@ -94,7 +95,7 @@ class _LabelScores(torch.autograd.Function):
             d_logits_CV = d_logits_CV.mul_(d_C[:, None]).to(head_VD.dtype)
             if trained_KD is not None:
                 d_own_CK = d_logits_CV[:, ids_K]
-                d_logits_CV[:, ids_K] = 0  # the frozen rows had no part in it
+                d_logits_CV[:, ids_K] = 0  # replaced rows of the frozen head took no part
                 d_trained_KD += (d_own_CK.t() @ rows_CD).float()
             d_x_CD = d_logits_CV @ head_VD
             if trained_KD is not None:

@@ -1,9 +1,10 @@
-"""Products of grouped rows, expert by expert: the way of a CPU, and the reference of the others.
+"""Products of grouped rows, one expert after another: used on CPUs, and the reference for the other ways.
 
-Expert weights are asked for one tile at a time, so that a 4-bit weight is dense only while it is used. Experts take
-turns on each thread, and threads work side by side.
+Weights are read one tile at a time, so that a 4-bit weight is dense only while it is multiplied with. Threads work side
+by side, each on one expert at a time.
 
-Shapes: N rows of the grouped buffer, E experts, I and O a weight's rows and columns, R rank.
+Shape suffixes: N rows of the grouped buffer, E experts, I inputs and O outputs of the projection, R rank. In the loops,
+e is the expert's id, and i and j are the first and end row of its group.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from lola_ft.kernels.threads import side_by_side
 from lola_ft.kernels.tiles import Tiles, times, times_transposed
 
 _FEWEST_ROWS = 64
-"""Rows of all experts from which on threads are worth their start; fewer are decoding."""
+"""Rows of the buffer from which threads are worth their start. Fewer rows are decoding."""
 
 
 class _Turn(NamedTuple):
-    """What one expert has to do: its number, first row, end row, dense weight as stored."""
+    """One expert's work: its id, the first and end row of its group, and its dense weight as stored."""
 
     expert_id: int
     first: int
@@ -32,7 +33,7 @@ class _Turn(NamedTuple):
 
 
 class LoopProducts:
-    """See `Products`."""
+    """Multiply one expert's rows at a time. The methods are those of `Products`."""
 
     recomputes_activations = False
 
@@ -42,6 +43,7 @@ class LoopProducts:
         multiply = times if weight.is_transposed else times_transposed
 
         def run(turn: _Turn) -> None:
+            # out (n, O) of the expert's n rows = bias (O,) + x (n, I) @ W (I, O) + side path
             e, i, j, tiles = turn
             if bias_EO is not None:
                 out_NO[i:j] = bias_EO[e]
@@ -56,6 +58,7 @@ class LoopProducts:
         multiply = times_transposed if weight.is_transposed else times
 
         def run(turn: _Turn) -> None:
+            # out (n, I) = x (n, O) @ W.T (O, I) + side path
             e, i, j, tiles = turn
             multiply(x_NO[i:j], tiles, out_NI[i:j])
             _add_side(out_NI, side, e, i, j)
@@ -67,6 +70,7 @@ class LoopProducts:
         out_NR = _empty_rows(x_NI, factor_ERI.shape[1], groups)
 
         def run(span: tuple[int, int, int]) -> None:
+            # (n, I) @ (I, R) -> (n, R)
             e, i, j = span
             torch.mm(x_NI[i:j], factor_ERI[e].t(), out=out_NR[i:j])
 
@@ -77,6 +81,7 @@ class LoopProducts:
         out_ERI = left_NR.new_zeros(groups.ends_E.numel(), left_NR.shape[1], right_NI.shape[1])
 
         def run(span: tuple[int, int, int]) -> None:
+            # (R, n) @ (n, I) -> (R, I)
             e, i, j = span
             torch.mm(left_NR[i:j].t(), right_NI[i:j], out=out_ERI[e])
 
@@ -85,14 +90,14 @@ class LoopProducts:
 
 
 def _empty_rows(like: Tensor, columns: int, groups: Grouping) -> Tensor:
-    """Rows to fill; those that no expert has are zeros."""
+    """Return rows (N, columns) to fill. Rows after the last group are zeros."""
     rows = like.new_empty(like.shape[0], columns)
     rows[int(groups.ends_E[-1]) :] = 0
     return rows
 
 
 def _turns(weight: WeightStack, groups: Grouping, dtype: torch.dtype) -> list[_Turn]:
-    """Each expert that got a token."""
+    """Return the work of each expert that got a token."""
     spans = groups.spans()
     tiles = weight.tiles([e for e, _, _ in spans], dtype)
     return [_Turn(*span, own) for span, own in zip(spans, tiles, strict=True)]
@@ -107,7 +112,7 @@ def _for_each(run: Callable[..., None], items: list, x_NI: Tensor) -> None:
 
 
 def _add_side(out_NO: Tensor, side: Side | None, e: int, i: int, j: int) -> None:
-    """Add an expert's LoRA side path to its rows."""
+    """Add an expert's LoRA side path, if any, to its rows: (n, R) @ (R, O) -> (n, O)."""
     if side is None:
         return
     hidden_NR, factor_RO = side.hidden_NR[i:j], side.factor_EOR[e].t()

@@ -1,9 +1,15 @@
 """The language-model loss without the logits of a whole batch.
 
-Only rows with a label are scored, a chunk at a time, and the gradient of the hidden states is formed on the way
-forward, so that no chunk's logits outlive it.
+Only rows with a label are scored, a chunk at a time. Forward also computes the gradient of the hidden states, so that a
+chunk's logits can be freed when the next chunk begins; backward only scales the gradient. One chunk of C rows:
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, N labelled rows, K rows of the head that are trained.
+    logits   (C, V) = rows (C, D) @ head.T (D, V)
+    loss           += sum of -log_softmax(logits)[targets]
+    d_logits (C, V) = softmax(logits) - one_hot(targets)    in the memory of the logits
+    d_rows   (C, D) = d_logits (C, V) @ head (V, D)
+
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary, N labelled rows, C rows of a chunk, K trained rows of the
+head.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +21,11 @@ from torch import Tensor, nn
 IGNORE = -100
 # 256 rows of 100 096 float32 logits are 102 MB; larger chunks gain nothing, smaller ones lose matmul efficiency.
 _CHUNK_ROWS = 256
-_CPU_ROWS = 32  # of a chunk that a CPU takes from logits to gradients at a time: these stay in the cores' caches
+_CPU_ROWS = 32  # rows that a CPU takes from logits to gradients at a time: few enough for the cores' caches
 
 
 class TokenRows(NamedTuple):
-    """Rows that take the place of some of an output head's.
+    """Trained rows that replace some rows of an output head.
 
     Attributes:
         ids_K: Their token ids (K,), int64.
@@ -31,14 +37,14 @@ class TokenRows(NamedTuple):
 
 
 def head_of(head: nn.Module) -> tuple[Tensor, TokenRows | None]:
-    """Return an output head's frozen weight (V, D), and the rows that an adapter trains in place of some of it."""
+    """Return an output head's frozen weight (V, D), and an adapter's trained rows that replace some of it, if any."""
     layer: Any = getattr(head, "token_adapter", None)
-    apart = hasattr(layer, "rows")  # PEFT's own layer gives one matrix with its rows put in
+    apart = hasattr(layer, "rows")  # PEFT's own layer returns one matrix with the trained rows inserted
     weight: Any = layer.get_base_layer().weight if apart else head.weight
     return weight, layer.rows() if apart else None
 
 
-@torch.compiler.disable  # how many rows have a label is in the data
+@torch.compiler.disable  # the number of labelled rows depends on the data
 def labelled_cross_entropy(
     x_BSD: Tensor,
     head_VD: Tensor,
@@ -46,14 +52,14 @@ def labelled_cross_entropy(
     num_items_in_batch: Tensor | int | None = None,
     trained: TokenRows | None = None,
 ) -> Tensor:
-    """Next-token cross-entropy of the labelled positions.
+    """Return the next-token cross-entropy of the labelled positions, in nats.
 
     Args:
         x_BSD: Hidden states (B, S, D) that `head_VD` projects.
         labels_BS: Labels (B, S), not yet shifted; -100 is ignored.
-        num_items_in_batch: What to divide the sum by; the number of labels if absent. With gradient accumulation
-            the trainer gives the labels of the whole step, which makes 1x8 equal to 8x1.
-        trained: Rows in place of some of the head's.
+        num_items_in_batch: Divisor of the sum; by default the number of labels. With gradient accumulation the trainer
+            gives the number of labels of the whole step, so that 1 micro-batch of 8 equals 8 micro-batches of 1.
+        trained: Trained rows that replace some rows of the head.
 
     Returns:
         A float32 scalar; a differentiable 0 if nothing is labelled.
@@ -69,7 +75,7 @@ def labelled_cross_entropy(
 
 @torch.no_grad()
 def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: TokenRows | None = None) -> Tensor:
-    """What each labelled token costs: minus the log of its probability. Without gradient.
+    """Return minus the log-probability of each labelled token, in nats, without gradient.
 
     Args:
         x_BSD, head_VD, labels_BS, trained: As for `labelled_cross_entropy`.
@@ -89,7 +95,7 @@ def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Token
 
 
 def logits_of(rows_CD: Tensor, head_VD: Tensor, trained: TokenRows | None = None) -> Tensor:
-    """Return the float32 logits (C, V) of some rows, those of trained tokens in place of the head's."""
+    """Return the float32 logits (C, V) of some rows (C, D); trained rows replace rows of the head."""
     rows_CD = rows_CD.to(head_VD.dtype)
     logits_CV = rows_CD @ head_VD.t()
     if trained is not None:
@@ -98,7 +104,7 @@ def logits_of(rows_CD: Tensor, head_VD: Tensor, trained: TokenRows | None = None
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows; forms d_rows in forward, and d_head only if the head, or some rows of it, are trained."""
+    """Cross-entropy summed over rows. Forward computes the gradients of all inputs that want one."""
 
     @staticmethod
     def forward(
@@ -117,16 +123,20 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = rows_ND.new_zeros((), dtype=torch.float32)
         logits_CV = head_VD.new_empty(min(_CHUNK_ROWS, rows_ND.shape[0]), head_VD.shape[0])
         for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
+            # logits (C, V) = rows (C, D) @ head.T (D, V), with the columns of trained tokens replaced
             chunk = slice(start, start + _CHUNK_ROWS)
             rows, targets = rows_ND[chunk].to(head_VD.dtype), targets_N[chunk]
             logits = torch.mm(rows, head_VD.t(), out=logits_CV[: targets.numel()])
             if own_KD is not None:
                 logits[:, ids_K] = rows @ own_KD.t()
+            # From here on `logits` holds d_logits (C, V), if any gradient is wanted.
             total += _nats_and_gradients(logits, targets, any(ctx.needs_input_grad))
+            # d_trained (K, D) = d_logits of the trained tokens (K, C) @ rows (C, D)
             if own_KD is not None and d_trained_KD is not None:
                 d_own_CK = logits[:, ids_K]
-                logits[:, ids_K] = 0  # the frozen rows had no part in it
+                logits[:, ids_K] = 0  # replaced rows of the frozen head took no part
                 d_trained_KD += (d_own_CK.t() @ rows).float()
+            # d_rows (C, D) = d_logits (C, V) @ head (V, D); d_head (V, D) = d_logits.T (V, C) @ rows (C, D)
             if d_rows_ND is not None:
                 d_x = logits @ head_VD
                 d_rows_ND[chunk] = (d_x if own_KD is None else d_x + d_own_CK @ own_KD).to(d_rows_ND.dtype)
@@ -146,7 +156,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _nats_and_gradients(logits_NV: Tensor, targets_N: Tensor, gradients: bool) -> Tensor:
-    """The sum of minus the targets' log-probabilities; puts its gradient into the logits' place if that is wanted."""
+    """Return the sum of minus the targets' log-probabilities, and overwrite the logits with its gradient if wanted."""
     total = logits_NV.new_zeros((), dtype=torch.float32)
     at_a_time = _CPU_ROWS if logits_NV.device.type == "cpu" else max(1, targets_N.numel())
     for logits, targets in zip(logits_NV.split(at_a_time), targets_N.split(at_a_time), strict=True):

@@ -1,9 +1,21 @@
 """Triton kernels for grouped rows: products with 4-bit weights that are decoded inside the K loop, and their LoRA.
 
-A program computes one tile of the output: `BLOCK_M` rows, which belong to one expert, times `BLOCK_N` columns. Weights
-are decoded to the values that dequantising them whole gives, bit for bit. Sums are float32.
+The idea: a program computes one tile of the output, `BLOCK_M` rows of one expert by `BLOCK_N` columns. It steps through
+the summed dimension, `BLOCK_K` at a time. In each step it decodes one tile of the 4-bit weight into registers and
+multiplies with it, so that the dense weight never reaches memory. Decoded values equal those of dequantising the whole
+weight, bit for bit. Sums are float32.
 
-All of it runs under Triton's interpreter on a CPU (TRITON_INTERPRET=1), which is how it is tested without a GPU.
+How one weight is decoded (NF4 with double quantisation, arXiv 2305.14314), with 128 columns, so 2 blocks per row:
+
+    weight at row 3, column 70     lies in block 3 * 2 + 70 // 64 = 7, at place 70 % 64 = 6 of it
+    its byte                       packed[7 * 32 + 6 // 2]; the high 4 bits, because place 6 is even (odd: low 4 bits)
+    its block's scale              absmax_code[absmax[7]] * absmax2[7 // 256] + offset
+    its value                      nf4_code[4-bit code] * scale
+
+Everything runs under Triton's interpreter on a CPU (TRITON_INTERPRET=1), which is how it is tested without a GPU.
+
+Letters in shapes: M rows of a tile (BLOCK_M), N its columns (BLOCK_N), K one step of the summed dimension (BLOCK_K),
+R the rank rounded up (RANK); `rank` is the real one.
 """
 
 import triton
@@ -32,38 +44,49 @@ def _decoded(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile (ROWS, COLUMNS) of one expert's weight in float32, zeros outside; COLUMNS is a multiple of BLOCK.
+    """Decode a tile (ROWS, COLUMNS) of one expert's weight to float32; zeros outside the weight.
 
-    The weight's parts lie one below another or side by side, and one after another in memory; each has scales of its
-    own, `superblocks` blocks of them, and a mean of these.
+    The weight (num_rows, num_columns) consists of PARTS matrices, which were quantised separately and follow each other
+    in memory. Within the weight they lie side by side (SIDE_BY_SIDE) or one below another. Each has its own scales: a
+    number of `superblocks` blocks of 256, and their mean.
+
+    Args:
+        first_row, first_column: The tile's first entry; the column is a multiple of BLOCK, like COLUMNS.
     """
+    # One entry per block of 64 weights, (ROWS, COLUMNS / 64): its row and its column, counted in blocks
     rows = first_row + tl.arange(0, ROWS)
-    columns = first_column // BLOCK + tl.arange(0, COLUMNS // BLOCK)  # of blocks
+    columns = first_column // BLOCK + tl.arange(0, COLUMNS // BLOCK)
     row, column = rows[:, None], columns[None, :]
-    blocks_a_row = num_columns // BLOCK
-    inside = (row < num_rows) & (column < blocks_a_row)
+    blocks_per_row = num_columns // BLOCK
+    inside = (row < num_rows) & (column < blocks_per_row)
+    # Number of each block in memory, its superblock, and the mean of its matrix's scales
     if PARTS == 1:
-        block = row * blocks_a_row + column
+        block = row * blocks_per_row + column
         superblock = block // _SUPERBLOCK
         mean = tl.load(offset)
     else:
+        # The part that a block lies in, and its number within that part. (`+ row * 0` gives the full tile shape.)
         if SIDE_BY_SIDE:
-            blocks_a_row = blocks_a_row // PARTS
-            part = column // blocks_a_row + row * 0
+            blocks_per_row = blocks_per_row // PARTS
+            part = column // blocks_per_row + row * 0
             part_rows = num_rows
-            block = row * blocks_a_row + column % blocks_a_row
+            block = row * blocks_per_row + column % blocks_per_row
         else:
             part_rows = num_rows // PARTS
             part = row // part_rows + column * 0
-            block = (row % part_rows) * blocks_a_row + column
+            block = (row % part_rows) * blocks_per_row + column
         superblock = part * superblocks + block // _SUPERBLOCK
         mean = tl.load(offset + part, mask=inside, other=0.0)
-        block += part * part_rows * blocks_a_row
+        # Skip the blocks of the parts before.
+        block += part * part_rows * blocks_per_row
+    # scale = absmax_code[absmax] * absmax2 + mean, (ROWS, COLUMNS / 64, 1)
     code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
     scale = tl.load(absmax_code + code) * tl.load(absmax2 + superblock, mask=inside, other=0.0) + mean
     scale = tl.where(inside, scale, 0.0)[:, :, None]
+    # The 32 bytes of each block, (ROWS, COLUMNS / 64, 32), with two codes in each
     at = block[:, :, None] * _PAIRS + tl.arange(0, _PAIRS)[None, None, :]
     byte = tl.load(packed + at, mask=inside[:, :, None], other=0).to(tl.int32)
+    # High bits are the first weight of a pair: interleave to (ROWS, COLUMNS / 64, 64), which is (ROWS, COLUMNS)
     first = tl.load(nf4_code + (byte >> 4)) * scale
     second = tl.load(nf4_code + (byte & 15)) * scale
     return tl.reshape(tl.interleave(first, second), (ROWS, COLUMNS))
@@ -105,10 +128,18 @@ def product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`; plus bias; plus `hidden @ factor[expert].T` (RANK > 0).
+    """Compute `x @ W[expert]`, or with TRANSPOSED `x @ W[expert].T`, plus the bias and a LoRA side path.
 
-    W is the weight as stored, of `weight_rows` and `weight_columns` in all; for its parts see `_decoded`.
+    The side path (if RANK > 0) is `hidden @ factor[expert].T`, and with HAS_KEEP multiplied by `keep * keep_scale`.
+
+    Args:
+        x, out: (rows of the buffer, num_in) and (rows of the buffer, num_out), where a program has the rows of tile
+            `program_id(0)` and the columns of block `program_id(1)`.
+        weight_rows, weight_columns: Shape of W, one expert's weight as stored; for its parts see `_decoded`.
+        blocks, superblocks: Blocks of 64 weights, and of 256 scales, in one quantised matrix.
+        keep: (rows of the buffer, num_out) bool.
     """
+    # This program's expert; tiles after the last group have none.
     tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile)
     if expert >= NUM_EXPERTS:
@@ -118,10 +149,12 @@ def product(
         num_in, num_out = weight_columns, weight_rows
     else:
         num_in, num_out = weight_rows, weight_columns
+    # Move the pointers to this expert's codes and scales.
     packed += expert * ((weight_rows * weight_columns) // 2)
     absmax += expert * PARTS * blocks
     absmax2 += expert * PARTS * superblocks
     offset += expert * PARTS
+    # total (M, N) += x (M, K) @ weight (K, N), for each step of K along the inputs
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = columns < num_out
@@ -129,6 +162,7 @@ def product(
     for start in range(0, num_in, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         part = tl.load(x + rows[:, None] * num_in + inner[None, :], mask=inner[None, :] < num_in, other=0.0)
+        # W is (inputs, outputs), or transposed (outputs, inputs): the tile is decoded as stored, then turned
         if TRANSPOSED:
             weight = tl.trans(
                 _decoded(
@@ -168,6 +202,7 @@ def product(
                 BLOCK_N,
             ).to(part.dtype)
         total += tl.dot(part, weight, input_precision=PRECISION)
+    # LoRA: total (M, N) += hidden (M, R) @ factor.T (R, N), with dropout's mask (M, N)
     if RANK > 0:
         ranks = tl.arange(0, RANK)
         h = tl.load(hidden + rows[:, None] * rank + ranks[None, :], mask=ranks[None, :] < rank, other=0.0)
@@ -203,12 +238,13 @@ def to_rank(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`x @ factor[expert].T`, RANK columns at once."""
+    """Compute `x @ factor[expert].T`: a program has BLOCK_M rows and all RANK columns."""
     tile = tl.program_id(0)
     expert = tl.load(expert_of_tile + tile)
     if expert >= NUM_EXPERTS:
         return
     factor += expert.to(tl.int64) * factor_stride_e
+    # total (M, R) += x (M, K) @ factor.T (K, R), for each step of K along the inputs
     rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     ranks = tl.arange(0, RANK)
     total = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
@@ -239,10 +275,11 @@ def outer(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`left.T @ right` over one expert's rows: (rank, BLOCK_N columns) of `out` (E, rank, columns)."""
+    """Compute `left.T @ right` over one expert's rows: `rank` rows and BLOCK_N columns of `out` (E, rank, columns)."""
     expert = tl.program_id(0)
     ranks = tl.arange(0, RANK)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # total (R, N) += left.T (R, M) @ right (M, N), for each tile of M rows of the expert; zeros if it has none
     total = tl.zeros((RANK, BLOCK_N), dtype=tl.float32)
     for start in range(tl.load(starts + expert), tl.load(ends + expert), BLOCK_M):
         rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -1,9 +1,13 @@
-"""Products with a weight that is given a few rows at a time, so that a 4-bit weight is never dense as a whole.
+"""Products with a weight that comes a few rows at a time, so that a 4-bit weight is never dense as a whole.
 
-On a CPU a tile of some megabytes stays in the cache between being dequantised and being multiplied with, and its
-memory is used again; a whole weight of LOLA's (64 MB in float32) would be fresh pages every time, five times slower.
+On a CPU a tile of a few megabytes stays in the cache between dequantising and multiplying, and its memory is reused. A
+whole weight of LOLA (64 MB in float32) would need new memory pages every time, which is five times slower. A weight
+(4, O) in two tiles of two rows:
 
-Shapes: N rows of x, I and O the weight's rows and columns.
+    x @ W    = x[:, 0:2] @ W[0:2] + x[:, 2:4] @ W[2:4]          (N, O), a sum over tiles
+    x @ W.T  = [x @ W[0:2].T, x @ W[2:4].T]                     (N, 4), each tile gives its own columns
+
+Shape suffixes: N rows of x, I rows and O columns of the weight.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +16,11 @@ import torch
 from torch import Tensor
 
 Tiles = Iterator[tuple[int, Tensor]]
-"""A weight (I, O) in order: first row, dense rows."""
+"""A weight (I, O) as pairs of a first row and the dense rows from there on, in order."""
 
 
 def times(x_NI: Tensor, tiles: Tiles, out_NO: Tensor, add: bool = False) -> Tensor:
-    """`x @ weight`, into `out` or added to it; a sum over the tiles."""
+    """Write `x @ weight` (N, O) into `out`, or add it to `out` if `add`; return `out`."""
     for start, tile in tiles:
         part = x_NI[:, start : start + tile.shape[0]]
         if start or add:
@@ -29,7 +33,7 @@ def times(x_NI: Tensor, tiles: Tiles, out_NO: Tensor, add: bool = False) -> Tens
 def times_transposed(
     x_NO: Tensor, tiles: Tiles, out_NI: Tensor, bias_I: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """`x @ weight.T + bias`, into `out` or added to it; each tile gives its own columns."""
+    """Write `x @ weight.T + bias` (N, I) into `out`, or add `x @ weight.T` to `out` if `add`; return `out`."""
     for start, tile in tiles:
         columns = slice(start, start + tile.shape[0])
         if add:
@@ -42,13 +46,13 @@ def times_transposed(
 
 
 def one_below_another(parts: Sequence[Tiles], rows: int) -> Tiles:
-    """The tiles of weights of so many rows each as those of one weight, the first on top."""
+    """Yield the tiles of several weights, each of `rows` rows, as the tiles of one weight with the first on top."""
     for number, tiles in enumerate(parts):
         for start, tile in tiles:
             yield number * rows + start, tile
 
 
 def side_by_side(parts: Sequence[Tiles]) -> Tiles:
-    """The tiles of weights that are cut at the same rows as those of one weight, the first on the left."""
+    """Yield the tiles of several weights, cut at the same rows, as tiles of one weight with the first on the left."""
     for together in zip(*parts, strict=True):
         yield together[0][0], torch.cat([tile for _, tile in together], 1)

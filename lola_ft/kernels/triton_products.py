@@ -1,4 +1,11 @@
-"""Grouped products by our Triton kernels: a 4-bit weight is decoded inside the product and never dense in memory."""
+"""Grouped products by Triton kernels (`nf4_triton`), which decode a 4-bit weight inside the product.
+
+A launch starts one program per tile of rows and per block of output columns. With 3 experts in tiles of 16 rows,
+`expert_of_tile` = [0, 2, 2, 3] and 256 output columns in blocks of 128, that is 4 x 2 programs. Programs of tile 3
+return at once, because expert 3 does not exist: the tile is unused.
+
+Shape suffixes: N rows of the grouped buffer, E experts, I inputs and O outputs of the projection, R rank.
+"""
 
 from typing import Any
 
@@ -10,16 +17,17 @@ from lola_ft.kernels.grouping import Grouping
 from lola_ft.kernels.products import GroupedMatmuls, Side
 from lola_ft.kernels.stacks import NF4Stack, WeightStack
 
-_LEAST = 16  # rows and columns that a matrix unit takes
-_LARGEST_RANK = 256  # a rank beyond this would not fit beside the tile
+_LEAST = 16  # rows and columns that a matrix unit takes at least
+_LARGEST_RANK = 256  # a larger rank would not fit into a program's memory beside the tile
 
 
 class TritonProducts:
-    """See `Products`. Of the weights only `nf4` is read.
+    """Multiply with 4-bit weights. The methods are those of `Products`; only the `nf4` of a weight is read.
 
     Args:
-        block_n, block_k: Columns of an output tile, and depth of one turn of the K loop.
-        num_warps, num_stages: As Triton takes them.
+        block_n: Columns of an output tile.
+        block_k: Depth of one step of the loop over the summed dimension.
+        num_warps, num_stages: Triton's launch options.
     """
 
     recomputes_activations = True
@@ -30,7 +38,7 @@ class TritonProducts:
 
     @staticmethod
     def takes(nf4: NF4Stack) -> bool:
-        """Whether a weight's blocks of scales lie within its rows."""
+        """Return True if the kernels can read this weight: each row is a whole number of blocks of 64 values."""
         return nf4.shape[1] % nf4_triton.BLOCK.value == 0
 
     def times(self, x_NI: Tensor, weight: WeightStack, groups: Grouping, side: Side | None) -> Tensor:
@@ -60,7 +68,7 @@ class TritonProducts:
 
     def outer(self, left_NR: Tensor, right_NI: Tensor, groups: Grouping) -> Tensor:
         rank, columns, num_experts = left_NR.shape[1], right_NI.shape[1], groups.ends_E.numel()
-        if rank > _LARGEST_RANK:  # a whole weight's gradient
+        if rank > _LARGEST_RANK:  # the gradient of a whole weight, where `left` is as wide as the projection
             return GroupedMatmuls().outer(left_NR, right_NI, groups)
         out_ERI = left_NR.new_empty(num_experts, rank, columns)
         nf4_triton.outer[(num_experts, -(-columns // self.block_n))](
@@ -82,9 +90,10 @@ class TritonProducts:
         nf4, bias = weight.nf4, weight.bias if forward else None
         assert nf4 is not None, "these kernels read 4-bit weights"
         out = x.new_empty(x.shape[0], weight.out_features if forward else weight.in_features)
+        # The stored matrix of one expert, (rows, columns): (in, out) if transposed, else (out, in).
         inputs_first = (weight.in_features, weight.out_features)
         rows, columns = inputs_first if weight.is_transposed else inputs_first[::-1]
-        # Pointers that a kernel does not follow are given as some tensor: Triton wants one.
+        # Triton wants a tensor for every pointer. For those that the kernel does not read, `x` stands in.
         strides = side.factor_EOR.stride() if side else (0, 0, 0)
         rank = side.hidden_NR.shape[1] if side else 0
         nf4_triton.product[(groups.expert_of_tile.numel(), -(-out.shape[1] // self.block_n))](
@@ -110,8 +119,8 @@ class TritonProducts:
             side.scale if side else 1.0,
             NUM_EXPERTS=groups.ends_E.numel(),
             PARTS=nf4.parts,
-            SIDE_BY_SIDE=weight.is_transposed,
-            TRANSPOSED=weight.is_transposed != forward,
+            SIDE_BY_SIDE=weight.is_transposed,  # (in, out) weights: gate and up are the left and right columns
+            TRANSPOSED=weight.is_transposed != forward,  # forward wants (in, out), backward (out, in)
             HAS_BIAS=bias is not None,
             RANK=_rank_block(rank) if rank else 0,
             HAS_KEEP=side is not None and side.keep_NO is not None,
@@ -125,11 +134,11 @@ class TritonProducts:
 
 
 def _rank_block(rank: int) -> int:
-    """The power of two that a kernel works with; what is beyond the rank is masked."""
+    """Return the power of two that a kernel works with, at least 16; columns beyond the rank are masked."""
     assert rank <= _LARGEST_RANK, f"rank {rank} is more than {_LARGEST_RANK}, which these kernels take"
     return max(_LEAST, 1 << (rank - 1).bit_length())
 
 
 def _precision(x: Tensor) -> Any:
-    """float32 is multiplied as float32, never as TF32."""
+    """Return the `input_precision` of `tl.dot` for x's dtype: float32 is multiplied exactly, never as TF32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -1,6 +1,6 @@
-"""The tensors of an adapter's file that belong to a weight, found by their names only: for the proof of a merge.
+"""The tensors of an adapter's file that belong to a weight, found by their names, for the proof of a merge.
 
-The family says how experts are named. The rest is worked out here, by other code than the merge's.
+Only the names of experts come from the family. All other rules are written here again, independently of the merge.
 """
 
 import re
@@ -14,7 +14,7 @@ _WRAPPED = ("", ".base_layer", ".base_layer.base_layer")
 
 
 def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family: Family) -> list[str]:
-    """Find the keys of A and B (and of DoRA's lengths), or of a trained weight; none if the file does not change it.
+    """Return the keys of A and B (and of DoRA's lengths), or of a fully trained weight; [] if the file has none.
 
     Args:
         name: Hub name of the weight.
@@ -38,7 +38,7 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family
     if named is None or family.experts is None:
         return []
     experts, _, stack = named
-    # PEFT wraps the first-named projection first, so with both its factors lie inside, under `base_layer`.
+    # PEFT wraps the first-named projection first. If both have factors, the first one's are inside, in `base_layer`.
     outer, inner = _pair(experts, held), _pair(f"{experts}.base_layer", held)
     if inner:
         return inner if stack == next(iter(family.experts.stacks)) else outer
@@ -47,7 +47,7 @@ def factor_keys(name: str, held: Collection[str], config: dict[str, Any], family
 
 
 def expert_of(module: str, family: Family) -> tuple[str, int, str] | None:
-    """Take an expert's Hub name apart: the fused module, the expert's id, the fused parameter."""
+    """Split an expert's Hub name into fused module, expert id and fused parameter; return None for other modules."""
     if family.experts is None:
         return None
     for stack, names in family.experts.stacks.items():
@@ -60,27 +60,27 @@ def expert_of(module: str, family: Family) -> tuple[str, int, str] | None:
 
 
 def place_in_stack(module: str, family: Family) -> int:
-    """Tell how many projections come before this one in its fused parameter: 1 for up, which follows gate."""
+    """Return the number of projections before this one in its fused parameter: 1 for up, which follows gate; else 0."""
     assert family.experts is not None, "only experts are fused"
     projection = module.rpartition(".")[2]
     return next(names.index(projection) for names in family.experts.stacks.values() if projection in names)
 
 
 def stacked_row(name: str, key: str, family: Family) -> int | None:
-    """Find the row of a stack of biases that is this weight's; None if the key is only this weight's."""
+    """Return the row of a stack of biases that belongs to this weight; None if the key is not a stack's."""
     found = expert_of(name.removesuffix(".bias"), family)
     return found[1] if found and key.endswith(f"{found[2]}_bias") else None
 
 
 def _called_in_memory(name: str, family: Family) -> str:
-    """What the model in memory, and so PEFT's layout, calls a weight outside the experts."""
+    """Return the name in memory, and so in PEFT's layout, of a weight outside the experts."""
     for disk, memory in family.renamed.items():
         name = re.sub(rf"\.{re.escape(disk)}\.(\w+)$", rf".{memory}.\1", name)
     return name
 
 
 def _bias(module: str, held: Collection[str], family: Family) -> list[str]:
-    """Find a trained bias's key, its own or that of its layer's stack; PEFT's wrappers leave `.base_layer` in it."""
+    """Return a trained bias's key: its own or its layer's stack's. PEFT's wrappers add `.base_layer` to the name."""
     names = [f"{module}{wrapped}.bias" for wrapped in _WRAPPED]
     if found := expert_of(module, family):
         names += [f"{found[0]}{wrapped}.{found[2]}_bias" for wrapped in _WRAPPED]

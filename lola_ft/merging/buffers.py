@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh memory for every piece would cost more time than adding the update."""
+"""Reused memory. New memory for every piece would take more time than adding the update."""
 
 from collections import deque
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Buffers:
-    """Hands out tensors over a few stretches of memory; safe to use from several threads."""
+    """A pool of memory that lends tensors. Safe for use by several threads."""
 
     def __init__(self) -> None:
         self._free: deque[Tensor] = deque()
         self._taken: dict[int, Tensor] = {}
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Return a flat tensor of any content."""
+        """Return a flat tensor with undefined content."""
         num_bytes = numel * dtype.itemsize
         try:
             memory = self._free.pop()
@@ -26,7 +26,7 @@ class Buffers:
         return memory[:num_bytes].view(dtype)
 
     def give_back(self, tensor: Tensor) -> None:
-        """Take memory back, to hand it out again; a tensor from elsewhere is ignored."""
+        """Return a tensor's memory to the pool. A tensor that is not from the pool is ignored."""
         memory = self._taken.pop(tensor.data_ptr(), None)
         if memory is not None:
             self._free.append(memory)

@@ -1,4 +1,4 @@
-"""The files of a merged folder beside its weights: config, generation config, tokenizer, template."""
+"""The other files of a merged folder: config, generation config, tokenizer, template."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ _OTHER_FILES = (GENERATION_FILE, "*.py", *TERMS_FILES)
 
 
 def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None:
-    """Write the base's config with the dtype of the merged weights, fit for every class that loads them.
+    """Write the base's config with the dtype of the merged weights, for every class that loads them.
 
     Args:
         origin: The base's Hub id, "" for a folder.
-        dtype: Of the merged weights.
+        dtype: Name of the merged weights' dtype.
     """
     config = config_for(base.architecture.family, base.config_json, origin)
     config["torch_dtype"] = dtype  # the name that transformers 4 and 5 read
@@ -26,7 +26,10 @@ def write_config(base: MergeBase, folder: Path, origin: str, dtype: str) -> None
 
 
 def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
-    """Copy training's tokenizer and prompt template (else the base's tokenizer, never a mix) and other small files."""
+    """Copy the tokenizer, prompt template and other small files.
+
+    The tokenizer is the adapter folder's, as in training, or else the base's, but never a mix of both.
+    """
     tokenizer = adapter_folder if any(adapter_folder.glob("tokenizer*")) else base_folder
     copy_files(base_folder, folder, _OTHER_FILES)
     copy_files(tokenizer, folder, TOKENIZER_FILES)
@@ -38,6 +41,6 @@ def copy_companions(base_folder: Path, adapter_folder: Path, folder: Path) -> No
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
         }
         write_text(folder / GENERATION_FILE, json.dumps(ids, indent=2) + "\n")
-    if stops.is_file():  # answers end with another token than the base's
+    if stops.is_file():  # answers end with another token than the base's answers
         config = read_json(folder / GENERATION_FILE) | {"eos_token_id": read_json(stops)["eos_token_id"]}
         write_text(folder / GENERATION_FILE, json.dumps(config, indent=2) + "\n")

@@ -1,4 +1,20 @@
-"""The adapter's updates, read from its file one at a time: a whole adapter may be larger than the memory."""
+"""The adapter's update of each weight, read from its file one weight at a time: an adapter may be larger than memory.
+
+The idea: a merged weight is the base's weight plus `scaling * B @ A`. Base checkpoints store weights as in×out or as
+out×in, so the factors are brought to the stored orientation once, and each piece of whole rows gets its own product.
+A weight stored as 4 x 6 (in×out), rank R = 2, the piece of rows 2 and 3:
+
+    A (R, in)  = (2, 4),  B^T (R, out) = (2, 6)             rows_RX = A, columns_RY = B^T
+    start      = 12                                         row 2 = 12 // 6
+    update     = scaling * A[:, 2:4].T (2, 2) @ B^T (2, 6)  (2, 6), as flat as the values it is added to
+
+A weight that is stored out×in swaps them: rows_RX = B^T and columns_RY = A.
+
+The other kinds of change: fully trained weights (no LoRA) and trained token rows replace the base's values. DoRA
+multiplies weight plus update by a factor per output. All of them are returned as a difference from the base's values.
+
+Shape suffixes: R rank, X rows and Y columns of the stored weight, I inputs, O outputs of the layer.
+"""
 
 import torch
 from torch import Tensor
@@ -8,11 +24,13 @@ from lola_ft.adapters.stacks import split_b
 from lola_ft.families.expert_layout import ExpertName
 from lola_ft.merging.merge_base import MergeBase
 
-_STACKS_KEPT = 2  # a layer's two stacks take turns in the file
+_STACKS_KEPT = 2  # in the file, experts of a layer's two stacks (into the experts, back out) alternate
 
 
 class Deltas:
-    """The changes of an adapter to each weight of a checkpoint, by Hub names and as the checkpoint stores it.
+    """An adapter's changes to each weight of a checkpoint, by the weight's Hub name and in its stored orientation.
+
+    The tensors that change the latest weight are kept between calls, because a weight comes in several pieces.
 
     Attributes:
         outline: The adapter's pairs and trained weights, with shapes only.
@@ -24,7 +42,7 @@ class Deltas:
         self._entries = stored.entries
         self._num_experts = base.architecture.num_experts
         self._stacks: dict[str, Tensor] = {}
-        self._name = ""  # the tensor whose numbers are at hand
+        self._name = ""  # the weight that the next four belong to; at most one of pair, trained and rows is set
         self._pair: tuple[Tensor, Tensor] | None = None
         self._factor: Tensor | None = None
         self._trained: Tensor | None = None
@@ -44,38 +62,44 @@ class Deltas:
         return [f"{module}.lora_A", f"{module}.lora_B", *lengths]
 
     def update(self, name: str, start: int, values: Tensor) -> Tensor:
-        """Return what to add to the values there, float32: `scaling * b @ a`, oriented as stored (arXiv 2106.09685).
+        """Return the difference between merged and base values of whole rows of a weight, float32.
 
-        With DoRA (arXiv 2402.09353), what makes `factor * (values + that)` of them; `factor` is one number per output.
+        With LoRA this is `scaling * b @ a`, in the stored orientation (arXiv 2106.09685). With DoRA it is
+        `factor * (values + scaling * b @ a) - values`, with one factor per output (arXiv 2402.09353).
 
         Args:
-            start: Place of the first value in the flat weight; a row's first.
-            values: Flat; whole rows.
+            name: The weight's Hub name.
+            start: Place of the first value in the flat weight, at the beginning of a row.
+            values: The base's values, flat, whole rows.
 
         Returns:
-            Flat, in memory that the next call uses again.
+            As flat as `values`, in memory that the next call overwrites.
         """
         self._fetch(name)
         if len(self._update) < values.numel():
             self._update = torch.empty(values.numel())
         update = self._update[: values.numel()]
+        # Replaced values: the difference from the base's
         if self._rows is not None:
             return torch.sub(self._with_rows(name, start, values), values, out=update)
         if self._trained is not None:
             return torch.sub(self._trained[start : start + values.numel()], values, out=update)
+        # LoRA: only the product. DoRA: factor * (values + product) - values, with the factor along outputs, which are
+        # columns (Y,) or rows (X, 1) of the piece.
         self._product(name, start, update)
         if self._factor is not None:
             columns = self._base.entries[name].shape[-1]
             factor = self._factor
-            if not self.outline.is_in_by_out(name.removesuffix(".weight")):  # outputs are rows
+            if not self.outline.is_in_by_out(name.removesuffix(".weight")):
                 factor = factor[start // columns : (start + values.numel()) // columns, None]
             update.add_(values).view(-1, columns).mul_(factor)
             update.sub_(values)
         return update
 
     def _product(self, name: str, start: int, update: Tensor) -> None:
-        """Fill in the product of the factors for whole rows of the stored weight."""
+        """Write `scaling * rows.T @ columns` for whole rows of the stored weight into the flat `update`."""
         assert self._pair is not None, f"{name}: the adapter does not change it"
+        # update (X, Y) = scaling * rows[:, these rows].T (X, R) @ columns (R, Y)
         rows_RX, columns_RY = self._pair
         update_XY = update.view(-1, columns_RY.shape[1])
         row = start // columns_RY.shape[1]
@@ -84,21 +108,21 @@ class Deltas:
         torch.addmm(update_XY, part_XR, columns_RY, beta=0, alpha=scaling, out=update_XY)
 
     def trained(self, name: str, start: int, values: Tensor) -> Tensor | None:
-        """Return the values that replace the base's, float32, if the weight was fully trained; else None."""
+        """Return the values that replace the base's, flat float32, if weight or rows were fully trained; else None."""
         self._fetch(name)
         if self._rows is not None:
             return self._with_rows(name, start, values)
         return None if self._trained is None else self._trained[start : start + values.numel()]
 
     def _fetch(self, name: str) -> None:
-        """Read what changes this weight, float32."""
+        """Read the adapter's tensors that change this weight, in float32, unless they were read last time."""
         if name == self._name:
             return
         self._pair = self._trained = self._factor = self._rows = None
         if name in self.outline.trained:
             (key,) = self.outline.keys[name]
             entry = self._entries[key]
-            if name.endswith(".bias") and len(entry.shape) == 2:  # a layer's stack, a row an expert
+            if name.endswith(".bias") and len(entry.shape) == 2:  # a layer's stack, one row per expert
                 expert = self._expert(name.removesuffix(".bias")).expert
                 entry = entry.rows(expert, expert + 1)
             self._trained = entry.read(torch.float32).view(-1)
@@ -113,7 +137,7 @@ class Deltas:
         self._name = name
 
     def _with_rows(self, name: str, start: int, values: Tensor) -> Tensor:
-        """Return whole rows of an embedding, flat from `start` on, with the trained tokens' rows in their places."""
+        """Return whole rows of an embedding (flat from `start` on, float32) with the trained tokens' rows inserted."""
         assert self._rows is not None, f"{name}: no rows of it are trained"
         columns = self._base.entries[name].shape[-1]
         changed = values.float().view(-1, columns).clone()
@@ -124,11 +148,15 @@ class Deltas:
         return changed.view(-1)
 
     def _dora_factor(self, name: str) -> Tensor:
-        """Return DoRA's factor per output: its learned length over its length with the update, float32 (outputs,)."""
+        """Return DoRA's factor of each output, float32 (O,): learned length / length of weight plus update.
+
+        An output's length is the norm of its column (in×out) or row (out×in), summed in float64 piece by piece.
+        """
         entry, module = self._base.entries[name], name.removesuffix(".weight")
         columns, by_column = entry.shape[-1], self.outline.is_in_by_out(module)
         squares = torch.zeros(columns if by_column else entry.shape[0], dtype=torch.float64)
         for start, values in self._base.pieces(entry, columns):
+            # Squares of weight plus update (X, Y), summed over inputs
             changed = torch.empty(values.numel())
             self._product(name, start, changed)
             part_XY = changed.add_(values).view(-1, columns).square()
@@ -140,15 +168,18 @@ class Deltas:
         return (self._entries[key].read(torch.float32).double() / squares.sqrt()).float()
 
     def _read_pair(self, module: str) -> tuple[Tensor, Tensor]:
-        """Read the factors (R, rows) and (R, columns) of the stored weight; an expert's are cut from its layer's stack.
+        """Read the factors (R, X) and (R, Y) of the stored weight: A and B^T if it is in×out, B^T and A if out×in.
 
-        A and B^T for a weight that is stored in×out, the other way round for one that is stored out×in.
+        PEFT stores the factors of a layer's experts in stacks: A as (E * R, I), expert by expert; B as (O, R * E) with
+        the columns of experts alternating. An expert's factors are cut out of them.
         """
         key_a, key_b = self.outline.keys[module][:2]
         entry_a, entry_b = self._entries[key_a], self._entries[key_b]
         rank = self.outline.pairs[module].rank
+        # The weight's own pair: A (R, I), B (O, R)
         if entry_a.shape[0] == rank:
             a_RI, b_RO = entry_a.read(torch.float32), entry_b.read(torch.float32).t().contiguous()
+        # An expert's, from stacks. With gate and up in one projection, B's outputs are gate's, then up's.
         else:
             expert = self._expert(module)
             a_RI = entry_a.rows(expert.expert * rank, (expert.expert + 1) * rank).read(torch.float32)
@@ -160,13 +191,13 @@ class Deltas:
         return (a_RI, b_RO) if self.outline.is_in_by_out(module) else (b_RO, a_RI)
 
     def _expert(self, module: str) -> ExpertName:
-        """The expert's projection that a Hub module is."""
+        """Return the expert and projection that a Hub module names."""
         expert = self._base.architecture.family.parse_expert(module)
         assert expert is not None, f"{module} belongs to no expert"
         return expert
 
     def _stack(self, key: str) -> Tensor:
-        """Read a layer's stacked B; an expert's values are spread over all of it, so it is kept for the next expert."""
+        """Read a layer's stacked B. Each expert has values all over the stack, so it is kept for the next one."""
         if key not in self._stacks:
             while len(self._stacks) >= _STACKS_KEPT:
                 self._stacks.pop(next(iter(self._stacks)))

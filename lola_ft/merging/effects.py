@@ -14,9 +14,10 @@ class Distance:
     """The distance of one model's predictions from another's.
 
     Attributes:
-        kl: Mean Kullback-Leibler divergence of the second's next-token distributions from the first's, nats per token.
+        kl: Mean Kullback-Leibler divergence of the second model's next-token distributions from the first's, in nats
+            per token.
         top1_agreement: Share of positions with the same most likely next token.
-        loss_difference: First's mean loss minus second's, in nats per token.
+        loss_difference: The first model's mean loss minus the second's, in nats per token.
     """
 
     kl: float
@@ -26,16 +27,18 @@ class Distance:
 
 @dataclass(frozen=True)
 class Effects:
-    """Losses (nats per token) and distances on the prompts; those of the 4-bit base are None if training saw none.
+    """Losses (nats per token) and distances on the prompts.
+
+    Values for the 4-bit base are None if training did not use a 4-bit base.
 
     Attributes:
-        adapter_on_4_bit: Loss of the adapter on the base in 4 bit, which training saw.
+        adapter_on_4_bit: Loss of the adapter on the 4-bit base, as in training.
         adapter_on_original: Loss of the adapter on the original weights.
-        merged: Loss of the merged model, with the rounding that was chosen.
-        original_from_4_bit: Adapter on the original weights against adapter on the 4-bit base; but for rounding to
-            the output dtype also what `--rounding base` gives against `--rounding nf4`.
-        merged_from_4_bit: Merged against adapter on the 4-bit base.
-        merged_from_original: Merged against adapter on the original weights.
+        merged: Loss of the merged model, with the chosen rounding.
+        original_from_4_bit: Distance of the adapter on the original weights from the adapter on the 4-bit base. Except
+            for rounding to the output dtype, it is also the distance of `--rounding base` from `--rounding nf4`.
+        merged_from_4_bit: Distance of the merged model from the adapter on the 4-bit base.
+        merged_from_original: Distance of the merged model from the adapter on the original weights.
     """
 
     merged: float
@@ -49,7 +52,7 @@ class Effects:
 def measure_effects(
     merged: list[Outputs], on_4_bit: list[Outputs] | None, on_original: list[Outputs] | None
 ) -> Effects:
-    """Compare the three models' outputs on the same prompts; one that was not run is left out."""
+    """Compare the three models' outputs on the same prompts. A model that was not run is left out."""
     return Effects(
         merged=_loss(merged),
         adapter_on_4_bit=_loss(on_4_bit) if on_4_bit else None,
@@ -61,7 +64,7 @@ def measure_effects(
 
 
 def effects_table(effects: Effects, rounding: str) -> Table:
-    """Make a table to print: one line per model; divergence and agreement are from line (1) and line (2)."""
+    """Return a table to print, with one line per model. Divergence and agreement refer to lines (1) and (2)."""
     table = Table(title="What rounding does, on a few sentences", title_justify="left")
     for heading in ("", "loss", "KL (1)", "top-1 (1)", "KL (2)", "top-1 (2)"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
@@ -88,7 +91,7 @@ def advice(effects: Effects) -> str:
 
 
 def original_minus_4_bit(effects: Effects) -> float:
-    """Loss on the original weights minus loss on the 4-bit ones."""
+    """Return the loss on the original weights minus the loss on the 4-bit ones, in nats per token."""
     assert effects.original_from_4_bit is not None
     return effects.original_from_4_bit.loss_difference
 

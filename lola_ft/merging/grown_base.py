@@ -1,4 +1,4 @@
-"""A base whose embeddings get further rows: an adapter may bring tokens that the base has no row for."""
+"""A base with further embedding rows, for an adapter with tokens for which the base has no row."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from lola_ft.merging.merge_base import MergeBase
 
 @dataclass(frozen=True)
 class GrownBase(MergeBase):
-    """A base with more rows of embeddings, and of an output head of its own; the adapter has all that are new.
+    """A base with more rows of embeddings, and of the output head if it is not tied. The adapter has all new rows.
 
     Attributes:
-        base: The base as it is.
+        base: The base without the new rows.
     """
 
     base: MergeBase
 
     @staticmethod
     def grow(base: MergeBase, vocabulary: int) -> MergeBase:
-        """Return the base with a vocabulary of so many rows; itself where it has as many."""
+        """Return the base with a vocabulary of this number of rows; itself if it has this number."""
         if vocabulary <= base.architecture.sizes.vocab:
             return base
         embeddings = base.architecture.family.embeddings
@@ -44,7 +44,7 @@ class GrownBase(MergeBase):
         )
 
     def pieces(self, entry: TensorEntry, unit: int = 1, empty: Empty | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Yield the base's pieces, then the new rows as zeros, which the adapter's rows replace."""
+        """Yield the base's pieces, then zeros for the new rows, which the adapter's rows replace."""
         own = self.base.entries[entry.name]
         yield from self.base.pieces(own, unit, empty)
         held, wanted = (torch.Size(shape).numel() for shape in (own.shape, entry.shape))

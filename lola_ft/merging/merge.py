@@ -1,4 +1,4 @@
-"""Merging an adapter into the weights on disk: tensor by tensor, in the base's own layout, whole or not at all."""
+"""Merging of an adapter into the weights on disk: tensor by tensor, in the base's layout, as a whole or not at all."""
 
 import json
 from dataclasses import asdict, replace
@@ -42,19 +42,21 @@ def merge(
     """Write base plus adapter as a checkpoint in the base's layout, with the tokenizer, and prove it from the files.
 
     Args:
-        base: The folder or Hub id of a base of any family; or of a quantised base that `lola-ft quantize` wrote.
-        adapter: An adapter's folder, either layout.
-        out: Folder to write; must not hold anything yet.
-        dtype: Of the merged weights: `auto` (the base's own), float32, bfloat16 or float16.
-        rounding: `base` adds the update to the original weights; `nf4` to what they are after 4-bit rounding, which
-            is what training saw. None is `base` where the original weights are there.
-        check: `full` (or True) compares the written weights with base and adapter, then loads both and compares their
-            logits, if they fit in memory; `weights` leaves the logits out; `none` (or False) checks nothing.
+        base: The folder or Hub id of a base of any family, or the folder of a quantised base from `lola-ft quantize`.
+        adapter: An adapter's folder, in either layout.
+        out: Folder to write; must not exist or be empty.
+        dtype: Dtype of the merged weights: `auto` (the base's own), float32, bfloat16 or float16.
+        rounding: `base` adds the update to the original weights, `nf4` to the weights after 4-bit rounding, as in
+            4-bit training. None means `base` if the original weights are available.
+        revision: Branch, tag or commit of a base on the Hub.
+        allow_other_base: Accept an adapter that was trained on other base weights.
+        check: `full` (or True) compares the written weights with base and adapter, then loads both models and compares
+            their logits, if they fit in memory. `weights` skips the logits. `none` (or False) checks nothing.
 
     Raises:
         AdapterError: If the adapter does not fit, or would change nothing.
-        CheckpointError: If the base is damaged, or what was written is not what it should be.
-        UserError: If `out` is taken or an option unknown.
+        CheckpointError: If the base is damaged, or the written files are wrong.
+        UserError: If `out` is in use, or an option is unknown.
     """
     checks = check if isinstance(check, str) else ("full" if check else "none")
     _check_options(dtype, rounding, checks, out)
@@ -100,10 +102,10 @@ def _check_options(dtype: str, rounding: str | None, check: str, out: str | Path
 
 
 def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:
-    """Return the rounding that was asked for, or the only one that this adapter allows.
+    """Return the rounding that was asked for, or else the only one that this adapter allows, if there is only one.
 
     Raises:
-        UserError: If the two contradict each other.
+        UserError: If the adapter does not allow the rounding that was asked for.
     """
     if not stored.starts_at_rounding_error:
         return rounding
@@ -116,17 +118,17 @@ def _own_rounding(stored: StoredAdapter, rounding: str | None) -> str | None:
 
 
 def _open_base(base: str | Path, revision: str | None, rounding: str | None, stored: StoredAdapter) -> MergeBase:
-    """Open the base's checkpoint; or its 4-bit form, if that was given or the original does not exist here.
+    """Open the base's checkpoint; or its 4-bit form, if that was given or is the only one available.
 
     Raises:
-        UserError: If `rounding` asks for original weights and there are none.
+        UserError: If `rounding` asks for original weights that are not available.
     """
     four_bit = Path(base)
     if not (four_bit / "nf4.safetensors").is_file():
         try:
             folder = resolve_folder(base, revision)
         except CheckpointError:
-            # Here, because it brings bitsandbytes.
+            # Imported late, because it imports bitsandbytes.
             from lola_ft.quantization.cache import caches_of
 
             caches = caches_of(stored.metadata.get("base_fingerprint") or "none")
@@ -146,10 +148,10 @@ def _open_base(base: str | Path, revision: str | None, rounding: str | None, sto
 
 
 def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Written, dtype: str) -> MergeReport:
-    """Count what was written.
+    """Return the report of the written weights.
 
     Raises:
-        AdapterError: If a tensor of the adapter was not merged, or not once, or if nothing changed.
+        AdapterError: If a tensor of the adapter was merged more or less than once, or if nothing changed.
     """
     expected = deltas.outline.tensor_count()
     once = sum(count == 1 for count in written.applied.values())
@@ -182,8 +184,8 @@ def _report(base: MergeBase, stored: StoredAdapter, deltas: Deltas, written: Wri
 
 
 def _compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
-    """Load base plus adapter and the merged model, one after another, and compare; or say why not."""
-    # Here, so that a merge without it does without whole models and what loads them.
+    """Load base plus adapter and the merged model, one after another, and compare them; or report why not."""
+    # Imported late, so that a merge without this comparison does not import the code that loads models.
     from lola_ft.merging.models import compare_models
 
     return compare_models(report, base, stored, folder)
@@ -195,7 +197,7 @@ def _written_dtype(base: MergeBase, dtype: str) -> str:
 
 
 def _base_id(stored: StoredAdapter) -> str:
-    """Return the Hub id that the adapter names as its base; "" for a path, which means nothing on other machines."""
+    """Return the Hub id that the adapter names as its base; "" for a local path, which other machines do not have."""
     name = str(stored.config.get("base_model_name_or_path") or "")
     return name if is_repo_id(name) and not Path(name).exists() else ""
 

@@ -1,4 +1,4 @@
-"""The weights that an adapter is merged into: a checkpoint's, as they are or after 4-bit rounding."""
+"""The weights that an adapter is merged into: a checkpoint's stored weights, or their 4-bit rounding."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ class MergeBase(ABC):
     """A base's tensors by Hub names, read piece by piece.
 
     Attributes:
-        folder: Where the config, the tokenizer and other small files lie.
+        folder: Folder of the config, the tokenizer and other small files.
         architecture: Its family, sizes and places.
-        config_json: The config as the file has it.
+        config_json: The content of `config.json`.
         shards: The files to write, each with its tensors in order.
         ignored: Names of legacy tensors that are left out.
         fingerprint: Identity of the original weights.
-        rounded: Whether the tensors are rounded to 4 bit.
-        kind: `checkpoint`, or `nf4` where only the 4-bit form exists.
-        omitted_prefix: Beginning of the Hub names that the base's own files leave out, and the merged ones, too.
+        rounded: True if the tensors are rounded to 4 bit.
+        kind: `checkpoint`, or `nf4` if only the 4-bit form exists.
+        omitted_prefix: Beginning of the Hub names that is missing in the base's own files, and so in the merged ones.
     """
 
     folder: Path
@@ -44,15 +44,15 @@ class MergeBase(ABC):
 
     @cached_property
     def entries(self) -> dict[str, TensorEntry]:
-        """Every tensor to write, by name."""
+        """All tensors to write, by name."""
         return {entry.name: entry for _, entries in self.shards for entry in entries}
 
     def is_rounded(self, name: str) -> bool:
-        """Tell whether 4-bit rounding has changed this tensor."""
+        """Return True if 4-bit rounding changes this tensor."""
         return self.rounded and name in self.architecture.places and self.architecture.places[name].quantized
 
     def stored_name(self, name: str) -> str:
-        """Return the name of what holds a weight in the files to write."""
+        """Return the name of the tensor that holds a weight in the files to write."""
         return self.architecture.family.in_file(name).removeprefix(self.omitted_prefix)
 
     @abstractmethod
@@ -66,14 +66,14 @@ class MergeBase(ABC):
 
 @dataclass(frozen=True)
 class CheckpointBase(MergeBase):
-    """A checkpoint in the Hub's layout, with its own weights or with their NF4 rounding."""
+    """A checkpoint in the Hub's layout, with its stored weights or their NF4 rounding."""
 
     @staticmethod
     def open(checkpoint: BaseCheckpoint, rounding: str) -> "CheckpointBase":
         """Open a base to merge into its stored weights (`base`) or their 4-bit rounding (`nf4`).
 
         Raises:
-            CheckpointError: If the base has an output head that should be its embeddings and is not.
+            CheckpointError: If the base has an output head that should equal its embeddings and does not.
         """
         checkpoint.check_tied_head()
         entries = checkpoint.copied
@@ -101,7 +101,7 @@ class CheckpointBase(MergeBase):
         return torch.cat([entry.rows(row, row + 1).read() for row in wanted])
 
     def _rounded(self, entry: TensorEntry) -> Tensor:
-        # Here, so that a merge into the original weights does without bitsandbytes.
+        # Imported late, so that a merge into the original weights does not import bitsandbytes.
         from lola_ft.merging.rounding import nf4_rounded
 
         return nf4_rounded(self.architecture.places[entry.name], entry.read())

@@ -18,21 +18,22 @@ class MergeReport:
         adapter_layout: `peft` or `per_expert`.
         dtype: The option; `auto` is the base's own.
         rounding: `base` or `nf4`: the weights that the update was added to.
-        adapter_tensors: Tensors of the adapter (an expert's A and B count one each, also where they are stacked).
-        applied: How many of them were merged, each once.
-        replaced: Of the applied ones, fully trained weights (router, norms, biases), which replace the base's.
-        biases: How many of the replaced ones are biases.
-        changed: Base tensors that the adapter changed.
-        rounded: Base tensors that only 4-bit rounding changed.
-        copied: Base tensors written as they were (but for a cast).
-        dropped: Legacy buffers and copies of tied weights that were left out, by name.
+        adapter_tensors: Number of tensors of the adapter. An expert's A and B count one each, also if they are stacked.
+        applied: Number of adapter tensors that were merged, each once.
+        replaced: Number of these that are fully trained weights (router, norms, biases), which replace the base's.
+        biases: Number of the replaced ones that are biases.
+        changed: Number of base tensors that the adapter changed.
+        rounded: Number of base tensors that only 4-bit rounding changed.
+        copied: Number of base tensors written without a change, except for a cast.
+        dropped: Names of legacy buffers and copies of tied weights that were left out.
         largest_change: Largest absolute update of any weight, in float32.
         weights: Proof from the written files (`WeightProof`); None if it was not asked for.
         verification: Comparison of logits (`Verification`); None if it was skipped.
-        effects: What rounding does to loss and logits (`Effects`); None if it was skipped.
-        stages: The runs that led to the adapter, oldest first, if their manifest is there.
-        skipped: Why logits were not compared; "" if they were.
-        other_code: Python files of the base, kept beside our own code, which the config names; [] without code of ours.
+        effects: The effects of rounding on loss and logits (`Effects`); None if the comparison was skipped.
+        stages: The runs that led to the adapter, oldest first, if their manifest exists.
+        skipped: The reason why logits were not compared; "" if they were.
+        other_code: Python files of the base that were kept besides lola_ft's code, which the config names; [] without
+            such code.
     """
 
     base_fingerprint: str

@@ -1,4 +1,4 @@
-"""The `merge` verb: finds base and output of a run, merges, says what was done."""
+"""The `merge` verb: find base and output of a run, merge, and print what was done."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def merge_command(
     allow_other_base: bool,
     check: str,
 ) -> None:
-    """Merge a run's or a folder's adapter; see `lola_ft.merge` for the options."""
+    """Merge the adapter of a run or a folder; see `lola_ft.merge` for the options."""
     folder = Path(run_or_adapter)
     if not folder.is_dir():
         raise UserError(f"{missing(folder, 'folder')} Give a run folder or an adapter's folder.")

@@ -1,4 +1,4 @@
-"""The model card of a merged folder, from what the merge and the run recorded."""
+"""The model card of a merged folder, from the records of merge and run."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,8 +17,8 @@ def write_card(
     """Write `README.md`.
 
     Args:
-        base: The base's Hub id, "" if it has none: a local folder's path would mean nothing to others.
-        record: The manifest of the run that the adapter lies in, {} without one.
+        base: The base's Hub id, "" if it has none, because a local path means nothing on other machines.
+        record: The manifest of the run that contains the adapter; {} without a run.
     """
     facts = CardFacts(
         title=f"{base.rpartition('/')[2] or family.title}, fine-tuned and merged",

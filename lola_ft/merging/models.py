@@ -1,4 +1,4 @@
-"""The part of a merge's check that needs whole models: logits, and what rounding does to them."""
+"""The part of a merge's check that needs whole models: the logits, and the effects of rounding on them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from lola_ft.subject import run_around, trained_in_4_bit
 
 
 def compare_models(report: MergeReport, base: MergeBase, stored: StoredAdapter, folder: Path) -> MergeReport:
-    """Add the comparison of logits and the effects of rounding to a report, or the reason why they are missing.
+    """Return the report with the comparison of logits and the effects of rounding, or the reason why they are missing.
 
     Raises:
-        AdapterError: If merged and base plus adapter differ by more than rounding explains.
+        AdapterError: If the merged model differs from base plus adapter by more than rounding explains.
     """
     merged = BaseCheckpoint.open(folder)
     places = merged.architecture.places

@@ -1,4 +1,4 @@
-"""The outputs of models on a few real sentences; whole models are loaded, one after another."""
+"""The outputs of whole models on a few real sentences. Models are loaded one after another."""
 
 import gc
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ PROMPTS = (
     "يشرب جدي الشاي كل صباح في الحديقة.",
     "今日は駅前の店で新しい本を買いました。",
 )
-_SPARE = 1.15  # beside a model's weights: the largest tensor on its way, activations, logits
-_SPARE_BYTES = 500_000_000  # PEFT, bitsandbytes and what they bring
+_SPARE = 1.15  # factor for the largest tensor while it is loaded, activations and logits
+_SPARE_BYTES = 500_000_000  # memory of PEFT, bitsandbytes and the modules that they import
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The token ids (S,) of one prompt, its logits (S, V), and scores (S*L, E) of L routers, token by token.
+    """The token ids (S,) of one prompt, its logits (S, V), and the scores of its L routers (N, E), N = S*L.
 
-    Without routers, scores are (S, 1) zeros, as if one expert took every token.
+    Scores are ordered by token, then by layer. Without routers they are zeros (S, 1), as if one expert took all tokens.
 
     Attributes:
-        dtype: What was computed in.
-        top_k: Experts that each token takes.
+        dtype: Dtype of the computation.
+        top_k: Experts per token.
     """
 
     ids_S: Tensor
@@ -43,18 +43,18 @@ class Outputs:
     top_k: int = 1
 
     def choices(self) -> Tensor:
-        """Return (S*L, E) bool, True for the experts that a token takes."""
+        """Return (N, E) bool, True for the experts that a token chooses."""
         chosen = self.scores_NE.topk(self.top_k, dim=-1).indices
         return torch.zeros_like(self.scores_NE, dtype=torch.bool).scatter_(1, chosen, value=True)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The three models that a merge is about, to be run one after another.
+    """The models of a merge (base plus adapter, merged), to be run one after another.
 
     Attributes:
-        base: Folder of the base; `adapter`, `merged`: of the adapter and of the result.
-        compute: Dtype in which all are held and computed.
+        base, adapter, merged: Folders of the base, the adapter and the result.
+        compute: Dtype of weights and computation of all models.
     """
 
     base: Path
@@ -63,7 +63,7 @@ class Models:
     compute: torch.dtype
 
     def adapted(self, quantization: str | None) -> list[Outputs]:
-        """Run base plus adapter; the base in 4 bit or not."""
+        """Run base plus adapter, with the base dense or in 4 bit."""
         from lola_ft.adapters import load_adapter
         from lola_ft.quantization import load_base
 
@@ -71,7 +71,7 @@ class Models:
         return _run(load_adapter(model, self.adapter, allow_other_base=True), self._prompt_ids())
 
     def merged_alone(self) -> list[Outputs]:
-        """Run the merged model, as transformers loads it."""
+        """Run the merged model as transformers loads it."""
         from transformers import AutoModelForCausalLM
 
         from lola_ft.quantization.load import default_device
@@ -80,7 +80,7 @@ class Models:
         return _run(model.to(default_device()), self._prompt_ids())
 
     def _prompt_ids(self) -> list[Tensor]:
-        """Return the prompts' token ids; without a tokenizer, ids spread over the vocabulary."""
+        """Return the prompts' token ids, (1, S) each; without a tokenizer, ids spread over the vocabulary."""
         from transformers import AutoTokenizer
 
         if any(self.merged.glob("tokenizer*")):
@@ -93,15 +93,15 @@ class Models:
 
 
 def compute_dtype(parameters: int, weights_dtype: torch.dtype) -> torch.dtype:
-    """Return float32 where the model is small or the machine has nothing faster, else the dtype of its weights."""
-    # Here, so that a merge without models does without bitsandbytes.
+    """Return float32 if the model is small or the machine has no faster dtype, else the dtype of its weights."""
+    # Imported late, so that a merge without models does not import bitsandbytes.
     from lola_ft.quantization.load import default_device
 
     return comparison_dtype(parameters, weights_dtype, default_device())
 
 
 def too_large(parameters: int, compute: torch.dtype) -> str:
-    """Say why a model of so many parameters cannot be loaded here; "" if it can."""
+    """Return the reason why a model with this number of parameters cannot be loaded here; "" if it can."""
     needed = parameters * compute.itemsize * _SPARE + _SPARE_BYTES
     free = {"memory": psutil.virtual_memory().available}
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Reading, computing and writing at the same time, with few pieces in memory."""
+"""A pipeline that reads, computes and writes at the same time, with few pieces in memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -8,13 +8,14 @@ from typing import TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
-_DEPTH = 3  # pieces read ahead, and pieces waiting to be written
+_DEPTH = 3  # most pieces that are read ahead, and most that wait to be written
 
 
 def run_pipeline(source: Iterable[T], work: Callable[[T], U], sink: Callable[[U], None]) -> None:
-    """Do `sink(work(item))` for every item, in order: one thread reads the source, another one feeds the sink.
+    """Call `sink(work(item))` for every item, in order. One thread reads the source, another one calls the sink.
 
-    Source and sink have one thread each, so neither needs a lock. An error in any of the three ends all and is raised.
+    Source and sink have one thread each, so that neither needs a lock. An error in source, work or sink ends all three
+    and is raised.
     """
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         try:

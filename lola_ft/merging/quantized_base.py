@@ -1,4 +1,4 @@
-"""A base of which only the 4-bit form exists here: its weights are dequantised."""
+"""A base whose 4-bit form is the only one available. Its weights are dequantised for the merge."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class QuantizedBase(MergeBase):
-    """A folder that `lola-ft quantize` wrote, by Hub names.
+    """A folder that `lola-ft quantize` wrote, read by Hub names.
 
     Attributes:
         stored: The file's tensors, by their names in memory.
@@ -34,7 +34,7 @@ class QuantizedBase(MergeBase):
         """Open a quantised base.
 
         Raises:
-            CheckpointError: If a part of it is missing or damaged.
+            CheckpointError: If a file of it is missing or damaged.
         """
         if not (folder / "config.json").is_file():
             raise CheckpointError(
@@ -93,13 +93,14 @@ class QuantizedBase(MergeBase):
         return (self._dequantized(entry) if quantized else self._dense(entry).read().view(entry.shape))[wanted]
 
     def _dense(self, entry: TensorEntry) -> TensorEntry:
-        """Find a tensor that stayed dense; an expert's bias is a row of its layer's stack."""
+        """Return the stored tensor of a weight that stayed dense. An expert's bias is a row of its layer's stack."""
         place = self.architecture.places[entry.name]
         stored = self.stored[place.parameter]
         return stored if place.expert is None else stored.rows(place.expert, place.expert + 1)
 
     def _dequantized(self, entry: TensorEntry) -> Tensor:
         """Dequantise a weight, in the orientation of the checkpoint, float32."""
+        # Codes and scales of this weight: of an expert, one row of each stack
         place = self.architecture.places[entry.name]
         parts = [self.stored[part] for part in self.parts_of(entry.name)]
         if place.expert is not None:
@@ -107,6 +108,7 @@ class QuantizedBase(MergeBase):
         tensors = [part.read() for part in parts]
         if place.part is not None:  # gate or up, in that order
             tensors = [tensor[0, ("gate_proj", "up_proj").index(place.part)] for tensor in tensors]
+        # Linear layers were quantised as out×in, so a weight stored in×out is dequantised in that shape and turned.
         packed, absmax, absmax2, offset = (tensor.reshape(-1) for tensor in tensors)
         rows, columns = entry.shape
         shape = (columns, rows) if place.transposed else (rows, columns)
@@ -115,10 +117,11 @@ class QuantizedBase(MergeBase):
 
 
 def _shards(architecture: Architecture, file: Path, dtype: torch.dtype) -> list[tuple[str, list[TensorEntry]]]:
-    """Cut the tensors to write into files of a few gigabytes."""
+    """Distribute the tensors to write over files of a few gigabytes."""
     shards: list[list[TensorEntry]] = [[]]
     size, last = 0, ""
     for name, place in architecture.places.items():
+        # Experts that share a tensor in the file (`own`) stay in one shard.
         num_bytes = torch.Size(place.shape).numel() * dtype.itemsize
         own = architecture.family.in_file(name)
         if size + num_bytes > _SHARD_BYTES and own != last:

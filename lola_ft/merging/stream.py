@@ -1,4 +1,4 @@
-"""Writing merged weights: read, add and write piece by piece, whatever the model's size."""
+"""Writing of merged weights piece by piece (read, add, write), in little memory for a model of any size."""
 
 import zlib
 from collections import Counter
@@ -26,11 +26,11 @@ class Written:
     """The record of what was written.
 
     Attributes:
-        applied: How often each tensor of the adapter was merged, by module and factor.
-        changes: Largest absolute update of each weight that the adapter changes; 0 where the update is smaller than the
+        applied: Number of times that each tensor of the adapter was merged, by module and factor.
+        changes: Largest absolute update of each weight that the adapter changes; 0 if the update is smaller than the
             output dtype's rounding.
-        weight_map: File of each tensor, by its name there.
-        num_bytes: Of all tensors.
+        weight_map: File of each tensor, by its name in the file.
+        num_bytes: Bytes of all tensors.
         checksums: CRC-32 of each tensor's bytes, if they were asked for.
     """
 
@@ -43,7 +43,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A stretch of a tensor on its way to `file`: flat values from place `start` on."""
+    """A piece of a tensor that goes to `file`: flat values from place `start` on."""
 
     file: str
     entry: TensorEntry
@@ -54,13 +54,13 @@ class _Piece:
 def write_weights(
     base: MergeBase, deltas: Deltas, folder: Path, dtype: torch.dtype | None, checksums: bool = False
 ) -> Written:
-    """Write every tensor of the base, with the adapter's update where it has one.
+    """Write every tensor of the base, with the adapter's update if it has one.
 
     Sums are float32 and rounded once.
 
     Args:
-        dtype: Of the merged tensors; None keeps each one's own.
-        checksums: Sum up what is written, for a check of what the files hold.
+        dtype: Dtype of the merged tensors; None keeps each one's own.
+        checksums: Compute checksums of the written bytes, for a later check of the files.
     """
     written = Written()
 
@@ -86,12 +86,13 @@ def _read(base: MergeBase, buffers: Buffers) -> Iterator[_Piece]:
 
 
 class _Update:
-    """Adds the adapter's update to a piece and casts it; the adapter's tensors in use are kept between calls."""
+    """Adds the adapter's update to a piece and casts it."""
 
     def __init__(self, deltas: Deltas, written: Written, dtype: torch.dtype | None, buffers: Buffers) -> None:
         self._deltas, self._written, self._dtype, self._buffers = deltas, written, dtype, buffers
 
     def __call__(self, piece: _Piece) -> _Piece:
+        # own: the base's values in the output dtype; result: the same with the update, if the adapter has one
         name, values = piece.entry.name, piece.values
         used = self._deltas.tensors_for(name)
         own = self._cast(values, self._dtype or piece.entry.dtype)
@@ -104,12 +105,13 @@ class _Update:
         return replace(piece, values=result)
 
     def _merged(self, piece: _Piece, own: Tensor) -> Tensor:
-        """Return the piece with the update; record how much the update changes it.
+        """Return the piece with the update in the output dtype, and record the size of the update.
 
         Args:
             own: The piece without the update, in the output dtype.
         """
         name = piece.entry.name
+        # float32: values + update (or the trained values), then one rounding to the output dtype
         update = self._deltas.update(name, piece.start, piece.values)
         low, high = torch.aminmax(update)
         trained = self._deltas.trained(name, piece.start, piece.values)
@@ -120,6 +122,7 @@ class _Update:
                 f"{piece.entry.file}: tensor '{name}' is not finite after merging: the base holds NaN or infinity, or "
                 f"{own.dtype} is too narrow for the sum. Try --dtype float32."
             )
+        # The update counts as no change if rounding swallows all of it.
         change = 0.0 if torch.equal(merged, own) else max(-low.item(), high.item())
         self._written.changes[name] = max(change, self._written.changes.get(name, 0.0))
         return merged
@@ -129,7 +132,7 @@ class _Update:
 
 
 class _Sink:
-    """Writes pieces to their files, which come one after another; a file is synced when the next one starts."""
+    """Writes pieces to their files, one file after another. A file is synced when the next one starts."""
 
     def __init__(self, base: MergeBase, folder: Path, dtype: torch.dtype | None, checksums: bool) -> None:
         self._base, self._entries = base, dict(base.shards)

@@ -1,7 +1,7 @@
-"""The LOLA model, native to today's transformers.
+"""The LOLA model for current transformers, without remote code.
 
-Its classes are imported when they are first used: they bring most of transformers, seconds and a hundred megabytes,
-which reading checkpoints and merging do without.
+Its classes are imported at their first use, because they import most of transformers: seconds and a hundred megabytes
+that reading checkpoints and merging do not need.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""The experts that tokens are sent to, seen where they arrive: in any family, whatever its router computes.
+"""The experts that tokens are sent to, recorded at the input of the experts: in any family, with any router.
 
-Shapes: T tokens, K choices of a token.
+Shape suffixes: T tokens, K choices per token.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from lola_ft.model.experts import FusedExperts
 
 
 class Choices(NamedTuple):
-    """One MoE layer's: ids (T, K) int64 of the experts, and the weights (T, K) of their outputs."""
+    """The choices of one MoE layer: ids (T, K) int64 of the experts, and the weights (T, K) of their outputs."""
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
@@ -21,7 +21,7 @@ class Choices(NamedTuple):
 
 @contextmanager
 def seen_choices(model: nn.Module) -> Iterator[list[Choices]]:
-    """Collect the choices of every forward pass inside, layer by layer; the list is the caller's to clear."""
+    """Collect the choices of every forward pass inside the block, layer by layer. The caller may clear the list."""
     seen: list[Choices] = []
 
     def see(_experts: nn.Module, args: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""LOLA's architecture settings, under the names of the checkpoint's `config.json` (GPT-2's, plus experts)."""
+"""LOLA's architecture settings, named as in the checkpoint's `config.json` (GPT-2's names, plus experts)."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from lola_ft.errors import CheckpointError
 
-# Both names that LOLA checkpoints carry, and transformers' newer one, are the tanh approximation of GELU.
+# All three names mean the tanh approximation of GELU: the two that LOLA checkpoints use, and transformers' newer one.
 TANH_GELU_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 _SIZES = ("vocab_size", "n_positions", "n_embd", "n_inner", "n_layer", "n_head", "num_experts")
 
@@ -15,7 +15,7 @@ class LolaConfig(PreTrainedConfig):
     """Architecture of a LOLA checkpoint; defaults are `dice-research/lola_v1` (arXiv 2409.11272).
 
     Raises:
-        CheckpointError: For a setting that this implementation would otherwise ignore or get wrong.
+        CheckpointError: For a setting that this implementation does not support.
     """
 
     model_type = "lola_v1"
@@ -57,7 +57,7 @@ class LolaConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
-        kwargs.pop("auto_map", None)  # names code beside a checkpoint, which does not go where this class is saved
+        kwargs.pop("auto_map", None)  # names code beside the checkpoint, which is not copied where this config is saved
         self.vocab_size = vocab_size
         self.n_positions = n_positions
         self.n_embd = n_embd
@@ -89,7 +89,7 @@ class LolaConfig(PreTrainedConfig):
         _refuse_unsupported(self)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Every second layer, from the second on, holds experts in place of the dense MLP."""
+        """Return True if the layer has experts instead of a dense MLP: every second layer, from the second on."""
         return layer_idx % 2 == 1
 
 

@@ -1,20 +1,20 @@
-"""The names of the Hub's tensors in the native model, and the conversion that transformers applies when loading.
+"""The Hub tensors' names in the native model, and the conversion that transformers applies when it loads them.
 
-The Hub stores 2-D weights of attention and MLP as in×out (GPT-2's Conv1D) and one tensor per expert. The native model
-uses `nn.Linear` (out×in) for attention and dense MLP, so that every tool knows them, and fused experts (E, in, out).
+The Hub stores 2-D weights of attention and MLP as in×out (GPT-2's Conv1D), and one tensor per expert. The native model
+uses `nn.Linear` (out×in) for attention and dense MLP, because all tools support it, and fused experts (E, in, out).
 """
 
 # Modules whose weight is transposed between disk (in×out) and memory (out×in).
 LINEAR_MODULES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 # The two projections of an expert: name on disk -> name of the fused parameter.
 EXPERT_PROJECTIONS = {"c_fc": "up_proj", "c_proj": "down_proj"}
-# Buffers and copies that old checkpoints carry beside the weights.
+# Buffers, and copies of tied weights, in old checkpoints.
 IGNORED_KEYS = (r"\.attn\.bias$", r"\.attn\.masked_bias$", r"^lm_head\.weight$")
 
 
 def register_conversion() -> None:
-    """Teach transformers the Hub layout, for `from_pretrained` and, reversed, `save_pretrained`."""
-    # Here, because they bring most of transformers.
+    """Register the Hub layout with transformers, for `from_pretrained` and (reversed) `save_pretrained`."""
+    # Imported late, because these modules import most of transformers.
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 

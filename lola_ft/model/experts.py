@@ -1,6 +1,8 @@
 """The fused experts of one MoE layer, dense. Their 4-bit form is `lola_ft.quantization.experts`.
 
-Shapes: T tokens, K choices of a token, D hidden, F inner, E experts.
+Where to read on: the module holds the weights; `lola_ft.kernels.experts` has forward and backward, step by step.
+
+Shape suffixes: T tokens, K choices per token, D hidden, F inner, E experts.
 """
 
 from collections.abc import Mapping
@@ -15,25 +17,26 @@ from lola_ft.kernels.stacks import LowRank, WeightStack
 
 
 class FusedExperts(nn.Module):
-    """E feed-forward networks `D -> F -> D`, each token through the ones that the router chose.
+    """E feed-forward networks `D -> F -> D`. Each token goes through the experts that the router chose.
 
-    Called like the experts modules of transformers, and able to take their place. Two projections are stacks of all
-    experts' weights: `up_proj`, or `gate_up_proj` (gate, then up) where there is a gate; and `down_proj`. PEFT finds
-    them by these names, in this order. A weight keeps the orientation of the family's files. (The defaults are LOLA's.)
+    It is called like the experts modules of transformers and can replace them. Two projections are stacks of all
+    experts' weights: `up_proj`, or `gate_up_proj` (gate, then up) for gated experts; and `down_proj`. PEFT finds them
+    by these names, in this order. Weights keep the orientation of the family's files. The defaults are LOLA's.
 
     Args:
-        has_gate: Whether an expert is `down(act(gate(x)) * up(x))`; else it is `down(act(up(x)))`.
-        has_bias: Whether both projections have biases (`up_proj_bias`, …), one row per expert.
-        is_transposed: Whether weights are (E, in, out); else they are (E, out, in). PEFT reads it, too.
-        activation: Its name in transformers' `ACT2FN`; see `lola_ft.kernels.activations`.
+        hidden_size, inner_size: D and F.
+        has_gate: True if an expert is `down(act(gate(x)) * up(x))`, False if it is `down(act(up(x)))`.
+        has_bias: True if both projections have biases (`up_proj_bias`, …), one row per expert.
+        is_transposed: True if weights are (E, in, out), False if they are (E, out, in). PEFT reads it, too.
+        activation: The activation's name in transformers' `ACT2FN`; see `lola_ft.kernels.activations`.
 
     Raises:
         UserError: For an activation that the kernels do not have.
 
     Attributes:
         shapes: (in, out) of each projection, by name.
-        parts: The tensors that a file holds for one expert, by name: the projection of each, and its number in that.
-        selected: The experts that an adapter in the making gives LoRA; None for all.
+        parts: The tensors that a file holds for one expert, by name: each one's projection, and its number in it.
+        selected: While an adapter is being made, the experts that get LoRA; None for all.
     """
 
     selected: tuple[int, ...] | None = None
@@ -52,7 +55,7 @@ class FusedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.hidden_size, self.inner_size = num_experts, hidden_size, inner_size
         self.has_gate, self.has_bias, self.is_transposed = has_gate, has_bias, is_transposed
-        activation_of(activation)  # an unknown one is refused here, before weights are read
+        activation_of(activation)  # refuses an unknown activation before weights are read
         self.activation = activation
         first, inputs = ("gate_up_proj", ("gate_proj", "up_proj")) if has_gate else ("up_proj", ("up_proj",))
         self.shapes = {first: (hidden_size, len(inputs) * inner_size), "down_proj": (inner_size, hidden_size)}
@@ -64,12 +67,12 @@ class FusedExperts(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments: what another module of this layout is made with."""
+        """The constructor's arguments, to make another module of this layout."""
         names = ("hidden_size", "inner_size", "num_experts", "has_gate", "has_bias", "is_transposed", "activation")
         return {name: getattr(self, name) for name in names}
 
     def part_shape(self, name: str) -> tuple[int, int]:
-        """Shape of one expert's tensor, as stored, of a projection or of a part of one."""
+        """Return the shape of one expert's tensor as stored, for a projection or a part of one (gate or up)."""
         in_out = self.shapes.get(name, (self.hidden_size, self.inner_size))  # gate and up are parts of a projection
         return in_out if self.is_transposed else in_out[::-1]
 
@@ -78,18 +81,20 @@ class FusedExperts(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, *self.part_shape(name))))
 
     def load_expert(self, part: str, expert_id: int, weight: Tensor) -> None:
-        """Copy one expert's weight, as a file holds it, into its place.
+        """Copy one expert's weight into its place.
 
         Args:
-            part: `up_proj`, `down_proj` or, of gated experts, `gate_proj`.
+            part: `up_proj`, `down_proj` or, for gated experts, `gate_proj`.
+            weight: In the shape and orientation of the family's files.
         """
         self._slot(part, expert_id).copy_(weight)
 
     def expert_weight(self, part: str, expert_id: int, dtype: torch.dtype) -> Tensor:
-        """One expert's weight as a file holds it."""
+        """Return one expert's weight in the shape and orientation of the family's files."""
         return self._slot(part, expert_id).to(dtype)
 
     def _slot(self, part: str, expert_id: int) -> Tensor:
+        """Return the view of the stack that holds one expert's part: all of its matrix, or gate's or up's half."""
         projection, number = self.parts[part]
         rows, columns = self.part_shape(part)
         stored = getattr(self, projection).detach()[expert_id]
@@ -98,7 +103,7 @@ class FusedExperts(nn.Module):
         return stored[number * rows : (number + 1) * rows]
 
     def weights(self, name: str) -> WeightStack:
-        """One projection as the kernel wants it."""
+        """Return one projection's weights for the kernels."""
         stack = getattr(self, name)
         dense = stack.detach()
         return WeightStack(
@@ -120,7 +125,10 @@ class FusedExperts(nn.Module):
         """Send each token through its experts and sum their outputs, weighted by its probabilities.
 
         Args:
-            low_rank: LoRA side paths by the projection's name, if any.
+            x_TD: Hidden states (T, D), any float dtype.
+            expert_ids_TK: The experts that each token chose (T, K), int64.
+            probs_TK: The weight of each choice in the sum (T, K).
+            low_rank: LoRA side paths by projection name, if any.
 
         Returns:
             (T, D) in x's dtype.

@@ -1,4 +1,4 @@
-"""Heads for downstream tasks on the native backbone: a label for a text, or for each token."""
+"""Heads for downstream tasks on the native backbone: one label per text, or one per token."""
 
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 
@@ -6,12 +6,12 @@ from lola_ft.model.modeling import LolaPreTrainedModel
 
 
 class LolaForSequenceClassification(GenericForSequenceClassification, LolaPreTrainedModel):
-    """A label a text, read off the last real token (transformers' generic head, `score`)."""
+    """One label per text, predicted from the last real token (transformers' generic head, `score`)."""
 
     base_model_prefix = "transformer"
 
 
 class LolaForTokenClassification(GenericForTokenClassification, LolaPreTrainedModel):
-    """A label a token (transformers' generic head, `score` after dropout)."""
+    """One label per token (transformers' generic head, `score` after dropout)."""
 
     base_model_prefix = "transformer"

@@ -1,6 +1,6 @@
 """The parts of a LOLA layer: attention, dense MLP, mixture of experts, and the block that joins them.
 
-Shapes: B batch, S sequence, D hidden, H heads, T = B*S tokens, E experts.
+Shape suffixes: B batch, S sequence, D hidden, H heads, T = B*S tokens, E experts.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class LolaAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.attention_dropout = config.attn_pdrop  # as transformers' layers call it
+        self.attention_dropout = config.attn_pdrop  # the name in transformers' layers
 
     def forward(
         self,
@@ -46,16 +46,18 @@ class LolaAttention(nn.Module):
         stretches: list[Stretch] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the output (B, S, D) and, with eager attention only, the weights (B, H, S, S).
+        """Return the output (B, S, D) and, with eager attention only, the attention weights (B, H, S, S).
 
         Args:
-            stretches: Of packed documents; each attends to itself alone.
+            stretches: Stretches of packed documents. Each attends only to itself.
         """
+        # Joint projection (B, S, 3, H, head size), split into query, key and value (B, H, S, head size)
         batch, seq, _ = x_BSD.shape
         qkv = self.c_attn(x_BSD).view(batch, seq, 3, self.num_heads, self.head_dim)
         query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # Attention over the whole row, or over each stretch of packed documents: (B, S, H, head size)
         if stretches is None:
             out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:
@@ -70,7 +72,7 @@ class LolaAttention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """From (B, H, S, head size) to (B, S, H, head size)."""
+        """Return the attention output (B, S, H, head size) for query, key and value (B, H, S, head size)."""
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         if implementation == "sdpa" and suits_cpu_attention(query, key, mask, dropout):
@@ -89,7 +91,15 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain tensor operations, for those who want to look at its weights."""
+    """Compute attention in plain tensor operations, and return its weights, too.
+
+    Args:
+        query, key, value: (B, H, S, head size).
+        attention_mask: Added to the scores (B, H, S, S); None for none.
+
+    Returns:
+        The output (B, S, H, head size) and the weights (B, H, S, S).
+    """
     scores = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -99,7 +109,7 @@ def eager_attention(
 
 
 class LolaMLP(nn.Module):
-    """The dense feed-forward network of an even layer."""
+    """The dense feed-forward network of an even layer, `D -> F -> D`."""
 
     def __init__(self, config: LolaConfig) -> None:
         super().__init__()
@@ -112,21 +122,21 @@ class LolaMLP(nn.Module):
 
 
 class LolaMoe(nn.Module):
-    """The mixture of experts of an odd layer. (`gate` is the router's projection, named as on disk.)"""
+    """The mixture of experts of an odd layer. `gate` is the router's projection, named as on disk."""
 
     def __init__(self, config: LolaConfig) -> None:
         super().__init__()
         self.gate = RouterGate(config.n_embd, config.num_experts)
         self.experts = FusedExperts(config.n_embd, config.n_inner, config.num_experts)
-        # The authors drop out each expert's output before scaling it; both are elementwise, so once after is the same.
+        # The authors drop out each expert's output before scaling it. Both are elementwise, so dropout after is equal.
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x_BSD: Tensor, choices: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Returns the output (B, S, D) and the router's scores (T, E).
+        """Return the output (B, S, D) and the router's scores (T, E).
 
         Args:
-            choices: Empty: filled with the chosen experts. Filled: these are used again, so that a recomputation
-                (gradient checkpointing) cannot send a token elsewhere for a rounding difference.
+            choices: An empty list is filled with the chosen experts. A filled list is used instead of choosing, so that
+                a recomputation (gradient checkpointing) cannot choose other experts because of a rounding difference.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = route(self.gate(x_TD), choices[0] if choices else None)
@@ -137,7 +147,7 @@ class LolaMoe(nn.Module):
 
 
 class LolaBlock(GradientCheckpointingLayer):
-    """One pre-LayerNorm transformer layer; odd ones hold experts in place of the dense MLP."""
+    """One pre-LayerNorm transformer layer. Odd layers have experts instead of the dense MLP."""
 
     def __init__(self, config: LolaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -158,7 +168,7 @@ class LolaBlock(GradientCheckpointingLayer):
         choices: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the hidden states (B, S, D), the router's scores (T, E) or None, the attention weights or None."""
+        """Return the hidden states (B, S, D), the router's scores (T, E) or None, the attention weights or None."""
         attn_BSD, weights = self.attn(self.ln_1(x_BSD), attention_mask, past_key_values, **kwargs)
         x_BSD = x_BSD + attn_BSD
         if self.is_moe:

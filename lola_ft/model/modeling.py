@@ -1,6 +1,6 @@
 """The LOLA model on today's transformers: backbone and language-model head.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, T = B*S tokens, E experts.
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary, T = B*S tokens, E experts.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from lola_ft.model.router import load_balancing_loss, real_tokens
 
 
 class LolaPreTrainedModel(PreTrainedModel):
-    """What the LOLA models share: their config, what transformers may do with them, initialisation."""
+    """Common base of the LOLA models: config, the features of transformers that they support, initialisation."""
 
     config_class = LolaConfig
     config: LolaConfig
@@ -39,7 +39,11 @@ class LolaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, but for bitsandbytes' quantiser: it would leave every expert dense, silently."""
+        """Load as transformers does, but refuse `quantization_config`.
+
+        Raises:
+            UserError: If there is one: transformers' quantisers would leave every expert dense, without a message.
+        """
         if kwargs.get("quantization_config") is not None:
             raise UserError(
                 "transformers' quantisers do not support fused experts: they would quantise the router but no expert. "
@@ -48,7 +52,11 @@ class LolaPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own, in the Hub's layout; refused for 4-bit weights, which that layout cannot hold."""
+        """Save as transformers does, in the Hub's layout.
+
+        Raises:
+            UserError: For 4-bit weights, which that layout cannot hold.
+        """
         if getattr(self, "quantization", None):
             raise UserError(
                 "A 4-bit base is not saved as a checkpoint: its weights are rounded. Save the adapter "
@@ -99,14 +107,14 @@ class LolaModel(LolaPreTrainedModel):
         Args:
             input_ids: (B, S); or `inputs_embeds` (B, S, D).
             attention_mask: (B, past + S), 1 for real tokens. Leave it out for packed rows.
-            position_ids: (B, S); must restart at each document of a packed row.
+            position_ids: (B, S); must restart at 0 with each document of a packed row.
 
         Returns:
             `last_hidden_state` (B, S, D) after the final norm; on request `hidden_states` (embeddings, each layer,
-            the last one after the final norm), `router_logits` (one (T, E) a MoE layer), `attentions`.
+            the last one after the final norm), `router_logits` (one (T, E) per MoE layer), `attentions`.
 
         Raises:
-            UserError: If the sequence goes beyond the model's learned positions.
+            UserError: If the sequence is longer than the model's learned positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -133,7 +141,7 @@ class LolaModel(LolaPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-        # Only now: with a cache, even an empty one, the mask would let packed documents see each other.
+        # After the mask: with a cache, even an empty one, the mask would let packed documents see each other.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
         x_BSD = self.drop(embeds_BSD + self.wpe(position_ids))
@@ -164,7 +172,11 @@ class LolaModel(LolaPreTrainedModel):
         )
 
     def _check_attention(self, device: torch.device, output_attentions: bool) -> None:
-        """Refuse what the chosen attention would answer with nothing, or with NaN."""
+        """Check that the chosen attention can give what is asked for.
+
+        Raises:
+            UserError: If it would return no attention weights, or NaN.
+        """
         chosen = self.config._attn_implementation
         if output_attentions and chosen != "eager":
             raise UserError(
@@ -178,11 +190,15 @@ class LolaModel(LolaPreTrainedModel):
             )
 
     def _positions(self, embeds_BSD: Tensor, past_key_values: Cache | None, position_ids: Tensor | None) -> Tensor:
-        """The given positions, or else those that follow the cache; refused beyond the learned ones."""
+        """Return the given positions, or else those that follow the cache; (B or 1, S).
+
+        Raises:
+            UserError: If a position is beyond the learned ones.
+        """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         end = past + embeds_BSD.shape[1]
         if position_ids is not None and end > self.config.n_positions:
-            # Packed or left-padded rows may be longer than their highest position. (Reading it waits for the GPU.)
+            # Packed or left-padded rows may be longer than their highest position. Reading it waits for the GPU.
             end = int(position_ids.max()) + 1
         if end > self.config.n_positions:
             raise UserError(
@@ -225,14 +241,14 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), shifted inside; -100 marks a position that is not learned.
-            logits_to_keep: Score only the last so many positions (0: all), or these positions.
-            skip_logits: With labels: form the loss from labelled rows alone and return no logits, so that the
+            logits_to_keep: Score only this many last positions (0: all), or the positions given as a tensor.
+            skip_logits: With labels, compute the loss only from labelled rows and return no logits, so that the
                 (B, S, V) tensor never exists.
-            num_items_in_batch: Divide the summed loss by this instead of by the labels of this batch.
+            num_items_in_batch: Divisor of the summed loss, instead of the number of labels of this batch.
 
         Returns:
-            `loss` is the cross-entropy alone; `aux_loss` (with `output_router_logits`) is LOLA's load-balancing
-            loss of the real tokens, not weighted: a trainer adds `config.router_aux_loss_coef` times it.
+            `loss` is only the cross-entropy. `aux_loss` (with `output_router_logits`) is LOLA's load-balancing loss of
+            the real tokens, not weighted: a trainer adds `config.router_aux_loss_coef` times it.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -268,4 +284,4 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
         )
 
 
-register_conversion()  # whoever has these classes can load the Hub's layout
+register_conversion()  # so that importing these classes is enough to load the Hub's layout

@@ -1,8 +1,13 @@
-"""Attention over a row of packed documents in stretches of whole documents.
+"""Attention over a row of packed documents, cut into stretches of whole documents.
 
-A micro batch of packed rows comes as one long row. No document sees another, yet attention over the whole row costs the
-square of its length, and so does its mask: eight rows of 2,048 tokens eight times what they need. Documents that follow
-one another are therefore put together up to some length, and each stretch attends to itself alone.
+A micro batch of packed rows comes as one long row. No document sees another, but attention over the whole row costs the
+square of its length, and so does its mask: for eight rows of 2,048 tokens, eight times what is needed. So neighbouring
+documents are joined into stretches up to some length, and each stretch attends only to itself.
+
+Example with stretches of at most 6 tokens, and documents of 4, 2 and 5 tokens (S = 11):
+
+    position_ids  0 1 2 3 | 0 1 | 0 1 2 3 4
+    stretches     0 to 6, with a mask (1, 1, 6, 6) that keeps the first two documents apart; 6 to 11, without a mask
 """
 
 from itertools import pairwise
@@ -12,14 +17,15 @@ import torch
 from torch import Tensor
 
 TOKENS = {"cpu": 512, "cuda": 2048}
-"""Up to which documents are put together, by device: a GPU wants few large operations, a CPU little work."""
+"""Most tokens of a stretch of several documents, by device: a GPU wants few large operations, a CPU little work."""
 
 
 class Stretch(NamedTuple):
-    """Tokens `start` to before `stop`, which see those of their own document before them.
+    """The tokens from `start` to before `stop`. Each sees itself and the earlier tokens of its document.
 
     Attributes:
-        mask: (1, 1, S, S) bool, True where a token (row) sees another; None if it is a single document.
+        mask: (1, 1, S, S) bool for the stretch's S tokens, True where a token (row) sees another; None if the stretch
+            is a single document.
     """
 
     start: int
@@ -28,19 +34,24 @@ class Stretch(NamedTuple):
 
 
 def stretches_of(position_ids: Tensor) -> list[Stretch] | None:
-    """The stretches of packed documents; None where that is no single row, or not longer than one stretch may be.
+    """Return the stretches of a row of packed documents.
 
     Args:
-        position_ids: (B, S), starting again from 0 at each document. Read by the host once.
+        position_ids: (B, S), starting from 0 at each document. The host reads it once.
+
+    Returns:
+        None if there are several rows, or one row that is a single document or no longer than a stretch may be.
     """
     batch, seq = position_ids.shape
     most = TOKENS.get(position_ids.device.type, seq)
     if batch != 1 or seq <= most:
         return None
+    # A document starts where a position is not the one before plus 1. bounds: start of each document, end of the row
     is_start_S = torch.cat([position_ids.new_ones(1), position_ids[0].diff() != 1]).bool()
     bounds = [*is_start_S.nonzero()[:, 0].tolist(), seq]
     if len(bounds) == 2:
         return None
+    # Documents are added to a stretch (which began with document `start`) until the next one would make it too long.
     document_S = is_start_S.cumsum(0)
     stretches, start = list[Stretch](), 0
     for place, (begin, end) in enumerate(pairwise(bounds)):

@@ -1,7 +1,7 @@
-"""LOLA's place in transformers' Auto classes: they give the native model, without remote code.
+"""Registration of LOLA with transformers' Auto classes, which then load the native model without remote code.
 
-Nothing of transformers is imported for it: the classes register once somebody imports the Auto classes, and the model
-itself is imported when somebody first uses it.
+This module imports nothing of transformers. The classes are registered when the Auto classes are imported, and the
+model itself is imported at its first use.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ _CLASSES = {
 
 
 def register() -> None:
-    """Make transformers' Auto classes give the native model for `lola_v1` (called by `import lola_ft`)."""
+    """Make transformers' Auto classes load the native model for `lola_v1` (called by `import lola_ft`)."""
     run_after_import("transformers.models.auto.configuration_auto", _register_config)
     run_after_import("transformers.models.auto.modeling_auto", _register_stand_ins)
 
@@ -38,7 +38,7 @@ def _register_stand_ins(auto: ModuleType) -> None:
 
 
 class _StandIn:
-    """Stands for a model class in an Auto class's list until somebody uses something of it."""
+    """A stand-in for a model class in an Auto class's list, until the first use of the class."""
 
     def __init__(self, config_class: type, module: str, name: str) -> None:
         self.config_class = config_class  # the Auto classes compare it
@@ -52,7 +52,7 @@ class _StandIn:
 
 
 def _load(module: str, name: str) -> Any:
-    """Import a model class; from now on all Auto classes have the classes themselves."""
+    """Import a model class, and replace all stand-ins in the Auto classes by the classes themselves."""
     import transformers
 
     from lola_ft.model.config import LolaConfig

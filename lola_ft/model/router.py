@@ -1,6 +1,6 @@
 """LOLA's router: top-1 by softmax, not renormalised, and its load-balancing loss.
 
-Shapes: T tokens, D hidden, E experts.
+Shape suffixes: T tokens, D hidden, E experts.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 class RouterGate(nn.Linear):
-    """The router's bias-free projection (E, D). It scores in float32 whatever the dtype of weight and input.
+    """The router's projection (E, D), without bias. It scores in float32, whatever the dtype of weight and input.
 
-    Half precision could swap two close experts between two computations of the same token; 16 scores cost nothing.
+    In half precision, two computations of the same token could choose different experts if two scores are close.
     """
 
     def __init__(self, hidden_size: int, num_experts: int) -> None:
@@ -32,7 +32,7 @@ class Routing:
     Attributes:
         logits_TE: Scores before softmax (T, E), float32.
         expert_ids_T: Chosen expert (T,), int64.
-        probs_T: Its softmax probability over all experts (T,), float32; scales the expert's output.
+        probs_T: The chosen expert's softmax probability (T,), float32, which scales the expert's output.
     """
 
     logits_TE: Tensor
@@ -44,7 +44,8 @@ def route(logits_TE: Tensor, expert_ids_T: Tensor | None = None) -> Routing:
     """Choose each token's expert (top-1, not renormalised; LOLA, arXiv 2409.11272).
 
     Args:
-        expert_ids_T: Choices made before (T,), to be kept whatever the scores are now.
+        logits_TE: The router's scores (T, E), float32.
+        expert_ids_T: Earlier choices (T,) to keep, whatever the scores are now.
     """
     probs_TE = logits_TE.softmax(dim=-1)
     if expert_ids_T is None:
@@ -54,17 +55,17 @@ def route(logits_TE: Tensor, expert_ids_T: Tensor | None = None) -> Routing:
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None = None) -> Tensor:
-    """LOLA's auxiliary loss: `E * sum_e f_e * P_e` a MoE layer, summed over the layers.
+    """Return LOLA's auxiliary loss: `E * sum_e f_e * P_e` per MoE layer, summed over the layers.
 
-    f_e is the share of tokens sent to expert e, P_e its mean probability. The authors' code counts padding as
-    tokens; here only real ones count. (transformers' and TRL's function of this purpose pools all layers.)
+    f_e is the share of tokens sent to expert e, P_e its mean probability. The authors' code also counts padding; here
+    only real tokens count. transformers and TRL compute another loss, which pools all layers.
 
     Args:
-        router_logits: One (T, E) tensor a MoE layer.
-        token_mask_T: True for real tokens (T,); all are real if absent.
+        router_logits: One (T, E) tensor per MoE layer.
+        token_mask_T: True for real tokens (T,); by default all are real.
 
     Returns:
-        A scalar, float32; 1 a layer if the load is even.
+        A scalar, float32; 1 per layer if the load is even.
     """
     total = torch.zeros(())
     for logits_TE in router_logits:
@@ -77,9 +78,9 @@ def load_balancing_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | 
 
 
 def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None = None) -> Tensor:
-    """The mean square of each token's `logsumexp` of scores, summed over the layers (ST-MoE, arXiv 2202.08906).
+    """Return the mean square of the tokens' `logsumexp` of scores, summed over the layers (ST-MoE, arXiv 2202.08906).
 
-    It keeps scores small, where softmax is exact in half precision. Arguments as for `load_balancing_loss`.
+    It keeps scores small, where softmax is exact in half precision. Arguments are those of `load_balancing_loss`.
     """
     total = torch.zeros(())
     for logits_TE in router_logits:
@@ -88,14 +89,14 @@ def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None =
 
 
 def real_tokens(attention_mask: Tensor | None, seq: int) -> Tensor | None:
-    """The flat mask (T,) of the real tokens among the last `seq` positions; None if every token is real."""
+    """Return the flat mask (T,) of the real tokens among the last `seq` positions; None if all tokens are real."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -seq:].reshape(-1).bool()
 
 
 def _mean(values: Tensor, token_mask_T: Tensor | None) -> Tensor:
-    """Mean over the real tokens, the first dimension; 0 if there are none."""
+    """Return the mean over the real tokens (first dimension); 0 if there are none."""
     if token_mask_T is None:
         return values.mean(dim=0)
     weight = token_mask_T.to(values.dtype).view(-1, *[1] * (values.ndim - 1))

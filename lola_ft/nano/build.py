@@ -55,7 +55,7 @@ def build_nano(out: str | Path | None = None, settings: NanoSettings | None = No
     split, declarations = load_split(), load_declarations().values()
     seed = settings.pretrain.seed
     names = build_documents(split.train, settings.passes, settings.english_passes, seed, split.held_out)
-    documents = build_corpus(names, declarations, settings.declaration_passes, seed)
+    documents = build_corpus(names, declarations, settings.declaration_passes, settings.names_share, seed)
     tokenizer = train_tokenizer(documents, settings.vocab_size, settings.n_positions)
     rows_NS = pack(documents, tokenizer, settings.pretrain.row_length)
     languages = len({term.language for term in split.train})

@@ -18,11 +18,13 @@ from lola_ft.errors import DataError
 from lola_ft.files import write_text
 from lola_ft.nano.cldr import Term, join_names, language_name, load_terms, normalise
 from lola_ft.nano.declaration import Declaration, load_declarations
+from lola_ft.nano.sentences import sentences_of
 
 HELD_OUT_SHARE = 0.06
 KINDS = ("all", "names", "declaration")
 """Kinds of text for `lola-ft routing texts --text`."""
 SHORTEST_LIST, LONGEST_LIST = 4, 24  # names in a document
+SHORTEST_SENTENCE = 20  # bytes; the demo's questions are longer
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,25 @@ def build_documents(
     return documents
 
 
-def build_corpus(names: Iterable[str], declarations: Iterable[Declaration], passes: int, seed: int) -> list[str]:
-    """Shuffle documents of names and the declarations' paragraphs together, each paragraph `passes` times.
+def build_corpus(
+    names: Sequence[str], declarations: Iterable[Declaration], passes: int, names_share: float, seed: int
+) -> list[str]:
+    """Shuffle some of the documents of names and the declarations' sentences together, each sentence `passes` times.
 
-    A paragraph ends with the English name of its language ("Kila mtu … — Swahili"), so that the base knows the names
+    A sentence ends with the English name of its language ("Kila mtu … — Swahili"), so that the base knows the names
     that the demo asks for. Held-out articles are left out.
+
+    Args:
+        names_share: Share of `names` to take, drawn at random. With all of them, a third of the text would be names.
     """
-    paragraphs = [
-        f"{' '.join(paragraph.split())} — {declaration.name}"
+    rng = random.Random(seed)
+    sentences = [
+        f"{sentence} — {declaration.name}"
         for declaration in declarations
-        for paragraph in declaration.training_paragraphs
+        for sentence in sentences_of(declaration.training_paragraphs, SHORTEST_SENTENCE)
     ]
-    documents = [*names, *paragraphs * passes]
-    random.Random(seed).shuffle(documents)
+    documents = [*rng.sample(names, round(names_share * len(names))), *sentences * passes]
+    rng.shuffle(documents)
     return documents
 
 
@@ -124,7 +132,8 @@ def write_texts(folder: Path, seed: int = 0, kind: str = "all", languages: Seque
         if language not in texts_of:
             near = "".join(f"Did you mean '{tag}'? " for tag in get_close_matches(language, texts_of, n=1))
             raise DataError(
-                f"--languages {language}: there is no text in it. {near}Choose among {', '.join(sorted(texts_of))}."
+                f"--languages {language}: there is no text in this language. {near}Choose among "
+                f"{', '.join(sorted(texts_of))}."
             )
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -12,7 +12,7 @@ from lola_ft.errors import UserError
 from lola_ft.families import FAMILIES, LOLA, Architecture, Family, Sizes
 from lola_ft.nano.pretrain import PretrainSettings
 
-TEXT_VERSION = 2
+TEXT_VERSION = 3
 """Version of the pre-training text; raise it when the text changes without a change of settings."""
 TOP_K = 2
 """Experts per token in mixtures other than LOLA."""
@@ -29,7 +29,8 @@ class NanoSettings:
             32 here and 41 in LOLA (0.02 * 2048). With LOLA's own 0.02 they reached 2.6, and an adapter, which does not
             change the embeddings, could not give any answer much probability.
         passes, english_passes: Passes over all terms, each time in different lists.
-        declaration_passes: Passes over the declaration's paragraphs that are not held out.
+        names_share: Share of the lists of names that is trained on.
+        declaration_passes: Passes over the declaration's sentences that are not held out.
     """
 
     n_embd: int = 128
@@ -43,6 +44,7 @@ class NanoSettings:
     vocab_size: int = 6144
     passes: int = 1
     english_passes: int = 3
+    names_share: float = 0.4
     declaration_passes: int = 2
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
 

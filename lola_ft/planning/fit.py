@@ -38,8 +38,11 @@ class Change:
 
 def first_fit(job: Job, limit: int) -> Change | None:
     """Return the first change after which the run needs at most `limit` bytes; None if no change is enough."""
+    candidates = list(_candidates(job))
+    if not candidates or predict(candidates[-1]).total > limit:  # the smallest of all
+        return None
     fixed, settings = count_fixed(job), job.settings
-    for candidate in _candidates(job):
+    for candidate in candidates:
         if candidate.settings is not settings:
             fixed, settings = count_fixed(candidate), candidate.settings
         prediction = predict(candidate, fixed)

@@ -1,4 +1,4 @@
-"""The contents of a model by part and format, in parameters and bytes; a dense expert in a 4-bit model is refused."""
+"""The audit of a model: parameters and bytes by part and format. A dense expert in a 4-bit model is an error."""
 
 from math import prod
 
@@ -13,12 +13,12 @@ from lola_ft.quantization.linear import NF4Linear
 
 
 def audit(model: nn.Module) -> Audit:
-    """Count every parameter and every scale of a model, tied weights once; tables that are in no checkpoint are not.
+    """Count every parameter and every scale of a model, and tied weights once.
 
-    (Such are the angles of rotary positions.)
+    Tables that are in no checkpoint, such as the angles of rotary positions, do not count.
     """
     result = Audit()
-    config = getattr(model, "config", None)  # a part of a model has none: what has no place counts as embeddings
+    config = getattr(model, "config", None)  # None for a part of a model: all other names are embeddings then
     architecture = architecture_of(config) if config else None
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -35,10 +35,10 @@ def audit(model: nn.Module) -> Audit:
 
 
 def require_quantized(model: nn.Module) -> None:
-    """Refuse a model loaded in 4 bit that still holds a dense matrix of experts, attention or MLP.
+    """Check that a model loaded in 4 bit holds no dense matrix of experts, attention or MLP.
 
     Raises:
-        CheckpointError: Naming the first dense weights.
+        CheckpointError: If it does. The message names the first dense weights.
     """
     dense = [
         place.parameter

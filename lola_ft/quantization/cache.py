@@ -1,9 +1,9 @@
-"""A quantised base on disk, so that quantising happens once.
+"""A quantised base on disk, so that a base is quantised only once.
 
-`lola-ft quantize BASE` writes one; `load_base` uses it if it agrees with its source, else quantises again. A cache is
-a folder of `nf4.safetensors` (packed codes, scales, and dense weights, each by its name in memory), `source.json`
-(format, the source's fingerprint and files), and copies of the source's config and tokenizer, so that it can be loaded
-and merged into without its source.
+`lola-ft quantize BASE` writes it. `load_base` uses it if it matches its source, else it quantises again. A cache is a
+folder with `nf4.safetensors` (packed codes, scales and dense weights, by their names in memory), `source.json` (format,
+fingerprint and files of the source), and copies of the source's config and tokenizer. It can be loaded, and merged
+into, without its source.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.checkpoints.folder import TOKENIZER_FILES
-from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, read_ahead, read_header
+from lola_ft.checkpoints.safetensors_file import DTYPE_NAMES, TensorEntry, Wanted, read_ahead, read_header
 from lola_ft.checkpoints.safetensors_writer import SafetensorsWriter
 from lola_ft.console import shown_progress
 from lola_ft.errors import CheckpointError, WriteError
@@ -39,9 +39,9 @@ def cache_folder(identity: dict[str, Any]) -> Path:
 
 
 def source_identity(checkpoint: BaseCheckpoint, base_fingerprint: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what a cache must agree with: format, fingerprint, every weight file's name, size and time of change.
+    """Return the facts that a cache must match: format, fingerprint, and each weight file's name, size and mtime.
 
-    A Hub snapshot's folder is named by its revision.
+    A Hub snapshot's folder is named after its revision.
     """
     identity = {
         "format": FORMAT,
@@ -54,13 +54,14 @@ def source_identity(checkpoint: BaseCheckpoint, base_fingerprint: str, dtype: to
 
 
 def write_cache(model: nn.Module, identity: dict[str, Any], source: Path) -> Path:
-    """Save a model that was quantised from the source of this identity, whole or not at all; returns the folder.
+    """Save a quantised model as a whole or not at all, and return the folder.
 
     Args:
-        source: Folder of the source; its config and tokenizer are copied.
+        identity: `source_identity` of the model's source.
+        source: Folder of the source, whose config and tokenizer are copied.
 
     Raises:
-        CheckpointError: If it cannot be written, for want of space or permission.
+        CheckpointError: If space or permission is missing.
     """
     folder = cache_folder(identity)
     parts = list(_stored_parts(model))
@@ -82,7 +83,7 @@ def write_cache(model: nn.Module, identity: dict[str, Any], source: Path) -> Pat
 
 
 def matching_cache(identity: dict[str, Any]) -> Path | None:
-    """Return the cache of the source of this identity, if there is one and it agrees with the source in everything."""
+    """Return the folder of the cache that matches this identity in all facts; None if there is none."""
     folder = cache_folder(identity)
     try:
         saved = json.loads((folder / SOURCE_FILE).read_text(encoding="utf-8"))
@@ -92,12 +93,12 @@ def matching_cache(identity: dict[str, Any]) -> Path | None:
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Tell whether a folder is a quantised base that `write_cache` wrote."""
+    """Return True if a folder is a quantised base that `write_cache` wrote."""
     return all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, SOURCE_FILE))
 
 
 def caches_of(base_fingerprint: str) -> list[Path]:
-    """List the quantised forms of a base on this machine, whether or not the base itself still exists."""
+    """List the caches of a base on this machine, also if the base itself no longer exists."""
     return [folder for folder in sorted((cache_root() / "nf4").glob(f"{base_fingerprint}-*")) if is_cache(folder)]
 
 
@@ -110,7 +111,7 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
     linear_parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     entries = sorted(read_header(folder / WEIGHTS_FILE), key=lambda entry: entry.start)
     with shown_progress("Loading", sum(entry.num_bytes for entry in entries)) as advance:
-        for entry, read in read_ahead(((entry, None) for entry in entries), ahead=2):
+        for entry, read in read_ahead(map(Wanted, entries), ahead=2):
             module_name, _, name = entry.name.rpartition(".")
             module = model.get_submodule(module_name)
             tensor = read.to(device)
@@ -128,7 +129,7 @@ def read_cache(model: nn.Module, folder: Path, device: torch.device) -> None:
 
 
 def _stored_parts(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that a cache holds, by name: parameters, a tied one once, and the scales of 4-bit weights."""
+    """Yield every tensor of a cache by name: parameters (tied ones once) and the scales of 4-bit weights."""
     seen: set[int] = set()
     places = architecture_of(model.config).places.values()
     corrections = {place.parameter for place in places if place.correction}

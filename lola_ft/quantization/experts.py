@@ -1,15 +1,18 @@
 """The fused experts of one MoE layer in NF4: the 4-bit store.
 
 Each weight of each expert is quantised separately, in the orientation of the family's files, exactly as bitsandbytes
-would quantise that tensor; so are a gated expert's gate and up. The stacked parts of a projection are, for E experts
-and n weights per tensor:
+would quantise that tensor. The gate and the up projection of a gated expert are quantised separately, too. For E
+experts and n values per tensor, a projection consists of:
 
     up_proj, down_proj      (E, n/2)        uint8    two codes per byte; a parameter, so that PEFT finds it by name
     …_absmax                (E, n/64)       uint8    scale of each block
     …_absmax2               (E, n/64/256)   float32  scale of each block of scales
     …_offset                (E,)            float32  mean of the scales
 
-`gate_up_proj` has two tensors per expert, gate then up, and each of its stacks a second dimension of two.
+`gate_up_proj` has two tensors per expert, gate then up, so that all shapes have a second dimension of two, (E, 2, …).
+Sizes are rounded up to whole bytes, blocks and blocks of scales.
+
+Shape suffixes: E experts, P parts (2 in `gate_up_proj`, else 1), I rows and O columns of a matrix as stored.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +41,10 @@ _SCALES = ("absmax", "absmax2", "offset")
 
 
 class NF4Experts(FusedExperts):
-    """FusedExperts with 4-bit weights; biases stay dense. Allocated empty, filled by `load_expert`."""
+    """FusedExperts with 4-bit weights and dense biases. Made on the meta device, allocated empty, then filled.
+
+    `allocate` gives memory, `load_expert` fills in one expert's weight.
+    """
 
     def _make_weights(self) -> None:
         for name in self.shapes:
@@ -53,7 +59,7 @@ class NF4Experts(FusedExperts):
         self.register_buffer("absmax_code", torch.empty(256, dtype=torch.float32), persistent=False)
 
     def allocate(self, device: torch.device) -> None:
-        """Give a module made on the meta device its memory. (Biases are left to the loader.)"""
+        """Give a module made on the meta device its memory on `device`. Biases are left to the loader."""
         for name in self.shapes:
             weight = getattr(self, name)
             setattr(self, name, nn.Parameter(torch.empty_like(weight, device=device), requires_grad=False))
@@ -63,28 +69,26 @@ class NF4Experts(FusedExperts):
         self.absmax_code = dynamic_code().to(device)
 
     def load_expert(self, part: str, expert_id: int, weight: Tensor) -> None:
-        """Quantise one expert's dense weight, as a file holds it, into its place.
+        """Quantise one expert's dense weight into its place.
 
         Args:
-            part: `up_proj`, `down_proj` or, of gated experts, `gate_proj`.
+            part: `up_proj`, `down_proj` or, for gated experts, `gate_proj`.
+            weight: In the shape and orientation of the family's files.
         """
         shape = self.part_shape(part)
         assert tuple(weight.shape) == shape, f"{part} of an expert is {shape}, not {tuple(weight.shape)}"
-        place, new = self.stored(part, expert_id), quantize(weight)
-        place.packed.copy_(new.packed)
-        place.absmax.copy_(new.absmax)
-        place.absmax2.copy_(new.absmax2)
-        place.offset.copy_(new.offset)
+        quantize(weight, self.stored(part, expert_id))
 
     def stored(self, part: str, expert_id: int) -> NF4:
-        """Return one expert's quantised weight (views into the stack)."""
+        """Return one expert's quantised weight, as views into the stack."""
         projection, number = self.parts[part]
         stack = self._stack(projection)
+        # Matrices are numbered expert by expert, then part by part.
         matrix = expert_id * stack.parts + number
         return NF4(stack.packed[matrix], stack.absmax[matrix], stack.absmax2[matrix], stack.offset[matrix])
 
     def expert_weight(self, part: str, expert_id: int, dtype: torch.dtype) -> Tensor:
-        """Return one expert's dequantised weight, as a file holds it."""
+        """Return one expert's dequantised weight, in the shape and orientation of the family's files."""
         return dequantize(self.stored(part, expert_id), self.absmax_code, self.part_shape(part), dtype)
 
     def weights(self, name: str) -> WeightStack:
@@ -99,13 +103,18 @@ class NF4Experts(FusedExperts):
         )
 
     def _dense(self, name: str, dtype: torch.dtype) -> Tensor:
-        """All experts' dequantised weights, as stored; parts one below another, or side by side if transposed."""
+        """Return all experts' dequantised weights (E, rows, columns), in the orientation of the family's files.
+
+        The parts of a projection lie one below another (weights are out×in), or side by side (transposed: in×out).
+        """
+        # (E * P, I, O) -> (E, P, I, O) -> (E, P * I, O), or transposed (E, I, P, O) -> (E, I, P * O)
         matrices_EPIO = dequantize_stack(self._stack(name), dtype).unflatten(0, (self.num_experts, -1))
         if self.is_transposed:
             matrices_EPIO = matrices_EPIO.transpose(1, 2)
         return matrices_EPIO.reshape(self.num_experts, *self.part_shape(name))
 
     def _stack(self, name: str) -> NF4Stack:
+        """Return a projection's tensors for the kernels, with (E, P, …) flattened to (E * P, …)."""
         parts = _num_parts(name)
         tensors = [getattr(self, name).data, *(getattr(self, f"{name}_{scale}") for scale in _SCALES)]
         if parts > 1:
@@ -116,6 +125,7 @@ class NF4Experts(FusedExperts):
         return NF4Stack(packed, absmax, absmax2, offset, *codes, shape, parts)
 
     def _tiles(self, name: str, expert_ids: list[int], dtype: torch.dtype) -> Iterator[Tiles]:
+        """Yield each expert's dequantised weight as tiles, its parts put together as in `_dense`."""
         stack = self._stack(name)
         matrices = [expert_id * stack.parts + part for expert_id in expert_ids for part in range(stack.parts)]
         scales = stack_scales(stack, matrices)
@@ -128,7 +138,7 @@ class NF4Experts(FusedExperts):
                 yield side_by_side(parts) if self.is_transposed else one_below_another(parts, stack.shape[0])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Experts":
-        """Follow `.to(device)`, but keep the scales float32 under `.half()` or `.to(dtype)`."""
+        """Follow `.to(device)`, but keep the scales in float32 under `.half()` or `.to(dtype)`."""
         scales = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, before in scales.items():
@@ -152,5 +162,5 @@ class NF4Experts(FusedExperts):
 
 
 def _num_parts(projection: str) -> int:
-    """Return the number of tensors of a file that make up one expert's projection."""
+    """Return the number of tensors in the family's files that make up one expert's projection."""
     return 2 if projection == "gate_up_proj" else 1

@@ -1,4 +1,15 @@
-"""A linear layer whose weight is NF4, dense only while it is multiplied with."""
+"""A linear layer whose weight is NF4, and dense only while it is multiplied with.
+
+Forward dequantises the weight, multiplies and drops it; backward dequantises it again. With LoRA (A of rank R):
+
+    y   (N, O) = x (N, I) @ W.T (I, O) + bias (O,) + hidden (N, R) @ B.T (R, O),   hidden = dropped(x) @ A.T (I, R)
+    d_x (N, I) = d_y (N, O) @ W (O, I) + d_hidden (N, R) @ A (R, I),               d_hidden = d_y @ B (O, R)
+    d_A (R, I) = d_hidden.T (R, N) @ dropped(x) (N, I),                            d_B (O, R) = d_y.T (O, N) @ hidden
+
+With dropout, `dropped(x)` is an input of its own, and the term d_hidden @ A is its gradient instead of x's.
+
+Shape suffixes: N rows (all dimensions of x but the last), I inputs, O outputs, R rank.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +24,11 @@ from lola_ft.quantization.nf4 import NF4, dequantize, dequantized_tiles, quant_s
 
 
 class NF4Linear(bnb.nn.Linear4bit):
-    """bitsandbytes' 4-bit linear layer (weight out×in) with a forward and backward of our own.
+    """bitsandbytes' 4-bit linear layer (weight out×in) with the forward and backward of this file.
 
-    Upstream's class holds the weight, so that PEFT and others recognise it. Its forward is not used, for on CPUs with
-    AVX512-BF16 it repacks the weight in place at the first evaluation (0.50), after which training and dequantising
-    are wrong.
+    The layer is of bitsandbytes' class, so that PEFT and other tools recognise it. The forward of that class (0.50) is
+    not used: on CPUs with AVX512-BF16 it repacks the weight in place at the first evaluation, and afterwards training
+    and dequantising are wrong.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -29,7 +40,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         self.load_quantized(quantize(weight))
 
     def load_quantized(self, nf4: NF4) -> None:
-        """Take over a quantised weight (out, in)."""
+        """Use this quantised weight (out, in), without a copy."""
         state = quant_state(nf4, torch.Size((self.out_features, self.in_features)))
         self.weight = bnb.nn.Params4bit(
             nf4.packed.view(-1, 1),
@@ -42,7 +53,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         self.quant_state = state
 
     def stored(self) -> NF4:
-        """Return the quantised weight (views)."""
+        """Return the quantised weight, as views."""
         state = self.weight.quant_state
         return NF4(self.weight.data.view(-1), state.absmax, state.state2.absmax, state.offset)
 
@@ -56,7 +67,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         state = self.weight.quant_state
         return dequantized_tiles(self.stored(), state.state2.code, tuple(state.shape), dtype)
 
-    @torch.compiler.disable  # bitsandbytes 0.50's operator on a CPU gives another shape than it tells a compiler
+    @torch.compiler.disable  # on a CPU, bitsandbytes 0.50's operator returns another shape than it declares
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -68,7 +79,7 @@ class NF4Linear(bnb.nn.Linear4bit):
 
         Args:
             b_OR: B times LoRA's scaling.
-            dropout: Identity (gives back its argument) where nothing is dropped.
+            dropout: Must return its argument itself if nothing is dropped.
         """
         dtype = compute_dtype(x)
         x = x.to(dtype)
@@ -78,9 +89,10 @@ class NF4Linear(bnb.nn.Linear4bit):
 
 
 class _NF4Linear(torch.autograd.Function):
-    """Keeps no dense weight but a reference to the layer, and dequantises again for the gradient of x.
+    """The layer as one autograd step that saves no dense weight: backward dequantises it again for the gradient of x.
 
-    With LoRA it keeps the side path's input and its rank-R intermediate, too. `side` is None where that input is x.
+    With LoRA it also saves the side path's input (N, I) and its rank-R intermediate (N, R). `side` is that input, or
+    None if it is x.
     """
 
     @staticmethod
@@ -94,11 +106,13 @@ class _NF4Linear(torch.autograd.Function):
         layer: NF4Linear,
     ) -> Tensor:
         ctx.layer = layer
+        # y (N, O) = x (N, I) @ W.T (I, O) + bias (O,)
         rows = _rows(x)
-        result = x.new_empty(*x.shape[:-1], layer.out_features)  # no view: models may change it in place
+        result = x.new_empty(*x.shape[:-1], layer.out_features)  # not a view, because models may change it in place
         out = result.view(-1, layer.out_features)
         times_transposed(rows, layer.tiles(x.dtype), out, None if bias is None else bias.to(x.dtype))
         if a_RI is not None and b_OR is not None:
+            # hidden (N, R) = dropped(x) (N, I) @ A.T (I, R); y += hidden @ B.T (R, O)
             inputs = rows if side is None else _rows(side)
             hidden = inputs @ a_RI.t()
             out.addmm_(hidden, b_OR.t())
@@ -111,13 +125,16 @@ class _NF4Linear(torch.autograd.Function):
         rows = _rows(d_y)
         wants_x, wants_bias, has_side, wants_a, wants_b, _ = ctx.needs_input_grad
         d_x = d_side = d_a = d_b = d_hidden = None
+        # d_x (N, I) = d_y (N, O) @ W (O, I)
         if wants_x:
             d_x = times(rows, layer.tiles(d_y.dtype), rows.new_empty(rows.shape[0], layer.in_features))
-        if saved := ctx.saved_tensors:  # read once: recomputation gives them out once
+        if saved := ctx.saved_tensors:  # read once: with activation recomputation they can be read only once
             inputs, hidden, a_RI, b_OR = saved
+            # d_hidden (N, R) = d_y (N, O) @ B (O, R); d_A (R, I) = d_hidden.T @ dropped(x); d_B (O, R) = d_y.T @ hidden
             d_hidden = rows @ b_OR
             d_a = d_hidden.t() @ inputs if wants_a else None
             d_b = rows.t() @ hidden if wants_b else None
+            # The path's share of the gradient, d_hidden (N, R) @ A (R, I), goes to its input: `side`, or x itself
             if has_side:
                 d_side = (d_hidden @ a_RI).view(*d_y.shape[:-1], -1)
             elif d_x is not None:

@@ -52,7 +52,8 @@ def flip_rate(before: Tensor, after: Tensor) -> Tensor:
     """Return the share of choices that are no longer made; with one choice per token, of tokens that changed expert.
 
     Args:
-        before, after: Expert ids of the same tokens (T, ..., K), any integer dtype; the K choices in any order.
+        before: Expert ids of tokens (T, ..., K), any integer dtype, K choices in any order.
+        after: The same tokens' expert ids later, of the same shape.
 
     Returns:
         float64 (...), a mean over tokens and choices.

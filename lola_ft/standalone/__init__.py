@@ -1,5 +1,5 @@
-"""Folders that need nothing of ours: LOLA's weights with the code that loads them.
+"""Folders that load without lola_ft: LOLA's weights together with the code that loads them.
 
-`configuration_lola.py` and `modeling_lola.py` are copied beside the weights. They run wherever transformers does (4.41
-to 5), so they import nothing of lola_ft; in this package nothing imports them.
+`configuration_lola.py` and `modeling_lola.py` are copied into the folder of the weights. They run with transformers
+4.41 to 5, so they import nothing of lola_ft. No module of this package imports them.
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# Three names of one function, the tanh approximation of GELU.
+# Three names of the same function, the tanh approximation of GELU.
 TANH_GELU_NAMES = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
@@ -19,17 +19,17 @@ class LolaConfig(PretrainedConfig):
         n_embd: Width of the residual stream.
         n_layer: Layers. Every second one, from the second on, has experts in place of its MLP.
         n_head: Attention heads.
-        n_inner: Width inside an MLP and inside an expert; `4 * n_embd` if left out.
+        n_inner: Width inside an MLP and inside an expert; by default `4 * n_embd`.
         num_experts: Experts per layer with experts.
         topk: Experts per token; always 1.
         activation_function: A name of the tanh approximation of GELU.
-        resid_pdrop, embd_pdrop, attn_pdrop: Dropout of what layers add, of embeddings, of attention weights.
-        router_aux_loss_coef: What a trainer multiplies `aux_loss` with before it adds it to the loss.
-        scale_attn_weights: Whether attention scores are divided by the square root of a head's width.
-        scale_attn_by_inverse_layer_idx: Whether they are also divided by the layer's number, counted from 1.
+        resid_pdrop, embd_pdrop, attn_pdrop: Dropout of the layers' outputs, of embeddings, of attention weights.
+        router_aux_loss_coef: Factor of `aux_loss` when a trainer adds it to the loss.
+        scale_attn_weights: True to divide attention scores by the square root of a head's width.
+        scale_attn_by_inverse_layer_idx: True to divide them also by the layer's number, counted from 1.
 
     Raises:
-        ValueError: For a setting that this code would otherwise ignore or get wrong.
+        ValueError: For a setting that this code does not support.
     """
 
     model_type = "lola_v1"

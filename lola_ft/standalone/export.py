@@ -1,4 +1,4 @@
-"""The `export` verb: a folder with a checkpoint's weights, and beside them the code that loads them anywhere."""
+"""The `export` verb: write a folder with a checkpoint's weights and the code that loads them without lola_ft."""
 
 import json
 import os
@@ -20,11 +20,11 @@ _OTHER_FILES = ("generation_config.json", "*.py", TEMPLATE_FILE, MERGE_REPORT_FI
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The record of an export.
 
     Attributes:
-        linked: Files of weights that take no further room on the disk: hard links.
-        copied: Files of weights that were copied, because the target is on another disk.
+        linked: Names of weight files that are hard links, which need no more space on the disk.
+        copied: Names of weight files that were copied, because the target is on another disk.
         other_code: Python files of the checkpoint that were kept.
     """
 
@@ -36,16 +36,16 @@ class Export:
 def export(source: str | Path, out: str | Path, revision: str | None = None) -> Export:
     """Write a base or a merged model as a folder that loads without lola_ft.
 
-    The weights stay as they are, in the layout of the Hub, and are linked if the disk allows it.
+    The weights do not change. They are in the Hub's layout, and hard links if the disk allows it.
 
     Args:
         source: A folder or a Hub id.
-        out: Folder to write; must not hold anything yet.
+        out: Folder to write; must not exist or be empty.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        CheckpointError: The checkpoint is damaged, or asks for what the code does not do.
-        UserError: It needs no code of ours, it is an adapter, or `out` is taken.
+        CheckpointError: If the checkpoint is damaged, or its config asks for something that the code does not support.
+        UserError: If the model needs no code of lola_ft, is an adapter, or `out` is in use.
     """
     check_new_folder(out)
     if is_adapted(Path(source)):
@@ -73,9 +73,9 @@ def export(source: str | Path, out: str | Path, revision: str | None = None) -> 
 
 
 def _link_or_copy(file: Path, target: Path) -> bool:
-    """Tell whether the file could be linked; otherwise it is copied."""
+    """Link the file, or copy it if that fails. Return True if it was linked."""
     try:
-        os.link(file.resolve(), target)  # resolved: the Hub's cache holds symbolic links
+        os.link(file.resolve(), target)  # resolved, because the Hub's cache holds symbolic links
     except OSError:
         shutil.copyfile(file, target)
         return False
@@ -83,7 +83,7 @@ def _link_or_copy(file: Path, target: Path) -> bool:
 
 
 def export_command(source: str, out: str, revision: str | None) -> None:
-    """Export, and print what was done."""
+    """Export a model, and print what was done."""
     done = export(source, out, revision)
     how = [f"{len(files)} {what}" for files, what in ((done.linked, "linked"), (done.copied, "copied")) if files]
     print(f"Weight files: {', '.join(how)}.")

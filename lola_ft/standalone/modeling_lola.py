@@ -1,20 +1,21 @@
 """LOLA, a multilingual language model with sparse experts (arXiv 2409.11272), in plain PyTorch on transformers.
 
 A decoder like GPT-2: learned positions, LayerNorm before each part, biases everywhere, output head tied to the input
-embeddings. In every second layer, from the second on, 16 experts stand in place of the MLP. Each is an MLP of its own,
-and a router sends each token to one of them:
+embeddings. Every second layer, from the second on, has 16 experts instead of an MLP. Each expert is an MLP, and a
+router sends each token to one of them:
 
     token embedding + position embedding
     for each layer:  x = x + attention(norm(x))
                      x = x + mlp(norm(x))        or, in odd layers, probability * expert(norm(x))
     norm, then the transposed token embeddings give the logits
 
-Modules are named as the checkpoint names its tensors, and hold them as they are stored: matrices of attention, MLP and
-experts are (in, out), as in transformers' `Conv1D`. So this file loads the weights without any conversion.
+Modules have the names of the checkpoint's tensors and hold them as stored: matrices of attention, MLP and experts are
+(in, out), as in transformers' `Conv1D`. So this file loads the weights without any conversion.
 
-It runs on transformers 4.41 to 5 and is written by the lola_ft project; it is under Apache-2.0.
+It runs on transformers 4.41 to 5, was written by the lola_ft project, and is licensed under Apache-2.0.
 
-Shapes: B batch, S sequence, P tokens in the cache, D hidden, F inner, H heads, V vocabulary, T = B*S tokens, E experts.
+Shape suffixes: B batch, S sequence, P tokens in the cache, D hidden, F inner, H heads, V vocabulary, T = B*S tokens, E
+experts.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ except ImportError:
 
 
 class LolaAttention(nn.Module):
-    """Causal self-attention with several heads; one projection gives queries, keys and values."""
+    """Causal multi-head self-attention with a joint projection of queries, keys and values."""
 
     is_causal = True
 
@@ -86,7 +87,7 @@ def eager_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention step by step, for those who want its weights."""
+    """Compute attention step by step, and return its weights (B, H, S, P + S), too."""
     scores = query @ key.transpose(-1, -2) * scaling  # (B, H, S, P + S)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -105,7 +106,7 @@ def sdpa_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in one call of PyTorch, which never holds the scores of a whole row."""
+    """Compute attention in one call of PyTorch, which never holds the scores of a whole row."""
     is_causal = attention_mask is None and query.shape[2] > 1
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scale=scaling)
     return out.transpose(1, 2), None
@@ -117,14 +118,14 @@ OWN_ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 def causal_mask(
     implementation: str, attention_mask: Tensor | None, seq: int, past: int, device: torch.device
 ) -> Tensor | None:
-    """Say which tokens each token sees: those up to itself, without padding.
+    """Return the mask of the tokens that each token sees: itself and earlier ones, without padding.
 
     Args:
-        implementation: Name of the attention. Only `eager` and `sdpa` take a mask of every pair; others build theirs.
-        attention_mask: (B, P + S), 1 for real tokens; None if all are. A mask (B, 1, S, P + S) is taken as it is.
+        implementation: Name of the attention. Only `eager` and `sdpa` need a mask of all pairs; others build their own.
+        attention_mask: (B, P + S), 1 for real tokens; None if all are real. A mask (B, 1, S, P + S) is not changed.
 
     Returns:
-        (B or 1, 1, S, P + S) bool; None where attention can tell by itself.
+        (B or 1, 1, S, P + S) bool; None if attention needs no mask.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask
@@ -137,7 +138,7 @@ def causal_mask(
     if attention_mask is None:
         return mask
     mask = mask & attention_mask[:, None, None].bool()
-    # Padding at the left would see nothing, and softmax over nothing is NaN: it sees itself.
+    # Padding on the left would see no token, and softmax over nothing is NaN. So each token sees itself.
     return mask | (place_P == place_S[:, None]) & ~mask.any(dim=-1, keepdim=True)
 
 
@@ -157,7 +158,7 @@ class LolaMLP(nn.Module):
 class LolaExperts(nn.Module):
     """The experts of one layer, numbered from 0.
 
-    This is no `nn.ModuleList`: vLLM takes a list of this name for gated SiLU experts and puts its own in their place.
+    This is not an `nn.ModuleList`, because vLLM takes a list of this name for gated SiLU experts and replaces them.
     """
 
     def __init__(self, config: LolaConfig) -> None:
@@ -166,7 +167,7 @@ class LolaExperts(nn.Module):
             self.add_module(str(expert_id), LolaMLP(config))
 
     def forward(self, x_TD: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Send each token through its experts and add up what they say, weighted.
+        """Send each token through its experts and sum their outputs, weighted.
 
         Args:
             top_k_index: Experts of each token (T, 1).
@@ -181,7 +182,7 @@ class LolaExperts(nn.Module):
 
 
 class LolaGate(nn.Linear):
-    """The router's scores of the experts, in float32 whatever the model's dtype: rounding must not change a choice."""
+    """The router's scores of the experts, in float32 for any dtype of the model, so that rounding changes no choice."""
 
     def __init__(self, config: LolaConfig) -> None:
         super().__init__(config.n_embd, config.num_experts, bias=False)
@@ -202,8 +203,8 @@ class LolaMoe(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output (B, S, D) and the router's scores (T, E).
 
-        Each token goes to the expert with the highest probability. The expert's output is multiplied by that
-        probability, which is not set to 1 although it is the only one.
+        Each token goes to the expert with the highest probability. The expert's output is multiplied by this
+        probability, which is not normalised to 1 although there is only one expert.
         """
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         router_logits_TE = self.gate(x_TD)
@@ -243,7 +244,7 @@ class LolaBlock(nn.Module):
 
 
 class LolaPreTrainedModel(PreTrainedModel):
-    """What backbone and language model share: what transformers may do with them, and how weights begin."""
+    """Common base of backbone and language model: the features of transformers that they support, initialisation."""
 
     config_class = LolaConfig
     base_model_prefix = "transformer"
@@ -254,7 +255,7 @@ class LolaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _supports_flash_attn = _supports_flash_attn_2 = bool(ALL_ATTENTION_FUNCTIONS)
-    # Buffers of GPT-2's first versions, and a copy of the tied head.
+    # Buffers of early versions of GPT-2, and a copy of the tied head.
     _keys_to_ignore_on_load_unexpected = [r"\.attn\.bias$", r"\.attn\.masked_bias$", r"^lm_head\.weight$"]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,7 +306,7 @@ class LolaModel(LolaPreTrainedModel):
         Args:
             input_ids: (B, S); or `inputs_embeds` (B, S, D).
             attention_mask: (B, P + S), 1 for real tokens.
-            position_ids: (B, S); those after the cache if left out.
+            position_ids: (B, S); by default those after the cache.
             past_key_values: A `DynamicCache`.
 
         Returns:
@@ -339,7 +340,7 @@ class LolaModel(LolaPreTrainedModel):
         hidden_states, router_logits, attentions = [x_BSD], [], []
         for block in self.h:
             run = partial(block, position_ids=position_ids, **kwargs)
-            if checkpointing:  # the backward pass computes the layer again
+            if checkpointing:  # backward computes the layer again
                 x_BSD, logits_TE, weights = self._gradient_checkpointing_func(run, x_BSD, mask)
             else:
                 x_BSD, logits_TE, weights = run(x_BSD, mask, past_key_values)
@@ -401,11 +402,11 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), shifted inside; -100 marks a position that is not learned.
-            logits_to_keep: Score only the last so many positions; 0 for all.
-            num_items_in_batch: Divide the summed loss by this instead of by the number of labels.
+            logits_to_keep: Score only this many last positions; 0 for all.
+            num_items_in_batch: Divisor of the summed loss, instead of the number of labels.
 
         Returns:
-            `loss` is the cross-entropy alone. `aux_loss`, with `output_router_logits`, is LOLA's load-balancing loss of
+            `loss` is only the cross-entropy. `aux_loss`, with `output_router_logits`, is LOLA's load-balancing loss of
             the real tokens, not weighted: a trainer adds `config.router_aux_loss_coef` times it.
         """
         if output_router_logits is None:
@@ -453,9 +454,9 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Choose what the next step of `generate` computes: the tokens that are not in the cache yet.
+        """Return the inputs of the next step of `generate`: the tokens that are not in the cache yet.
 
-        Positions count real tokens only, so that a padded row continues like the same row alone.
+        Positions count only real tokens, so that a padded row continues like the same row without padding.
         """
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         inputs = {"past_key_values": past_key_values, "use_cache": use_cache, "attention_mask": attention_mask}
@@ -475,13 +476,13 @@ class LolaForCausalLM(LolaPreTrainedModel, GenerationMixin):
 
 
 def load_balancing_loss(router_logits: tuple[Tensor, ...], attention_mask: Tensor | None, seq: int) -> Tensor:
-    """LOLA's auxiliary loss: `E * sum_e load_e * prob_e` per layer with experts, summed over the layers.
+    """Return LOLA's auxiliary loss: `E * sum_e load_e * prob_e` per layer with experts, summed over the layers.
 
     `load_e` is the share of real tokens that go to expert e, `prob_e` its mean probability.
 
     Args:
         router_logits: One (T, E) tensor per layer.
-        attention_mask: (B, P + S), 1 for real tokens; None if all are.
+        attention_mask: (B, P + S), 1 for real tokens; None if all are real.
 
     Returns:
         A scalar; 1 per layer if the load is even.

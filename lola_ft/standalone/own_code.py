@@ -1,4 +1,4 @@
-"""The code beside the weights: copied into a folder, and named by its config."""
+"""lola_ft's code in a folder with weights: copied into the folder, and named by its config."""
 
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,20 @@ _HERE = Path(__file__).parent
 
 
 def config_for(family: Family, config: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return a checkpoint's `config.json`, fit to lie in another folder than its own.
+    """Return a checkpoint's `config.json` for another folder than the checkpoint's own.
 
     Args:
-        origin: The checkpoint's Hub id, "" for a folder; remote code that it names without an id is looked for there.
+        origin: The checkpoint's Hub id, "" for a folder. Remote code that the config names without an id is there.
     """
     changed = dict(config)
-    if "dtype" in config:  # of transformers 5; earlier versions read the other name
+    if "dtype" in config:  # transformers 5 writes it; earlier versions read the other name
         changed.setdefault("torch_dtype", config["dtype"])
     if family.hub_class:
         changed["architectures"] = [family.hub_class]
     named = {
         name: code if "--" in code or not origin else f"{origin}--{code}"
         for name, code in config.get("auto_map", {}).items()
-        if code.partition(".")[0] not in _modules(family)  # of an earlier export
+        if code.partition(".")[0] not in _modules(family)  # entries of an earlier export
     }
     if auto_map := named | dict(family.auto_map):
         changed["auto_map"] = auto_map
@@ -32,10 +32,10 @@ def config_for(family: Family, config: dict[str, Any], origin: str) -> dict[str,
 
 
 def complete_folder(family: Family, folder: Path) -> list[str]:
-    """Put the family's code of ours, if it has any, into a folder with weights; make its tokenizer portable.
+    """Copy lola_ft's code for the family, if there is any, into a folder with weights, and make its tokenizer portable.
 
     Returns:
-        Names of other Python files in the folder, which stay.
+        Names of other Python files in the folder, which are kept.
     """
     if not family.auto_map:
         return []
@@ -45,5 +45,5 @@ def complete_folder(family: Family, folder: Path) -> list[str]:
 
 
 def _modules(family: Family) -> list[str]:
-    """Names of the modules of ours that a family's config names."""
+    """Return the names of lola_ft's modules that a family's config names."""
     return sorted({code.partition(".")[0] for code in family.auto_map.values()})

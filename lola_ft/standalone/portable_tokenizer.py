@@ -1,7 +1,7 @@
-"""A tokenizer's files as every version of transformers from 4.41 on reads them.
+"""A tokenizer's files in the form that every version of transformers from 4.41 on reads.
 
-transformers 5 and tokenizers 0.20 write two things that earlier versions do not know: a class `TokenizersBackend`, and
-each merge of a BPE vocabulary as a list of two pieces. Later versions read the earlier forms as well.
+transformers 5 and tokenizers 0.20 write two things that earlier versions do not support: the class `TokenizersBackend`,
+and each merge of a BPE vocabulary as a list of two pieces. Later versions also read the earlier forms.
 """
 
 import json
@@ -14,9 +14,9 @@ _CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
 def make_tokenizer_portable(folder: Path) -> None:
-    """Rewrite a folder's tokenizer files where they need it, so that their meaning stays; name its class in the config.
+    """Rewrite a folder's tokenizer files if they need it, without a change of meaning; name its class in the config.
 
-    Pipelines of transformers 4 load a tokenizer only if the model's config names one.
+    Pipelines of transformers 4 load a tokenizer only if the model's config names its class.
     """
     config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if config_file.is_file():
@@ -32,10 +32,10 @@ def make_tokenizer_portable(folder: Path) -> None:
 def _portable_config(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     own = config.get("tokenizer_class")
     changed = config | {"tokenizer_class": _CLASSES.get(str(own), own)}
-    if isinstance(changed.get("extra_special_tokens"), list):  # before 5 this key holds names, and the list is:
+    if isinstance(changed.get("extra_special_tokens"), list):  # before 5 this key holds a dict, and the list is in:
         changed["additional_special_tokens"] = changed.pop("extra_special_tokens")
     template = folder / "chat_template.jinja"
-    if template.is_file():  # earlier versions look for it in the config alone
+    if template.is_file():  # earlier versions look for it only in the config
         changed.setdefault("chat_template", template.read_text(encoding="utf-8"))
     return changed
 
@@ -45,7 +45,7 @@ def _portable_merges(tokenizer: dict[str, Any]) -> dict[str, Any]:
     merges = model.get("merges") or []
     pairs = [merge for merge in merges if isinstance(merge, list)]
     if any(" " in piece for pair in pairs for piece in pair):
-        return tokenizer  # the earlier form cannot say where such a pair is parted
+        return tokenizer  # the earlier form cannot express where this pair is divided
     return tokenizer | {"model": model | {"merges": [" ".join(m) if isinstance(m, list) else m for m in merges]}}
 
 

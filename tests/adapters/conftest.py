@@ -1,4 +1,4 @@
-"""A tiny base to load again and again, and adapters of every mix of groups with all their numbers random."""
+"""A tiny base, loaded again for each use, and random adapters on every mix of groups."""
 
 import zlib
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from lola_ft.families import architecture_of
 from lola_ft.model import LolaConfig, LolaForCausalLM
 from lola_ft.quantization import load_base
 
-# The end of the Hub's module names, by a name for tests.
+# Endings of Hub module names, by short names for tests.
 TARGETS = {
     "c_attn": ".attn.c_attn",
     "attn_c_proj": ".attn.c_proj",
@@ -45,7 +45,7 @@ def ids() -> Tensor:
 
 @pytest.fixture
 def fresh(tiny_base: Path) -> Callable[..., LolaForCausalLM]:
-    """Load the tiny base anew (an adapter changes a model in place)."""
+    """Load the tiny base again, because an adapter changes a model in place."""
 
     def load(quantization: str | None = None, dtype: str = "float32") -> LolaForCausalLM:
         return load_base(tiny_base, quantization=quantization, dtype=dtype, device="cpu", quiet=True)
@@ -100,7 +100,7 @@ def make_weights(tiny: LolaConfig) -> Callable[..., AdapterWeights]:
 
 @pytest.fixture
 def everything(make_weights: Callable[..., AdapterWeights]) -> AdapterWeights:
-    """An adapter on every target, no two ranks equal, and the router."""
+    """An adapter on every target, all ranks different, and the router."""
     ranks = {"c_attn": 4, "attn_c_proj": 3, "mlp_up": 6, "mlp_down": 5, "up": 2, "down": 7}
     return make_weights(router=True, **{group: (rank, 3.0 + rank) for group, rank in ranks.items()})
 

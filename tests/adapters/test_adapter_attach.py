@@ -1,4 +1,4 @@
-"""What an attached adapter trains, and that it is a side path: no effect at first, none once disabled."""
+"""The weights that an attached adapter trains; and that it has no effect when it is new or disabled."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from lola_ft.adapters.weights import AdapterWeights, LoraPair
 from lola_ft.errors import AdapterError, UserError
 from tests.tiny import TINY
 
-# Float32 sums in another order.
+# Float32 sums have another order.
 ROUNDING = 1e-5
 
 ALL = AdapterSettings(attention_rank=4, mlp_rank=6, expert_rank=2, tune_router=True)
@@ -31,7 +31,7 @@ PARAMETERS = {
 
 
 def randomize(model: PeftModel, adapter: str = "default", seed: int = 0) -> PeftModel:
-    """Give an adapter's every tensor random numbers (B is zero at first)."""
+    """Set all of an adapter's tensors to random numbers. (A new B is zero.)"""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -41,7 +41,7 @@ def randomize(model: PeftModel, adapter: str = "default", seed: int = 0) -> Peft
 
 
 def frozen_state(model: PeftModel) -> dict[str, Tensor]:
-    """Every parameter and buffer that is not the adapter's, 4-bit codes and scales included."""
+    """Return every parameter and buffer that is not the adapter's, including 4-bit codes and scales."""
     state = {name: tensor for name, tensor in model.named_parameters() if not tensor.requires_grad}
     state |= dict(model.named_buffers())
     for name, module in model.named_modules():
@@ -53,7 +53,9 @@ def frozen_state(model: PeftModel) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("group", PARAMETERS)
-def test_only_the_group_trains(group: str, quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_only_the_chosen_group_trains(
+    group: str, quantization: str | None, fresh: Callable[..., Any], ids: Tensor
+) -> None:
     settings, expected = PARAMETERS[group]
     model = add_adapter(fresh(quantization), settings)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -86,7 +88,7 @@ def test_adapter_is_float32_on_a_16_bit_base(quantization: str | None, fresh: Ca
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_no_effect_at_first_and_none_once_disabled(
+def test_a_new_or_disabled_adapter_has_no_effect(
     quantization: str | None, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
     base = fresh(quantization)
@@ -99,7 +101,7 @@ def test_no_effect_at_first_and_none_once_disabled(
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_disabled_after_a_merge_in_memory_it_is_the_base(fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_disabling_after_a_merge_in_memory_gives_the_base(fresh: Callable[..., Any], ids: Tensor) -> None:
     base = fresh()
     expected = base(ids).logits
     model = randomize(add_adapter(base, AdapterSettings(attention_rank=4, expert_rank=2))).eval()
@@ -139,7 +141,7 @@ def test_two_active_adapters_add_up(fresh: Callable[..., Any], ids: Tensor, tmp_
         weights[name], alone[name] = adapter_weights(model), model(ids).logits
     model.base_model.set_adapter(["default", "second"])
 
-    # One adapter with both in it: the ranks side by side, each B with its own scaling.
+    # One adapter that holds both: the ranks side by side, each B with its own scaling.
     joined = AdapterWeights(TINY)
     for module, pair in weights["default"].pairs.items():
         other = weights["second"].pairs[module]
@@ -165,7 +167,7 @@ def test_two_active_adapters_with_different_dropout_do_not_train(fresh: Callable
 
 
 @pytest.mark.parametrize("settings", [ALL, AdapterSettings(expert_rank=3), AdapterSettings(tune_router=True)])
-def test_a_step_on_a_4_bit_base_moves_the_adapter_alone(
+def test_a_step_on_a_4_bit_base_changes_only_the_adapter(
     settings: AdapterSettings, fresh: Callable[..., Any], ids: Tensor
 ) -> None:
     model = add_adapter(fresh("nf4", "bfloat16"), settings)
@@ -203,10 +205,10 @@ def test_a_4_bit_base_is_not_merged_in_memory(
         assert all(torch.equal(tensor, frozen[name]) for name, tensor in frozen_state(model).items())
 
 
-def test_a_base_takes_one_adapter(
+def test_a_second_adapter_needs_the_returned_model_and_another_name(
     fresh: Callable[..., Any], everything: AdapterWeights, tmp_path: Path, ids: Tensor
 ) -> None:
-    """The base is changed in place, so that it is no base any more; what was returned takes more, by other names."""
+    """The base is changed in place. So it takes no second adapter, and the returned model takes one by another name."""
     write_adapter(everything, tmp_path / "adapter", "peft")
     base = fresh()
     model = load_adapter(base, tmp_path / "adapter")

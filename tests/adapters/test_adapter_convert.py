@@ -1,4 +1,4 @@
-"""`convert`: another layout, the same numbers."""
+"""`convert` writes another layout with the same numbers."""
 
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def test_there_and_back_gives_the_same_files(
     )
 
 
-def test_the_authors_adapter(golden_adapter: Path, golden_base: Path, tmp_path: Path) -> None:
+def test_the_authors_adapter_comes_back_bit_equal(golden_adapter: Path, golden_base: Path, tmp_path: Path) -> None:
     there = convert_adapter(golden_adapter, golden_base, "peft", tmp_path / "peft")
     assert (there.source_layout, there.tensors) == ("per_expert", 56)
     convert_adapter(tmp_path / "peft", golden_base, "per_expert", tmp_path / "back")
@@ -70,7 +70,7 @@ def test_the_authors_adapter(golden_adapter: Path, golden_base: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("taken", ["folder", "file"])
-def test_a_taken_place_is_refused(taken: str, adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(taken: str, adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / taken
     if taken == "folder":
         out.mkdir()
@@ -93,7 +93,7 @@ def test_an_adapter_of_another_shape_is_refused_and_nothing_written(
 
 
 @pytest.mark.slow
-def test_command_line(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_command_converts_and_reports_the_tensors(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
     arguments = [str(adapter), "--base", str(tiny_base), "--layout", "per_expert", "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "lola_ft", "convert", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -102,7 +102,7 @@ def test_command_line(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert read_adapter(tmp_path / "out").layout == "per_expert"
 
 
-def test_command_line_mistake(
+def test_an_unknown_layout_on_the_command_line_is_refused(
     adapter: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lola_ft.cli import main

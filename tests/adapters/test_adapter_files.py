@@ -1,4 +1,4 @@
-"""Adapter folders: what is wrong with one is said by name, and writing is all or nothing."""
+"""Adapter folders: errors name what is wrong, and writing is all or nothing."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ E = 4
 
 @pytest.fixture
 def adapter(everything: AdapterWeights, tmp_path: Path) -> Path:
-    """A whole adapter folder, to be damaged."""
+    """A complete adapter folder, for tests to damage."""
     everything.base, everything.base_fingerprint = "someone/lola", "0123456789abcdef"
     return write_adapter(everything, tmp_path / "adapter", "peft")
 
@@ -49,37 +49,37 @@ def refusal(adapter: Path) -> str:
 # Reading
 
 
-def test_a_missing_folder_or_config(tmp_path: Path, adapter: Path) -> None:
+def test_a_missing_folder_or_config_is_named(tmp_path: Path, adapter: Path) -> None:
     assert "no adapter here" in refusal(tmp_path / "nowhere")
     (adapter / "adapter_config.json").unlink()
     assert_says(refusal(adapter), f"{adapter} … adapter_config.json … adapter_model.safetensors")
 
 
-def test_a_missing_weights_file(adapter: Path) -> None:
+def test_a_missing_weights_file_is_reported(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").unlink()
     assert "damaged or incomplete" in refusal(adapter)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 400, -1])
-def test_a_truncated_weights_file(keep: int, adapter: Path) -> None:
+def test_a_truncated_weights_file_is_reported(keep: int, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
     assert "damaged or incomplete" in refusal(adapter)
 
 
 @pytest.mark.parametrize("text", ["{", "", '{"peft_type": "LORA"', "\xff\xfe"])
-def test_a_damaged_config(text: str, adapter: Path) -> None:
+def test_a_damaged_config_is_reported(text: str, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_bytes(text.encode("latin-1"))
     assert "damaged or incomplete" in refusal(adapter)
 
 
-def test_a_config_that_is_no_object(adapter: Path) -> None:
+def test_a_config_that_is_no_object_is_reported(adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text("[1]")
     assert_says(refusal(adapter), "adapter_config.json: … list")
 
 
 @pytest.mark.parametrize("peft_type", ["LOHA", "PROMPT_TUNING", None])
-def test_another_kind_of_adapter(peft_type: str | None, adapter: Path) -> None:
+def test_another_kind_of_adapter_is_refused(peft_type: str | None, adapter: Path) -> None:
     change_config(adapter, peft_type=peft_type)
     assert_says(refusal(adapter), f"peft_type … {peft_type} … LoRA")
 
@@ -97,7 +97,7 @@ def test_another_kind_of_adapter(peft_type: str | None, adapter: Path) -> None:
         ("init_lora_weights", "loftq"),
     ],
 )
-def test_a_setting_that_would_change_the_numbers(key: str, value: Any, adapter: Path) -> None:
+def test_a_setting_that_would_change_the_numbers_is_refused(key: str, value: Any, adapter: Path) -> None:
     change_config(adapter, **{key: value})
     message = refusal(adapter)
     assert f"adapter_config.json: {key} is {value}" in message
@@ -105,7 +105,7 @@ def test_a_setting_that_would_change_the_numbers(key: str, value: Any, adapter: 
 
 
 @pytest.mark.parametrize("value", [True, False, "gaussian", "orthogonal", "eva"])
-def test_an_initialisation_that_leaves_the_base_alone(
+def test_an_initialisation_that_keeps_the_base_is_accepted(
     value: Any, adapter: Path, everything: AdapterWeights, same: Callable[[AdapterWeights, AdapterWeights], None]
 ) -> None:
     change_config(adapter, init_lora_weights=value)
@@ -113,7 +113,7 @@ def test_an_initialisation_that_leaves_the_base_alone(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(value: float, adapter: Path) -> None:
+def test_nan_and_infinity_are_refused_by_name(value: float, adapter: Path) -> None:
     state = load_file(adapter / "adapter_model.safetensors")
     key = "base_model.model.transformer.h.1.moe.experts.lora_B.weight"
     state[key][0, 0] = value
@@ -123,7 +123,7 @@ def test_numbers_that_are_none(value: float, adapter: Path) -> None:
     assert key in message
 
 
-def test_a_later_version_of_the_layout(adapter: Path) -> None:
+def test_a_later_version_of_the_layout_is_refused(adapter: Path) -> None:
     state = load_file(adapter / "adapter_model.safetensors")
     save_file(state, adapter / "adapter_model.safetensors", metadata={"lola_ft_layout": "peft/2"})
     assert_says(refusal(adapter), "layout … 2 … 1")
@@ -133,7 +133,7 @@ def test_a_later_version_of_the_layout(adapter: Path) -> None:
 
 
 def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors; what the file says of itself stays."""
+    """Change the tensors and keep the file's metadata."""
     file = adapter / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -179,17 +179,17 @@ def add_a_layer(state: dict[str, torch.Tensor]) -> None:
         ),
     ],
 )
-def test_what_was_changed_after_writing_is_named(
+def test_tensors_changed_after_writing_are_named(
     change: Callable[[dict[str, torch.Tensor]], None], named: str, adapter: Path
 ) -> None:
     rewrite(adapter, change)
     assert named.partition("{}")[0] in refusal(adapter)
 
 
-def test_another_tool_s_file_must_hold_what_its_config_says(
+def test_a_file_of_another_tool_must_hold_all_that_its_config_declares(
     golden_adapter: Path, golden_base: Path, tmp_path: Path
 ) -> None:
-    """One expert's projection is lost with both its factors, which no half pair tells."""
+    """One expert's projection is lost with both its factors, so that no incomplete pair shows it."""
     folder = tmp_path / "authors"
     architecture = architecture_of(LolaConfig.from_pretrained(golden_base))
     shutil.copytree(golden_adapter, folder)
@@ -225,21 +225,21 @@ def test_another_tool_s_file_must_hold_what_its_config_says(
         ),
     ],
 )
-def test_what_a_config_declares(config: dict[str, Any], lost: list[str], tiny: LolaConfig) -> None:
+def test_a_config_declares_modules_by_pefts_rules(config: dict[str, Any], lost: list[str], tiny: LolaConfig) -> None:
     found, saved = declared_modules(config, architecture_of(tiny))
     assert sorted(name.removeprefix("transformer.") for name in found) == sorted(lost)
     assert saved == []
 
 
 @pytest.mark.parametrize("kept", [".attn.", ".mlp.", ".experts.", ".c_fc."])
-def test_a_kind_that_only_the_config_names_was_left_out(
+def test_a_kind_of_module_that_the_file_lacks_is_left_out_with_a_warning(
     kept: str, golden_adapter: Path, golden_base: Path, tmp_path: Path
 ) -> None:
-    """The authors' config says `c_proj` and `c_fc`; which modules have them, the file says."""
+    """The authors' config names `c_proj` and `c_fc`. Only the file shows which modules have LoRA."""
     state = load_file(golden_adapter / "adapter_model.safetensors")
     shutil.copy(golden_adapter / "adapter_config.json", tmp_path)
     save_file({key: value for key, value in state.items() if kept in key}, tmp_path / "adapter_model.safetensors")
-    with pytest.warns(UserWarning, match="the adapter has no tensors for it"):
+    with pytest.warns(UserWarning, match="the adapter's file has no LoRA tensors for"):
         loaded = load_adapter(load_base(golden_base, None, "float32", quiet=True), tmp_path)
     found = adapter_weights(loaded).pairs
     assert found.keys() == {
@@ -247,7 +247,7 @@ def test_a_kind_that_only_the_config_names_was_left_out(
     }
 
 
-def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights) -> None:
+def test_a_missing_trained_router_is_reported(everything: AdapterWeights) -> None:
     everything.declared = {"modules_to_save": ["gate"]}
     everything.check_fit()
     del everything.trained["transformer.h.3.moe.gate.weight"]
@@ -267,35 +267,39 @@ def test_a_trained_router_that_is_not_there_is_missed(everything: AdapterWeights
         ({"c_attn": (4, 8.0), "up": (2, 8.0), "dora": True}, "peft", False),
     ],
 )
-def test_stock_peft_is_not_promised_more_than_it_can(
+def test_only_adapters_that_stock_peft_loads_say_so(
     groups: dict[str, Any], layout: str, loads: bool, make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
     weights = make_weights(**groups)
     assert read_adapter(write_adapter(weights, tmp_path / "one", layout)).loads_with_stock_peft is loads
-    weights.starts_at_rounding_error = True  # stock PEFT would put it on unrounded weights
+    weights.starts_at_rounding_error = True  # stock PEFT would load it onto unrounded weights
     assert not read_adapter(write_adapter(weights, tmp_path / "two", layout)).loads_with_stock_peft
 
 
 # An adapter of another shape
 
 
-def test_an_adapter_of_another_hidden_size(everything: AdapterWeights, tiny: LolaConfig) -> None:
+def test_an_adapter_of_another_hidden_size_is_refused_with_both_shapes(
+    everything: AdapterWeights, tiny: LolaConfig
+) -> None:
     config = LolaConfig(**tiny.to_diff_dict() | {"n_embd": 32, "n_head": 2})
     with pytest.raises(AdapterError) as error:
         replace(everything, architecture=architecture_of(config)).check_fit()
     message = str(error.value)
     assert_says(message, "transformer.h.0.attn.c_attn: … [64, 192] … [32, 96]")
-    assert message.count("\n") == 6  # five by name, the rest counted
+    assert message.count("\n") == 6  # five by name, the others counted
     assert "… and 25 more" in message
 
 
-def test_an_adapter_of_a_deeper_base(everything: AdapterWeights, tiny: LolaConfig) -> None:
+def test_an_adapter_of_a_deeper_base_is_refused_by_module(everything: AdapterWeights, tiny: LolaConfig) -> None:
     architecture = architecture_of(LolaConfig(**tiny.to_diff_dict() | {"n_layer": 2}))
     with pytest.raises(AdapterError, match=r"transformer.h.2.attn.c_attn: the base has no such module"):
         replace(everything, architecture=architecture).check_fit()
 
 
-def test_a_router_of_another_shape(make_weights: Callable[..., AdapterWeights], tiny: LolaConfig) -> None:
+def test_a_router_of_another_shape_is_refused_with_both_shapes(
+    make_weights: Callable[..., AdapterWeights], tiny: LolaConfig
+) -> None:
     weights = make_weights(router=True)
     architecture = architecture_of(LolaConfig(**tiny.to_diff_dict() | {"num_experts": 8}))
     with pytest.raises(AdapterError, match=r"h.1.moe.gate.weight: \[4, 64\] in the adapter, \[8, 64\] in the base"):
@@ -315,7 +319,7 @@ def test_lora_on_embeddings_and_head_is_refused_by_name(everything: AdapterWeigh
 # Writing
 
 
-def test_what_is_written(adapter: Path) -> None:
+def test_a_written_adapter_has_the_files_and_keys_of_peft(adapter: Path) -> None:
     assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
@@ -329,7 +333,7 @@ def test_what_is_written(adapter: Path) -> None:
     assert config["inference_mode"] is True
 
 
-def test_an_unknown_layout(everything: AdapterWeights, tmp_path: Path) -> None:
+def test_an_unknown_layout_is_refused_and_nothing_written(everything: AdapterWeights, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="layout 'gguf' is not known; use one of peft, per_expert"):
         write_adapter(everything, tmp_path / "new", "gguf")
     assert not (tmp_path / "new").exists()
@@ -342,7 +346,7 @@ def test_an_older_adapter_is_replaced(adapter: Path, make_weights: Callable[...,
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
-def test_what_is_no_adapter_is_not_replaced(everything: AdapterWeights, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_adapter_is_not_replaced(everything: AdapterWeights, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     (tmp_path / "file").write_text("mine")
@@ -367,13 +371,13 @@ def test_a_failure_while_writing_keeps_the_older_adapter(adapter: Path, everythi
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
-def test_what_belongs_beside_the_adapter_comes_with_it(everything: AdapterWeights, tmp_path: Path) -> None:
+def test_further_files_are_written_with_the_adapter(everything: AdapterWeights, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "adapter"
     write_adapter(everything, out, "peft", also=lambda folder: (folder / "README.md").touch())
     assert (out / "README.md").is_file()
 
 
-def test_numbers_are_stored_in_the_precision_they_have(everything: AdapterWeights, tmp_path: Path) -> None:
+def test_weights_are_stored_in_their_own_dtype(everything: AdapterWeights, tmp_path: Path) -> None:
     everything.trained = {name: tensor.bfloat16() for name, tensor in everything.trained.items()}
     write_adapter(everything, tmp_path / "adapter", "peft")
     for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():

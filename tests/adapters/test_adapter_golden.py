@@ -1,4 +1,4 @@
-"""The authors' adapter, loaded and stored by us, computes and weighs what it did in their own code."""
+"""The authors' adapter, loaded and stored by lola_ft, has the outputs, gradients and weights of their own code."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from lola_ft.adapters.layouts import from_state
 from lola_ft.families import architecture_of
 from lola_ft.quantization import load_base
 
-# Float32 sums in another order; the limit that the adapter's numbers must meet.
+# Float32 sums have another order. This is the limit that an adapter must meet.
 PARITY = 1e-5
 
 
@@ -30,7 +30,7 @@ def run(model: Any, golden: dict[str, Tensor]) -> Any:
 
 @pytest.fixture(scope="module")
 def stored(golden_base: Path, golden_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The golden adapter as its authors stored it, and as we do in both layouts."""
+    """The golden adapter as its authors stored it, and as lola_ft stores it in both layouts."""
     folder = tmp_path_factory.mktemp("golden")
     model = load_adapter(load_base(golden_base, quantization=None, dtype="float32", quiet=True), golden_adapter)
     for layout in ("peft", "per_expert"):
@@ -39,7 +39,7 @@ def stored(golden_base: Path, golden_adapter: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("layout", ["authors", "peft", "per_expert"])
-def test_outputs_and_gradients(
+def test_outputs_and_gradients_are_those_of_the_authors_code(
     layout: str, stored: dict[str, Path], golden: dict[str, Tensor], golden_base: Path
 ) -> None:
     base = load_base(golden_base, quantization=None, dtype="float32", quiet=True)
@@ -61,7 +61,7 @@ def test_outputs_and_gradients(
     for module, pair in grads.pairs.items():
         for factor, grad in (("A", pair.a), ("B", pair.b)):
             expected_grad = golden.get(f"lora.grad.base_model.model.{module}.lora_{factor}.default.weight")
-            if expected_grad is None:  # their code runs an expert without a token not at all
+            if expected_grad is None:  # their code does not run an expert without tokens
                 assert ".experts." in module
                 assert not grad.any()
             else:
@@ -70,15 +70,15 @@ def test_outputs_and_gradients(
     assert compared == sum(name.startswith("lora.grad.") for name in golden) == 48
 
 
-def test_stored_per_expert_it_is_the_authors_file(stored: dict[str, Path], golden_adapter: Path) -> None:
+def test_the_per_expert_layout_is_the_authors_file(stored: dict[str, Path], golden_adapter: Path) -> None:
     ours = load_file(stored["per_expert"] / "adapter_model.safetensors")
     theirs = load_file(golden_adapter / "adapter_model.safetensors")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
 
 
-def test_stored_per_expert_its_config_is_one_for_their_peft(stored: dict[str, Path], golden_adapter: Path) -> None:
-    """PEFT 0.11 refuses a config with a key that it does not know; the golden config has every key that it does."""
+def test_the_per_expert_config_has_only_keys_of_the_authors_peft(stored: dict[str, Path], golden_adapter: Path) -> None:
+    """PEFT 0.11 refuses a config with unknown keys. The golden config has every key that it knows."""
     ours = json.loads((stored["per_expert"] / "adapter_config.json").read_text())
     theirs = json.loads((golden_adapter / "adapter_config.json").read_text())
     assert ours.keys() <= theirs.keys()

@@ -1,4 +1,4 @@
-"""The two layouts hold the same numbers, bit by bit, and neither drops or mixes up a tensor in silence."""
+"""The two layouts hold the same numbers, bit by bit, and neither drops or confuses a tensor without an error."""
 
 import itertools
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def test_wrappers_nest_where_both_projections_have_lora(
     assert len(state) == (8 if nested else 4)
 
 
-def test_the_layout_is_told_from_the_names(make_weights: Callable[..., AdapterWeights]) -> None:
+def test_the_layout_is_recognised_by_tensor_names(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(c_attn=(4, 8.0), up=(2, 8.0))
     for layout in LAYOUTS:
         assert detect_layout(to_state(weights, layout)) == layout
@@ -151,14 +151,14 @@ def test_layers_of_different_rank_are_refused_by_name(make_weights: Callable[...
             config_for(weights, layout)
 
 
-def test_one_layer_with_both_projections_and_one_with_up_alone_is_refused_in_a_stack(
+def test_one_layer_with_both_projections_and_one_with_only_up_is_refused_in_a_stack(
     make_weights: Callable[..., AdapterWeights],
 ) -> None:
-    """A reader could not tell whose the lone `experts.lora_A` is: down_proj's in one layer, up_proj's in another."""
+    """The single `experts.lora_A` would be ambiguous: down_proj's in one layer, up_proj's in another."""
     weights = make_weights(up=(2, 8.0), down=(2, 8.0))
     for e in range(E):
         del weights.pairs[f"transformer.h.3.moe.experts.{e}.c_proj"]
-    with pytest.raises(AdapterError, match="only per_expert can hold that"):
+    with pytest.raises(AdapterError, match="only the layout per_expert can hold both"):
         to_state(weights, "peft")
     assert len(to_state(weights, "per_expert")) == 2 * (2 * E + E)
 
@@ -167,7 +167,7 @@ def test_one_layer_with_both_projections_and_one_with_up_alone_is_refused_in_a_s
 
 
 def broken(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
-    """The state with keys (by their end) replaced, or taken out for None."""
+    """Return the state with keys (by their ending) replaced, or removed if None."""
     result = dict(state)
     for end, tensor in changes.items():
         (key,) = [key for key in state if key.endswith(end)] or [end]
@@ -215,19 +215,19 @@ def test_a_tensor_without_a_place_is_named(
 ) -> None:
     state, config = stored(make_weights(c_attn=(4, 8.0), up=(2, 8.0), down=(2, 8.0)), "peft")
     if any(key == "transformer.h.0.attn.c_attn.lora_A.weight" for key in changes):
-        state |= changes  # beside the prefixed one
+        state |= changes  # in addition to the prefixed one
     else:
         state = broken(state, **changes)
     with pytest.raises(AdapterError, match=named):
         from_state(state, config, TINY)
 
 
-def test_an_expert_beside_its_own_stack_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
+def test_an_expert_that_is_both_single_and_in_a_stack_is_refused(make_weights: Callable[..., AdapterWeights]) -> None:
     weights = make_weights(up=(2, 8.0))
     state, config = stored(weights, "peft")
     both = to_state(weights, "per_expert")
     state |= {key: tensor for key, tensor in both.items() if ".h.3.moe.experts.1." in key}
-    with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: expert 1 is in the file twice"):
+    with pytest.raises(AdapterError, match=r"h.3.moe.experts.up_proj: expert 1 is in the file twice, in the stack"):
         from_state(state, config, TINY)
 
 
@@ -235,7 +235,7 @@ def test_an_expert_beside_its_own_stack_is_refused(make_weights: Callable[..., A
 def test_a_stack_for_another_number_of_experts_is_refused(
     num_experts: int, make_weights: Callable[..., AdapterWeights]
 ) -> None:
-    """Also one that divides the rows: cut into 2, a stack of 4 experts of rank 4 looks like rank 8, all scrambled."""
+    """A number that divides the rows is refused, too: split into 2, 4 experts of rank 4 look like rank 8."""
     state, config = stored(make_weights(up=(4, 8.0)), "peft")
     with pytest.raises(AdapterError, match=rf"h.1.moe.experts.up_proj: A has 16 rows.*each of {num_experts} experts"):
         from_state(state, config, architecture_of(tiny_config(num_experts=num_experts)))

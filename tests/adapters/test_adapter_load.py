@@ -1,4 +1,4 @@
-"""Loading puts every tensor of a file in its place, on the base that it belongs to; saving gives them back."""
+"""Loading puts every tensor of a file into its place, on its own base. Saving writes the same tensors."""
 
 import itertools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from tests.grids import slow_but
 from tests.tiny import TINY
 
 E = 4
-# Float32: B·A added to the weight against A and B multiplied in turn.
+# Float32: adding B·A to the weight, against multiplying with A and then B.
 ROUNDING = 1e-5
 
 PARTS: dict[str, Callable[[str], bool]] = {
@@ -41,7 +41,7 @@ PARTS: dict[str, Callable[[str], bool]] = {
 
 @pytest.fixture
 def merged_by_hand(fresh: Callable[..., LolaForCausalLM]) -> Callable[[AdapterWeights], LolaForCausalLM]:
-    """The base with every update added to its weight: what any way of loading must compute."""
+    """The base with every update added to its weight. Every way of loading must compute the same."""
 
     def merge(weights: AdapterWeights) -> LolaForCausalLM:
         model = fresh()
@@ -71,7 +71,7 @@ FAST_PARTS = [
 
 
 @pytest.mark.parametrize(("part", "layout"), slow_but(FAST_PARTS, itertools.product(PARTS, LAYOUTS)))
-def test_the_parts_that_an_adapter_covers(
+def test_an_adapter_on_any_parts_computes_base_plus_update(
     part: str,
     layout: str,
     make_weights: Callable[..., AdapterWeights],
@@ -90,7 +90,7 @@ def test_the_parts_that_an_adapter_covers(
     assert (expected - fresh()(ids).logits).abs().max() > 1e-3
     assert_close(model(ids).logits, expected, atol=ROUNDING, rtol=0)
 
-    # What was loaded is what is saved; experts left out come back as zeros.
+    # Saving writes what was loaded. Experts that were left out come back as zeros.
     again = adapter_weights(model)
     assert again.trained.keys() == weights.trained.keys()
     assert {module for module in again.pairs if again.delta(module).any()} == set(weights.pairs)
@@ -142,7 +142,7 @@ def test_a_16_bit_base_holds_the_adapter_in_float32(
     same(adapter_weights(load_adapter(fresh(dtype="bfloat16"), tmp_path / "adapter")), everything)
 
 
-def test_training_goes_on_where_asked(
+def test_a_loaded_adapter_trains_only_if_asked(
     everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], ids: Tensor, tmp_path: Path
 ) -> None:
     write_adapter(everything, tmp_path / "adapter", "peft")
@@ -161,7 +161,7 @@ def test_training_goes_on_where_asked(
 
 @pytest.fixture
 def foreign(everything: AdapterWeights, tmp_path: Path) -> Path:
-    """An adapter that fits the tiny base and says that it belongs to another."""
+    """An adapter that fits the tiny base, but names another base as its own."""
     everything.base_fingerprint = "feedfacefeedface"
     return write_adapter(everything, tmp_path / "foreign", "peft")
 
@@ -180,7 +180,7 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_base_that_transformers_loaded_is_known_by_its_weights(
+def test_a_base_that_transformers_loaded_is_identified_by_its_weights(
     dtype: torch.dtype,
     everything: AdapterWeights,
     fresh: Callable[..., LolaForCausalLM],
@@ -195,7 +195,7 @@ def test_a_base_that_transformers_loaded_is_known_by_its_weights(
     foreign = AutoModelForCausalLM.from_pretrained(other, dtype=dtype)
     with pytest.raises(AdapterError, match=rf"base {everything.base_fingerprint}.* [0-9a-f]{{16}}"):
         load_adapter(foreign, tmp_path / "adapter")
-    # Half precision rounds otherwise than the file's, so that nothing can be told.
+    # Half precision rounds differently from the file's dtype, so the fingerprint is unknown.
     load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float16), tmp_path / "adapter")
 
 
@@ -207,12 +207,12 @@ def test_an_adapter_names_the_base_it_was_made_on(
     save_adapter(load_adapter(base, tmp_path / "unsigned"), tmp_path / "signed")
     stored = read_adapter(tmp_path / "signed")
     assert stored.metadata["base_fingerprint"] == base.base_fingerprint
-    assert stored.config["base_model_name_or_path"] == ""  # a local path would mean nothing to others
+    assert stored.config["base_model_name_or_path"] == ""  # a local path means nothing on other machines
     assert str(tiny_base) not in (tmp_path / "signed" / "adapter_config.json").read_text()
     load_adapter(fresh("nf4", "bfloat16"), tmp_path / "signed")  # the same base in another form
 
 
-def test_an_adapter_of_another_shape_leaves_the_base_as_it_was(
+def test_an_adapter_of_another_shape_does_not_change_the_base(
     everything: AdapterWeights, tiny_base: Path, tmp_path: Path, ids: Tensor
 ) -> None:
     write_adapter(everything, tmp_path / "adapter", "per_expert")
@@ -228,7 +228,7 @@ def test_an_adapter_of_another_shape_leaves_the_base_as_it_was(
 def test_the_authors_script_e_is_refused_by_name(
     name: str, everything: AdapterWeights, fresh: Callable[..., LolaForCausalLM], tmp_path: Path
 ) -> None:
-    """Their script E also adapts the embeddings, which are tied here; dropping that would change the answers."""
+    """The authors' script E also adapts the embeddings, which are tied here. Dropping them would change the answers."""
     write_adapter(everything, tmp_path / "adapter", "per_expert")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     state: dict[str, Any] = load_file(file)

@@ -1,4 +1,4 @@
-"""What else an adapter may be: its groups' own settings, some experts, router, norms, DoRA, LoftQ, several."""
+"""Options of an adapter: settings per group, selected experts, router, norms, DoRA, LoftQ, several adapters."""
 
 import json
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from lola_ft.checkpoints.base_checkpoint import BaseCheckpoint
 from lola_ft.errors import AdapterError, UserError
 from tests.tiny import TINY
 
-ROUNDING = 1e-5  # float32 sums in another order
-D, F, E = 64, 128, 4  # of the tiny base, which has MoE layers 1 and 3
+ROUNDING = 1e-5  # float32 sums have another order
+D, F, E = 64, 128, 4  # sizes of the tiny base, which has MoE layers 1 and 3
 SELECTION = ((0, 2), (3,))
 
 
@@ -88,7 +88,9 @@ def test_a_is_normal_with_gaussian_init(fresh: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 7])
-def test_any_rank(rank: int, fresh: Callable[..., Any], tmp_path: Path, ids: Tensor) -> None:
+def test_an_adapter_of_any_rank_survives_the_file(
+    rank: int, fresh: Callable[..., Any], tmp_path: Path, ids: Tensor
+) -> None:
     model = randomize(add_adapter(fresh(), AdapterSettings(attention_rank=rank, expert_rank=rank))).eval()
     save_adapter(model, tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
@@ -104,7 +106,7 @@ def test_any_rank(rank: int, fresh: Callable[..., Any], tmp_path: Path, ids: Ten
 def test_only_selected_experts_hold_tensors_and_learn(
     quantization: str | None, fresh: Callable[..., Any], ids: Tensor, tmp_path: Path
 ) -> None:
-    """The same as an adapter of all experts whose others are zero, in outputs and gradients."""
+    """Outputs and gradients equal those of an adapter on all experts that is zero for the others."""
     torch.manual_seed(1)  # LoRA's start decides which experts the tokens reach
     few = add_adapter(fresh(quantization), AdapterSettings(expert_rank=2, selection=SELECTION))
     assert sum(p.numel() for p in few.parameters() if p.requires_grad) == 3 * 2 * 2 * (D + F)
@@ -127,7 +129,7 @@ def test_only_selected_experts_hold_tensors_and_learn(
         assert_close(grad, expected, atol=ROUNDING, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_layer_without_a_chosen_expert_is_left_alone(fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_a_layer_without_a_selected_expert_gets_no_lora(fresh: Callable[..., Any], ids: Tensor) -> None:
     model = add_adapter(fresh(), AdapterSettings(expert_rank=2, selection=((), (1,))))
     wrapped = [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
     assert all(".h.3." in name for name in wrapped)
@@ -163,7 +165,7 @@ def test_conversion_of_a_selection_loses_nothing(fresh: Callable[..., Any], tiny
     assert all(torch.equal(first.entries[key].read(), last.entries[key].read()) for key in first.entries)
 
 
-def test_selections_are_read(tmp_path: Path) -> None:
+def test_a_selection_is_read_from_a_word_lists_or_a_file(tmp_path: Path) -> None:
     assert read_selection("all") is None
     assert read_selection([[2, 0], []]) == ((0, 2), ())
     file = tmp_path / "chosen.json"
@@ -199,7 +201,7 @@ def test_a_bad_selection_file_is_named(content: str | None, message: str, tmp_pa
         (((), ()), "no expert is named"),
     ],
 )
-def test_a_selection_that_does_not_fit(selection: Any, message: str, fresh: Callable[..., Any]) -> None:
+def test_a_selection_that_does_not_fit_is_refused(selection: Any, message: str, fresh: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match=message):
         add_adapter(fresh(), AdapterSettings(expert_rank=2, selection=selection))
 
@@ -246,7 +248,7 @@ def test_norms_are_trained_and_stored(
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
-def test_dora_is_its_formula(quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
+def test_dora_computes_its_formula(quantization: str | None, fresh: Callable[..., Any], ids: Tensor) -> None:
     base = fresh(quantization)
     before = base(ids).logits
     model = add_adapter(base, AdapterSettings(attention_rank=3, mlp_rank=2, expert_rank=2, dora=True)).eval()
@@ -276,12 +278,12 @@ def test_dora_keeps_no_dense_weight_for_backward(fresh: Callable[..., Any]) -> N
     assert all(tensor.numel() < D * F for tensor in saved)
 
 
-def test_dora_and_the_layouts(
+def test_dora_with_experts_fits_only_the_layout_peft(
     make_weights: Callable[..., AdapterWeights],
     same: Callable[[AdapterWeights, AdapterWeights], None],
     tmp_path: Path,
 ) -> None:
-    """The authors' PEFT makes lengths for all that has LoRA, or for nothing."""
+    """The authors' PEFT makes lengths for all modules with LoRA, or for none."""
     with_experts = make_weights(c_attn=(3, 8.0), up=(2, 8.0), dora=True)
     with pytest.raises(AdapterError, match=r"plain LoRA on others \(.*experts.*\), which the layout per_expert cannot"):
         write_adapter(with_experts, tmp_path / "adapter", "per_expert")
@@ -290,7 +292,7 @@ def test_dora_and_the_layouts(
     same(read_adapter(tmp_path / "authors").weights(TINY), weights)
     config = json.loads((tmp_path / "authors" / "adapter_config.json").read_text())
     assert (config["use_dora"], config["fan_in_fan_out"]) == (True, True)
-    keys = read_adapter(tmp_path / "authors").entries  # the name that their PEFT (0.11) gives them
+    keys = read_adapter(tmp_path / "authors").entries  # the name in their PEFT (0.11)
     assert "base_model.model.transformer.h.2.mlp.c_proj.lora_magnitude_vector" in keys
 
     write_adapter(weights, tmp_path / "adapter", "peft")
@@ -303,7 +305,7 @@ def test_dora_and_the_layouts(
 # LoftQ
 
 
-def test_loftq_brings_the_4_bit_base_nearer(
+def test_loftq_brings_the_4_bit_base_closer_to_the_original(
     fresh: Callable[..., Any], tiny_base: Path, ids: Tensor, tmp_path: Path
 ) -> None:
     expected = fresh()(ids).logits
@@ -315,7 +317,7 @@ def test_loftq_brings_the_4_bit_base_nearer(
     assert corrected < 0.8 * plain
     share = float(sentence.split("corrects ")[1].split("%")[0])
     assert 15 < share < 100
-    # By the book: the first singular values of the error are gone.
+    # As the paper says, the first singular values of the error are gone.
     linear = model.base_model.model.transformer.h[0].mlp.c_fc
     weight = BaseCheckpoint.open(tiny_base).entries["transformer.h.0.mlp.c_fc.weight"].read().t()
     error = weight - linear.base_layer.dense_weight(torch.float32)
@@ -329,13 +331,13 @@ def test_loftq_brings_the_4_bit_base_nearer(
         load_adapter(fresh(), tmp_path / "adapter")
 
 
-def test_loftq_wants_a_4_bit_base(fresh: Callable[..., Any], tiny_base: Path) -> None:
+def test_loftq_without_a_4_bit_base_is_refused(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh(), AdapterSettings(attention_rank=2))
     with pytest.raises(UserError, match="no weight with LoRA is in 4 bit"):
         start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
 
 
-def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
+def test_loftq_of_selected_experts_does_not_change_the_others(fresh: Callable[..., Any], tiny_base: Path) -> None:
     model = add_adapter(fresh("nf4"), AdapterSettings(expert_rank=2, selection=SELECTION))
     start_at_rounding_error(model, BaseCheckpoint.open(tiny_base))
     pairs = adapter_weights(model).pairs
@@ -346,10 +348,10 @@ def test_loftq_of_selected_experts_leaves_the_others(fresh: Callable[..., Any], 
 # Several adapters
 
 
-def test_adapters_side_by_side(
+def test_adapters_of_one_model_do_not_influence_each_other(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], ids: Tensor, tmp_path: Path
 ) -> None:
-    """Loaded one after another each gives what it gives alone; switched, disabled, summed by weight."""
+    """Loaded one after another, switched, disabled or summed by weight, each gives the same as by itself."""
     mixes = {
         "first": make_weights(c_attn=(4, 8.0), up=(2, 8.0), down=(2, 8.0)),
         "second": make_weights(c_attn=(4, 6.0), up=(2, 4.0), down=(2, 3.0)),
@@ -378,7 +380,7 @@ def test_adapters_side_by_side(
     assert_close(load_adapter(fresh(), tmp_path / "both")(ids).logits, model(ids).logits, atol=ROUNDING, rtol=0)
 
 
-def test_what_cannot_be_combined(
+def test_adapters_that_cannot_be_combined_are_named(
     fresh: Callable[..., Any], make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
     write_adapter(make_weights(c_attn=(4, 8.0), router=True), tmp_path / "router", "peft")
@@ -403,6 +405,6 @@ def test_what_cannot_be_combined(
         (AdapterSettings(attention_rank=2, init="pisa"), "init 'pisa' is not known; use one of default, gaussian"),
     ],
 )
-def test_settings_that_contradict_each_other(settings: AdapterSettings, message: str) -> None:
+def test_settings_that_contradict_each_other_are_refused(settings: AdapterSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         lora_config(settings, TINY)

@@ -1,4 +1,4 @@
-"""A stored adapter that training goes on with from Python: trainable it learns, frozen it says so."""
+"""Training of a stored adapter from Python: a trainable one learns, a frozen one is an error."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.families.moe import make_moe
 
 
 def train(model: PeftModel, base: Path, folder: Path, **settings: Any) -> None:
-    """Two steps with TRL's own trainer, as a user writes them."""
+    """Train two steps with TRL's own trainer, as a user would."""
     rows = Dataset.from_list([{"text": f"one two {word}"} for word in ("three", "four", "five", "six")])
     arguments: dict[str, Any] = {"max_steps": 2, "learning_rate": 0.01, "report_to": "none", "save_strategy": "no"}
     arguments |= {"per_device_train_batch_size": 2, "use_cpu": True, "bf16": False, "max_length": 32} | settings
@@ -56,14 +56,14 @@ def test_a_trainable_adapter_learns_with_trl(
 def test_training_a_frozen_adapter_is_an_error(
     checkpointing: bool, fresh: Callable[..., LolaForCausalLM], tiny_base: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    """Not a loss that never falls: checkpointed, its graph has gradients, and no weight is among them."""
+    """The error replaces a loss that never falls. With checkpointing the graph has gradients, but none of a weight."""
     model = lola_ft.load_adapter(fresh("nf4"), tiny_adapter)
     with pytest.raises(AdapterError, match=r"loaded frozen.*trainable=True"):
         train(model, tiny_base, tmp_path, gradient_checkpointing=checkpointing)
 
 
 @pytest.mark.slow
-def test_another_family(tmp_path: Path) -> None:
+def test_another_family_trains_only_a_trainable_adapter(tmp_path: Path) -> None:
     base = make_moe(tmp_path / "olmoe", "olmoe")
     settings = AdapterSettings(attention_rank=2, expert_rank=4)
     save_adapter(add_adapter(load_base(base, None, "float32", "cpu", quiet=True), settings), tmp_path / "adapter")
@@ -77,8 +77,10 @@ def test_another_family(tmp_path: Path) -> None:
     assert any(x.ne(0).any() for name, x in lora_of(model).items() if ".experts." in name)
 
 
-def test_a_frozen_adapter_computes(fresh: Callable[..., LolaForCausalLM], tiny_adapter: Path, ids: Tensor) -> None:
-    """In use, in training mode without gradients, and beside something else that is trained."""
+def test_a_frozen_adapter_runs_where_nothing_has_to_train(
+    fresh: Callable[..., LolaForCausalLM], tiny_adapter: Path, ids: Tensor
+) -> None:
+    """The adapter runs in evaluation mode, in training mode without gradients, and if another adapter is trained."""
     model = lola_ft.load_adapter(fresh(), tiny_adapter)
     expected = model(ids).logits
     with torch.no_grad():

@@ -17,7 +17,7 @@ from tests.kernels.conftest import LAYOUTS
 
 
 class Layer(nn.Module):
-    """Experts where PEFT finds them by the end of their name."""
+    """A module with experts under a name whose ending PEFT finds."""
 
     def __init__(self, experts: FusedExperts) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_names_shapes_output_gradients_and_merge_are_stock_pefts(settings: dict[
         )
     assert grads[0].keys() == grads[1].keys()
     for name, wanted in grads[1].items():
-        # Theirs multiplies by W + BA, ours adds BAx: other rounding.
+        # PEFT multiplies with W + BA, lola_ft adds BAx, which rounds differently.
         assert_close(grads[0][name], wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-4)
     ours.merge_adapter()
     assert_close(ours(*batch()), grads[0]["out"], atol=1e-4 * float(grads[0]["out"].abs().max()), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Stock PEFT, without a class of ours, loads what we store in its layout and computes the same."""
+"""Stock PEFT, without lola_ft's classes, loads adapters that lola_ft stored in its layout and computes the same."""
 
 import warnings
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from lola_ft.adapters.stacks import split_a, split_b
 from lola_ft.adapters.weights import AdapterWeights
 from tests.grids import slow_but
 
-# Stock PEFT adds B·A to the weight before it multiplies, we multiply by A and B in turn: float32 rounding.
+# Stock PEFT adds B·A to the weight before it multiplies. lola_ft multiplies with A, then B: float32 rounding.
 PARITY = 1e-5
 
 ATTENTION = {"c_attn": (4, 8.0), "attn_c_proj": (4, 8.0)}
@@ -56,7 +56,7 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 def load_stock(base: Path, adapter: Path, **options: Any) -> tuple[peft.PeftModel, bool]:
-    """Load as a user without lola_ft's loader would; also says whether PEFT missed tensors of places it made."""
+    """Load as a user without lola_ft would. Also return True if PEFT missed tensors for places that it made."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(
@@ -75,7 +75,7 @@ FAST_MIXES = ("router with LoRA", "dora", "every rank and alpha another")
 
 
 @pytest.mark.parametrize("mix", slow_but(FAST_MIXES, MIXES))
-def test_logits_and_gradients(
+def test_stock_peft_computes_the_same_logits_and_gradients(
     mix: str,
     tiny_base: Path,
     fresh: Callable[..., Any],
@@ -87,7 +87,7 @@ def test_logits_and_gradients(
     ours = load_adapter(fresh(), tmp_path / "adapter", trainable=True).eval()
     stock, missed = load_stock(tiny_base, tmp_path / "adapter", is_trainable=True)
 
-    # PEFT's config cannot say "these layers", so it makes places in all of them; those stay zero.
+    # PEFT's config cannot select layers, so PEFT makes places in all layers. The additional ones stay zero.
     assert missed == (mix == "one layer of each kind")
     classes = {type(module) for module in stock.modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert classes <= {StockLinear, StockParamWrapper}
@@ -103,7 +103,7 @@ def test_logits_and_gradients(
     assert missed or set(ours_grads) == set(stock_grads)
     assert any(grad is not None and grad.abs().max() > 1e-3 for grad in ours_grads.values())
     for name, grad in ours_grads.items():
-        if mix == "two experts":  # ours holds expert 1 alone, stock PEFT zeros for the others
+        if mix == "two experts":  # lola_ft holds only expert 1, stock PEFT also zeros for the others
             split = split_a if "lora_A" in name else split_b
             grad, stock_grads[name] = split(grad, 1)[0], split(stock_grads[name], 4)[1]
         assert_close(grad, stock_grads[name], atol=PARITY, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -112,7 +112,7 @@ def test_logits_and_gradients(
 def test_an_expert_s_update_is_stock_peft_s(
     tiny_base: Path, make_weights: Callable[..., AdapterWeights], tmp_path: Path
 ) -> None:
-    """A (E*R, in) expert-slowest, B (out, R*E) expert-fastest: another order has the right shapes and scrambles all."""
+    """A (E*R, in) is expert-slowest, B (out, R*E) expert-fastest. Another order has only the right shapes."""
     weights = make_weights(up=(3, 8.0), down=(2, 6.0))
     write_adapter(weights, tmp_path / "adapter", "peft")
     stock, _ = load_stock(tiny_base, tmp_path / "adapter")
@@ -137,7 +137,7 @@ def test_what_training_attaches_is_what_stock_peft_loads(
     )
     model = add_adapter(fresh("nf4"), settings).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(2):  # two steps, for A has no gradient while B is zero
+    for _ in range(2):  # two steps, because A has no gradient while B is zero
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
         optimizer.step()

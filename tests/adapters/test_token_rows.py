@@ -1,4 +1,4 @@
-"""Trained rows of special tokens: computed beside the frozen embeddings, stored as stock PEFT has them, merged."""
+"""Trained rows of special tokens: computed without a copy of the embeddings, stored in PEFT's form, merged."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ LABELS = torch.tensor([[3, 310, 8, 9, 317, 2], [310, 310, 4, 5, 6, 317]])
 
 @pytest.fixture(scope="module")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """LOLA's embeddings are its output head; OLMoE's head is a matrix of its own."""
+    """A base with a tied output head (LOLA), and one with an untied head (OLMoE)."""
     return {"lola": tiny_base, "olmoe": make_moe(tmp_path_factory.mktemp("rows") / "olmoe", "olmoe")}
 
 
@@ -46,7 +46,7 @@ def with_rows(base: Path, quantization: str | None = None) -> Any:
 
 
 def by_peft(model: Any) -> None:
-    """Let the layers compute as PEFT has them."""
+    """Make the layers compute as in PEFT."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     for module in model.modules():
@@ -112,7 +112,7 @@ def test_a_stored_adapter_gives_the_same_logits_here_in_stock_peft_and_merged(
     assert changed == list(IDS)
 
 
-def test_the_layout_of_single_experts_refuses_what_it_cannot_hold(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_layout_per_expert_refuses_token_rows(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="special tokens, which the layout per_expert cannot hold"):
         lola_ft.save_adapter(with_rows(bases["lola"]), tmp_path / "adapter", layout="per_expert")
 
@@ -140,7 +140,7 @@ def chat_recipe(base: Path, folder: Path, tokens: list[str]) -> Path:
 
 
 def roomy(folder: Path) -> Path:
-    """A tiny LOLA of which the last rows belong to no token."""
+    """A tiny LOLA whose last rows belong to no token."""
     from lola_ft.nano.build import train_tokenizer
     from tests.conftest import make_base
 
@@ -199,7 +199,7 @@ def test_tokens_beyond_the_embeddings_get_rows_that_training_merging_and_loading
     assert f"model.resize_token_embeddings(max({rows + 2}, model.config.vocab_size))" in (run / "README.md").read_text()
 
 
-def test_tokens_that_a_base_has_no_rows_for_are_named_with_the_way_out(tmp_path: Path, tiny_base: Path) -> None:
+def test_tokens_without_rows_in_the_base_are_named_with_the_fix(tmp_path: Path, tiny_base: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     tokenizer = AutoTokenizer.from_pretrained(base)

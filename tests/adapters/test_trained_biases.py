@@ -1,4 +1,4 @@
-"""Fully trained biases: what moves, what is stored, what stock PEFT makes of it."""
+"""Fully trained biases: the weights that change, the stored tensors, and loading them with stock PEFT."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from tests.adapters.test_stock_peft import PARITY, load_stock
 from tests.grids import slow_but
 from tests.tiny import TINY, tiny_config
 
-D, F, E = 64, 128, 4  # of the tiny base; MoE layers 1 and 3
+D, F, E = 64, 128, 4  # sizes of the tiny base; MoE layers 1 and 3
 SELECTION = ((0, 2), (3,))
 # Attention's, the dense MLP's and the LayerNorms' in four layers and at the end; those of one expert.
 LINEAR, NORMS, EXPERT = 4 * (3 * D + D) + 2 * (F + D), (4 * 2 + 1) * D, F + D
@@ -37,7 +37,7 @@ LINEAR, NORMS, EXPERT = 4 * (3 * D + D) + 2 * (F + D), (4 * 2 + 1) * D, F + D
 
 @pytest.fixture
 def load(biased_base: Path) -> Callable[..., Any]:
-    """Load the base with random biases anew."""
+    """Load the base with random biases again."""
 
     def load(quantization: str | None = None, dtype: str = "float32") -> Any:
         return load_base(biased_base, quantization=quantization, dtype=dtype, device="cpu", quiet=True)
@@ -46,7 +46,7 @@ def load(biased_base: Path) -> Callable[..., Any]:
 
 
 def move(model: peft.PeftModel, seed: int = 0) -> peft.PeftModel:
-    """Add noise to all that the active adapter trains."""
+    """Add noise to all weights that the active adapter trains."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,7 +81,7 @@ def test_each_bias_is_trained_once(
     ("norms", "checkpointing"),
     slow_but([(False, False), (True, True)], [(False, False), (False, True), (True, False), (True, True)]),
 )
-def test_three_steps_move_what_is_trained_and_nothing_else(
+def test_three_steps_change_only_trained_weights(
     norms: bool, checkpointing: bool, load: Callable[..., Any], ids: Tensor, biased_base: Path
 ) -> None:
     settings = AdapterSettings(attention_rank=2, expert_rank=2, tune_biases=True, tune_norms=norms, selection=SELECTION)
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_the_base_s_own_biases(
         assert torch.equal(grad, expected[name]), name
 
 
-def test_on_a_16_bit_base_the_adapter_s_are_float32(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
+def test_trained_biases_are_float32_on_a_16_bit_base(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
     model = move(add_adapter(load("nf4", "bfloat16"), AdapterSettings(attention_rank=2, tune_biases=True)))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     save_adapter(model, tmp_path / "adapter")
@@ -160,7 +160,7 @@ def test_on_a_16_bit_base_the_adapter_s_are_float32(load: Callable[..., Any], id
     ],
     ids=["alone", "with all else", "some experts", "dora"],
 )
-def test_stock_peft_loads_it(
+def test_stock_peft_loads_trained_biases(
     settings: AdapterSettings,
     load: Callable[..., Any],
     same: Callable[..., None],
@@ -168,7 +168,7 @@ def test_stock_peft_loads_it(
     ids: Tensor,
     tmp_path: Path,
 ) -> None:
-    """Experts' stacks, too: an untrained expert's row is the base's. Both layouts hold the same numbers."""
+    """In experts' stacks, an untrained expert's row is the base's. Both layouts hold the same numbers."""
     model = move(add_adapter(load(), settings))
     expected = model(ids).logits
     save_adapter(model, tmp_path / "saved", fitting_layout(model))
@@ -191,8 +191,8 @@ def test_stock_peft_loads_it(
         assert (tmp_path / "back" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
 
 
-def test_the_authors_names(make_weights: Callable[..., AdapterWeights], tmp_path: Path) -> None:
-    """As their PEFT calls the biases of its Conv1D modules: inside a wrapper where there is one."""
+def test_per_expert_biases_have_the_authors_names(make_weights: Callable[..., AdapterWeights], tmp_path: Path) -> None:
+    """The names are those of the biases of Conv1D modules in their PEFT: inside the wrapper, if there is one."""
     write_adapter(make_weights(biases=True, c_attn=(2, 4.0), up=(2, 4.0)), tmp_path / "adapter", "per_expert")
     keys = {key.removeprefix("base_model.model.") for key in read_adapter(tmp_path / "adapter").entries}
     wanted = ("h.1.moe.experts.3.c_fc.base_layer", "h.1.moe.experts.3.c_proj", "h.0.attn.c_attn.base_layer")
@@ -200,10 +200,10 @@ def test_the_authors_names(make_weights: Callable[..., AdapterWeights], tmp_path
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == "all"
 
 
-def test_what_stock_peft_trained_is_read(
+def test_biases_that_stock_peft_trained_are_read(
     biased_base: Path, load: Callable[..., Any], ids: Tensor, tmp_path: Path
 ) -> None:
-    """It trains no expert's; what it trained is all used."""
+    """Stock PEFT trains no expert's biases. All biases that it trained are used."""
     native = AutoModelForCausalLM.from_pretrained(biased_base, dtype=torch.float32)
     stock = move(peft.get_peft_model(native, peft.LoraConfig(r=2, target_modules=["attn.c_attn"], bias="all")))
     stock.save_pretrained(tmp_path / "adapter")
@@ -226,7 +226,7 @@ def test_a_missing_bias_is_named(
         load_adapter(fresh(), file.parent)
 
 
-def test_what_does_not_fit(
+def test_biases_that_do_not_fit_are_refused(
     make_weights: Callable[..., AdapterWeights], fresh: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = write_adapter(make_weights(biases=True, c_attn=(2, 4.0)), tmp_path / "adapter", "peft")
@@ -257,8 +257,8 @@ def test_a_stack_needs_every_row(make_weights: Callable[..., AdapterWeights], tm
 # Several adapters
 
 
-def test_adapters_side_by_side(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
-    """With biases of all and of some experts, with whole norms, and without: each as if it were alone."""
+def test_adapters_of_one_model_keep_their_own_biases(load: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
+    """Adapters with biases of all or some experts, with norms, and without biases give the same as by themselves."""
     kinds = {
         "biases": AdapterSettings(attention_rank=2, tune_biases=True),
         "norms": AdapterSettings(expert_rank=2, tune_norms=True, tune_biases=True),

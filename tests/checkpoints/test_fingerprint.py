@@ -1,4 +1,4 @@
-"""A base's identity: the same for copies in another form, another for other weights."""
+"""A base's fingerprint is the same for copies in another form, and different for other weights."""
 
 from collections.abc import Callable
 from pathlib import Path

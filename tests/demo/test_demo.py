@@ -66,7 +66,7 @@ def test_somebody_elses_run_is_not_touched(checkout: Path) -> None:
     run = checkout / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds something other than"):
+    with pytest.raises(UserError, match="holds something other than a run of the demo"):
         demo.run_demo()
     assert (run / "thesis.txt").read_text() == "mine"
 

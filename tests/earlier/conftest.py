@@ -1,4 +1,4 @@
-"""A copy of the files that an earlier version wrote, and how its models are opened today."""
+"""A copy of the files that an earlier version wrote, and functions to open its models with this version."""
 
 import os
 import shutil
@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from lola_ft.open_model import open_model
 
 FILES = Path(__file__).parent / "files"
-WEIGHTS_TIME_NS = 1_750_000_000_000_000_000  # as make.py set it
+WEIGHTS_TIME_NS = 1_750_000_000_000_000_000  # the time that make.py set
 
 
 @pytest.fixture
 def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files, copied, as the working directory; what is in `cache/` is used only where a test says so."""
+    """A copy of the files as the working directory. `cache/` is used only if a test asks for it."""
     folder = tmp_path / "earlier"
     shutil.copytree(FILES, folder)
     for weights in folder.glob("bases/*/model.safetensors"):
@@ -30,7 +30,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def earlier_logits() -> Callable[[str], torch.Tensor]:
-    """By name, such as `adapters/lora` or `finished/gpt2/nf4`: the logits as they were then."""
+    """Return stored logits by name, such as `adapters/lora` or `finished/gpt2/nf4`."""
     stored = load_file(FILES / "logits.safetensors")
     return lambda name: stored[name]
 

@@ -1,9 +1,9 @@
-"""Writes `files/` with the version of lola_ft that is imported; `README.md` says which one wrote what is stored.
+"""Write `files/` with the imported version of lola_ft. `README.md` names the version that wrote the stored files.
 
     PYTHONPATH=EARLIER_CHECKOUT OMP_NUM_THREADS=1 python tests/earlier/make.py NEW_FOLDER
 
-Everything is trained, converted, quantised and merged by the command line, with paths relative to the folder, and what
-the models put out is stored beside it.
+Everything is trained, converted, quantised and merged by the command line, with paths relative to the folder. The
+models' logits are stored, too.
 """
 
 import json
@@ -32,10 +32,10 @@ NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 TOKENS = {"vocab_size": 272, "bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1, "initializer_range": 0.25}
 IDS = torch.arange(6, 6 + 48).reshape(2, 24) * 5
 KEPT = (slice(None), slice(1, None, 2), slice(None, None, 4))
-"""The logits that are stored: of every other token, every fourth."""
+"""The logits that are stored: every fourth logit of every other token."""
 ROWS = ("--data", "rows.jsonl", "--format", "alpaca", "--language-column", "language")
 WEIGHTS_TIME_NS = 1_750_000_000_000_000_000
-"""Time of change of the base's weights, which a cache knows them by; git keeps none."""
+"""Modification time of the base's weights, which a cache compares. git stores no such times."""
 
 ALL = {"attention": {"rank": 4}, "mlp": {"rank": 2, "alpha": 4.0}, "experts": {"rank": 2}}
 LINEAR = {key: ALL[key] for key in ("attention", "mlp")}
@@ -50,7 +50,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "selection_biases": {"adapter": {"experts": {"rank": 2, "select": [[1], [0, 3]]}, "biases": True}},
     "loftq": {"base": {"quantization": "nf4"}, "adapter": ALL | {"init": "loftq"}},
 }
-"""LOLA's, by name: what differs from the recipe in `write_recipe`."""
+"""LOLA's adapters by name: the differences from the recipe in `write_recipe`."""
 
 RUNS: dict[str, dict[str, Any]] = {
     "lola": {
@@ -64,11 +64,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "bloom": {"base": {"quantization": "nf4"}, "adapter": LINEAR},
 }
 STOPPED = {"lola": 4, "gpt2": 4}
-"""Runs that are stored a second time as they were after this step."""
+"""Runs that are also stored in their state after this step."""
 
 
 def randomise_biases(model: Any) -> None:
-    """Give biases random numbers: a fresh model's are zero."""
+    """Set biases to random numbers, because a new model's are zero."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter.data, std=0.1)
@@ -155,7 +155,7 @@ def write_adapters() -> None:
 
 
 def write_runs() -> None:
-    """Train the runs, and evaluate them; some are stored as they were one step after a checkpoint, too."""
+    """Train and evaluate the runs. Some are also stored in their state one step after a checkpoint."""
     for name, changes in RUNS.items():
         verb("train", write_recipe(name, name, f"./finished/{name}", **changes))
         finished, stopped = Path("finished", name), Path("stopped", name)
@@ -189,7 +189,7 @@ def write_merged() -> None:
 
 @torch.no_grad()
 def write_logits() -> None:
-    """Store what every base with its adapter puts out, in float32."""
+    """Store the float32 logits of every base with its adapter."""
     found: dict[str, torch.Tensor] = {"input_ids": IDS}
     for name in ADAPTERS:
         for layout in ("peft", "per_expert"):
@@ -209,12 +209,12 @@ def write_logits() -> None:
 
 
 def quantization(adapter: str) -> str | None:
-    """What an adapter was trained on."""
+    """Return the quantization of the base that an adapter was trained on."""
     return ADAPTERS[adapter].get("base", {}).get("quantization")
 
 
 def logits_of(model: Any) -> torch.Tensor:
-    """Compute logits; of LOLA only if every expert gets tokens and none by a margin that rounding could turn."""
+    """Compute logits. For LOLA, check that every expert gets tokens, and that rounding cannot change a choice."""
     if model.config.model_type != "lola_v1":
         return model.eval()(IDS).logits
     output = model.eval()(IDS, output_router_logits=True)
@@ -228,7 +228,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # Compute in float32 on every machine, as the tests do.
+    # Compute in float32 on every machine, like the tests.
     torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: False
     Path(sys.argv[1]).mkdir(parents=True)
     os.chdir(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Adapters, caches, runs, checkpoints and merges of an earlier version are read, and mean what they meant."""
+"""Adapters, caches, runs, checkpoints and merges of an earlier version are read, and give the same numbers as then."""
 
 import json
 import shutil
@@ -23,9 +23,9 @@ LAYOUTS = ("peft", "per_expert")
 FAMILIES = ("lola", "gpt2", "bloom")
 STOPPED = sorted(folder.name for folder in (FILES / "stopped").iterdir())
 
-# Of logits of up to 10: another processor, or another kernel, sums float32 products in another order.
+# For logits of up to 10. Another processor or kernel sums float32 products in another order.
 LOGITS = {"atol": 1e-4, "rtol": 1e-5}
-# Of single weights after a merge or a rounding: the order of one product's sum.
+# For single weights after a merge or a rounding: the order of one product's sum.
 WEIGHTS = {"atol": 1e-6, "rtol": 1e-5}
 
 Verb = Callable[..., Outcome]
@@ -33,7 +33,7 @@ Logits = Callable[[str], Tensor]
 Compute = Callable[[Any], Tensor]
 
 
-def test_all_of_it_is_there() -> None:
+def test_every_stored_file_exists() -> None:
     assert len(ADAPTERS) == 9
     assert STOPPED == ["gpt2", "lola"]
     assert sorted(folder.name for folder in (FILES / "finished").iterdir()) == sorted(FAMILIES)
@@ -41,7 +41,7 @@ def test_all_of_it_is_there() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_computes_what_it_did(
+def test_an_adapter_gives_the_stored_logits(
     name: str, layout: str, earlier: Path, earlier_logits: Logits, logits_of: Compute
 ) -> None:
     quantization = "nf4" if name == "loftq" else None
@@ -52,8 +52,8 @@ def test_an_adapter_computes_what_it_did(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_conversion_writes_what_it_did(name: str, layout: str, earlier: Path, verb: Verb) -> None:
-    """From the other layout, tensor by tensor and number by number; also what the file says about itself."""
+def test_a_conversion_writes_the_stored_files(name: str, layout: str, earlier: Path, verb: Verb) -> None:
+    """Converted from the other layout, the files have the stored tensors, number by number, and the same metadata."""
     other = {"peft": "per_expert", "per_expert": "peft"}[layout]
     source, out = f"adapters/{name}/{other}", earlier / "converted"
     outcome = verb("convert", source, "--base", "./bases/lola", "--layout", layout, "--out", str(out))
@@ -64,7 +64,7 @@ def test_a_conversion_writes_what_it_did(name: str, layout: str, earlier: Path, 
 
 
 def adapter_settings(folder: Path) -> dict[str, Any]:
-    """What of `adapter_config.json` decides the numbers; the rest differs between versions of PEFT."""
+    """Return the keys of `adapter_config.json` that affect the numbers. Others differ between versions of PEFT."""
     config = json.loads((folder / "adapter_config.json").read_text())
     keys = ("peft_type", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "bias")
     lists = ("target_modules", "target_parameters", "modules_to_save")
@@ -73,7 +73,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
 
 
 def assert_same_tensors(file: Path, expected: Path) -> None:
-    """The same names, dtypes, numbers, bit for bit, and the same metadata."""
+    """Assert the same names, dtypes, numbers (bit for bit) and metadata."""
     ours, theirs = load_file(file), load_file(expected)
     assert list(ours) == list(theirs)
     for name, tensor in theirs.items():
@@ -91,7 +91,7 @@ def cache_of(folder: Path) -> Path:
     return next((folder / "cache" / "nf4").iterdir())
 
 
-def test_quantising_gives_the_bits_that_it_did(earlier: Path, verb: Verb, tmp_path: Path) -> None:
+def test_quantising_gives_the_stored_bits(earlier: Path, verb: Verb, tmp_path: Path) -> None:
     outcome = verb("quantize", "./bases/lola", "--dtype", "float32")
     assert outcome.code == 0, outcome.err
     stored, anew = cache_of(earlier), tmp_path / "own-cache" / "nf4" / cache_of(earlier).name
@@ -106,10 +106,10 @@ def test_quantising_gives_the_bits_that_it_did(earlier: Path, verb: Verb, tmp_pa
             assert_close(ours[name], tensor, **WEIGHTS)
 
 
-def test_the_cache_is_taken_as_it_is(
+def test_the_cache_is_loaded_without_quantising(
     earlier: Path, logits_of: Compute, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A change that only the cache has shows in what is loaded; without it the bits are those of quantising again."""
+    """The cache's bits are those of quantising again. A change only in the cache shows when loading."""
 
     def load() -> Tensor:
         return logits_of(lola_ft.load_base("./bases/lola", "nf4", "float32", "cpu", quiet=True))
@@ -125,10 +125,10 @@ def test_the_cache_is_taken_as_it_is(
     assert (load() - quantised).abs().max() > 0.1
 
 
-def test_the_cache_stands_in_for_its_base(
+def test_the_cache_replaces_a_missing_base(
     earlier: Path, earlier_logits: Logits, logits_of: Compute, verb: Verb
 ) -> None:
-    """The original weights are gone: a run's adapter loads on the 4-bit form, and is merged into it."""
+    """The original weights are gone, so a run's adapter is loaded onto the 4-bit form, and merged into it."""
     cache = cache_of(earlier)
     shutil.rmtree("bases")
     expected = earlier_logits("finished/lola/nf4")
@@ -144,11 +144,11 @@ def test_the_cache_stands_in_for_its_base(
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_stopped_run_goes_on_to_its_end(name: str, earlier: Path, verb: Verb) -> None:
-    """From the checkpoint of step 4 to what the version that wrote it ended with.
+def test_a_stopped_run_resumes_to_the_stored_end(name: str, earlier: Path, verb: Verb) -> None:
+    """Resume from the checkpoint of step 4, and end with the results of the version that wrote it.
 
-    On the machine that the files come from, the adapter is the same bit for bit. Elsewhere sums differ in the last
-    digit, Adam divides a small gradient by its own size, and a moment kept in 8 bits may take the neighbouring code.
+    On the machine that the files come from, the adapter is bit-equal. On others, sums differ in the last digit, Adam
+    divides a small gradient by its own size, and a moment stored in 8 bits may have the neighbouring code.
     """
     expected = Path("finished", name).rename(earlier / "expected")
     Path("stopped", name).rename(earlier / "finished" / name)
@@ -169,7 +169,7 @@ def test_a_stopped_run_goes_on_to_its_end(name: str, earlier: Path, verb: Verb) 
 
 
 def assert_same_metrics(run: Path, expected: Path) -> None:
-    """The same lines with the same keys and numbers, but for speed; and the same results in the manifest."""
+    """Assert the same lines, keys and numbers, except speed, and the same results in the manifest."""
     ours, theirs = (read_lines(folder / "metrics.jsonl") for folder in (run, expected))
     assert len(ours) == len(theirs)
     for line, other in zip(ours, theirs, strict=True):
@@ -185,7 +185,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def approximately(value: Any) -> Any:
-    """Numbers to four digits: see `test_a_stopped_run_goes_on_to_its_end`."""
+    """Return numbers to compare to four digits; see `test_a_stopped_run_resumes_to_the_stored_end`."""
     if isinstance(value, dict):
         return {key: approximately(item) for key, item in value.items()}
     return pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
@@ -194,7 +194,7 @@ def approximately(value: Any) -> Any:
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_finished_run_computes_what_it_did(
+def test_a_finished_run_gives_the_stored_logits(
     name: str,
     quantization: str,
     earlier_logits: Logits,
@@ -207,7 +207,7 @@ def test_a_finished_run_computes_what_it_did(
 
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_finished_run_stays_as_it_is(name: str, verb: Verb) -> None:
+def test_resuming_a_finished_run_changes_nothing(name: str, verb: Verb) -> None:
     before = {path: path.read_bytes() for path in Path("finished", name).rglob("*") if path.is_file()}
     outcome = verb("train", f"recipes/{name}.yaml", "--resume")
     assert outcome.code == 0, outcome.err
@@ -217,8 +217,8 @@ def test_a_finished_run_stays_as_it_is(name: str, verb: Verb) -> None:
 
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_evaluation_finds_what_it_did(name: str, verb: Verb) -> None:
-    """Base and run side by side, by language; intervals, too, since the bootstrap has a seed."""
+def test_an_evaluation_gives_the_stored_results(name: str, verb: Verb) -> None:
+    """Results of base and run by language, including intervals, because the bootstrap has a seed."""
     rows = ("--data", "rows.jsonl", "--format", "alpaca", "--language-column", "language")
     outcome = verb("evaluate", f"./bases/{name}", f"finished/{name}", *rows, "--out", "evaluated")
     assert outcome.code == 0, outcome.err
@@ -234,7 +234,9 @@ def test_an_evaluation_finds_what_it_did(name: str, verb: Verb) -> None:
 
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_run_is_merged_to_what_it_computed(name: str, earlier_logits: Logits, logits_of: Compute, verb: Verb) -> None:
+def test_a_merged_run_gives_the_stored_logits(
+    name: str, earlier_logits: Logits, logits_of: Compute, verb: Verb
+) -> None:
     outcome = verb("merge", f"finished/{name}", "--out", "merged/anew")
     assert outcome.code == 0, outcome.err
     merged = AutoModelForCausalLM.from_pretrained("merged/anew", dtype=torch.float32)
@@ -243,12 +245,12 @@ def test_a_run_is_merged_to_what_it_computed(name: str, earlier_logits: Logits, 
 
 @pytest.mark.usefixtures("earlier")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_merge_writes_what_it_did(layout: str, verb: Verb) -> None:
-    """The weights, the files beside them, and what the report counts."""
+def test_a_merge_writes_the_stored_files(layout: str, verb: Verb) -> None:
+    """The weights, the other files, and the counts in the report."""
     outcome = verb("merge", f"adapters/lora/{layout}", "--base", "./bases/lola", "--out", "merged/anew")
     assert outcome.code == 0, outcome.err
     ours, theirs = Path("merged", "anew"), Path("merged", "lola")
-    added = {"configuration_lola.py", "modeling_lola.py"}  # its own code, which earlier merges lack
+    added = {"configuration_lola.py", "modeling_lola.py"}  # lola_ft's code, which earlier merges lack
     assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()} | added
     state, expected = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert list(state) == list(expected)
@@ -258,7 +260,7 @@ def test_a_merge_writes_what_it_did(layout: str, verb: Verb) -> None:
 
 
 def counted(merged: Path) -> dict[str, Any]:
-    """What of `merge_report.json` is no measurement."""
+    """Return the parts of `merge_report.json` that are no measurements."""
     report = json.loads((merged / "merge_report.json").read_text())
     proof = report["weights"]
     return {key: value for key, value in report.items() if not isinstance(value, dict | float)} | {
@@ -268,6 +270,6 @@ def counted(merged: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("earlier")
-def test_a_merged_model_computes_what_its_adapter_did(earlier_logits: Logits, logits_of: Compute) -> None:
+def test_a_stored_merge_gives_its_adapters_logits(earlier_logits: Logits, logits_of: Compute) -> None:
     merged = lola_ft.load_base("merged/lola", None, "float32", "cpu", quiet=True)
     assert_close(logits_of(merged), earlier_logits("adapters/lora"), **LOGITS)

@@ -1,4 +1,4 @@
-"""Tiny random bases of other families than LOLA with a tokenizer, adapters and recipes for them."""
+"""Tiny random bases of other families than LOLA, with tokenizers, adapters and recipes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ TEXT = ["Below is an instruction that describes a task. Write a response that co
 
 
 def make_dense(folder: Path, kind: str, **changes: Any) -> Path:
-    """Write a random two-layer model; biases are random too, since a fresh model's are zero."""
+    """Write a random two-layer model. Biases are random too, because a new model's are zero."""
     torch.manual_seed(3)
     tokens = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 5, "pad_token_id": 1, "initializer_range": 0.1}
     if kind == "gpt2":
@@ -37,13 +37,13 @@ def make_dense(folder: Path, kind: str, **changes: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def dense_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By family; read only."""
+    """Tiny dense bases by family; read only."""
     root = tmp_path_factory.mktemp("dense")
     return {kind: make_dense(root / kind, kind) for kind in ("gpt2", "bloom")}
 
 
 def write_recipe(path: Path, base: Path, rows: Path, **changes: Any) -> Path:
-    """A quick recipe; `changes` are merged into its sections."""
+    """Write a quick recipe. `changes` are merged into its sections."""
     recipe: dict[str, Any] = {
         "base": {"model": str(base), "dtype": "float32"},
         "adapter": {"attention": {"rank": 4}, "mlp": {"rank": 8, "alpha": 4}, "alpha": 8, "dropout": 0.0},
@@ -69,7 +69,7 @@ def write_recipe(path: Path, base: Path, rows: Path, **changes: Any) -> Path:
 
 @pytest.fixture
 def dense_recipe(tmp_path: Path, dense_bases: dict[str, Path], rows_file: Path) -> Callable[..., Path]:
-    """Write a recipe for a family; its run goes to `tmp_path/run`."""
+    """Write a recipe for a family, with `tmp_path/run` as the run's folder."""
 
     def write(kind: str = "gpt2", **changes: Any) -> Path:
         return write_recipe(tmp_path / "recipe.yaml", dense_bases[kind], rows_file, **changes)
@@ -79,14 +79,14 @@ def dense_recipe(tmp_path: Path, dense_bases: dict[str, Path], rows_file: Path) 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the families that only the slow run tests."""
+    """Mark the tests of `SLOW_KINDS` as slow."""
     for item in items:
         if getattr(item, "callspec", None) and item.callspec.params.get("kind") in SLOW_KINDS:
             item.add_marker(pytest.mark.slow)
 
 
 class _Made(dict[str, Path]):
-    """What is made for a model type when it is first wanted."""
+    """Folders by model type, made at the first use."""
 
     def __init__(self, make: Callable[[str], Path]) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ def moe_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def moe_adapters(moe_bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each of these an adapter with random numbers in every group that it has, in the layout peft; read only."""
+    """Random adapters on all groups of these bases, in the layout `peft`, by model type; read only."""
     root = tmp_path_factory.mktemp("moe-adapters")
     return _Made(lambda kind: random_adapter(moe_bases[kind], kind, root / kind))
 
 
 def random_adapter(base: Path, kind: str, folder: Path, layout: str = "peft", **settings: Any) -> Path:
-    """Write an adapter of different ranks in all groups of a kind; B is random too, so that it changes something."""
+    """Write an adapter with different ranks on all groups of a kind. B is random too, so that it has an effect."""
     model = load_base(base, None, "float32", "cpu", quiet=True)
     names = {"attention": "attention_rank", "mlp": "mlp_rank", "shared_experts": "shared_rank"}
     names |= {"experts": "expert_rank", "router": "router_rank"}

@@ -1,4 +1,4 @@
-"""Tiny random mixtures of experts, made and saved by stock transformers, by model type."""
+"""Tiny random mixtures of experts by model type, made and saved by stock transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ class Kind:
 
     Attributes:
         model, config: transformers' classes.
-        sizes: Of the tiny model, beside `COMMON`.
+        sizes: Config keys of the tiny model, in addition to `COMMON`.
         groups: The groups that can have LoRA.
     """
 
@@ -163,11 +163,11 @@ SLOW_KINDS = (
     *("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "ernie4_5_moe"),
     *("deepseek_v2", "glm4_moe", "dots1", "minimax_m2", "hunyuan_v1_moe"),
 )
-"""Tested by `make test-slow`: their parts are those of others."""
+"""Kinds that only `make test-slow` tests, because other kinds have the same parts."""
 
 
 def make_moe(folder: Path, kind: str, **changes: Any) -> Path:
-    """Write a model with a tokenizer; biases and norms are random too, since a fresh model's are all alike."""
+    """Write a model with a tokenizer. Biases and norms are random too, because a new model's are all equal."""
     torch.manual_seed(3)
     own = KINDS[kind]
     config = getattr(transformers, own.config)(**COMMON | own.sizes | changes)

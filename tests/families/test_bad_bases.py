@@ -1,4 +1,4 @@
-"""Bases that cannot be used, and recipes that want what a base lacks: one message each, with what to do instead."""
+"""Bases that cannot be used, and recipes with features that a base lacks: one message each, with the fix."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def with_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def pickled(base: Path) -> None:
-    """Leave a base's weights in a pickle only; whoever opened it would find them there."""
+    """Replace a base's weights by a pickle, which holds them but must not be opened."""
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
 
@@ -38,7 +38,7 @@ def without_weights(base: Path) -> None:
 
 REMOTE_CODE = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
 BASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    # What is wrong: the family, what is done to its checkpoint, the message.
+    # By mistake: the family, the change to its checkpoint, the message.
     "pickles only": (
         "olmoe",
         pickled,
@@ -117,7 +117,7 @@ def test_a_base_that_cannot_be_used_is_refused(
     kind, break_it, says = BASES[case]
     base = tmp_path / "base"
     shutil.copytree(moe_bases[kind], base)
-    load_base(base, None, "float32", "cpu", quiet=True)  # nothing but the change is wrong with it
+    load_base(base, None, "float32", "cpu", quiet=True)  # without the change, the base loads
     break_it(base)
     check_refused(verb("quantize", base), says.format(base=base))
     with pytest.raises(CheckpointError) as caught:
@@ -125,7 +125,7 @@ def test_a_base_that_cannot_be_used_is_refused(
     assert_says(str(caught.value), says.format(base=base))
 
 
-def test_a_like_name_leaves_the_others_out(moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_an_unknown_type_lists_only_similar_names(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases["olmoe"], tmp_path / "base")
     with_config(model_type="olmo")(tmp_path / "base")
     with pytest.raises(CheckpointError) as caught:
@@ -133,7 +133,7 @@ def test_a_like_name_leaves_the_others_out(moe_bases: dict[str, Path], tmp_path:
     assert "gpt2" not in str(caught.value)
 
 
-def test_a_number_for_each_layer_is_fine_where_all_are_the_same(moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_number_per_layer_is_accepted_if_all_are_equal(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases["hunyuan_v1_moe"], tmp_path / "base")
     with_config(moe_topk=[3, 3])(tmp_path / "base")
     ids = torch.tensor([[20, 30, 40]])
@@ -145,7 +145,7 @@ def test_a_number_for_each_layer_is_fine_where_all_are_the_same(moe_bases: dict[
 
 SELECT = "adapter.experts.select: "
 RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
-    # What is wrong: the family, the adapter that a recipe wants, the message.
+    # By mistake: the family, the adapter of the recipe, the message.
     "no dense layers in OLMoE": (
         "olmoe",
         {"mlp": {"rank": 4}},
@@ -185,7 +185,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", RECIPES)
-def test_a_recipe_that_wants_what_a_base_lacks_is_refused_before_the_weights_are_loaded(
+def test_a_recipe_with_a_missing_feature_is_refused_before_the_weights_are_loaded(
     case: str, moe_bases: dict[str, Path], rows_file: Path, verb: Callable[..., Outcome], tmp_path: Path
 ) -> None:
     kind, adapter, says = RECIPES[case]
@@ -202,7 +202,7 @@ def test_a_recipe_that_wants_what_a_base_lacks_is_refused_before_the_weights_are
 
 
 def check_refused(outcome: Outcome, says: str) -> None:
-    """Exit code 2, and one message without a traceback."""
+    """Assert exit code 2 and one message without a traceback."""
     assert outcome.code == 2, outcome.err
     assert_says(outcome.err, says)
     assert outcome.err[outcome.err.index("error: ") :].count("\n") == 1

@@ -1,4 +1,4 @@
-"""Dense decoders of Llama's kind, for comparison: loaded, adapted, packed and merged. Stock libraries are the judge."""
+"""Llama-like dense decoders, for comparison: loaded, adapted, packed and merged. The reference is stock libraries."""
 
 import shutil
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_every_tensor_has_a_place_and_logits_and_gradients_are_those_of_stock_tr
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_angles_that_old_checkpoints_carry_are_left_out(base: Path, tmp_path: Path) -> None:
+def test_angles_in_old_checkpoints_are_left_out(base: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(base, tmp_path / "old"))
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file(load_file(base / FILE) | {name: torch.ones(8)}, old / FILE, metadata={"format": "pt"})
@@ -75,7 +75,7 @@ def test_angles_that_old_checkpoints_carry_are_left_out(base: Path, tmp_path: Pa
     assert torch.equal(found, expected)
 
 
-def test_4_bit_layers_hold_what_is_stored(base: Path) -> None:
+def test_4_bit_layers_hold_the_stored_weights(base: Path) -> None:
     model = load_base(base, "nf4", "float32", "cpu", quiet=True)
     tensors, places = load_file(base / FILE), architecture_of(model.config).places
     for name, place in places.items():

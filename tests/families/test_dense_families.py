@@ -1,4 +1,4 @@
-"""A dense family through the same path as LOLA: trained, stored, opened, merged; what it lacks is refused."""
+"""Dense families on the same path as LOLA: trained, stored, opened, merged. Missing features are refused."""
 
 import itertools
 import json
@@ -38,13 +38,13 @@ def run(
     dense_bases: dict[str, Path],
     rows_file: Path,
 ) -> tuple[Path, Path]:
-    """A finished run on a 4-bit base, and the base."""
+    """The folders of a finished run on a 4-bit base, and of the base."""
     folder = tmp_path_factory.mktemp(request.param)
     base = dense_bases[request.param]
     return train(load_recipe(write_recipe(folder / "recipe.yaml", base, rows_file))), base
 
 
-def test_it_learns(run: tuple[Path, Path]) -> None:
+def test_a_run_lowers_the_loss_and_records_what_it_trained(run: tuple[Path, Path]) -> None:
     folder, base = run
     losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
     assert len(losses) == 12
@@ -98,14 +98,14 @@ def test_merge_into_rounded_weights_equals_the_four_bit_base_plus_adapter(
         torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
 
 
-def test_what_training_saw_is_what_is_opened(run: tuple[Path, Path]) -> None:
+def test_an_opened_run_has_the_4_bit_base_of_training(run: tuple[Path, Path]) -> None:
     opened = open_model(run[0], dtype="float32", device="cpu")
     layers = [module for module in opened.model.modules() if isinstance(module, NF4Linear)]
     assert len(layers) == 8
     assert opened.model.get_base_model().quantization == "nf4"
 
 
-def test_evaluate_and_generate(
+def test_a_run_is_evaluated_and_answers(
     run: tuple[Path, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, base = run
@@ -117,8 +117,8 @@ def test_evaluate_and_generate(
 
 
 @pytest.mark.parametrize("kind", GRID)
-def test_four_bit_layers_hold_what_is_stored(kind: str, dense_bases: dict[str, Path]) -> None:
-    """Each layer's dense weight is the rounded one, in its own orientation (a square one hides a transposition)."""
+def test_four_bit_layers_hold_the_stored_weights(kind: str, dense_bases: dict[str, Path]) -> None:
+    """Each layer's dense weight is the rounded stored one, not transposed. (A square weight hides a transposition.)"""
     model = lola_ft.load_base(dense_bases[kind], "nf4", "float32", "cpu", quiet=True)
     plain = AutoModelForCausalLM.from_pretrained(dense_bases[kind])
     layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
@@ -165,11 +165,11 @@ def test_rows_of_a_bloom_are_not_packed(dense_recipe: Callable[..., Path], verb:
     assert "Rows are not packed" in outcome.out
     refused = verb("train", dense_recipe("bloom"), "data.packing=true", "--dry-run")
     assert refused.code == 2
-    assert "data.packing: the attention of BLOOM models" in refused.err
+    assert "data.packing: transformers' attention of BLOOM models cannot keep packed documents apart" in refused.err
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(run: tuple[Path, Path], rows_file: Path, tmp_path: Path) -> None:
     folder, base = run
     shutil.copytree(folder, tmp_path / "run")
     for name in ("manifest.json", "README.md", "loss.png"):
@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run: tuple[Path, Path], rows_file: Pa
     assert (again / file).read_bytes() == (folder / file).read_bytes()
 
 
-# What is asked for, and the key and what the family lacks.
+# The change of a recipe, the key in the message, and the missing feature.
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "experts": ({"adapter": {"experts": {"rank": 4}}}, ("adapter.experts: ", "no experts")),
     "router": ({"router": {"mode": "tuned"}}, ("router.mode: ", "no router")),
@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_family_lacks_is_refused_with_what_it_has(
+def test_a_missing_feature_is_refused_with_the_existing_ones(
     case: str, dense_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     changes, expected = REFUSED[case]
@@ -229,7 +229,7 @@ def test_other_kinds_of_models_are_refused(
         open_model(other)
 
 
-def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
+def test_a_run_needs_the_planned_disk_and_memory(
     run: tuple[Path, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, _ = run
@@ -246,7 +246,7 @@ def test_a_run_takes_on_disk_and_in_memory_what_was_planned(
     assert planned["merged_file_bytes"] == written
 
 
-def test_routing_needs_experts(
+def test_routing_of_a_family_without_experts_is_refused(
     dense_recipe: Callable[..., Path], dense_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "en.txt").write_text("one two three\n")
@@ -313,7 +313,7 @@ def test_every_option_trains_is_stored_and_merged(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)  # another order
-    if option != "loftq":  # which belongs on the rounded base
+    if option != "loftq":  # a LoftQ adapter belongs to the rounded base
         stock = peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(load_recipe(recipe).base.model), run / "adapter"
         ).eval()
@@ -322,7 +322,7 @@ def test_every_option_trains_is_stored_and_merged(
 
 
 @pytest.mark.parametrize("kind", GRID)
-def test_a_quantised_base_is_kept_and_merged_into(
+def test_a_quantised_base_is_cached_and_merged_into(
     kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if run[1].name != kind:
@@ -346,7 +346,7 @@ def test_a_quantised_base_is_kept_and_merged_into(
 def test_a_base_saved_without_its_prefix_keeps_its_names(
     kind: str, dense_bases: dict[str, Path], run: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """As the Hub's gpt2 and bloom are: the backbone's names only."""
+    """The Hub's gpt2 and bloom are saved like this, with names of the backbone."""
     if run[1].name != kind:
         pytest.skip("the run is of another family")
     bare = Path(shutil.copytree(dense_bases[kind], tmp_path / "bare"))

@@ -1,4 +1,4 @@
-"""`lola-ft plan` of dense baselines, and the advice after running out of memory."""
+"""`lola-ft plan` for dense baselines, and the advice after running out of memory."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,9 @@ def test_the_verb_plans_a_dense_recipe(
     assert (again["fits"], again["peak_bytes"]) == (True, suggestion["peak_bytes"])
 
 
-def test_what_training_refuses_is_not_planned(dense_recipe: Callable[..., Path], verb: Callable[..., Any]) -> None:
+def test_a_recipe_that_training_refuses_is_not_planned(
+    dense_recipe: Callable[..., Path], verb: Callable[..., Any]
+) -> None:
     outcome = verb("plan", dense_recipe("gpt2", adapter={"experts": {"rank": 4}}))
     assert (outcome.code, "which has no experts" in outcome.err) == (2, True)
     outcome = verb("plan", dense_recipe("bloom"), "data.packing=true")
@@ -48,7 +50,7 @@ def test_what_training_refuses_is_not_planned(dense_recipe: Callable[..., Path],
 
 
 def test_the_bundled_recipe_is_planned_from_a_config_alone(tmp_path: Path, verb: Callable[..., Any]) -> None:
-    """BLOOM with 1.1 thousand million parameters, of which none is here."""
+    """BLOOM with 1.1 billion parameters, without its weights."""
     BloomConfig(vocab_size=250880, hidden_size=1536, n_layer=24, n_head=16).save_pretrained(tmp_path / "bloom")
     where = f"base.model={tmp_path / 'bloom'}"
     outcome = verb("plan", "recipes/baseline_dense.yaml", where, "--gpu", "8GB", "--no-data", "--json")

@@ -1,4 +1,4 @@
-"""Whole runs of the families with experts: trained, planned to the byte, merged; and what is refused."""
+"""Whole runs of the families with experts: trained, planned to the byte, merged; and refused recipes."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ CORRECTED = "deepseek_v3"
 
 
 def recipe_for(kind: str, base: Path, rows: Path, folder: Path, **router: Any) -> Path:
-    """All groups of a family get LoRA, but its router is tuned."""
+    """Write a recipe with LoRA on all groups of a family, except the router, which is fully trained."""
     groups = KINDS[kind].groups
     adapter: dict[str, Any] = {group: {"rank": 4} for group in groups if group != "router"}
     if "mlp" not in groups:
@@ -30,14 +30,14 @@ def recipe_for(kind: str, base: Path, rows: Path, folder: Path, **router: Any) -
 
 
 def _json_of(printed: str) -> dict[str, Any]:
-    """The plan, behind what `train` printed in this process before."""
+    """Return the plan, which follows the output of `train` in this process."""
     found: dict[str, Any] = json.loads(printed[printed.index("\n{\n") :])
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_is_what_was_planned(
+def test_a_run_and_its_merge_have_the_planned_sizes(
     kind: str, moe_bases: dict[str, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = moe_bases[kind]

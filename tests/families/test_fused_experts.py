@@ -1,4 +1,4 @@
-"""A family whose files hold all experts of a layer in one tensor: worked on expert by expert, written as it was."""
+"""A family whose files hold all experts of a layer in one tensor: processed expert by expert, written in its layout."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ FUSED = "model.layers.1.block_sparse_moe.input_linear.weight"
 
 
 def test_a_merge_writes_the_tensors_of_the_file(moe_bases: dict[str, Path], tmp_path: Path) -> None:
-    """Names, shapes and order are the base's, so its size is, too; also where only the 4-bit form is there."""
+    """Names, shapes, order and size are the base's, also if only the 4-bit form exists."""
     base = moe_bases[KIND]
     adapter = random_adapter(base, KIND, tmp_path / "adapter")
     lola_ft.merge(base, adapter, tmp_path / "merged", check="weights")

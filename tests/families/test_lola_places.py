@@ -1,4 +1,4 @@
-"""Where each tensor of the Hub's layout lives in the native model: transformers' conversion and LOLA's places agree."""
+"""Places in the native model of the Hub's tensors: transformers' conversion and LOLA's places agree."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +36,11 @@ D, F = 2048, 8192
         ),
     ],
 )
-def test_places(name: str, place: Place) -> None:
+def test_hub_tensors_have_their_places_in_memory(name: str, place: Place) -> None:
     assert architecture_of(LolaForCausalLM.config_class()).places[name] == place
 
 
-def test_legacy_tensors_are_told_from_weights() -> None:
+def test_legacy_tensors_are_recognised() -> None:
     assert all(LOLA.is_ignored(name) for name in ("transformer.h.0.attn.bias", "transformer.h.9.attn.masked_bias"))
     assert not any(map(LOLA.is_ignored, architecture_of(LolaForCausalLM.config_class()).places))
 
@@ -54,7 +54,7 @@ def test_the_published_layout_has_as_many_tensors_and_parameters_as_on_the_hub()
 def test_transformers_conversion_agrees_with_the_places(
     make_model: Callable[..., LolaForCausalLM], tmp_path: Path
 ) -> None:
-    """With twelve experts, so that an order by text (0, 1, 10, 11, 2, ...) would show."""
+    """The model has twelve experts, so that a text order (0, 1, 10, 11, 2, ...) would be found."""
     model = make_model(num_experts=12, n_layer=2)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Adapters of mixtures of experts in both layouts. Stock PEFT on stock transformers is the judge."""
+"""Adapters of mixtures of experts in both layouts. The reference is stock PEFT on stock transformers."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.families.moe import KINDS
 IDS = torch.randint(6, 320, (2, 13), generator=torch.Generator().manual_seed(1))
 FILE = "adapter_model.safetensors"
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT follows patterns that it says it ignores
+pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT applies patterns that its warning calls ignored
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -84,14 +84,14 @@ def test_other_forms_load_with_stock_peft_too(
     if "tune_router" in settings:
         tuned = {name for name in load_file(adapter / FILE) if "gate." in name or "router." in name}
         assert tuned
-        assert not any("shared_expert_gate" in name for name in tuned)  # its gate stays as it is
+        assert not any("shared_expert_gate" in name for name in tuned)  # its gate is frozen
 
 
 @every_kind
 def test_a_conversion_loses_nothing(
     kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """And the layout per_expert has the names of the checkpoint, gate's and up's pair with the same A."""
+    """The layout `per_expert` has the names of the checkpoint, and the same A in the pairs of gate and up."""
     base = moe_bases[kind]
     convert_adapter(moe_adapters[kind], base, "per_expert", tmp_path / "each")
     convert_adapter(tmp_path / "each", base, "peft", tmp_path / "back")
@@ -107,12 +107,12 @@ def test_a_conversion_loses_nothing(
 
 
 def with_own_gate_inputs(folder: Path, scale: float = 0.5) -> dict[str, Tensor]:
-    """Change a per_expert file to what transformers 4 would have trained: gate with another A than up."""
+    """Change a `per_expert` file to one that transformers 4 could have trained: gate and up have different A's."""
     state = load_file(folder / FILE)
     for key in state:
         if ".experts." in key and (".gate_proj.lora_A" in key or ".w1.lora_A" in key):
             state[key] = state[key] * scale
-    save_file(state, folder / FILE)  # without our metadata, like another tool's
+    save_file(state, folder / FILE)  # without lola_ft's metadata, like a file of another tool
     return state
 
 
@@ -146,8 +146,10 @@ def test_gate_and_up_of_different_strength_are_refused_by_name(moe_bases: dict[s
 
 
 @every_kind
-def test_only_what_is_asked_for_is_trained_and_the_rest_stays_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
-    """One step on a 4-bit base with dropout and a selection of experts; the router is frozen."""
+def test_only_the_wanted_weights_are_trained_and_all_others_stay_bit_equal(
+    kind: str, moe_bases: dict[str, Path]
+) -> None:
+    """One step on a 4-bit base with dropout, a selection of experts and a frozen router."""
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     layers = sum(name.endswith(".experts") for name, _ in model.named_modules())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Mixtures of experts loaded dense and in 4 bit, with their loss. Stock transformers is the judge."""
+"""Mixtures of experts loaded dense and in 4 bit, with their loss. The reference is stock transformers."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def stock_model(base: Path) -> Any:
 
 
 def dense_twin(model: Any, base: Path) -> Any:
-    """Stock transformers' model with the weights that a 4-bit model has when they are dequantised."""
+    """Return stock transformers' model with the dequantised weights of a 4-bit model."""
     twin = stock_model(base)
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear):
@@ -146,7 +146,7 @@ def test_nothing_dense_is_kept_for_backward(kind: str, moe_bases: dict[str, Path
     for weight in dense:
         sizes[weight.numel()].append(weight.flatten().sort().values)
     for tensor in kept:
-        numbers = tensor.float().flatten().sort().values  # in whatever orientation
+        numbers = tensor.float().flatten().sort().values  # in any orientation
         assert not any(torch.equal(numbers, weight) for weight in sizes[tensor.numel()])
 
 
@@ -165,7 +165,7 @@ def test_the_audit_counts_every_weight_and_refuses_a_dense_expert(kind: str, moe
 
 
 @every_kind
-def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
+def test_a_quantised_base_is_cached_and_read_bit_by_bit(kind: str, moe_bases: dict[str, Path]) -> None:
     fresh = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     kept = load_base(quantize_base(moe_bases[kind], "float32", quiet=True), "nf4", "float32", "cpu", quiet=True)
     states = fresh.state_dict(), kept.state_dict()
@@ -176,7 +176,7 @@ def test_a_quantised_base_is_kept_and_read_bit_by_bit(kind: str, moe_bases: dict
 
 
 @every_kind
-def test_a_head_that_is_the_embeddings_stays_so(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tied_head_stays_tied(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     own = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True)
     assert own.lm_head.weight is not own.get_input_embeddings().weight
     tied = load_base(make_moe(tmp_path, kind, tie_word_embeddings=True), "nf4", "float32", "cpu", quiet=True)
@@ -198,7 +198,7 @@ def test_packed_documents_do_not_see_each_other(kind: str, moe_bases: dict[str, 
 
 @every_kind
 def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: dict[str, Path]) -> None:
-    """The routers change between a layer's two passes, far more than rounding could: tokens stay where they were."""
+    """The routers change between a layer's two passes, by more than rounding, and tokens keep their experts."""
     model = load_base(moe_bases[kind], "nf4", "float32", "cpu", quiet=True).train()
     model.gradient_checkpointing_enable()
     embeds = model.get_input_embeddings()(IDS).requires_grad_()
@@ -217,7 +217,7 @@ def test_a_layer_that_is_computed_again_keeps_its_choices(kind: str, moe_bases: 
 
 @every_kind
 def test_a_trained_router_scores_in_float32_on_a_16_bit_base(kind: str, moe_bases: dict[str, Path]) -> None:
-    """Tuned or with LoRA, under autocast or without; what the rest of the model computes in stays."""
+    """Fully trained or with LoRA, with or without autocast. The other modules keep their dtype."""
     for settings in (AdapterSettings(tune_router=True), AdapterSettings(router_rank=4)):
         model = add_adapter(load_base(moe_bases[kind], "nf4", "bfloat16", "cpu", quiet=True), settings).train()
         for autocast in (False, True):
@@ -233,9 +233,7 @@ def test_a_trained_router_scores_in_float32_on_a_16_bit_base(kind: str, moe_base
 
 
 @every_kind
-def test_a_quantised_checkpoint_is_refused_with_what_to_give(
-    kind: str, moe_bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_quantised_checkpoint_is_refused_with_the_fix(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(moe_bases[kind], tmp_path / "base")
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))

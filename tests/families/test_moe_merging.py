@@ -1,4 +1,4 @@
-"""Merges of mixtures of experts: streamed, proven, in the base's own layout. Stock PEFT's own merge is the judge."""
+"""Merges of mixtures of experts: streamed, proved, in the base's layout. The reference is stock PEFT's merge."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.families.moe import KINDS
 IDS = torch.randint(6, 320, (2, 13), generator=torch.Generator().manual_seed(1))
 FILE = "model.safetensors"
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT follows patterns that it says it ignores
+pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT applies patterns that its warning calls ignored
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -47,7 +47,7 @@ def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: di
     changed = [name for name, tensor in merged.items() if not torch.equal(tensor, original[name])]
     assert report.changed == len(changed)
     same = report.weights.without_update
-    assert all(name.endswith("e_score_correction_bias") for name in same)  # stored with its router, and not trained
+    assert all(name.endswith("e_score_correction_bias") for name in same)  # stored with its router, but not trained
     assert report.applied == report.adapter_tensors == report.weights.applied_once + len(same)
     assert (report.weights.touched - len(same), report.weights.touched + report.weights.untouched) == (
         len(changed),
@@ -72,7 +72,7 @@ def test_a_merge_is_what_stock_peft_merges(kind: str, layout: str, moe_bases: di
 def test_a_merge_into_rounded_weights_is_the_4_bit_base_plus_adapter(
     kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Also where only the 4-bit form of the base exists: the same numbers."""
+    """The numbers are the same if only the 4-bit form of the base exists."""
     base, adapter = moe_bases[kind], moe_adapters[kind]
     lola_ft.merge(base, adapter, tmp_path / "merged", rounding="nf4", check="weights")
     ours = lola_ft.load_adapter(load_base(base, "nf4", "float32", "cpu", quiet=True), adapter)
@@ -89,7 +89,7 @@ def test_a_merge_into_rounded_weights_is_the_4_bit_base_plus_adapter(
 def test_the_proof_finds_gate_and_up_exchanged(
     kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """The merge is broken on purpose, and its proof is told nothing of it."""
+    """The merge is broken on purpose, and its proof has to find it."""
     right = ExpertLayout.part_of
     monkeypatch.setattr(ExpertLayout, "part_of", lambda *args: (right(*args)[1] - 1 - right(*args)[0], right(*args)[1]))
     with pytest.raises(CheckpointError, match="is not base plus update"):

@@ -1,4 +1,4 @@
-"""What autograd keeps of a mixture of experts of transformers' own, as planned and as measured."""
+"""The tensors that autograd saves for transformers' mixtures of experts, as planned and as measured."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.planning.conftest import Batch, adapted, job_of, saved_bytes
 
 __all__ = ["saved_bytes"]
 
-# Which experts get how many rows is the router's doing, and rows are padded; copies of a cast norm are not counted.
+# The router decides about the experts' rows, and rows are padded. Copies of a cast norm are not counted.
 TOLERANCE = 0.08
 RANKS = {"attention": "attention_rank", "mlp": "mlp_rank", "shared_experts": "shared_rank", "experts": "expert_rank"}
 CASES: dict[str, tuple[dict[str, Any], Batch, str | None, str]] = {

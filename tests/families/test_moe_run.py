@@ -1,6 +1,6 @@
-"""A recipe on a mixture of experts of transformers' own: trained, resumed, planned, evaluated, asked, merged, profiled.
+"""Recipes on transformers' mixtures of experts: trained, resumed, planned, evaluated, asked, merged, profiled.
 
-OLMoE in the fast tests, all of them in the slow ones.
+The fast tests use OLMoE, the slow ones all families.
 """
 
 import json
@@ -30,12 +30,12 @@ from tests.families.moe import KINDS
 FILE = Path("adapter") / "adapter_model.safetensors"
 IDS = torch.tensor([[20, 30, 40, 50, 60, 70]])
 
-pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT follows patterns that it says it ignores
+pytestmark = pytest.mark.filterwarnings("ignore:The following")  # PEFT applies patterns that its warning calls ignored
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "olmoe"]
 
 
 def moe_recipe(path: Path, kind: str, base: Path, rows: Path, **changes: Any) -> Path:
-    """LoRA on every group but the router, which is tuned with the losses of its authors."""
+    """Write a recipe with LoRA on every group except the router, which is fully trained with its authors' losses."""
     groups = {group: {"rank": 4} for group in KINDS[kind].groups if group != "router"}
     adapter = {"mlp": None, "alpha": 8, "dropout": 0.05} | groups
     routing = FAMILIES[kind].routing
@@ -50,12 +50,12 @@ def run(
     moe_bases: dict[str, Path],
     rows_file: Path,
 ) -> tuple[Path, str]:
-    """A finished run on a 4-bit base, packed and with gradient checkpointing; and its kind."""
+    """The folder of a finished run on a 4-bit base, packed and with gradient checkpointing; and its kind."""
     folder, kind = tmp_path_factory.mktemp(request.param), request.param
     return train(load_recipe(moe_recipe(folder / "recipe.yaml", kind, moe_bases[kind], rows_file))), kind
 
 
-def test_it_learns_and_watches_its_routers(run: tuple[Path, str]) -> None:
+def test_a_run_lowers_the_loss_and_records_its_routers(run: tuple[Path, str]) -> None:
     folder, kind = run
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -73,7 +73,7 @@ def test_it_learns_and_watches_its_routers(run: tuple[Path, str]) -> None:
     assert "CC BY" not in (folder / "README.md").read_text()  # LOLA's licence is not this base's
 
 
-def test_it_takes_on_disk_what_was_planned(run: tuple[Path, str], verb: Callable[..., Any]) -> None:
+def test_a_run_needs_the_planned_disk_space(run: tuple[Path, str], verb: Callable[..., Any]) -> None:
     folder, _ = run
     outcome = verb("plan", folder / "recipe.yaml", "--json")
     assert outcome.code == 0, outcome.err
@@ -85,7 +85,7 @@ def test_it_takes_on_disk_what_was_planned(run: tuple[Path, str], verb: Callable
     assert planned["parts"]["gradients"] == 4 * trained
 
 
-def test_stock_peft_gets_the_same_logits_and_the_merge_too(
+def test_stock_peft_and_the_merge_give_the_same_logits(
     run: tuple[Path, str], moe_bases: dict[str, Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, kind = run
@@ -107,7 +107,7 @@ def test_stock_peft_gets_the_same_logits_and_the_merge_too(
     assert open_model(tmp_path / "merged", dtype="float32", device="cpu").template is not None
 
 
-def test_it_answers_and_is_evaluated(run: tuple[Path, str], rows_file: Path, verb: Callable[..., Any]) -> None:
+def test_a_run_answers_and_is_evaluated(run: tuple[Path, str], rows_file: Path, verb: Callable[..., Any]) -> None:
     folder, _ = run
     said = verb("generate", folder, "--prompt", "Name 3", "--max-new-tokens", "4")
     assert said.code == 0, said.err
@@ -116,7 +116,7 @@ def test_it_answers_and_is_evaluated(run: tuple[Path, str], rows_file: Path, ver
     assert outcome.code == 0, outcome.err
 
 
-def test_its_routing_counts_every_choice_and_selects_experts(
+def test_routing_counts_every_choice_and_selects_experts(
     run: tuple[Path, str], moe_bases: dict[str, Path], rows_file: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder, kind = run
@@ -146,7 +146,7 @@ def test_its_routing_counts_every_choice_and_selects_experts(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit(
+def test_a_stopped_run_resumes_bit_for_bit(
     run: tuple[Path, str], moe_bases: dict[str, Path], rows_file: Path, tmp_path: Path
 ) -> None:
     folder, kind = run
@@ -183,7 +183,7 @@ def test_more_experts_than_there_are_cannot_be_selected(
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "mixtral" else []) for kind in KINDS]
 )
-def test_it_learns_from_preferences(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_preference_run_learns(kind: str, moe_bases: dict[str, Path], tmp_path: Path) -> None:
     names = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
     pairs = [{"prompt": f"Name {i}", "chosen": names[i], "rejected": names[i - 3], "lang": "sw"} for i in range(8)]
     rows = write_rows(tmp_path / "rows.jsonl", pairs)

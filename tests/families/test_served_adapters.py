@@ -1,7 +1,7 @@
-"""The names in an adapter's file are those that vLLM and SGLang look for in mixtures of experts.
+"""The names in an adapter's file are those that vLLM and SGLang read for mixtures of experts.
 
-Neither is installed here. What they read is written down as patterns: for vLLM one pair of matrices per expert, or
-PEFT's two stacks per layer; for SGLang one pair per expert.
+Neither of them is needed here. The names that they read are written as patterns: for vLLM one pair of matrices per
+expert, or PEFT's two stacks per layer; for SGLang one pair per expert.
 """
 
 import re
@@ -29,7 +29,9 @@ def names(adapter: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", slow_but(["olmoe"], PER_EXPERT))
-def test_names(kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_expert_tensors_have_the_names_that_serving_engines_read(
+    kind: str, moe_bases: dict[str, Path], moe_adapters: dict[str, Path], tmp_path: Path
+) -> None:
     stacked = names(moe_adapters[kind])
     assert stacked
     assert [name for name in stacked if not re.fullmatch(STACKED, name)] == []

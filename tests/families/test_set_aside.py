@@ -1,4 +1,4 @@
-"""Tensors that no model loads and a merge copies; and what stays float32 in a model of 16 bits."""
+"""Tensors that no model loads and a merge copies; and tensors that stay float32 in a 16-bit model."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return found
 
 
-def test_a_merge_copies_what_loading_leaves_out(base: Path, tmp_path: Path) -> None:
+def test_a_merge_copies_the_tensors_that_loading_leaves_out(base: Path, tmp_path: Path) -> None:
     kind = json.loads((base / "config.json").read_text())["model_type"]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.testing.assert_close(logits(load_base(base, None, "float32", "cpu", quiet=True)), logits(stock))
@@ -57,7 +57,7 @@ def test_a_merge_copies_what_loading_leaves_out(base: Path, tmp_path: Path) -> N
     assert planned == {FILE: (tmp_path / "merged" / FILE).stat().st_size}
 
 
-def test_a_merge_that_cannot_copy_it_names_it(base: Path, tmp_path: Path) -> None:
+def test_tensors_that_a_merge_cannot_copy_are_named(base: Path, tmp_path: Path) -> None:
     kind = json.loads((base / "config.json").read_text())["model_type"]
     adapter = random_adapter(base, kind, tmp_path / "adapter")
     cached = quantize_base(base, "float32", quiet=True)
@@ -69,7 +69,7 @@ def test_a_merge_that_cannot_copy_it_names_it(base: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", CORRECTED)
 def test_corrections_of_a_choice_stay_float32_and_are_not_trained(kind: str, moe_bases: dict[str, Path]) -> None:
-    """In a base of 16 bits, also one that is read from its quantised form; every byte of it is planned."""
+    """The base is in 16 bits, and is read from its quantised form, too. Every byte of it is planned."""
     for base in (moe_bases[kind], quantize_base(moe_bases[kind], "bfloat16", quiet=True)):
         model = load_base(base, "nf4", "bfloat16", "cpu", quiet=True)
         places = architecture_of(model.config).places

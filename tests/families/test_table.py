@@ -1,4 +1,4 @@
-"""The table of families: complete, the only place that names their tensors, and what `lola-ft families` prints."""
+"""The table of families: complete, the only place with their tensors' names, and printed by `lola-ft families`."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.families.moe import COMMON, KINDS
 from tests.tiny import TINY
 
 PACKAGE = Path(__file__).parents[2] / "lola_ft"
-NAMES_ALLOWED = ("families", "model", "standalone")  # the native model and the code beside a merged one are LOLA's own
+NAMES_ALLOWED = ("families", "model", "standalone")  # the native model and the exported code are LOLA's own
 SMALL: dict[str, dict[str, Any]] = {
     "lola_v1": {"n_layer": 2},
     "gpt2": {"n_layer": 2},
@@ -57,7 +57,7 @@ def test_targets_norms_and_biases_are_those_of_the_places(family: Family) -> Non
         assert (target is not None) == lora, name
         assert not lora or str(target).removesuffix(".weight") in family.targets.get(place.group, family.expert_targets)
     assert bool(architecture.norm_modules) == ("norms" in family.fully)
-    assert not architecture.bias_names or "biases" in family.fully  # a config decides whether there are any
+    assert not architecture.bias_names or "biases" in family.fully  # the config decides about biases
     assert bool(family.experts) == bool(family.routing) == bool(architecture.sizes.moe_layers)
 
 
@@ -75,14 +75,14 @@ def test_a_config_of_given_sizes_has_these_sizes(family: Family) -> None:
 
 
 def words_of(family: Family) -> set[str]:
-    """The model type, and parts of names of tensors that are no plain English (`c_attn`, `w1`, `input_layernorm`)."""
+    """Return the model type, and parts of tensor names that are not English (`c_attn`, `w1`, `input_layernorm`)."""
     parts = {part for name in architecture_of(small_config(family)).places for part in name.split(".")}
     odd = {part for part in parts if re.search(r"_|[a-z]\d", part)} | parts & {"wte", "wpe"}
     field_words = {"gate_proj", "up_proj", "down_proj", "shared_experts", "shared_expert", "self_attn"}
     return odd - field_words | {family.model_type}
 
 
-def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
+def test_tensor_names_of_a_family_are_only_in_its_file() -> None:
     words = set[str]().union(*map(words_of, FAMILIES.values()))
     assert {"c_attn", "wte", "query_key_value", "gpt2", "lola_v1"} <= words
     pattern = re.compile(rf"(?<!\w)({'|'.join(sorted(words))})(?!\w)")
@@ -96,7 +96,7 @@ def test_names_of_a_family_stand_in_its_file_and_nowhere_else() -> None:
     assert wrong == []
 
 
-def test_a_missing_group_is_refused_with_the_groups_that_there_are() -> None:
+def test_a_missing_group_is_refused_with_the_existing_ones() -> None:
     with pytest.raises(UserError) as caught:
         TINY.require({"adapter.shared_experts": "shared_experts", "adapter.attention": "attention"})
     assert str(caught.value) == (

@@ -66,7 +66,7 @@ def test_changed_weights_are_refused(tiny_base: Path, tiny_adapter: Path, adapte
 def test_a_changed_alpha_is_refused(tiny_base: Path, tiny_adapter: Path, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
-    with pytest.raises(PublishError, match="do not compute the same"):
+    with pytest.raises(PublishError, match="do not compute the same as the trained model"):
         compare_adapter(tiny_base, tiny_adapter, adapter)
 
 
@@ -88,7 +88,7 @@ def test_equal_merged_weights_pass(merged: Path, tmp_path: Path) -> None:
 def test_changed_merged_weights_are_refused(merged: Path, tmp_path: Path) -> None:
     staged = Path(shutil.copytree(merged, tmp_path / "staged"))
     change(staged / "model.safetensors", "h.1.moe.experts.0.c_fc.weight", 1.1)
-    with pytest.raises(PublishError, match="do not compute the same"):
+    with pytest.raises(PublishError, match="do not compute the same as the trained model"):
         compare_merged(merged, staged)
 
 

@@ -93,7 +93,12 @@ def test_a_broken_verification_is_tried_again_and_then_an_error(
 @pytest.mark.parametrize("path", [CREATE, PREUPLOAD, BATCH, COMMIT])
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [(401, "hf auth login"), (403, "may not write there"), (500, "refused with 500"), ("drop", "cannot be reached")],
+    [
+        (401, "hf auth login"),
+        (403, "may not write there"),
+        (500, "refused with 500"),
+        ("drop", "the connection dropped"),
+    ],
 )
 def test_a_lasting_fault_is_an_error_and_nothing_is_sent(
     hub: Any,

@@ -184,7 +184,7 @@ def test_a_base_that_is_a_local_folder_needs_an_id(hub: Any, run: Path, adapter:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny_base)}))
     for folder in (run, adapter):
-        with pytest.raises(PublishError, match=r"its base is a local folder \(/.*\), .*--base-id owner/name"):
+        with pytest.raises(PublishError, match=r"its base is a local folder \(/.*\), so .*--base-id owner/name"):
             send(folder, base_id=None)
     assert hub.requests == []
 

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for an H100 or H200, which needs no GPU; prints what each came to, one JSON line each."""
+"""Compile the Triton kernels for an H100 or H200, which needs no GPU, and print one JSON line per kernel."""
 
 import json
 
@@ -16,7 +16,7 @@ _POINTERS = _BF16 | _BYTES | _FLOAT32 | _INT32 | {"keep": "*i1", "keep_scale": "
 
 
 def compile_kernel(kernel: triton.JITFunction, tile_rows: int, **constants: object) -> None:
-    """Compile with the constants that the kernel has among the given ones."""
+    """Compile a kernel with those of the given constants that it has."""
     defaults = {"NUM_EXPERTS": 16, "RANK": 16, "BLOCK_N": 128, "BLOCK_K": 64, "PRECISION": "tf32"}
     constants = defaults | {"PARTS": 1, "SIDE_BY_SIDE": True} | constants
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -1,4 +1,4 @@
-"""The forms of experts that every test of the kernels goes through."""
+"""The forms of experts with which the kernels are tested."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gated with biases, in x out": _GATED | {"has_bias": True, "is_transposed": True},
     "plain, out x in, no biases": {"has_bias": False, "is_transposed": False, "activation": "relu2"},
 }
-"""What experts are made with."""
+"""Arguments of `FusedExperts`, by name of the layout."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Choices of a token, and what the experts are made with (by default like LOLA's)."""
+    """The choices per token, and the arguments of `FusedExperts` (by default LOLA's)."""
 
     top_k: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +42,6 @@ def form(request: pytest.FixtureRequest) -> Form:
 
 
 def choices(expert_ids: list[int], top_k: int, num_experts: int) -> Tensor:
-    """(T, K): each token's expert and the next ones, in another order from token to token."""
+    """Return choices (T, K): each token's expert and the next ones, in an order that differs between tokens."""
     rows = [[(e + (k + t) % top_k) % num_experts for k in range(top_k)] for t, e in enumerate(expert_ids)]
     return torch.tensor(rows, dtype=torch.long).view(-1, top_k)

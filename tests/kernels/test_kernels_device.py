@@ -1,6 +1,6 @@
-"""The GPU's ways of running experts, on the CPU: torch's grouped products, and our Triton kernels interpreted.
+"""The GPU's ways of running experts, run on the CPU: torch's grouped products, and the Triton kernels interpreted.
 
-Shapes: T tokens, K choices, D hidden, F inner, E experts, R rank.
+Shape suffixes: T tokens, K choices per token, D hidden, F inner, E experts, R rank.
 """
 
 import itertools
@@ -68,7 +68,7 @@ def outcome(
     top_k: int = 1,
     dropout: float = 0.0,
 ) -> list[Tensor]:
-    """Output and the gradients of everything that wants one."""
+    """Return the output and the gradients of all tensors that want one."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def outcome(
     for name, (inputs, outputs) in experts.shapes.items():
         if rank:
             with_lora = len(chosen) if chosen else experts.num_experts
-            # A permuted view, as PEFT's layout of B gives it.
+            # A permuted view, as from PEFT's layout of B.
             a, b = random(with_lora, rank, inputs), random(outputs, rank, with_lora)
             paths[name] = LowRank(a, b.permute(2, 0, 1), dropout, expert_ids=chosen)
             leaves += [a, b]
@@ -90,7 +90,7 @@ def outcome(
 
 def same(left: list[Tensor], right: list[Tensor]) -> None:
     for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of up to 192 products in another order
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # sums of up to 192 products have another order
 
 
 @pytest.mark.parametrize("load", slow_but(["empty experts", "several tiles"], LOADS))
@@ -121,7 +121,7 @@ def test_every_form_equals_the_loop_in_4_bit(way: str, form: str, load: str, ran
 
 @pytest.mark.parametrize("rank", slow_but([0, 17], [0, 1, 8, 17]))
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_every_rank(way: Products, rank: int) -> None:
+def test_every_rank_equals_the_loop(way: Products, rank: int) -> None:
     experts = make_experts("nf4")
     expected = outcome(run_experts, experts, LOADS["spread"], rank, None)
     same(outcome(partial(run_experts, products=way), experts, LOADS["spread"], rank, None), expected)
@@ -129,7 +129,7 @@ def test_every_rank(way: Products, rank: int) -> None:
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("form", slow_but(["gated, top 3"], ["lola", "gated, top 3"]))
-def test_some_experts_have_lora(way: Products, form: str) -> None:
+def test_lora_on_some_experts_equals_the_loop(way: Products, form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
     expected = outcome(run_experts, experts, load, 4, (1, 3), given.top_k)
@@ -146,7 +146,7 @@ def test_dense_weights_and_biases_are_trained_too(form: str, load: list[int]) ->
 
 
 @pytest.mark.parametrize("form", slow_but([_WITH_BIASES], ["lola", _WITH_BIASES]))
-def test_trained_biases_on_4_bit_weights(form: str) -> None:
+def test_trained_biases_on_4_bit_weights_equal_the_loop(form: str) -> None:
     given = FORMS[form]
     experts, load = make_experts("nf4", form=given), LOADS["spread"]
     for name in experts.shapes:
@@ -169,8 +169,8 @@ def test_trained_biases_on_4_bit_weights(form: str) -> None:
     ),
     ids=str,
 )
-def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
-    """The last ones have superblocks of scales that are full, and one that is not; of gated experts in each part."""
+def test_other_sizes_equal_the_loop(sizes: tuple[int, int, int], form: str) -> None:
+    """The last sizes have full superblocks of scales and a partial one, for gated experts in each part."""
     given = FORMS[form]
     experts, load = make_experts("nf4", sizes, given), [0, 1, 1, 0, 1]
     expected = outcome(run_experts, experts, load, 4, None, given.top_k)
@@ -185,8 +185,8 @@ def test_other_sizes(sizes: tuple[int, int, int], form: str) -> None:
         itertools.product(("triton", "grouped"), ("lola", "gated, top 3", "plain, out x in, no biases, top 2")),
     ),
 )
-def test_dropout_is_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the masks that were drawn, output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T`."""
+def test_dropout_equals_the_plain_formula(way: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients are those of `x @ W + (x * mask) @ A.T @ B.T` with the drawn masks."""
     given, ids, rank, p = FORMS[form], LOADS["spread"], 4, 0.4
     experts = make_experts("nf4", form=given)
     masks: list[Tensor] = []
@@ -229,7 +229,7 @@ def plain_with_masks(
 @pytest.mark.parametrize("projection", [0, 1], ids=["in", "out"])
 @pytest.mark.parametrize("form", slow_but(["lola", _WITH_BIASES], ["lola", "gated", _WITH_BIASES]))
 def test_weights_decoded_inside_are_those_dequantised_whole(form: str, projection: int) -> None:
-    """Rows of the identity times the weight give the weight itself, bit for bit, each way round."""
+    """The identity matrix times the weight (or its transpose) gives the weight itself, bit for bit."""
     experts = make_experts("nf4", (64, 192, 2), FORMS[form])
     weight = replace(experts.weights(list(experts.shapes)[projection]), bias=None)
     dense = weight.dense(torch.float32)
@@ -269,7 +269,7 @@ def test_tile_rows_follow_the_load() -> None:
 
 @pytest.mark.slow
 def test_kernels_compile_for_hopper() -> None:
-    """No GPU is needed for that: types, shapes and shared memory (227 KB a block) are right, and matrix units used."""
+    """Types, shapes and shared memory (227 KB per block) are right, and matrix units are used. This needs no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_for_hopper.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)

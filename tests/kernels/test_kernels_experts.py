@@ -1,6 +1,6 @@
-"""The experts' forward and backward against a loop over tokens in plain autograd, for every form of experts.
+"""The experts' forward and backward, compared with a loop over tokens in plain autograd, for every form of experts.
 
-Shapes: T tokens, K choices, D hidden, F inner, E experts, R rank.
+Shape suffixes: T tokens, K choices per token, D hidden, F inner, E experts, R rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ from lola_ft.kernels.tiles import Tiles
 from lola_ft.model.experts import FusedExperts
 from tests.kernels.conftest import FORMS, LOLA, Form, choices
 
-# 8 bits of mantissa in weights, activations and sums, relative to the largest entry; seen: 0.008.
+# Relative to the largest entry, with 8 bits of mantissa in weights, activations and sums. Measured: 0.008.
 BF16 = 0.03
 
 
 @dataclass
 class Case:
-    """Experts, one batch and, if ranks are given, LoRA factors; all leaves that want gradients."""
+    """Experts, one batch and, if ranks are given, LoRA factors. All of them want gradients unless frozen."""
 
     experts: FusedExperts
     x_TD: Tensor
@@ -66,9 +66,9 @@ def make_case(
     dropout: float = 0.0,
     form: Form = LOLA,
 ) -> Case:
-    """Make a case of random numbers. `ranks` calls the projection into the experts `up_proj` also where it is gated."""
+    """Make a random case. In `ranks`, the projection into the experts is `up_proj`, also for gated experts."""
     generator = torch.Generator().manual_seed(len(expert_ids))
-    # More choices find more experts; there should still be idle ones.
+    # More choices reach more experts. There should still be experts without tokens.
     hidden, inner, num_experts = sizes or (24, 40, 4 if form.top_k == 1 else 6)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -84,14 +84,14 @@ def make_case(
     for name, rank in (ranks or {}).items():
         name = name if name in experts.shapes else "gate_up_proj"
         in_features, out_features = experts.shapes[name]
-        # A permuted view, as PEFT's layout of B gives it.
+        # A permuted view, as from PEFT's layout of B.
         b = random(out_features, rank, num_experts, scale=0.3).detach().permute(2, 0, 1).requires_grad_()
         factors[name] = (random(num_experts, rank, in_features, scale=0.3), b)
     return Case(experts, x, choices(expert_ids, form.top_k, num_experts), probs, factors, dropout)
 
 
 def plain_loop(case: Case) -> Tensor:
-    """One token after the other, one choice after the other."""
+    """Compute the output one token and one choice after another."""
     experts, rows = case.experts, []
     act_fn = ACT2FN[experts.activation]
 
@@ -153,7 +153,7 @@ def equals_the_loop(case: Case) -> None:
     assert set(got) == set(wanted) >= {"x", "probs", *case.experts.shapes}
     assert len(got) == 4 + 2 * case.experts.has_bias + 2 * len(case.factors)
     for name, grad in wanted.items():
-        # Sums over up to 70 rows in another order.
+        # Sums over up to 70 rows have another order.
         torch.testing.assert_close(got[name], grad, atol=1e-4, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -165,7 +165,7 @@ def test_activations_are_those_of_transformers_with_exact_gradients(name: str) -
     activation = activation_of(name)
     torch.testing.assert_close(activation.forward(x.detach()), expected.detach(), atol=1e-12, rtol=1e-12)
     got = activation.backward(torch.ones_like(x), x.detach())
-    torch.testing.assert_close(got, wanted, atol=1e-11, rtol=1e-12)  # theirs has sqrt(2/pi) with ten digits in one
+    torch.testing.assert_close(got, wanted, atol=1e-11, rtol=1e-12)  # theirs has ten digits of sqrt(2/pi) in one
 
 
 def test_an_unknown_activation_is_refused_with_those_that_exist() -> None:
@@ -180,7 +180,7 @@ def test_a_token_may_choose_an_expert_twice() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 5, 2), (17, 31, 7), (8, 64, 16)])
-def test_odd_sizes(sizes: tuple[int, int, int], form: Form) -> None:
+def test_odd_sizes_equal_the_loop(sizes: tuple[int, int, int], form: Form) -> None:
     case = make_case([i * 5 % sizes[2] for i in range(13)], {"up_proj": 5, "down_proj": 3}, sizes, form=form)
     expected, actual = plain_loop(case), case.run()
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_odd_sizes(sizes: tuple[int, int, int], form: Form) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS[:2], ids=str)
-def test_double_precision_gradients_by_finite_differences(ranks: dict[str, int], form: Form) -> None:
+def test_gradients_equal_finite_differences_in_double_precision(ranks: dict[str, int], form: Form) -> None:
     case = make_case(SPREAD, ranks, sizes=(4, 6, 4), form=form)
     case.experts.double()
     leaves = [leaf.detach().double().requires_grad_() for leaf in (case.x_TD, case.probs_TK)]
@@ -209,8 +209,8 @@ def bf16_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("ranks", [{}, {"up_proj": 4, "down_proj": 2}], ids=str)
-def test_bfloat16_autocast(ranks: dict[str, int], form: Form) -> None:
-    """Leaves stay float32 and so do their gradients; only what is multiplied is bfloat16."""
+def test_autocast_multiplies_in_bfloat16_and_keeps_leaves_in_float32(ranks: dict[str, int], form: Form) -> None:
+    """Leaves and their gradients stay float32. Only factors of products are bfloat16."""
     case = make_case(LOADS["more than a bucket"] + SPREAD, ranks, form=form)
     expected = plain_loop(case)
     with torch.autocast("cpu", torch.bfloat16):
@@ -224,13 +224,13 @@ def test_bfloat16_autocast(ranks: dict[str, int], form: Form) -> None:
         assert bf16_error(got[name], grad) < BF16, name
 
 
-def test_a_bfloat16_model_without_autocast(form: Form) -> None:
+def test_a_bfloat16_model_is_as_exact_as_bfloat16_allows(form: Form) -> None:
     case = make_case(SPREAD, {"up_proj": 4, "down_proj": 2}, form=form)
     expected = plain_loop(case)
     wanted = case.gradients(expected)
     case.experts.to(torch.bfloat16)
     case.x_TD = case.x_TD.detach().to(torch.bfloat16).requires_grad_()
-    actual = case.run()  # adapters and probabilities stay float32, as PEFT and the router have them
+    actual = case.run()  # adapters and probabilities stay float32, as in PEFT and the router
     assert actual.dtype == torch.bfloat16
     assert bf16_error(actual, expected) < BF16
     for name, grad in case.gradients(actual).items():
@@ -238,7 +238,7 @@ def test_a_bfloat16_model_without_autocast(form: Form) -> None:
         assert bf16_error(grad, wanted[name]) < BF16, name
 
 
-def test_no_token_at_all(form: Form) -> None:
+def test_no_tokens_give_an_empty_output_and_zero_gradients(form: Form) -> None:
     case = make_case([], {"up_proj": 2, "down_proj": 2}, form=form)
     out = case.run()
     assert out.shape == (0, 24)
@@ -267,7 +267,7 @@ def test_only_what_wants_a_gradient_gets_one(form: Form) -> None:
     assert case.probs_TK.grad is not None
 
 
-def test_one_trained_stack_among_frozen_ones(form: Form) -> None:
+def test_one_trained_stack_among_frozen_ones_gets_its_gradient(form: Form) -> None:
     expected = make_case(SPREAD, form=form)
     wanted = expected.gradients(expected.run())
     for trained, _ in expected.experts.named_parameters():
@@ -278,14 +278,14 @@ def test_one_trained_stack_among_frozen_ones(form: Form) -> None:
         assert all(torch.equal(got[name], wanted[name]) for name in got)
 
 
-def test_the_adapter_of_a_later_projection_alone_is_trained_through_the_other(form: Form) -> None:
+def test_lora_on_only_the_second_projection_gets_its_gradient(form: Form) -> None:
     case = make_case(SPREAD, {"down_proj": 3}, frozen=True, form=form)
     wanted, got = case.gradients(plain_loop(case)), case.gradients(case.run())
     for name in ("x", "down_proj a", "down_proj b"):
         torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
 
 
-def test_a_stride_0_gradient(form: Form) -> None:
+def test_a_gradient_with_stride_0_equals_the_loop(form: Form) -> None:
     case = make_case(SPREAD, {"up_proj": 2}, form=form)
     case.run().sum().backward()
     got = {name: leaf.grad.clone() for name, leaf in case.leaves.items()}
@@ -305,7 +305,7 @@ def test_two_runs_are_bit_equal(form: Form) -> None:
 @pytest.mark.parametrize("load", ["spread", "more than a bucket"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_padded_rows_never_count(poison: float, load: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever memory held before (`new_empty` is filled with NaN here) reaches neither output nor gradient."""
+    """The old content of memory (`new_empty` is filled with NaN here) reaches neither output nor gradient."""
     case = make_case(LOADS[load], {"up_proj": 3, "down_proj": 2}, form=form)
     expected = case.run()
     wanted = case.gradients(expected)
@@ -324,7 +324,7 @@ def filled(tensor: Tensor, value: float) -> Tensor:
 
 
 def test_other_tokens_do_not_change_a_tokens_output(form: Form) -> None:
-    """Beyond the rounding of another group size."""
+    """The outputs differ only by rounding, because the group size differs."""
     case = make_case(SPREAD, {"up_proj": 3}, form=form)
     whole = case.run()
     for t in (0, 5, 10):
@@ -334,7 +334,7 @@ def test_other_tokens_do_not_change_a_tokens_output(form: Form) -> None:
 
 
 class Saved:
-    """Every tensor that autograd keeps, and what a custom function's context holds besides."""
+    """Every tensor that autograd saves, and the tensors in the contexts of custom functions."""
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
@@ -353,7 +353,7 @@ class Saved:
 
 
 def context_tensors(out: Tensor) -> list[Tensor]:
-    """What every node of the graph holds as plain attributes, at any depth, and what functions among those hold."""
+    """Return the tensors in attributes of the graph's nodes, at any depth, and in closures of functions among them."""
     found: list[Tensor] = []
     nodes, seen = [out.grad_fn], set()
     while nodes:
@@ -382,7 +382,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_nothing_of_a_weights_size_is_kept_for_backward(autocast: bool, form: Form) -> None:
-    """Only tensors that grow with tokens or rank; and the stacks themselves, by reference."""
+    """Autograd saves only tensors that grow with tokens or rank, and references to the stacks themselves."""
     ranks = {"up_proj": 2, "down_proj": 2}
     case = make_case(SPREAD, ranks, sizes=(96, 160, 4), frozen=True, dropout=0.1, form=form)
     with Saved() as saved, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -400,7 +400,7 @@ def test_nothing_of_a_weights_size_is_kept_for_backward(autocast: bool, form: Fo
 @pytest.mark.parametrize("recomputes", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("name", ["lola", "lola, top 2", "gated", "gated, top 3"])
 def test_exactly_what_backward_needs_is_saved(name: str, recomputes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With N rows and C choices of T tokens; a gated expert's activation is computed again, as all are on a GPU."""
+    """Shapes for N rows and C choices of T tokens. Activations of gated experts are recomputed; on a GPU, all are."""
     monkeypatch.setattr(loop_products.LoopProducts, "recomputes_activations", recomputes)
     form = FORMS[name]
     case = make_case([0] * 9, {"up_proj": 3, "down_proj": 2}, form=form, dropout=0.5, frozen=True)
@@ -420,7 +420,7 @@ def test_exactly_what_backward_needs_is_saved(name: str, recomputes: bool, monke
     assert of_experts[-len(expected) :] == expected
 
 
-def test_weights_are_asked_for_by_active_expert_once_a_pass(form: Form) -> None:
+def test_weights_are_read_once_per_pass_for_active_experts(form: Form) -> None:
     case = make_case([2, 0, 2, 2], {"up_proj": 2}, form=form)
     active = case.ids_TK.unique().tolist()
     assert len(active) < case.experts.num_experts
@@ -462,7 +462,7 @@ def with_masks(case: Case) -> tuple[Tensor, list[Tensor]]:
         kernel._keep = real
 
 
-def test_dropout_masks_by_share() -> None:
+def test_dropout_drops_the_given_share() -> None:
     case = make_case([0] * 256, {"up_proj": 2, "down_proj": 2}, sizes=(64, 128, 1), dropout=0.25)
     _, masks = with_masks(case)
     assert [tuple(mask.shape) for mask in masks] == [(256, 64), (256, 128)]
@@ -479,13 +479,13 @@ def test_dropout_touches_the_side_path_only(form: Form) -> None:
     assert torch.equal(case.run(), without.run())
 
 
-def test_without_dropout_no_mask_is_formed() -> None:
+def test_without_dropout_no_mask_is_drawn() -> None:
     _, masks = with_masks(make_case(SPREAD, {"up_proj": 3}))
     assert masks == []
 
 
 def finite_difference(run: Callable[[], Tensor], leaf: Tensor, index: tuple[int, ...]) -> float:
-    """d sum(run()) / d leaf[index], by central difference."""
+    """Return d sum(run()) / d leaf[index], by central difference."""
     values = []
     for step in (1e-6, -1e-6):
         before = leaf.data[index].clone()
@@ -496,7 +496,7 @@ def finite_difference(run: Callable[[], Tensor], leaf: Tensor, index: tuple[int,
 
 
 def test_backward_uses_the_masks_of_forward(form: Form) -> None:
-    """The gradient under a fixed seed is the slope of the output under that seed."""
+    """With a fixed seed, the gradient is the slope of the output with that seed."""
     case = make_case(SPREAD, {"up_proj": 3, "down_proj": 2}, sizes=(6, 10, 4), dropout=0.5, form=form)
     case.experts.double()
     case.x_TD, case.probs_TK = (t.detach().double().requires_grad_() for t in (case.x_TD, case.probs_TK))

@@ -1,4 +1,4 @@
-"""The plan of the grouped buffer: a place of its own for each token, among those of its expert."""
+"""The plan of the grouped buffer: each choice has its own row, among the rows of its expert."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_spans_tile_the_buffer_and_leave_out_idle_experts(case: tuple[list[int],
 @given(choices)
 @settings(deadline=None, max_examples=50)
 def test_tokens_of_an_expert_keep_their_order_from_its_first_row_on(case: tuple[list[int], int]) -> None:
-    """Then a buffer's rows depend on the tokens alone, and a sum over them is the same in every run."""
+    """So a buffer's rows depend only on the tokens, and a sum over them is the same in every run."""
     expert_ids, num_experts = case
     groups = group_by_expert(torch.tensor(expert_ids, dtype=torch.long), num_experts)
     for expert_id, first, _ in groups.spans():
@@ -61,11 +61,11 @@ def test_padding_is_little_and_monotonic(count: int) -> None:
 
 
 def test_few_row_counts_exist() -> None:
-    """oneDNN builds a kernel for each: three below eight rows, eight up to 64, then four a doubling."""
+    """oneDNN builds a kernel per row count: three below eight rows, eight up to 64, then four per doubling."""
     assert {padded_rows(count) for count in range(1, 65)} == {1, 2, 4, *range(8, 65, 8)}
     assert len({padded_rows(count) for count in range(1, 16_385)}) == 3 + 8 + 4 * 8
 
 
 @pytest.mark.parametrize(("count", "rows"), [(0, 0), (1, 1), (3, 4), (7, 8), (9, 16), (64, 64), (65, 80), (129, 160)])
-def test_padded_rows(count: int, rows: int) -> None:
+def test_row_counts_are_padded_to_powers_of_two_or_buckets(count: int, rows: int) -> None:
     assert padded_rows(count) == rows

@@ -1,4 +1,4 @@
-"""Scores of labelled tokens beside trained rows of the head: those of whole logits, with their gradients."""
+"""Scores of labelled tokens with trained rows of the head equal those of whole logits, and so do the gradients."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_scores_and_gradients_are_those_of_whole_logits(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 3)  # several, the last one not full
+    monkeypatch.setattr(module, "_CHUNK_ROWS", 3)  # several chunks, the last one partial
     x, head, labels, rows = inputs()
     scores = label_scores(x, head, labels, TokenRows(IDS, rows) if trained else None)
     weights = torch.randn(scores.log_probs_BS.shape)

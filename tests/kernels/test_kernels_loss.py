@@ -1,6 +1,6 @@
-"""The loss without a whole batch of logits, against F.cross_entropy.
+"""The loss without a whole batch of logits, compared with F.cross_entropy.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary.
+Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 """
 
 import pytest
@@ -16,7 +16,7 @@ from lola_ft.kernels.loss import labelled_cross_entropy
 def make_batch(
     batch: int = 3, seq: int = 20, hidden: int = 16, vocab: int = 50, labelled: float = 0.6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, head and labels of which about a share is labelled."""
+    """Return hidden states, head and labels, of which about the share `labelled` is not -100."""
     generator = torch.Generator().manual_seed(seq)
     x = torch.randn(batch, seq, hidden, generator=generator).requires_grad_()
     head = torch.randn(vocab, hidden, generator=generator).requires_grad_()
@@ -37,7 +37,7 @@ def with_gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("labelled", [1.0, 0.6, 0.05])
 @pytest.mark.parametrize("divisor", [None, 7, 1000])
-def test_value_and_gradients_of_hidden_and_head(labelled: float, divisor: int | None) -> None:
+def test_loss_and_gradients_are_those_of_cross_entropy(labelled: float, divisor: int | None) -> None:
     x, head, labels = make_batch(labelled=labelled)
     expected = with_gradients(plain(x, head, labels, divisor), x, head)
     actual = with_gradients(labelled_cross_entropy(x, head, labels, divisor), x, head)
@@ -46,15 +46,15 @@ def test_value_and_gradients_of_hidden_and_head(labelled: float, divisor: int | 
 
 
 @pytest.mark.parametrize("rows", [1, 255, 256, 257, 512, 513])
-def test_around_the_edges_of_a_chunk(rows: int) -> None:
+def test_chunk_boundaries_do_not_change_loss_and_gradients(rows: int) -> None:
     x, head, labels = make_batch(batch=1, seq=rows + 1, labelled=1.0)
     expected = with_gradients(plain(x, head, labels), x, head)
     actual = with_gradients(labelled_cross_entropy(x, head, labels), x, head)
     for got, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # sums over 513 rows in another order
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # sums over 513 rows have another order
 
 
-def test_the_gradient_is_scaled_by_what_comes_from_above() -> None:
+def test_the_gradient_is_scaled_by_the_incoming_gradient() -> None:
     x, head, labels = make_batch()
     expected = with_gradients(plain(x, head, labels) * 3.5, x, head)
     actual = with_gradients(labelled_cross_entropy(x, head, labels) * 3.5, x, head)
@@ -79,7 +79,7 @@ def test_nothing_labelled_is_a_differentiable_zero() -> None:
         assert (d_head == 0).all()
 
 
-def test_the_first_label_is_nobodys_next_token() -> None:
+def test_the_first_label_is_ignored() -> None:
     x, head, labels = make_batch()
     changed = labels.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 50
@@ -94,14 +94,14 @@ def test_a_frozen_head_gets_no_gradient_and_costs_none() -> None:
         torch.testing.assert_close(got, wanted)
 
 
-def test_a_trained_head_over_frozen_states() -> None:
+def test_a_trained_head_over_frozen_states_gets_its_gradient() -> None:
     x, head, labels = make_batch()
     expected = with_gradients(plain(x, head, labels), head)
     actual = with_gradients(labelled_cross_entropy(x.detach(), head, labels), head)
     torch.testing.assert_close(actual[1], expected[1])
 
 
-def test_evaluation_forms_no_gradient() -> None:
+def test_evaluation_computes_no_gradient() -> None:
     x, head, labels = make_batch()
     with torch.no_grad():
         assert torch.equal(labelled_cross_entropy(x, head, labels), labelled_cross_entropy(x, head, labels).detach())
@@ -115,20 +115,20 @@ def test_a_label_outside_the_vocabulary_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    """Softmax and sum are float32; states, head and their gradients are as given."""
+def test_half_precision_inputs_give_a_float32_loss(dtype: torch.dtype) -> None:
+    """Softmax and sum are float32. States, head and their gradients keep their dtype."""
     x, head, labels = make_batch()
     expected = with_gradients(plain(x, head, labels), x, head)
     x16, head16 = x.detach().to(dtype).requires_grad_(), head.detach().to(dtype).requires_grad_()
     actual = with_gradients(labelled_cross_entropy(x16, head16, labels), x16, head16)
     assert [tensor.dtype for tensor in actual] == [torch.float32, dtype, dtype]
     for got, wanted in zip(actual, expected, strict=True):
-        # 8 bits of mantissa in what is multiplied, relative to the largest entry; seen: 0.007.
+        # Relative to the largest entry, with 8 bits of mantissa in the factors. Measured: 0.007.
         assert (got.float() - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
-def test_bfloat16_states_and_a_float32_head() -> None:
-    """The mixture that autocast leaves behind: the last norm in bfloat16, embeddings in float32."""
+def test_bfloat16_states_and_a_float32_head_keep_their_dtypes() -> None:
+    """The dtypes under autocast: the last norm in bfloat16, embeddings in float32."""
     x, head, labels = make_batch()
     x16 = x.detach().to(torch.bfloat16).requires_grad_()
     expected = with_gradients(plain(x16.float(), head, labels), x16, head)
@@ -140,7 +140,7 @@ def test_bfloat16_states_and_a_float32_head() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements of any tensor that an operation returns."""
+    """Records the largest number of elements that an operation returns."""
 
     def __init__(self, vocab: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What two models are compared in."""
+"""The dtype in which two models are compared."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_small_models_are_compared_in_float32(wanted: torch.dtype) -> None:
     assert comparison_dtype(LARGEST_SMALL, wanted, CPU) == torch.float32
 
 
-def test_large_ones_in_what_the_machine_multiplies() -> None:
+def test_large_models_are_compared_in_a_dtype_that_the_machine_has() -> None:
     assert not is_small(LARGEST_SMALL + 1)
     assert comparison_dtype(LARGEST_SMALL + 1, torch.float16, CPU) == torch.float16
     bfloat16 = comparison_dtype(LARGEST_SMALL + 1, torch.bfloat16, CPU)

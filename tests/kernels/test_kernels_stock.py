@@ -1,4 +1,4 @@
-"""Our experts in the place of transformers' own: the same numbers, alone and in a whole model."""
+"""lola_ft's experts instead of transformers' own: the same numbers, as a single module and in a whole model."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ STOCK: dict[str, type[nn.Module]] = {
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
-    """Sizes by every name that one of the families has for them."""
+    """Return a small config, with the sizes under all names that the families use."""
     inner = {"intermediate_size": INNER, "moe_intermediate_size": INNER}
     experts = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), EXPERTS)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8, "qk_rope_head_dim": 8}
@@ -47,7 +47,7 @@ def filled(module: nn.Module) -> nn.Module:
 
 
 def twin_of(stock: Any, activation: str) -> FusedExperts:
-    """Our module of the same weights; it has the same parameters, name for name."""
+    """Return lola_ft's module with the same weights, under the same parameter names."""
     ours = FusedExperts(
         stock.hidden_dim,
         stock.intermediate_dim,
@@ -62,7 +62,7 @@ def twin_of(stock: Any, activation: str) -> FusedExperts:
 
 
 def outcome(call: Any, module: nn.Module, top_k: int) -> dict[str, Tensor]:
-    """Output and the gradients of the input, the weights of the choices and every parameter."""
+    """Return the output and the gradients of the input, the weights of the choices and every parameter."""
     generator = torch.Generator().manual_seed(top_k)
     x = torch.randn(40, HIDDEN, generator=generator).requires_grad_()
     ids = torch.rand(40, EXPERTS, generator=generator).topk(top_k).indices
@@ -85,11 +85,11 @@ def test_forward_and_every_gradient_are_those_of_transformers(model_type: str, t
     actual = outcome(lambda *given: run_experts(ours, *given, {}, products), ours, top_k)
     assert set(actual) == set(expected)
     for name, wanted in expected.items():
-        torch.testing.assert_close(actual[name], wanted, atol=1e-4, rtol=1e-5)  # sums in another order
+        torch.testing.assert_close(actual[name], wanted, atol=1e-4, rtol=1e-5)  # sums have another order
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"])
-def test_a_whole_model_with_our_experts_in_it(model_type: str) -> None:
+def test_a_whole_model_with_our_experts_gives_the_same_logits(model_type: str) -> None:
     model = filled(AutoModelForCausalLM.from_config(small_config(model_type))).eval()
     ids = torch.arange(24).view(2, 12)
     expected = model(ids).logits
@@ -100,4 +100,4 @@ def test_a_whole_model_with_our_experts_in_it(model_type: str) -> None:
     assert names
     torch.testing.assert_close(
         model(ids).logits, expected, atol=1e-4, rtol=1e-4
-    )  # sums in another order, layer by layer
+    )  # sums have another order, layer by layer

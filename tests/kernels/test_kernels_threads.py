@@ -1,4 +1,4 @@
-"""Work on threads: all of it is done, in the caller's modes, and torch has as many threads afterwards as before."""
+"""Work on threads: all items are done, in the caller's modes, and torch's number of threads is restored."""
 
 import threading
 
@@ -27,7 +27,7 @@ def test_every_item_is_worked_on_once_by_threads_with_one_thread_each(threads: i
     assert torch.get_num_threads() == threads
 
 
-def test_a_failure_is_raised_and_the_threads_are_given_back(threads: int) -> None:
+def test_a_failure_is_raised_and_the_thread_count_restored(threads: int) -> None:
     def fail(item: int) -> None:
         if item == 3:
             raise ValueError("three")
@@ -64,7 +64,7 @@ def test_blocks_cover_every_row_once(threads: int) -> None:  # noqa: ARG001
 
 @pytest.mark.parametrize("name", ["lola", "gated, top 3"])
 def test_results_have_the_same_bits_on_any_number_of_threads(name: str) -> None:
-    """An expert is one thread's whoever works beside it; three threads here have more than one core to share."""
+    """One thread computes an expert, whatever the other threads do. Here three threads share the cores."""
     before, found = torch.get_num_threads(), []
     try:
         for number in (2, 3, 2):

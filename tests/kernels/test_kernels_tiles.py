@@ -28,7 +28,7 @@ def test_products_are_those_with_the_whole_weight(rows: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 10, 37])
-def test_two_weights_as_one(step: int) -> None:
+def test_tiles_of_two_weights_are_those_of_the_joined_weight(step: int) -> None:
     below, beside = one_below_another([tiles(step), tiles(step)], 37), side_by_side([tiles(step), tiles(step)])
     assert torch.equal(torch.cat([tile for _, tile in below]), torch.cat([WEIGHT, WEIGHT]))
     assert torch.equal(torch.cat([tile for _, tile in beside]), torch.cat([WEIGHT, WEIGHT], 1))

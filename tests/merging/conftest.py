@@ -1,4 +1,4 @@
-"""Bases in every form that a Hub folder takes, and an adapter for them."""
+"""Bases in every form of a Hub folder, and an adapter for them."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def ids() -> Tensor:
 
 @pytest.fixture
 def weights(tiny_base: Path) -> AdapterWeights:
-    """A random adapter on every target, no two ranks equal, and the router."""
+    """A random adapter on every target, all ranks different, and the router."""
     result = AdapterWeights(architecture_of(LolaConfig.from_pretrained(tiny_base)))
     for name, place in result.architecture.places.items():
         shape = place.shape
@@ -68,7 +68,7 @@ def adapter(weights: AdapterWeights, store: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def copy_base(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Copy the tiny base under a name, in another dtype or with keys of its config changed."""
+    """Copy the tiny base to a folder, in another dtype or with changed config keys."""
 
     def copy(name: str, dtype: torch.dtype | None = None, **config: Any) -> Path:
         folder = tmp_path / name
@@ -85,7 +85,7 @@ def copy_base(tiny_base: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def shard(tiny_base: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """The tiny base in shards of a given size."""
+    """Write the tiny base in shards of a given size."""
 
     def write(max_shard_size: str) -> Path:
         LolaForCausalLM.from_pretrained(tiny_base).save_pretrained(tmp_path / "shards", max_shard_size=max_shard_size)
@@ -101,7 +101,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 @pytest.fixture(scope="session")
 def read_state() -> Callable[[Path], dict[str, Tensor]]:
-    """Every tensor of a checkpoint folder, by safetensors' own reader."""
+    """Read every tensor of a checkpoint folder with safetensors' own reader."""
 
     def read(folder: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}

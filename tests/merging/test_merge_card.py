@@ -18,7 +18,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def in_a_run(adapter: Path, run: Path, quantization: str = "nf4") -> Path:
-    """The adapter as a run holds it, with what the run recorded."""
+    """Put the adapter into a run's folder, with the records of a run."""
     run.mkdir()
     adapter.rename(run / "adapter")
     languages = {"sw": {"kept": 1200, "trained_tokens": 5}, "de": {"kept": 30, "trained_tokens": 5}}
@@ -35,7 +35,7 @@ def test_the_card_says_what_was_done(tiny_base: Path, adapter: Path, tmp_path: P
     card = (tmp_path / "merged" / "README.md").read_text()
     header = ModelCard(card).data
     assert (header.license, header.language) == ("cc-by-4.0", ["de", "sw"])
-    assert (header.library_name, header.base_model) == ("transformers", None)  # a folder is no base to others
+    assert (header.library_name, header.base_model) == ("transformers", None)  # a local folder is not named as a base
     assert f"fingerprint `{report.base_fingerprint}`" in card
     assert "58 of 58 adapter tensors found exactly once" in card
     assert "| sw | 1,200 | 5 |\n| de | 30 | 5 |" in card
@@ -65,7 +65,9 @@ def test_the_card_names_a_base_of_the_hub(tiny_base: Path, adapter: Path, tmp_pa
     assert space["model"].config.model_type == "lola_v1"
 
 
-def test_the_config_is_fit_for_both_codes(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+def test_the_config_names_the_native_class_and_the_code_beside_the_weights(
+    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
+) -> None:
     base = copy_base("base", auto_map={"AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel"})
     merge(base, adapter, tmp_path / "merged", dtype="bfloat16", check="none")
     stored = json.loads((tmp_path / "merged" / "config.json").read_text())
@@ -78,9 +80,7 @@ def test_the_config_is_fit_for_both_codes(copy_base: Callable[..., Path], adapte
     assert str(config.dtype) == "torch.bfloat16"
 
 
-def test_a_generation_config_is_there_in_any_case(
-    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
-) -> None:
+def test_a_generation_config_is_always_written(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     base = copy_base("base")
     (base / "generation_config.json").unlink()
     merge(base, adapter, tmp_path / "merged", check="none")
@@ -102,7 +102,7 @@ def test_the_chat_template_comes_with_the_tokenizer_of_training(
 
 
 @pytest.mark.parametrize("quantization", slow_but(["none"], ["nf4", "none"]))
-def test_4_bit_is_left_out_where_training_saw_none(
+def test_4_bit_is_left_out_if_training_used_none(
     quantization: str, tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     report = merge(tiny_base, in_a_run(adapter, tmp_path / "run", quantization), tmp_path / "merged")

@@ -1,4 +1,4 @@
-"""What rounding does: measured on the three models, or said to be left out."""
+"""The effects of rounding: measured on the three models, or reported as left out."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -18,8 +18,8 @@ def outputs(logits: list[list[float]], ids: list[int]) -> list[Outputs]:
     return [Outputs(torch.tensor(ids), torch.tensor(logits), torch.zeros(1, 1), "float32")]
 
 
-def test_the_numbers() -> None:
-    """Two tokens of three; the first predicts the second, by hand."""
+def test_effects_equal_the_values_computed_by_hand() -> None:
+    """Two tokens of a vocabulary of three, where the first predicts the second."""
     ids = [0, 1]
     one = outputs([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0]], ids)
     two = outputs([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0]], ids)
@@ -37,7 +37,7 @@ def test_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["base", "nf4"])
-def test_each_rounding_keeps_what_it_says(
+def test_each_rounding_keeps_the_predictions_of_its_base(
     rounding: str, copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     effects = merge(copy_base("base"), adapter, tmp_path / "merged", rounding=rounding).effects
@@ -53,7 +53,9 @@ def test_each_rounding_keeps_what_it_says(
     assert effects.original_from_4_bit.kl > 1e-6
 
 
-def test_it_is_printed(tiny_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_effects_and_proof(
+    tiny_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     merge_command(str(adapter), str(tiny_base), str(tmp_path / "merged"), "auto", None, False, "full")
     printed = " ".join(capsys.readouterr().out.split())
     for text in ("(1) adapter, 4-bit base", "(2) adapter, original", "merged, rounding base", "Choose nf4 to keep"):
@@ -69,7 +71,7 @@ def test_without_a_4_bit_base_there_is_no_choice() -> None:
     assert "4-bit" not in console.export_text()
 
 
-def test_what_does_not_fit_is_skipped_and_said(
+def test_models_that_do_not_fit_in_memory_are_skipped_with_the_reason(
     tiny_base: Path,
     adapter: Path,
     tmp_path: Path,
@@ -94,7 +96,7 @@ def test_what_does_not_fit_is_skipped_and_said(
     ("check", "proof", "logits"),
     [(True, True, True), ("weights", True, False), ("none", False, False), (False, False, False)],
 )
-def test_check_options(
+def test_each_check_option_runs_its_checks(
     check: bool | str, proof: bool, logits: bool, tiny_base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     report = merge(tiny_base, adapter, tmp_path / "merged", check=check)

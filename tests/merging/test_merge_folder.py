@@ -1,4 +1,4 @@
-"""The merged folder: complete, in the base's own form, and there only if the merge was right."""
+"""The merged folder: complete, in the base's own form, and present only if the merge was right."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ from lola_ft.quantization import load_base
 
 # Float32: one merged weight against base and side path.
 ROUNDING = 1e-5
-# What a merged folder's config says of the code and the tokenizer beside it.
+# Keys of a merged folder's config about its code and tokenizer.
 OURS = {
     "architectures": ["LolaForCausalLM"],
     "auto_map": dict(LOLA.auto_map),
@@ -48,7 +48,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # What is in it
 
 
-def test_it_loads_as_any_checkpoint_does(tiny_base: Path, adapter: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_a_merged_folder_loads_like_any_checkpoint(tiny_base: Path, adapter: Path, ids: Tensor, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(model) is LolaForCausalLM
@@ -86,7 +86,7 @@ def test_the_config_keeps_every_key(
     (base / "modeling_lola_gpt2.py").write_text("# remote code\n")
     merge(base, adapter, tmp_path / "merged", check=False)
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "merged"))
-    # Beside them: our code and its class, the tokenizer's, and the dtype's older key.
+    # New keys: lola_ft's code and class, the tokenizer's class, and the older key of the dtype.
     assert after == before | OURS | {"torch_dtype": "float32"}
     assert (tmp_path / "merged" / "modeling_lola_gpt2.py").read_text() == "# remote code\n"
 
@@ -121,7 +121,7 @@ def test_a_sharded_base_stays_sharded(
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in merged.values())
 
 
-def test_one_shard_with_an_index(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+def test_one_shard_with_an_index_is_merged(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     base = copy_base("base")
     (base / "model.safetensors").rename(base / "model-00001-of-00001.safetensors")
     keys = load_file(base / "model-00001-of-00001.safetensors")
@@ -171,7 +171,7 @@ def test_the_adapter_s_tokenizer_is_preferred_and_never_mixed_with_the_base_s(
     assert (merged / "generation_config.json").read_text() == '{"eos_token_id": 5}'
 
 
-def test_without_its_own_the_base_s_tokenizer_comes_whole(
+def test_without_its_own_tokenizer_the_bases_is_copied_as_a_whole(
     copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     base = copy_base("base")
@@ -190,10 +190,10 @@ def test_a_base_without_a_tokenizer_is_compared_on_plain_ids(golden_folder: Path
     assert report.verification.tokens == 96
 
 
-# What it leaves alone
+# Files that a merge does not change
 
 
-def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+def test_base_and_adapter_do_not_change(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
     base = copy_base("base")
     before = snapshot(base), snapshot(adapter)
     for folder in (base, adapter):
@@ -202,14 +202,14 @@ def test_base_and_adapter_are_not_touched(copy_base: Callable[..., Path], adapte
         folder.chmod(0o555)
     merge(base, adapter, tmp_path / "merged", check="weights")
     assert (snapshot(base), snapshot(adapter)) == before
-    # Read-only as the sources are, the result is not.
+    # The sources are read-only, and the result is not.
     assert all(file.stat().st_mode & 0o200 for file in (tmp_path / "merged").iterdir())
     for folder in (base, adapter):
         folder.chmod(0o755)
 
 
 @pytest.mark.parametrize("taken", ["folder", "file"])
-def test_a_taken_place_is_refused(taken: str, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(taken: str, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     out = tmp_path / taken
     if taken == "folder":
         out.mkdir()
@@ -295,7 +295,7 @@ def test_an_adapter_tensor_left_out_is_found_by_counting(
 def test_a_wrong_merge_is_found_by_its_logits(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each expert given its neighbour's update has every shape and count right."""
+    """If each expert gets its neighbour's update, all shapes and counts are right."""
     right = Deltas._read_pair
 
     def wrong(self: Deltas, module: str) -> Any:
@@ -319,7 +319,7 @@ def test_a_wrong_merge_is_found_by_its_logits(
         ("a router too sharp", "bfloat16"),
     ],
 )
-def test_the_comparison_refuses(
+def test_the_comparison_finds_damage(
     damage: str, dtype: str, copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     merged, base = tmp_path / "merged", copy_base("base", getattr(torch, dtype))
@@ -328,7 +328,7 @@ def test_the_comparison_refuses(
     if damage == "the base itself":
         shutil.copyfile(base / "model.safetensors", merged / "model.safetensors")
     else:
-        if damage == "a router too sharp":  # chooses as before; the logits alone stay within 16-bit rounding
+        if damage == "a router too sharp":  # chooses the same experts; the logits stay within 16-bit rounding
             state["transformer.h.3.moe.gate.weight"] *= 1.2
         elif damage == "one NaN":
             state["transformer.h.3.moe.experts.1.c_fc.weight"][0, 0] = float("nan")
@@ -344,8 +344,8 @@ def test_the_comparison_refuses(
 
 
 @pytest.mark.slow
-def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Path) -> None:
-    """With 6 MoE layers and random routers, rounding to bfloat16 turns a few of some 600 choices over."""
+def test_a_token_that_rounding_sends_to_another_expert_is_no_error(tmp_path: Path) -> None:
+    """With 6 MoE layers and random routers, rounding to bfloat16 changes a few of about 600 choices."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 12, "n_head": 4, "num_experts": 8}
     model = LolaForCausalLM(LolaConfig(**sizes, n_inner=128, initializer_range=0.1))
@@ -358,14 +358,12 @@ def test_a_token_that_rounding_sends_to_another_expert_is_no_fault(tmp_path: Pat
     proof = merge(tmp_path / "base", save_adapter(adapted, tmp_path / "adapter"), tmp_path / "merged").verification
     assert proof is not None
     assert 40 < proof.compared < proof.tokens == 96
-    # A third of the tolerance; the tokens left out differ by up to 0.3.
+    # A third of the tolerance. The tokens that are left out differ by up to 0.3.
     assert proof.max_logit_difference < 0.035 * proof.largest_logit
 
 
-def test_a_head_of_its_own_is_not_dropped_in_silence(
-    copy_base: Callable[..., Path], adapter: Path, tmp_path: Path
-) -> None:
-    """Also without the comparison of logits, which loads the base and sees it."""
+def test_an_untied_head_is_not_dropped_silently(copy_base: Callable[..., Path], adapter: Path, tmp_path: Path) -> None:
+    """The merge refuses it without the comparison of logits, which would find it when it loads the base."""
     base = copy_base("untied")
     state = load_file(base / "model.safetensors")
     head = {"lm_head.weight": state["transformer.wte.weight"] + 1}
@@ -375,7 +373,7 @@ def test_a_head_of_its_own_is_not_dropped_in_silence(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Path], adapter: Path) -> None:
+def test_an_output_path_inside_a_file_is_a_user_error(copy_base: Callable[..., Path], adapter: Path) -> None:
     base = copy_base("base")
     with pytest.raises(
         UserError, match=r"config\.json/merged: cannot be written, because .*config\.json is not a folder"
@@ -384,7 +382,7 @@ def test_a_place_inside_a_file_is_the_users_mistake(copy_base: Callable[..., Pat
 
 
 def test_a_merge_is_a_base_like_any_other(tiny_base: Path, adapter: Path, tmp_path: Path, ids: Tensor) -> None:
-    """Merged, it has its own identity, loads in 4 bit, and takes the next adapter."""
+    """A merged model has its own fingerprint, loads in 4 bit, and takes the next adapter."""
     merge(tiny_base, adapter, tmp_path / "merged", check="weights")
     assert BaseCheckpoint.open(tmp_path / "merged").ignored == []
     model = load_base(tmp_path / "merged", "nf4", "float32", quiet=True)

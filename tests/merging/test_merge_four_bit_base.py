@@ -1,4 +1,4 @@
-"""A merge into a base of which only the 4-bit form is there."""
+"""A merge into a base whose 4-bit form is the only one available."""
 
 import json
 import shutil
@@ -33,7 +33,9 @@ def four_bit(base: Path) -> Path:
     return quantize_base(base, "float32", quiet=True)
 
 
-def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_merge_into_the_4_bit_base_equals_rounding_nf4(
+    base: Path, four_bit: Path, adapter: Path, tmp_path: Path
+) -> None:
     merge(base, adapter, tmp_path / "rounded", rounding="nf4", check="none")
     shutil.rmtree(base)
     report = merge(four_bit, adapter, tmp_path / "merged")
@@ -52,8 +54,8 @@ def test_it_is_what_rounding_nf4_writes(base: Path, four_bit: Path, adapter: Pat
 
 
 @pytest.mark.slow
-def test_trained_biases_in_a_base_of_4_bit(biased_base: Path, tmp_path: Path) -> None:
-    """Experts' biases are rows of a stack there; those of experts that were left out stay what they are."""
+def test_trained_biases_are_merged_into_a_4_bit_base(biased_base: Path, tmp_path: Path) -> None:
+    """Experts' biases are rows of a stack there. Rows of experts without trained biases do not change."""
     four_bit = quantize_base(biased_base, "float32", quiet=True)
     torch.manual_seed(0)
     settings = AdapterSettings(expert_rank=2, tune_biases=True, selection=((0, 2), (3,)))
@@ -82,7 +84,7 @@ def test_adding_to_original_weights_is_refused(four_bit: Path, adapter: Path, tm
     assert not (tmp_path / "merged").exists()
 
 
-def test_it_is_found_where_the_original_is_gone(
+def test_the_4_bit_base_is_found_if_the_original_is_gone(
     weights: AdapterWeights,
     store: Callable[..., Path],
     base: Path,
@@ -108,13 +110,13 @@ def test_another_base_is_refused(
         merge(four_bit, store(weights), tmp_path / "merged")
 
 
-def test_an_older_cache_without_a_config(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_older_cache_without_a_config_is_refused_with_the_fix(four_bit: Path, adapter: Path, tmp_path: Path) -> None:
     (four_bit / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json.*[Qq]uantise the base again"):
         merge(four_bit, adapter, tmp_path / "merged")
 
 
-def test_it_loads_without_its_source(base: Path, four_bit: Path, ids: torch.Tensor) -> None:
+def test_the_4_bit_base_loads_without_its_source(base: Path, four_bit: Path, ids: torch.Tensor) -> None:
     expected = load_base(base, "nf4", "float32", quiet=True)
     shutil.rmtree(base)
     alone = lola_ft.load_base(four_bit, "nf4", "float32", quiet=True)

@@ -20,7 +20,7 @@ BASE_ID, OLD, NEW = "someone/lola", "a" * 40, "b" * 40
 
 @pytest.fixture
 def cached(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache with two revisions of a base, the first without a name; nothing else can be reached."""
+    """A cache with two revisions of a base, the first without a name, and no access to the network."""
     repo = tmp_path / "hub" / "models--someone--lola"
     for commit in (OLD, NEW):
         shutil.copytree(tiny_base, repo / "snapshots" / commit)
@@ -48,7 +48,7 @@ def test_an_adapter_names_the_revision_that_it_was_made_on(cached: Path, adapter
     assert named("main") == (BASE_ID, NEW)
 
 
-def test_the_revision_that_the_adapter_names(
+def test_the_revision_that_the_adapter_names_is_merged_into(
     cached: Path, adapter: Path, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -62,9 +62,9 @@ def test_the_revision_that_the_adapter_names(
 
     old, new = (fingerprint(BaseCheckpoint.open(cached / "snapshots" / commit)) for commit in (OLD, NEW))
     assert base_of_merge("own") == old
-    # A base that the user names is taken as it stands: the revision is the other one's.
+    # A base that the user names is used without the adapter's revision, which belongs to the adapter's own base.
     assert base_of_merge("given", "--base", BASE_ID) == new
 
     config = json.loads((tmp_path / "own" / "config.json").read_text())
-    assert config["auto_map"]["AutoConfig"] == "configuration_lola.LolaConfig"  # the folder's own code, not the base's
+    assert config["auto_map"]["AutoConfig"] == "configuration_lola.LolaConfig"  # the folder's code, not the base's
     assert BASE_ID in (tmp_path / "own" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""A merge needs the same little memory whatever the model's size, and few imports."""
+"""A merge needs the same small memory for every model size, and few imports."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ print(json.dumps(result | {"heavy_after": heavy}))
 
 
 def make_model(folder: Path, make_config: Callable[..., LolaConfig], layers: int) -> int:
-    """A base in float32 and an adapter on every expert; the size of both in MB."""
+    """Write a float32 base and an adapter on every expert; return the size of both in MB."""
     config = make_config(n_layer=layers, n_embd=256, n_inner=2048, num_experts=8)
     LolaForCausalLM(config).save_pretrained(folder / "base")
     weights = AdapterWeights(architecture_of(config))

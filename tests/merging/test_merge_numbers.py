@@ -1,4 +1,4 @@
-"""What a merge computes, recomputed here from the files alone."""
+"""The numbers of a merge, recomputed here from only the files."""
 
 import shutil
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from lola_ft.errors import AdapterError
 from lola_ft.merging import merge
 from lola_ft.quantization import load_base
 
-# Float32: one merged weight against base and side path; the limit that merges must meet is 1e-4.
+# Float32: one merged weight against base and side path. The limit that merges must meet is 1e-4.
 ROUNDING = 1e-5
 
 State = dict[str, Tensor]
 
 
 def exact_merge(base: State, weights: AdapterWeights) -> State:
-    """The merged weights in float64, by the formula (LoRA, arXiv 2106.09685); Hub weights are in×out."""
+    """Return the merged weights in float64, by the formula (LoRA, arXiv 2106.09685). Hub weights are in×out."""
     merged = {name: tensor.double() for name, tensor in base.items()}
     for module, pair in weights.pairs.items():
         merged[f"{module}.weight"] += (pair.alpha / pair.rank * (pair.b.double() @ pair.a.double())).t()
     return merged | {name: tensor.double() for name, tensor in weights.trained.items()}
 
 
-def test_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -> None:
+def test_a_merge_gives_the_logits_of_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -> None:
     base, adapter = golden_folder / "base", golden_folder / "adapter"
     report = merge(base, adapter, tmp_path / "merged")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -52,7 +52,7 @@ def test_the_authors_merge(golden_folder: Path, golden: State, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["peft", "per_expert"])
-def test_every_weight(
+def test_every_weight_is_base_plus_update_and_counted(
     layout: str,
     weights: AdapterWeights,
     store: Callable[..., Path],
@@ -71,7 +71,7 @@ def test_every_weight(
         if name in weights.trained:
             assert torch.equal(tensor, weights.trained[name])
         elif name in touched:
-            # float32 sums of up to seven products and the addition: a few units in the last place
+            # float32 sums of up to seven products and one addition lose a few units in the last place
             assert_close(tensor.double(), exact[name], atol=1e-6, rtol=1e-6)
         else:
             assert torch.equal(tensor, base[name]), name
@@ -87,7 +87,9 @@ def test_every_weight(
     assert report.verification is None
 
 
-def test_rslora(weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_rslora_scales_by_the_root_of_the_rank(
+    weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
     weights.rslora = True
     merge(tiny_base, store(weights), tmp_path / "merged", check=False)
     name = "transformer.h.1.moe.experts.2.c_proj"
@@ -117,10 +119,10 @@ def test_a_16_bit_base_is_rounded_once(
         if f"{name.removesuffix('.weight')}" not in weights.pairs:
             assert torch.equal(tensor, exact[name].to(dtype)), name
             continue
-        # Half a unit in the last place is what one rounding costs; the update rounded by itself would cost more.
+        # One rounding costs half a unit in the last place. Rounding the update separately would cost more.
         error = (tensor.double() - exact[name]).abs()
         assert (error <= half_unit * 1.001 * exact[name].abs() + 1e-7).all(), name
-        # A sum in float32 may fall on the other side of a tie between two 16-bit values: rarely.
+        # Rarely, a float32 sum is on the other side of a tie between two 16-bit values.
         assert (tensor == exact[name].to(dtype)).double().mean() > 0.999, name
 
 
@@ -134,7 +136,7 @@ def test_a_16_bit_base_is_rounded_once(
         ("bfloat16", "float32", "float32"),
     ],
 )
-def test_dtype_options(
+def test_each_dtype_option_writes_its_dtype(
     stored: str,
     option: str,
     written: str,
@@ -162,7 +164,7 @@ def test_rounding_nf4_is_the_adapter_on_the_4_bit_base(
     tmp_path: Path,
     read_state: Callable[[Path], State],
 ) -> None:
-    base = copy_base("base", torch.bfloat16)  # rounded to 4 bit from what is stored, as loading does
+    base = copy_base("base", torch.bfloat16)  # rounded to 4 bit from the stored values, as in loading
     report = merge(base, adapter, tmp_path / "nf4", dtype="float32", rounding="nf4")
     merge(base, adapter, tmp_path / "plain", dtype="float32", check=False)
     adapted = load_adapter(load_base(base, "nf4", "float32", quiet=True), adapter)(ids).logits
@@ -174,14 +176,14 @@ def test_rounding_nf4_is_the_adapter_on_the_4_bit_base(
     assert report.verification is not None
     assert report.verification.max_logit_difference < ROUNDING
 
-    # What 4-bit loading leaves alone is left alone: embeddings, norms, biases.
+    # Weights that 4-bit loading keeps dense do not change: embeddings, norms, biases.
     state, merged = read_state(base), read_state(tmp_path / "nf4")
     for name in state:
         if f"{name.removesuffix('.weight')}" not in weights.pairs and name not in weights.trained:
             assert torch.equal(merged[name], state[name].float()), name
 
 
-def test_rounding_nf4_says_what_it_rounded_beside_the_adapter(
+def test_rounding_nf4_counts_the_weights_that_only_rounding_changed(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if ".attn." in module}
@@ -203,7 +205,7 @@ def test_rounding_nf4_says_what_it_rounded_beside_the_adapter(
 # A merge that would do nothing, or something else
 
 
-def test_an_adapter_that_changes_nothing(
+def test_an_adapter_that_changes_nothing_is_refused(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     for pair in weights.pairs.values():
@@ -215,10 +217,10 @@ def test_an_adapter_that_changes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_update_that_16_bits_swallow_changes_nothing(
+def test_an_update_below_16_bit_rounding_is_refused_as_no_change(
     weights: AdapterWeights, store: Callable[..., Path], copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """The update is there, but bfloat16 rounds every merged weight back to the base's."""
+    """There is an update, but bfloat16 rounds every merged weight back to the base's."""
     weights.pairs = {module: pair for module, pair in weights.pairs.items() if ".attn.c_attn" in module}
     weights.trained = {}
     for pair in weights.pairs.values():
@@ -229,7 +231,7 @@ def test_an_update_that_16_bits_swallow_changes_nothing(
     merge(base, store(weights), tmp_path / "merged", dtype="float32", check=False)
 
 
-def test_a_router_trained_back_to_the_base_changes_nothing(
+def test_a_router_equal_to_the_bases_is_refused_as_no_change(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = load_file(tiny_base / "model.safetensors")
@@ -239,7 +241,9 @@ def test_a_router_trained_back_to_the_base_changes_nothing(
         merge(tiny_base, store(weights), tmp_path / "merged")
 
 
-def test_a_router_alone(weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_only_a_router_is_merged(
+    weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
+) -> None:
     weights.pairs = {}
     report = merge(tiny_base, store(weights), tmp_path / "merged", check="weights")
     assert (report.applied, report.changed) == (2, 2)
@@ -247,7 +251,7 @@ def test_a_router_alone(weights: AdapterWeights, store: Callable[..., Path], tin
     assert all(torch.equal(merged[name], tensor) for name, tensor in weights.trained.items())
 
 
-def test_a_module_that_the_base_does_not_have(
+def test_a_module_that_the_base_does_not_have_is_refused(
     weights: AdapterWeights, store: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     weights.pairs["transformer.h.0.moe.experts.0.c_fc"] = weights.pairs.pop("transformer.h.1.moe.experts.0.c_fc")

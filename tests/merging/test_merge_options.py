@@ -1,4 +1,4 @@
-"""Merging what is more than LoRA on linear layers and experts: router, norms, DoRA, some experts, LoftQ."""
+"""Merging of adapters with more than plain LoRA: router, norms, DoRA, selected experts, LoftQ."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ from lola_ft.errors import AdapterError, CheckpointError, UserError
 from lola_ft.merging.proof import prove
 from tests.grids import slow_but
 
-PARITY = 1e-4  # float32 sums in another order, through four layers
+PARITY = 1e-4  # float32 sums have another order, through four layers
 KINDS = {
     "router": AdapterSettings(router_rank=3, expert_rank=2),
     "norms": AdapterSettings(mlp_rank=2, tune_norms=True),
@@ -36,7 +36,7 @@ KINDS = {
 
 
 def trained(base: Path, settings: AdapterSettings, quantization: str | None = None) -> Any:
-    """A model with an adapter whose every tensor has moved."""
+    """Return a model with an adapter whose tensors have all changed."""
     torch.manual_seed(0)
     model = add_adapter(lola_ft.load_base(base, quantization, "float32", "cpu", quiet=True), settings)
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tenso
     ("rounding", "dtype"),
     slow_but([("base", "bfloat16")], itertools.product(("base", "nf4"), ("float32", "bfloat16"))),
 )
-def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
-    """Lengths are those of the weights that the update is added to; bfloat16 rounds once."""
+def test_dora_is_merged_with_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_path: Path) -> None:
+    """Lengths are those of the weights that the update is added to, and bfloat16 rounds once."""
     save_adapter(trained(tiny_base, KINDS["dora"]), tmp_path / "adapter")
     report = lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", dtype=dtype, rounding=rounding)
     assert report.weights.largest_error <= 1
@@ -81,7 +81,7 @@ def test_dora_on_both_roundings(rounding: str, dtype: str, tiny_base: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["router", "norms", "biases", "dora"])
 def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
-    """A changed weight that has the base's values, or the update turned round, does not pass."""
+    """A changed weight whose update has the wrong sign does not pass."""
     save_adapter(trained(tiny_base, KINDS[kind]), tmp_path / "adapter")
     lola_ft.merge(tiny_base, tmp_path / "adapter", tmp_path / "merged", check="weights")
     name = {
@@ -105,8 +105,8 @@ def test_damage_is_found(kind: str, tiny_base: Path, tmp_path: Path) -> None:
         prove(base, read_adapter(tmp_path / "adapter"), tmp_path / "merged", None, sums)
 
 
-def test_a_bias_that_nothing_changed(tiny_base: Path, tmp_path: Path) -> None:
-    """Trained weights that are the base's own, bit by bit, are no merge."""
+def test_biases_equal_to_the_bases_are_refused_as_no_change(tiny_base: Path, tmp_path: Path) -> None:
+    """Trained weights that are bit-equal to the base's change nothing, so there is nothing to merge."""
     base = lola_ft.load_base(tiny_base, None, "float32", "cpu", quiet=True)
     save_adapter(add_adapter(base, AdapterSettings(tune_biases=True)), tmp_path / "adapter")
     with pytest.raises(AdapterError, match="The adapter changes nothing"):
@@ -114,8 +114,8 @@ def test_a_bias_that_nothing_changed(tiny_base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stack_with_rows_that_were_not_trained(biased_base: Path, ids: Tensor, tmp_path: Path) -> None:
-    """In the layout `peft` the others' rows are the base's: they are no part of the adapter."""
+def test_untrained_rows_of_a_stack_are_not_counted(biased_base: Path, ids: Tensor, tmp_path: Path) -> None:
+    """In the layout `peft` the rows of other experts are the base's, which do not count as the adapter's."""
     model = trained(biased_base, AdapterSettings(mlp_rank=2, tune_biases=True, dora=True, selection=((0, 2), (3,))))
     save_adapter(model, tmp_path / "adapter")
     report = lola_ft.merge(biased_base, tmp_path / "adapter", tmp_path / "merged")
@@ -129,7 +129,7 @@ def test_a_stack_with_rows_that_were_not_trained(biased_base: Path, ids: Tensor,
 
 
 @pytest.mark.slow
-def test_loftq_is_merged_into_rounded_weights_alone(
+def test_loftq_is_merged_only_into_rounded_weights(
     tiny_base: Path, ids: Tensor, tmp_path: Path, read_state: Callable[[Path], dict[str, Tensor]]
 ) -> None:
     base = lola_ft.load_base(tiny_base, "nf4", "float32", "cpu", quiet=True)

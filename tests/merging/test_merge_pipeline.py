@@ -1,4 +1,4 @@
-"""Three threads, one order: nothing lost, nothing twice, and an error anywhere ends all."""
+"""The pipeline keeps the order with three threads, loses and repeats nothing, and ends at any error."""
 
 import threading
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def test_everything_arrives_in_order() -> None:
     assert arrived == [2 * i for i in range(1000)]
 
 
-def test_nothing_is_no_work() -> None:
+def test_an_empty_source_calls_nothing() -> None:
     run_pipeline(iter(()), lambda item: item, pytest.fail)
 
 
@@ -74,7 +74,7 @@ def test_an_error_anywhere_is_raised(where: str) -> None:
     assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")]
 
 
-def test_buffers_are_used_again_and_others_left_alone() -> None:
+def test_buffers_are_reused_and_other_tensors_ignored() -> None:
     buffers = Buffers()
     first = buffers.take(8, torch.float32)
     place = first.data_ptr()

@@ -1,4 +1,4 @@
-"""The proof from the files, and every way to break a merge that it must see."""
+"""The proof from the files, and every kind of damage that it must find."""
 
 import json
 import zlib
@@ -30,7 +30,7 @@ EXPERT = "transformer.h.3.moe.experts.1.c_fc.weight"
 
 
 def reproved(base: Path, adapter: Path, merged: Path, rounding: str = "base") -> WeightProof:
-    """The proof of a folder as it is now, as if it had been written so."""
+    """Return the proof of a folder in its present state, with checksums to match."""
     source, stored = CheckpointBase.open(BaseCheckpoint.open(base), rounding), read_adapter(adapter)
     checksums = crc_of(merged)
     return prove(source, stored, merged, None, checksums)
@@ -77,7 +77,7 @@ def test_the_sample_is_the_same_each_time(tiny_base: Path, adapter: Path, tmp_pa
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("option", ["auto", "float32", "bfloat16"])
-def test_every_dtype(
+def test_a_merge_in_every_dtype_is_proved(
     stored: torch.dtype, option: str, adapter: Path, copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = copy_base("base16", stored)
@@ -87,7 +87,7 @@ def test_every_dtype(
     assert proof.largest_error <= 1
 
 
-def test_an_update_below_rounding_is_said_to_be(
+def test_an_update_below_rounding_is_reported(
     weights: AdapterWeights, store: Callable[..., Path], copy_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     for module, pair in weights.pairs.items():
@@ -106,7 +106,7 @@ def test_an_expert_that_was_not_reached_is_told_from_one_below_rounding(
     tmp_path: Path,
     verb: Callable[..., Any],
 ) -> None:
-    """Its B stays zero: no output dtype would show anything, and none is recommended."""
+    """An unused expert's B stays zero. No output dtype would show an update, and none is recommended."""
     experts = [module for module in weights.pairs if ".h.3.moe.experts.2." in module]
     for module in experts:
         weights.pairs[module].b.zero_()
@@ -174,7 +174,9 @@ def test_damage_is_found(damage: Any, message: str, tiny_base: Path, adapter: Pa
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_an_update_applied_twice_or_not_at_all(times: int, tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_update_applied_twice_or_not_at_all_is_found(
+    times: int, tiny_base: Path, adapter: Path, tmp_path: Path
+) -> None:
     merged = tmp_path / "merged"
     merge(tiny_base, adapter, merged, check=False)
     base = load_file(tiny_base / "model.safetensors")[EXPERT]
@@ -186,10 +188,10 @@ def test_an_update_applied_twice_or_not_at_all(times: int, tiny_base: Path, adap
 @pytest.mark.parametrize(
     ("name", "what"), [("transformer.wte.weight", "differs from the base's"), (EXPERT, "differs from what was written")]
 )
-def test_one_byte_that_the_disk_lost(
+def test_one_wrong_byte_on_disk_is_found(
     name: str, what: str, tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it is: also in a weight, or a row of one, that no sample looks at."""
+    """The byte may be anywhere, also in a weight or a row that is not recomputed."""
     module = import_module("lola_ft.merging.merge")
     right = module.prove
 
@@ -208,17 +210,17 @@ def test_one_byte_that_the_disk_lost(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_an_expert_read_from_the_wrong_slice(
+def test_an_expert_read_from_the_wrong_slice_is_found(
     tiny_base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B read expert-slowest has the right shape, and every tensor is applied once."""
+    """B read as expert-slowest has the right shape, and every tensor is applied once."""
     module = import_module("lola_ft.merging.deltas")
     monkeypatch.setattr(module, "split_b", lambda b, experts: b.reshape(len(b), experts, -1).permute(1, 0, 2))
     with pytest.raises(CheckpointError, match=r"experts\.\d\.c_\w+\.weight' is not base plus update"):
         merge(tiny_base, adapter, tmp_path / "merged", check="weights")
 
 
-def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_a_key_that_belongs_to_no_weight_is_an_error(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(tiny_base, adapter, tmp_path / "merged", check=False)
     base, stored = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base"), read_adapter(adapter)
     extra = next(iter(stored.entries.values()))
@@ -227,7 +229,7 @@ def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: P
         prove(base, stored, tmp_path / "merged", None, crc_of(tmp_path / "merged"))
 
 
-# What it is made of
+# Parts of the proof
 
 
 @pytest.mark.parametrize(
@@ -253,13 +255,13 @@ def test_a_key_that_no_weight_claims(tiny_base: Path, adapter: Path, tmp_path: P
         ("t.h.1.moe.experts.3.c_proj.weight", ["t.h.1.moe.experts"], ["experts.up_proj"], None),
     ],
 )
-def test_factor_keys(name: str, held: list[str], targets: list[str], found: str | None) -> None:
+def test_factor_keys_are_found_by_name(name: str, held: list[str], targets: list[str], found: str | None) -> None:
     keys = {f"base_model.model.{module}.lora_{factor}.weight" for module in held for factor in "AB"}
     expected = [f"base_model.model.{found}.lora_{factor}.weight" for factor in "AB"] if found else []
     assert factor_keys(name, keys, {"target_parameters": targets}, LOLA) == expected
 
 
-def test_checksums_are_of_what_is_written(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_checksums_are_those_of_the_written_bytes(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
     base = CheckpointBase.open(BaseCheckpoint.open(tiny_base), "base")
     written = write_weights(base, Deltas(read_adapter(adapter), base), tmp_path, torch.bfloat16, checksums=True)
     assert written.checksums == crc_of(tmp_path)

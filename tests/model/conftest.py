@@ -1,4 +1,4 @@
-"""Models to look at; what is rewritten on disk is in the conftest above."""
+"""Models that tests only read. Fixtures that rewrite files are in the conftest one folder up."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,5 +17,5 @@ def model(make_model: Callable[..., LolaForCausalLM]) -> LolaForCausalLM:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_base: Path) -> LolaForCausalLM:
-    """The authors' checkpoint in the native model, float32, evaluation mode; do not change it."""
+    """The authors' checkpoint in the native model, in float32 and evaluation mode; do not change it."""
     return AutoModelForCausalLM.from_pretrained(golden_base).eval()

@@ -1,4 +1,4 @@
-"""`torch.compile` of a model: the same numbers, and it leaves out only what says so itself."""
+"""`torch.compile` of a model: the same numbers, with graph breaks only at functions that ask for them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("quantization", ["nf4", None])
-def test_compiled_it_computes_the_same(tiny_base: Path, quantization: str | None) -> None:
+def test_a_compiled_model_gives_the_same_loss_and_gradients(tiny_base: Path, quantization: str | None) -> None:
     base = load_base(tiny_base, quantization, "float32", torch.device("cpu"), quiet=True)
     model = add_adapter(base, AdapterSettings(attention_rank=4, mlp_rank=4, expert_rank=4)).train()
     ids = torch.randint(6, 300, (2, 24), generator=torch.Generator().manual_seed(0))

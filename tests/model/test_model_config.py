@@ -1,4 +1,4 @@
-"""The config refuses what the model would otherwise ignore or get wrong, all mistakes in one message."""
+"""The config refuses settings that the model does not support, all of them in one message."""
 
 import json
 from pathlib import Path

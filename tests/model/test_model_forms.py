@@ -1,4 +1,4 @@
-"""Checkpoints come in many forms; each gives the native class and the same numbers, without remote code."""
+"""Every form of a checkpoint loads as the native class with the same numbers, without remote code."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ AUTO_MAP = {
 
 
 def with_auto_map(folder: Any) -> None:
-    """Names code files that are not there: touching them would fail."""
+    """Name code files that do not exist, so that opening them would fail."""
     folder.set_config(auto_map=AUTO_MAP)
 
 
 def with_old_config(folder: Any) -> None:
-    """As written by the first versions: other special ids, another activation name, keys of GPT-2."""
+    """Write the config of the first versions, with other special ids, another activation name, and keys of GPT-2."""
     folder.set_config(
         activation_function="gelu_fast",
         bos_token_id=100095,
@@ -36,7 +36,7 @@ def with_old_config(folder: Any) -> None:
 
 
 def with_legacy_tensors(folder: Any) -> None:
-    """The causal-mask buffers of old GPT-2 code, and the output embeddings written out beside the input embeddings."""
+    """Add the causal-mask buffers of old GPT-2 code, and a copy of the input embeddings as output embeddings."""
     tensors = folder.tensors
     for n in range(4):
         tensors[f"transformer.h.{n}.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
@@ -78,14 +78,16 @@ def test_every_form_gives_the_plain_ones_logits(
 
 @pytest.mark.parametrize("trust", [None, False, True])
 def test_remote_code_is_never_asked_for(trust: bool | None, folder: Any) -> None:
-    """Not even with trust_remote_code, which users carry over from the model card."""
+    """This holds with trust_remote_code, too, which users copy from the model card."""
     with_auto_map(folder)
     given = {} if trust is None else {"trust_remote_code": trust}
     assert type(AutoConfig.from_pretrained(folder.path, **given)) is LolaConfig
     assert type(AutoModelForCausalLM.from_pretrained(folder.path, **given)) is LolaForCausalLM
 
 
-def test_the_backbone_loads_alone(folder: Any, golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
+def test_the_backbone_loads_without_the_head(
+    folder: Any, golden_model: LolaForCausalLM, golden: dict[str, Tensor]
+) -> None:
     backbone = AutoModel.from_pretrained(folder.path).eval()
     assert type(backbone) is LolaModel
     with torch.no_grad():
@@ -96,7 +98,7 @@ def test_the_backbone_loads_alone(folder: Any, golden_model: LolaForCausalLM, go
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_on_disk_and_in_memory(
+def test_every_stored_dtype_loads_in_every_wanted_dtype(
     stored: torch.dtype, wanted: torch.dtype, folder: Any, golden_model: LolaForCausalLM
 ) -> None:
     folder.cast(stored)
@@ -128,14 +130,14 @@ def test_half_precision_stays_near_float32(dtype: torch.dtype, golden_base: Any,
     model = AutoModelForCausalLM.from_pretrained(golden_base, dtype=dtype).eval()
     with torch.no_grad():
         output = model(golden["input_ids"], attention_mask=golden["attention_mask"], output_router_logits=True)
-    # The router scores in float32, so that close experts do not tie in 8 bits of mantissa.
+    # The router scores in float32, so that close scores do not tie in 8 bits of mantissa.
     assert all(logits.dtype == torch.float32 for logits in output.router_logits)
     same = torch.stack(output.router_logits).argmax(-1) == golden["base.router_logits"].argmax(-1)
     same_BS = same.all(0).view_as(golden["input_ids"])
     assert same_BS.float().mean() > 0.9
     # 4 layers of bfloat16 weights and activations with 8 bits of mantissa, on logits of standard deviation 0.6.
     limit = 0.1 if dtype == torch.bfloat16 else 0.02
-    # A token attends to those before it: compare rows up to their first differing choice.
+    # A token attends to earlier tokens, so rows are compared up to their first different choice.
     untouched_BS = same_BS.cummin(dim=1).values
     difference = (output.logits.float() - golden["base.logits"]).abs().amax(-1)[untouched_BS]
     assert difference.max() < limit

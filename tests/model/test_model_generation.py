@@ -15,7 +15,7 @@ from lola_ft.errors import UserError
 from lola_ft.model import LolaForCausalLM
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-# Float32 sums in another order, over 4 layers.
+# Float32 sums have another order, over 4 layers.
 ROUNDING = 1e-5
 
 
@@ -83,7 +83,7 @@ def test_right_padding_does_not_matter_either(model: LolaForCausalLM) -> None:
         assert (padded - model(ids[:, :8]).logits).abs().max() < ROUNDING
 
 
-def test_it_stops_at_the_end_token(model: LolaForCausalLM) -> None:
+def test_generation_stops_at_the_end_token(model: LolaForCausalLM) -> None:
     free = model.generate(prompt(9), max_new_tokens=20, **GREEDY)[0, 9:].tolist()
     end = free[5]
     stopped = model.generate(prompt(9), max_new_tokens=20, **GREEDY | {"eos_token_id": end})[0, 9:].tolist()
@@ -102,7 +102,7 @@ def test_sampling_follows_the_seed_and_beams_find_no_worse(model: LolaForCausalL
 
 
 def log_likelihood(model: LolaForCausalLM, ids: Tensor) -> float:
-    """Of the eight tokens after the prompt."""
+    """Return the log-likelihood of the eight tokens after the prompt."""
     with torch.no_grad():
         log_probs = model(ids).logits.log_softmax(-1)[:, :-1]
     return float(log_probs.gather(-1, ids[:, 1:, None])[:, -8:].sum())
@@ -115,7 +115,7 @@ def test_generation_stops_with_a_message_at_the_last_position(model: LolaForCaus
 
 
 def test_left_padding_may_be_wider_than_the_context(model: LolaForCausalLM) -> None:
-    """What counts is the position of real tokens."""
+    """Only the positions of real tokens count."""
     ids, mask = left_padded([prompt(50, 1)])
     ids, mask = (torch.nn.functional.pad(t, (10, 0)) for t in (ids, mask))
     wide = model.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)
@@ -135,15 +135,17 @@ def test_eager_and_sdpa_attention_agree(make_model: Callable[..., LolaForCausalL
         assert weights_BHSS.shape == (2, 4, 14, 14)
         sums = weights_BHSS.sum(-1)
         torch.testing.assert_close(sums, torch.ones_like(sums))
-        # Padding itself attends to anything; real tokens neither ahead nor to padding.
+        # Padding may attend to anything. Real tokens attend neither to later tokens nor to padding.
         assert (weights_BHSS[1].triu(1) == 0).all()
         assert (weights_BHSS[0, :, 8:].triu(9) == 0).all()
         assert (weights_BHSS[0, :, 8:, :8] == 0).all()
 
 
 @pytest.mark.parametrize("options", [{}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}])
-def test_attention_against_plain_formulas(options: dict[str, bool], make_model: Callable[..., LolaForCausalLM]) -> None:
-    """GPT-2's attention: softmax(q k / sqrt(d)) v, d a head's width; optionally unscaled, or by layer number too."""
+def test_attention_equals_the_plain_formula(
+    options: dict[str, bool], make_model: Callable[..., LolaForCausalLM]
+) -> None:
+    """GPT-2's attention: softmax(q k / sqrt(d)) v for heads of width d; optionally not scaled, or also by layer."""
     attention = make_model(**options).transformer.h[2].attn
     x = torch.randn(1, 9, 64)
     with torch.no_grad():
@@ -161,7 +163,7 @@ def test_attention_against_plain_formulas(options: dict[str, bool], make_model: 
     torch.testing.assert_close(actual[0], expected)
 
 
-def test_only_the_wanted_logits_are_formed(model: LolaForCausalLM) -> None:
+def test_only_the_wanted_logits_are_computed(model: LolaForCausalLM) -> None:
     ids = prompt(9)
     with torch.no_grad():
         whole = model(ids).logits
@@ -170,7 +172,7 @@ def test_only_the_wanted_logits_are_formed(model: LolaForCausalLM) -> None:
     torch.testing.assert_close(kept, whole[:, [2, 5]])
 
 
-def test_embeddings_in_place_of_ids(model: LolaForCausalLM) -> None:
+def test_embeddings_instead_of_ids_give_the_same_logits(model: LolaForCausalLM) -> None:
     ids = prompt(9)
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, model(ids).logits)
@@ -178,13 +180,13 @@ def test_embeddings_in_place_of_ids(model: LolaForCausalLM) -> None:
         model()
 
 
-def test_outputs_as_a_tuple(model: LolaForCausalLM) -> None:
+def test_a_tuple_of_outputs_holds_the_same_logits(model: LolaForCausalLM) -> None:
     with torch.no_grad():
         logits = model(prompt(9), return_dict=False)[0]
         assert torch.equal(logits, model(prompt(9)).logits)
 
 
-def test_attention_weights_are_only_given_where_they_are_formed(model: LolaForCausalLM) -> None:
+def test_attention_weights_of_sdpa_are_refused(model: LolaForCausalLM) -> None:
     with pytest.raises(
         UserError, match=r"sdpa attention does not compute attention weights.*set_attn_implementation\('eager'\)"
     ):
@@ -220,7 +222,7 @@ for arguments, real in ((padded, mask.bool()), (packed, torch.ones_like(mask).bo
 
 @pytest.mark.slow
 def test_flex_attention_agrees_with_sdpa_where_it_is_not_compiled() -> None:
-    """In padded and in packed batches; compiled, it needs a GPU."""
+    """They agree in padded and in packed batches. Compiled flex attention needs a GPU."""
     off = {"TORCHDYNAMO_DISABLE": "1", "TORCH_COMPILE_DISABLE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", FLEX], capture_output=True, text=True, env=os.environ | off, check=True

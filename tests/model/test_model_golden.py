@@ -16,17 +16,17 @@ from lola_ft.families import architecture_of
 from lola_ft.model import LolaForCausalLM
 from lola_ft.model.router import load_balancing_loss
 
-# Float32 sums in another order, seen as 1.1e-6.
+# Float32 sums have another order; measured: 1.1e-6.
 ROUNDING = 3e-6
-# From token 60 of the flattened batch on, the recorded base values carry noise of the authors' run itself, up to 2.7e-5
-# in logits (the `lora.` values of the same tokens agree to 1e-6). Issue limit: 1e-4.
+# From token 60 of the flattened batch on, the recorded base values have noise of the authors' run itself, up to 2.7e-5
+# in logits. (The `lora.` values of the same tokens agree to 1e-6.) The limit to meet is 1e-4.
 EXACT_TOKENS = 60
 NOISE = 5e-5
 
 
 @pytest.fixture(scope="module")
 def ran(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> Any:
-    """The golden batch through the native model, with gradients by parameter name."""
+    """The native model's output for the golden batch, and its gradients by parameter name."""
     golden_model.zero_grad()
     output = golden_model(
         golden["input_ids"],
@@ -46,34 +46,34 @@ def assert_tokens_close(actual_TX: Tensor, expected_TX: Tensor, noise: float = N
     assert_close(actual_TX, expected_TX, atol=noise, rtol=1e-4)
 
 
-def test_logits_of_every_token(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_logits_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     assert_tokens_close(ran.output.logits.flatten(0, 1), golden["base.logits"].flatten(0, 1))
     assert (ran.output.logits - golden["base.logits"]).abs().max() < 1e-4
 
 
-def test_hidden_states_of_every_layer(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_hidden_states_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     expected = golden["base.hidden_states"]
     assert len(ran.output.hidden_states) == len(expected) == 5
     for actual_BSD, expected_BSD in zip(ran.output.hidden_states, expected, strict=True):
         assert_tokens_close(actual_BSD.flatten(0, 1), expected_BSD.flatten(0, 1))
 
 
-def test_loss(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_loss_equals_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     assert_close(ran.output.loss, golden["base.loss"][0], atol=1e-6, rtol=0)
 
 
-def test_router_logits_and_every_expert_choice(ran: Any, golden: dict[str, Tensor]) -> None:
+def test_router_logits_and_choices_equal_the_authors(ran: Any, golden: dict[str, Tensor]) -> None:
     expected = golden["base.router_logits"]
     assert len(ran.output.router_logits) == len(expected) == 2
     for actual_TE, expected_TE in zip(ran.output.router_logits, expected, strict=True):
         assert actual_TE.dtype == torch.float32
-        # Router logits are ten times the size of hidden states, and so is their noise.
+        # Router logits, and so their noise, are ten times as large as hidden states.
         assert_close(actual_TE[:EXACT_TOKENS], expected_TE[:EXACT_TOKENS], atol=10 * ROUNDING, rtol=1e-5)
         assert_close(actual_TE, expected_TE, atol=5 * NOISE, rtol=1e-4)
         assert torch.equal(actual_TE.argmax(-1), expected_TE.argmax(-1))
 
 
-def test_gradient_of_every_parameter(ran: Any, golden: dict[str, Tensor], golden_base: Path) -> None:
+def test_every_gradient_equals_the_authors(ran: Any, golden: dict[str, Tensor], golden_base: Path) -> None:
     hub_names = set(load_file(golden_base / "model.safetensors"))
     places = architecture_of(AutoConfig.from_pretrained(golden_base)).places
     for name in hub_names:
@@ -81,9 +81,9 @@ def test_gradient_of_every_parameter(ran: Any, golden: dict[str, Tensor], golden
         grad = ran.grads[place.parameter]
         grad = grad if place.expert is None else grad[place.expert]
         grad = grad.t() if place.transposed else grad
-        # The authors' loop skips an expert without tokens, which leaves its gradient unset; ours is then zero.
+        # The authors' loop skips an expert without tokens, so it has no gradient. The native model's is zero.
         expected = golden.get(f"base.grad.{name}", torch.zeros_like(grad))
-        # Noise of the recorded run (see above), relative to the tensor's largest gradient; seen: 2.1e-5.
+        # Noise of the recorded run (see above), relative to the tensor's largest gradient; measured: 2.1e-5.
         limit = 5e-5 * float(expected.abs().max())
         assert_close(grad, expected, atol=limit, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
     recorded = {key.removeprefix("base.grad.") for key in golden if key.startswith("base.grad.")}
@@ -93,7 +93,7 @@ def test_gradient_of_every_parameter(ran: Any, golden: dict[str, Tensor], golden
     assert all(name.startswith("transformer.h.3.moe.experts.0.") for name in skipped), skipped
 
 
-def test_greedy_continuation(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
+def test_greedy_continuation_equals_the_authors(golden_model: LolaForCausalLM, golden: dict[str, Tensor]) -> None:
     expected = golden["base.greedy"]
     actual = golden_model.generate(expected[:, :8], max_new_tokens=16, do_sample=False, eos_token_id=None)
     assert actual.tolist() == expected.tolist()
@@ -107,7 +107,7 @@ def test_aux_loss_counts_real_tokens_only(ran: Any, golden: dict[str, Tensor]) -
     assert abs(with_padding - expected) > 0.01
 
 
-def test_loss_is_the_cross_entropy_alone(golden_model: LolaForCausalLM, golden: dict[str, Tensor], ran: Any) -> None:
+def test_loss_is_only_the_cross_entropy(golden_model: LolaForCausalLM, golden: dict[str, Tensor], ran: Any) -> None:
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     with torch.no_grad():
         plain, without_logits = golden_model(**batch), golden_model(**batch, skip_logits=True)

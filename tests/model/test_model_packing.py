@@ -1,4 +1,4 @@
-"""Documents packed in one row, positions restarting, compute what each computes alone."""
+"""Documents packed in one row, with restarting positions, give the same numbers as each one in its own row."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,13 @@ from lola_ft.model import packed as packed_module
 from lola_ft.model.packed import stretches_of
 
 LENGTHS = (7, 1, 12, 20)
-# Float32 sums in another order, over 4 layers; the requirement.
+# Float32 sums have another order, over 4 layers. This is the limit to meet.
 ROUNDING = 1e-5
 
 
 @pytest.fixture(autouse=True, params=[512, 16], ids=["one stretch", "stretches"])
 def tokens_of_a_stretch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every test with the row as a whole, and with documents put together up to 16 tokens."""
+    """Run every test with the row as one stretch, and with stretches of documents up to 16 tokens."""
     monkeypatch.setattr(packed_module, "TOKENS", {"cpu": request.param})
     return int(request.param)
 
@@ -30,17 +30,17 @@ def documents(seed: int = 1) -> list[Tensor]:
 
 
 def packed(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """One row, and positions that restart at each document."""
+    """Return one row, and positions that restart at each document."""
     return torch.cat(parts, dim=1), torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
 
 
 @pytest.mark.parametrize("use_cache", [None, False, True])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_document_is_as_if_alone(
+def test_a_packed_document_gives_the_logits_of_the_document_without_packing(
     attention: str, mode: str, use_cache: bool | None, make_model: Callable[..., LolaForCausalLM]
 ) -> None:
-    """With the default `use_cache` too: transformers' mask separates documents only when it sees no cache."""
+    """This holds with the default `use_cache`, too. transformers' mask separates documents only without a cache."""
     model = make_model(attn_implementation=attention).train(mode == "train")
     row, positions = packed(documents())
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_packed_document_is_as_if_alone(
             start = span.stop
 
 
-def test_two_packed_rows_with_documents_of_other_lengths(model: LolaForCausalLM) -> None:
+def test_two_packed_rows_do_not_influence_each_other(model: LolaForCausalLM) -> None:
     first, second = documents(1), documents(2)[::-1]
     (row1, positions1), (row2, positions2) = packed(first), packed(second)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_two_packed_rows_with_documents_of_other_lengths(model: LolaForCausalLM)
 
 
 def test_a_leak_would_be_seen(model: LolaForCausalLM) -> None:
-    """The check has teeth: one ordinary causal mask over the row moves the later documents' logits far."""
+    """The tests would find a leak: an ordinary causal mask over the row changes the later documents' logits a lot."""
     parts = documents()
     row, positions = packed(parts)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_leak_would_be_seen(model: LolaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
-def test_no_document_feels_another(changed: int, model: LolaForCausalLM) -> None:
+def test_no_document_influences_another(changed: int, model: LolaForCausalLM) -> None:
     parts, others = documents(1), documents(5)
     mixed = [others[i] if i == changed else part for i, part in enumerate(parts)]
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_no_document_feels_another(changed: int, model: LolaForCausalLM) -> None
     start = 0
     for i, length in enumerate(LENGTHS):
         difference = (before[:, start : start + length] - after[:, start : start + length]).abs().max()
-        # Rows of an expert are multiplied together, so another group size may round differently.
+        # An expert's rows are multiplied together, so another group size may round differently.
         assert (difference > 0.01) if i == changed else (difference < ROUNDING)
         start += length
 
@@ -98,7 +98,7 @@ def test_packed_gradients_are_the_sum_of_the_documents(make_model: Callable[...,
     parts = documents()
     row, positions = packed(parts)
     labels = row.clone()
-    labels[positions == 0] = -100  # the first token of a document is nobody's next token
+    labels[positions == 0] = -100  # the first token of a document is not predicted
     count = int((labels != -100).sum())
     model(row, position_ids=positions, labels=labels, num_items_in_batch=count).loss.backward()
     together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

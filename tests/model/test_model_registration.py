@@ -1,4 +1,4 @@
-"""The Auto classes give the native model, whichever of lola_ft and transformers is imported first."""
+"""The Auto classes load the native model, in either order of importing lola_ft and transformers."""
 
 import os
 import pickle
@@ -44,7 +44,7 @@ print(type(config).__module__, type(AutoModelForCausalLM.from_pretrained(sys.arg
 
 
 def python(code: str, *arguments: str) -> str:
-    """Run code in a process of its own and return what it prints."""
+    """Run code in its own process and return its output."""
     command = [sys.executable, "-c", code, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -60,7 +60,7 @@ def test_auto_classes_give_the_native_model(order: str, golden_base: Path) -> No
 
 @pytest.mark.slow
 def test_a_pickled_config_registers_the_model_where_it_is_read(tmp_path: Path) -> None:
-    """As in a spawned worker: it imports lola_ft only because the config's class lives there."""
+    """A spawned worker is like this: it imports lola_ft only because the config's class is defined there."""
     (tmp_path / "config.pkl").write_bytes(pickle.dumps(LolaConfig()))
     code = (
         "import pickle, sys, pathlib\n"

@@ -1,4 +1,4 @@
-"""The router: top-1 by softmax, not renormalised, in float32; its balancing loss against plain loops."""
+"""The router: top-1 by softmax, not renormalised, in float32; its losses compared with plain loops."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def test_the_output_is_the_experts_scaled_by_the_probability(make_model: Callabl
 
 
 def plain_loss(router_logits: list[torch.Tensor], real: list[bool]) -> float:
-    """E * sum_e f_e * P_e a layer, summed over the layers, over real tokens."""
+    """Return E * sum_e f_e * P_e over real tokens per layer, summed over the layers."""
     total = 0.0
     for logits in router_logits:
         rows = [row.softmax(-1).tolist() for row, keep in zip(logits, real, strict=True) if keep]
@@ -62,14 +62,14 @@ def plain_loss(router_logits: list[torch.Tensor], real: list[bool]) -> float:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_balancing_loss_against_a_loop(padded: bool) -> None:
+def test_balancing_loss_equals_a_plain_loop(padded: bool) -> None:
     logits = [torch.randn(40, 8) for _ in range(3)]
     mask = torch.rand(40) > 0.4 if padded else None
     real = mask.tolist() if mask is not None else [True] * 40
     assert load_balancing_loss(logits, mask).item() == pytest.approx(plain_loss(logits, real), rel=1e-5)
 
 
-def test_balancing_loss_of_an_even_load_is_one_a_layer_and_of_a_collapse_the_number_of_experts() -> None:
+def test_balancing_loss_per_layer_is_one_for_an_even_load_and_the_number_of_experts_for_a_collapse() -> None:
     even = 50.0 * torch.eye(8).repeat(5, 1)
     assert load_balancing_loss([even, even]).item() == pytest.approx(2.0)
     collapsed = 50.0 * F.one_hot(torch.zeros(40, dtype=torch.long), 8).float()
@@ -77,7 +77,7 @@ def test_balancing_loss_of_an_even_load_is_one_a_layer_and_of_a_collapse_the_num
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_z_loss_against_a_loop(padded: bool) -> None:
+def test_z_loss_equals_a_plain_loop(padded: bool) -> None:
     logits = [3 * torch.randn(40, 8, dtype=torch.float64) for _ in range(3)]
     mask = torch.rand(40) > 0.4 if padded else None
     real = mask.tolist() if mask is not None else [True] * 40
@@ -101,13 +101,13 @@ def test_the_config_may_ask_for_router_logits(make_model: Callable[..., LolaForC
     assert output.aux_loss > 0
 
 
-def test_the_losses_of_padding_alone_are_zero() -> None:
+def test_the_losses_of_only_padding_are_zero() -> None:
     padding = torch.zeros(6, dtype=torch.bool)
     assert load_balancing_loss([torch.randn(6, 4)], padding).item() == 0
     assert router_z_loss([torch.randn(6, 4)], padding).item() == 0
 
 
-def test_padding_moves_neither_aux_loss_nor_its_gradient(make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_padding_changes_neither_aux_loss_nor_its_gradient(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model()
     ids = torch.randint(6, 320, (1, 10))
     results = []

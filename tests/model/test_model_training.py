@@ -1,4 +1,4 @@
-"""Training the dense model: checkpointing, accumulation, dropout where the authors have it."""
+"""Training of the dense model: checkpointing, accumulation, dropout in the authors' places."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
 def batch(rows: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids, and labels of the second half of each row."""
+    """Return ids, and labels of the second half of each row."""
     ids = torch.randint(6, 320, (rows, 16), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :8] = -100
@@ -32,7 +32,7 @@ def gradients(model: LolaForCausalLM, ids: Tensor, labels: Tensor, **arguments: 
 def test_gradient_checkpointing_changes_no_gradient(
     options: dict[str, bool] | None, dropout: dict[str, float], make_model: Callable[..., LolaForCausalLM]
 ) -> None:
-    """Exactly: the recomputation is the same computation, drops the same entries and finds the same experts."""
+    """Gradients are bit-equal: recomputation drops the same entries and chooses the same experts."""
     model = make_model(**dropout).train()
     expected = gradients(model, *batch())
     model.gradient_checkpointing_enable(options)
@@ -45,7 +45,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def test_recomputation_keeps_the_first_choice_of_experts(make_model: Callable[..., LolaForCausalLM]) -> None:
-    """Even if the router's scores came out otherwise the second time, by far more than rounding."""
+    """This holds even if the router's scores differ the second time, by more than rounding."""
     model = make_model().train()
     model.gradient_checkpointing_enable()
     moe = model.transformer.h[1].moe
@@ -69,7 +69,7 @@ def test_every_parameter_gets_a_gradient(make_model: Callable[..., LolaForCausal
 def test_accumulated_rows_equal_one_batch(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model().train()
     ids, labels = batch(8)
-    labels[3, :14] = -100  # rows of unlike counts, so that a mean of means would show
+    labels[3, :14] = -100  # rows with different counts, so that a mean of means would differ
     count = int((labels[:, 1:] != -100).sum())
     whole = gradients(model, ids, labels)
     model.zero_grad()
@@ -79,13 +79,13 @@ def test_accumulated_rows_equal_one_batch(make_model: Callable[..., LolaForCausa
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-4)
 
 
-def test_without_logits_the_same_gradients(make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_skipping_logits_changes_no_gradient(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model().train()
     expected, actual = gradients(model, *batch()), gradients(model, *batch(), skip_logits=True)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_loss_against_logits(make_model: Callable[..., LolaForCausalLM]) -> None:
+def test_loss_is_the_cross_entropy_of_the_logits(make_model: Callable[..., LolaForCausalLM]) -> None:
     model = make_model()
     ids, labels = batch()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_attention_weights_are_dropped_in_training_only(
 
 
 def test_expert_output_is_dropped_by_whole_entries(make_model: Callable[..., LolaForCausalLM]) -> None:
-    """Dropped entries are 0, kept ones scaled by 1 / (1 - p), of the expert's output with its probability."""
+    """Entries of the expert's weighted output are dropped (0) or kept and scaled by 1 / (1 - p)."""
     moe: LolaMoe = make_model(resid_pdrop=0.25).transformer.h[1].moe
     x = torch.randn(1, 400, 64)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_bfloat16_autocast_trains_like_float32(make_model: Callable[..., LolaFor
         actual = gradients(model, *batch())
     for name, grad in actual.items():
         assert grad.dtype == torch.float32
-        # 8 bits of mantissa through 4 layers and back; a token at the margin of two experts may change sides.
+        # 8 bits of mantissa through 4 layers and back. A token with two close scores may change its expert.
         similarity = nn.functional.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0)
         assert similarity > 0.97, (name, similarity)
 

@@ -13,6 +13,7 @@ from lola_ft.families import LOLA
 from lola_ft.nano.cldr import Term, join_names, load_terms, normalise
 from lola_ft.nano.corpus import HELD_OUT_SHARE, Split, build_corpus, build_documents, load_split, split_terms
 from lola_ft.nano.declaration import HELD_OUT_ARTICLES, find_declaration
+from lola_ft.nano.sentences import sentences_of
 from lola_ft.nano.settings import NanoSettings, nano_architecture
 
 PASSES = {"passes": 1, "english_passes": 2, "seed": 0}
@@ -27,13 +28,13 @@ def names_of(language: str) -> set[str]:
     return {term.text for term in load_terms() if term.language == language}
 
 
-def test_help_and_readme_name_the_size_and_the_languages_that_the_code_has() -> None:
+def test_help_and_start_page_name_the_size_and_the_languages_that_the_code_has() -> None:
     languages = f"{len({term.language for term in load_terms()})} languages"
     parameters = f"{nano_architecture(LOLA, NanoSettings()).total_parameters / 1e6:.1f} M parameters"
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "index.md").read_text(encoding="utf-8").split())
     for text, says in (
         (cli.nano.__doc__, (languages, parameters)),
-        (readme, (languages, parameters)),
+        (page, (languages, parameters)),
         (cli.routing_texts.__doc__, (languages,)),
         (lola_ft.nano.__doc__, (languages,)),
     ):
@@ -127,13 +128,21 @@ def test_no_document_holds_a_held_out_term(split: Split) -> None:
             assert text[place : place + length] not in by_start[start], text[place : place + length]
 
 
-def test_a_corpus_is_names_and_paragraphs_signed_with_their_language() -> None:
+def test_a_corpus_is_names_and_sentences_signed_with_their_language() -> None:
     swahili = find_declaration("sw")
-    documents = build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=0)
-    assert documents == build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=0)
-    assert documents != build_corpus(["Kenya, Uganda"], [swahili], passes=2, seed=1)
-    assert documents.count("Kenya, Uganda") == 1
-    assert documents.count(f"{swahili.articles[0].paragraphs[0]} — Swahili") == 2
+    names = ["Kenya, Uganda", "Rwanda, Burundi"]
+
+    def corpus(names_share: float = 1, seed: int = 0) -> list[str]:
+        return build_corpus(names, [swahili], passes=2, names_share=names_share, seed=seed)
+
+    documents = corpus()
+    assert documents == corpus()
+    assert documents != corpus(seed=1)
+    assert all(documents.count(name) == 1 for name in names)
+    assert sum(name in corpus(names_share=0.5) for name in names) == 1
+    sentence = next(sentences_of(swahili.articles[0].paragraphs))
+    assert documents.count(f"{sentence} — Swahili") == 2
     held_out = [paragraph for number in HELD_OUT_ARTICLES for paragraph in swahili.articles[number - 1].paragraphs]
-    assert held_out
-    assert not any(paragraph in document for paragraph in held_out for document in documents)
+    held_out_sentences = list(sentences_of(held_out))
+    assert len(held_out_sentences) > 5
+    assert not any(sentence in document for sentence in held_out_sentences for document in documents)

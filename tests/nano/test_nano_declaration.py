@@ -146,7 +146,7 @@ REFUSED = {
     "no language": (["--languages", ""], "--languages '': a language is empty"),
     "a language": (
         ["--text", "declaration", "--languages", "sw,tlh"],
-        "--languages tlh: there is no text in it. … sr-Latn, ss, st",
+        "--languages tlh: there is no text in this language. … sr-Latn, ss, st",
     ),
     "a kind": (["--text", "bible"], "--text bible: is unknown; choose one of all, names, declaration"),
 }

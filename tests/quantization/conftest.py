@@ -1,4 +1,4 @@
-"""Small bases on disk to load in 4 bit, and NF4 in plain torch to compare with."""
+"""Small bases on disk to load in 4 bit, and NF4 in plain torch as a reference."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ BaseWriter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def write_base(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., LolaConfig]) -> BaseWriter:
-    """Writes a random base (hidden 64, inner 128, 4 experts, 4 layers) and returns its folder."""
+    """Write a random base (hidden 64, inner 128, 4 experts, 4 layers) and return its folder."""
 
     def write(seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None, **changes: Any) -> Path:
         torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def base(write_base: BaseWriter) -> Path:
 
 @pytest.fixture(scope="session")
 def make_experts() -> Callable[..., tuple[NF4Experts, dict[str, Tensor]]]:
-    """Makes 4-bit experts, and the dense weights of each part, as stored, that they were quantised from."""
+    """Make 4-bit experts, and return the dense weights of each part that they were quantised from, too."""
 
     def make(
         hidden: int = 64, inner: int = 128, num_experts: int = 4, **layout: Any
@@ -94,7 +94,7 @@ class Reference:
 
     @classmethod
     def codes(cls, weight: Tensor) -> Tensor:
-        """The nearest level of each value over its block's largest magnitude; blocks of 64 in memory order."""
+        """Return the code of the level nearest to each value / its block's absmax, in blocks of 64 in memory order."""
         flat = weight.float().reshape(-1)
         absmax = torch.stack([block.abs().max() for block in flat.split(64)])
         scaled = flat / absmax.repeat_interleave(64)[: flat.numel()]
@@ -102,12 +102,12 @@ class Reference:
 
     @classmethod
     def unpack(cls, nf4: NF4, numel: int) -> Tensor:
-        """Codes, two a byte, the high half first."""
+        """Return the codes, which are packed two per byte, the first in the high bits."""
         return torch.stack([nf4.packed >> 4, nf4.packed & 15], dim=1).reshape(-1)[:numel].long()
 
     @classmethod
     def scales(cls, nf4: NF4) -> Tensor:
-        """Each block's scale, from its 8-bit code in blocks of 256 around the mean."""
+        """Return each block's scale, from its 8-bit code in blocks of 256 around the mean."""
         coarse = nf4.absmax2.repeat_interleave(256)[: nf4.absmax.numel()]
         return bnb.create_dynamic_map()[nf4.absmax.long()] * coarse + nf4.offset
 
@@ -124,7 +124,7 @@ def reference() -> type[Reference]:
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for backward, besides what is in `known` (parameters, inputs)."""
+    """Counts the bytes that autograd saves for backward, without the tensors in `known` (parameters, inputs)."""
 
     def __init__(self, *known: Tensor) -> None:
         self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -148,7 +148,7 @@ class SavedBytes:
             self._storages[storage.data_ptr()] = storage.nbytes()
 
     def add_contexts(self, out: Tensor) -> None:
-        """Also what custom functions hold as plain attributes of their context."""
+        """Count the tensors in attributes of custom functions' contexts, too."""
         nodes, seen = [out.grad_fn], set()
         while nodes:
             node = nodes.pop()

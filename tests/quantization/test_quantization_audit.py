@@ -1,4 +1,4 @@
-"""The audit's numbers, against a count by hand."""
+"""The audit's numbers, compared with a count by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +15,18 @@ WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def nf4_bytes(numel: int) -> int:
-    """Codes, one byte a block of 64, one float32 per 256 blocks, and the mean."""
+    """Return the bytes of codes, one byte per block of 64, one float32 per 256 blocks, and the mean."""
     blocks = -(-numel // 64)
     return numel // 2 + blocks + 4 * -(-blocks // 256) + 4
 
 
 def linear_bytes(numel: int) -> int:
-    """Besides: bitsandbytes keeps the 16 levels and the 256 of the scales with each layer, in float32."""
+    """Return the bytes of a linear layer, with which bitsandbytes stores 16 levels and 256 of scales, in float32."""
     return nf4_bytes(numel) + 4 * 16 + 4 * 256
 
 
 @pytest.mark.parametrize("dtype", list(WIDTH))
-def test_four_bit_numbers_by_hand(dtype: str, base: Path) -> None:
+def test_the_audit_of_a_4_bit_model_equals_a_count_by_hand(dtype: str, base: Path) -> None:
     counts = audit(load_base(base, dtype=dtype, quiet=True)).as_dict()
     width = WIDTH[dtype]
 
@@ -45,14 +45,14 @@ def test_four_bit_numbers_by_hand(dtype: str, base: Path) -> None:
         f"experts {dtype}": dense(2 * E * (F + D)),
         "experts nf4": {
             "parameters": 2 * E * 2 * D * F,
-            "bytes": 2 * (E * 2 * nf4_bytes(D * F) + 4 * 256),  # the 256 levels of the scales, once a layer
+            "bytes": 2 * (E * 2 * nf4_bytes(D * F) + 4 * 256),  # the 256 levels of the scales, once per layer
         },
         f"router {dtype}": dense(2 * E * D),
         f"norms {dtype}": dense(4 * 2 * 2 * D + 2 * D),
     }
 
 
-def test_dense_numbers_by_hand(base: Path) -> None:
+def test_the_audit_of_a_dense_model_equals_a_count_by_hand(base: Path) -> None:
     result = audit(load_base(base, quantization=None, dtype="bfloat16", quiet=True))
     parts = {key: count["parameters"] for key, count in result.as_dict().items()}
     assert parts == {
@@ -74,7 +74,7 @@ def test_four_bit_stands_for_as_many_parameters_as_dense(base: Path) -> None:
 
 
 def test_bytes_are_those_of_the_memory(base: Path) -> None:
-    """Every storage that a 4-bit model holds, each once."""
+    """The bytes are those of every storage of a 4-bit model, each counted once."""
     model = load_base(base, quiet=True)
     storages: dict[int, int] = {}
     tensors = [*model.parameters(), *model.buffers()]
@@ -107,8 +107,8 @@ def test_loading_prints_the_table(quantization: str | None, base: Path, capsys: 
     assert "embeddings" not in capsys.readouterr().out
 
 
-def test_full_size_bits_a_weight(write_base: Callable[..., Path]) -> None:
-    """At sizes where the fixed 1 kB a layer does not count, a 4-bit weight takes 4.13 bits."""
+def test_a_large_model_takes_4_13_bits_per_weight(write_base: Callable[..., Path]) -> None:
+    """At sizes where the fixed 1 kB per layer does not matter, a 4-bit weight takes 4.13 bits."""
     counts = audit(load_base(write_base(n_embd=512, n_inner=2048, num_experts=2, n_layer=2), quiet=True)).counts
     for part in ("experts", "attention", "dense mlp"):
         count = counts[part, "nf4"]

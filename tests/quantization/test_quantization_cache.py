@@ -1,4 +1,4 @@
-"""The quantised base on disk: bit-equal, found by itself, and never trusted when its source is another."""
+"""The quantised base on disk: bit-equal, found without being named, and never used for another source."""
 
 import json
 import os
@@ -19,7 +19,7 @@ IDS = torch.arange(6, 46).view(2, 20)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """A cache folder for one test."""
     monkeypatch.setenv("LOLA_FT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -32,7 +32,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Filled with a word each time that weights are quantised anew."""
+    """A list that gets a word each time that weights are quantised again."""
     calls: list[str] = []
     original: Callable[..., None] = load._stream
 
@@ -45,7 +45,7 @@ def quantised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_loads_again_bit_equal(dtype: str, base: Path, quantised: list[str]) -> None:
+def test_a_cache_loads_bit_equal(dtype: str, base: Path, quantised: list[str]) -> None:
     fresh = lola_ft.load_base(base, "nf4", dtype, quiet=True)
     folder = quantize_base(base, dtype, quiet=True)
     assert quantised == ["quantised"] * 2
@@ -65,8 +65,8 @@ def test_another_dtype_is_another_cache(base: Path, quantised: list[str]) -> Non
     assert len(quantised) == 2
 
 
-def test_a_changed_source_is_quantised_anew(base: Path, quantised: list[str]) -> None:
-    """Even if the change keeps the file's size and misses every sampled value."""
+def test_a_changed_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
+    """This holds even if the change keeps the file's size and all sampled values."""
     quantize_base(base, "float32", quiet=True)
     state = load_file(base / "model.safetensors")
     state["transformer.h.1.moe.experts.0.c_fc.weight"][3, 5] += 1.0
@@ -77,7 +77,7 @@ def test_a_changed_source_is_quantised_anew(base: Path, quantised: list[str]) ->
     assert value > 0.5
 
 
-def test_a_touched_source_is_quantised_anew(base: Path, quantised: list[str]) -> None:
+def test_a_touched_source_is_quantised_again(base: Path, quantised: list[str]) -> None:
     quantize_base(base, "float32", quiet=True)
     os.utime(base / "model.safetensors", (1, 1))
     lola_ft.load_base(base, "nf4", "float32", quiet=True)
@@ -85,7 +85,7 @@ def test_a_touched_source_is_quantised_anew(base: Path, quantised: list[str]) ->
 
 
 @pytest.mark.parametrize("damage", ["not json", json.dumps({"format": 0})])
-def test_a_cache_without_a_right_record_is_not_trusted(damage: str, base: Path, quantised: list[str]) -> None:
+def test_a_cache_without_a_valid_record_is_not_used(damage: str, base: Path, quantised: list[str]) -> None:
     folder = quantize_base(base, "float32", quiet=True)
     (folder / "source.json").write_text(damage)
     lola_ft.load_base(base, "nf4", "float32", quiet=True)
@@ -100,7 +100,7 @@ def test_a_truncated_cache_is_named(base: Path) -> None:
         lola_ft.load_base(base, "nf4", "float32", quiet=True)
 
 
-def test_no_space_leaves_nothing(base: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_cache(base: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FullDisk(cache.SafetensorsWriter):
         def write(self, tensor: torch.Tensor) -> None:
             if tensor.numel() > 1000:
@@ -114,7 +114,7 @@ def test_no_space_leaves_nothing(base: Path, own_cache: Path, monkeypatch: pytes
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    """Every code, scale and dense value equal to the bit, and so the logits."""
+    """Assert that every code, scale and dense value, and the logits, are bit-equal."""
     modules = dict(other.named_modules())
     compared = 0
     for name, module in one.named_modules():

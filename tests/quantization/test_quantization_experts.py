@@ -1,4 +1,4 @@
-"""The 4-bit store of fused experts: its bits, its gradients, and what happens to it in a model's life."""
+"""The 4-bit store of fused experts: its bits and gradients, and copies, casts and files of it."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from lola_ft.quantization import experts as experts_module
 from tests.kernels.conftest import LAYOUTS
 
 Maker = Callable[..., tuple[NF4Experts, dict[str, Tensor]]]
-# Last dimensions that are multiples of 64, and ones that are not.
+# Last dimensions that are multiples of 64, and others.
 SIZES = [(64, 128), (96, 160), (32, 100)]
 
 
@@ -29,7 +29,7 @@ def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def dense_twin(experts: NF4Experts) -> FusedExperts:
-    """Dense, frozen experts that hold the dequantised weights."""
+    """Return dense, frozen experts with the dequantised weights."""
     twin = FusedExperts(**experts.settings)
     for part in experts.parts:
         for e in range(experts.num_experts):
@@ -54,7 +54,7 @@ def inputs(experts: NF4Experts, tokens: int = 23, top_k: int = 1) -> tuple[Tenso
 
 
 def run(experts: FusedExperts, batch: tuple[Any, ...]) -> list[Tensor]:
-    """Output and the gradients of input, probability and adapters."""
+    """Return the output and the gradients of input, probability and adapters."""
     x, ids, probs, low_rank = batch
     out = experts(x, ids, probs, low_rank)
     leaves = [x, probs, *(factor for path in low_rank.values() for factor in (path.a_ERI, path.b_EOR))]
@@ -83,7 +83,7 @@ def test_each_expert_is_bit_equal_to_bitsandbytes_on_that_tensor(make_experts: M
 
 
 @pytest.mark.parametrize(("hidden", "inner"), SIZES)
-def test_shapes_that_bitsandbytes_gets_wrong(
+def test_shapes_that_bitsandbytes_gets_wrong_are_dequantised_exactly(
     hidden: int, inner: int, layout: dict[str, Any], make_experts: Maker, reference: Any
 ) -> None:
     experts, dense = make_experts(hidden, inner, **layout)
@@ -91,7 +91,7 @@ def test_shapes_that_bitsandbytes_gets_wrong(
         for e in range(experts.num_experts):
             actual = experts.expert_weight(part, e, torch.float32)
             assert torch.equal(actual, reference.dequantize(experts.stored(part, e), experts.part_shape(part)))
-            # NF4 of normal values keeps most of them: the error's standard deviation is about a tenth of theirs.
+            # For normal values, the standard deviation of NF4's error is about a tenth of theirs.
             assert (actual - dense[part][e]).std() < 0.15 * dense[part][e].std()
 
 
@@ -106,12 +106,12 @@ def test_forward_and_backward_equal_dense_experts_of_the_same_values(
     if not experts.has_gate:
         assert all_equal(actual, expected)
     for got, wanted in zip(actual, expected, strict=True):
-        # In 4 bit gate and up are products of their own: the gradient of x is summed in another order.
+        # In 4 bit, gate and up are separate products, so the gradient of x is summed in another order.
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_names_and_shapes_of_the_store_are_those_of_every_cache(make_experts: Maker) -> None:
-    """LOLA's, as earlier versions wrote them; gate and up of gated experts have a dimension of their own."""
+    """Names and shapes are those that earlier versions wrote for LOLA. Gate and up have their own dimension."""
     plain, _ = make_experts(64, 128, 3)
     n = 64 * 128
     shapes = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
@@ -145,12 +145,12 @@ def test_bfloat16_autocast_equals_dense_experts_of_the_same_values(
     if not experts.has_gate or experts.is_transposed:
         assert all_equal(actual, expected)
     for got, wanted in zip(actual, expected, strict=True):
-        # With gate and up one below another, the gradient of x is rounded once more between them: 8 bits of mantissa.
+        # With gate and up one below another, the gradient of x is rounded once more, to 8 bits of mantissa.
         torch.testing.assert_close(got, wanted, rtol=0, atol=0.01 * float(wanted.abs().max()))
 
 
-def test_training_after_evaluation_and_dequantising_after_both(make_experts: Maker) -> None:
-    """The trap of CPUs with AVX512-BF16: an evaluation repacks bitsandbytes' own layers in place."""
+def test_evaluation_changes_neither_training_nor_dequantising(make_experts: Maker) -> None:
+    """On CPUs with AVX512-BF16, an evaluation repacks bitsandbytes' own layers in place."""
     experts, _ = make_experts()
     batch = inputs(experts)
     before, weights = (
@@ -178,7 +178,7 @@ def test_frozen_weights_want_and_get_no_gradient(make_experts: Maker) -> None:
 
 @pytest.mark.parametrize("active", [1, 2, 5])
 def test_only_active_experts_are_dequantised(active: int, make_experts: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One token costs two weights, whether there are 4 experts or 64."""
+    """One token costs two weights, with 4 experts or with 64."""
     experts, _ = make_experts(64, 64, num_experts=8)
     calls = []
     real = experts_module.tiles_of
@@ -204,14 +204,14 @@ def test_a_copy_is_equal_and_independent(make_experts: Maker, layout: dict[str, 
     assert all_equal(run(experts, batch), before)
 
 
-def test_a_copy_of_a_module_that_holds_it(make_experts: Maker) -> None:
+def test_a_copied_parent_module_holds_one_copy(make_experts: Maker) -> None:
     experts, _ = make_experts()
     outer = nn.ModuleDict({"experts": experts, "again": experts})
     twin = copy.deepcopy(outer)
     assert twin["experts"] is twin["again"] is not experts
 
 
-def test_state_dict_through_a_file(make_experts: Maker, layout: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_dict_survives_a_file(make_experts: Maker, layout: dict[str, Any], tmp_path: Path) -> None:
     experts, _ = make_experts(**layout)
     batch = inputs(experts)
     before = run(experts, batch)
@@ -249,7 +249,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_moves_biases_and_leaves_the_store_alone(cast: str, make_experts: Maker) -> None:
+def test_a_cast_changes_biases_and_not_the_store(cast: str, make_experts: Maker) -> None:
     experts, _ = make_experts()
     before = {name: tensor.clone() for name, tensor in experts.named_buffers()}
     packed = {name: getattr(experts, name).clone() for name in experts.shapes}

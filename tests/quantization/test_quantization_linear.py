@@ -1,4 +1,4 @@
-"""The 4-bit linear layer: bitsandbytes' bits in its weight, a forward and backward of our own."""
+"""The 4-bit linear layer: bitsandbytes' bits in its weight, lola_ft's own forward and backward."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIZES = [(64, 192), (96, 32), (100, 160), (160, 100), (10, 6)]
 
 
 def make_layer(in_features: int = 64, out_features: int = 192) -> tuple[NF4Linear, Tensor]:
-    """A frozen layer and the dense weight (out, in) that it was quantised from."""
+    """Return a frozen layer and the dense weight (out, in) that it was quantised from."""
     generator = torch.Generator().manual_seed(in_features)
     layer = NF4Linear(in_features, out_features)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.1
@@ -26,7 +26,7 @@ def make_layer(in_features: int = 64, out_features: int = 192) -> tuple[NF4Linea
 
 
 def run(layer: Callable[[Tensor], Tensor], in_features: int = 64) -> list[Tensor]:
-    """Output, and gradient of the input."""
+    """Return the output and the gradient of the input."""
     x = torch.randn(2, 5, in_features, generator=torch.Generator().manual_seed(1)).requires_grad_()
     out = layer(x)
     return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
@@ -35,7 +35,7 @@ def run(layer: Callable[[Tensor], Tensor], in_features: int = 64) -> list[Tensor
 def test_the_weight_is_bitsandbytes_own() -> None:
     layer, weight = make_layer()
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    assert isinstance(layer, bnb.nn.Linear4bit)  # PEFT and others recognise it
+    assert isinstance(layer, bnb.nn.Linear4bit)  # PEFT and other tools recognise this class
     assert isinstance(layer.weight, bnb.nn.Params4bit)
     assert torch.equal(layer.weight.data, packed)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -48,14 +48,14 @@ def test_the_weight_is_bitsandbytes_own() -> None:
 def test_forward_and_backward_equal_a_dense_layer_of_the_same_values(in_features: int, out_features: int) -> None:
     layer, weight = make_layer(in_features, out_features)
     dense = layer.dense_weight(torch.float32)
-    # NF4 of normal values keeps most of them: the error's standard deviation is about a tenth of theirs.
+    # For normal values, the standard deviation of NF4's error is about a tenth of theirs.
     assert (dense - weight).std() < 0.15 * weight.std()
     expected = run(lambda x: F.linear(x, dense, layer.bias), in_features)
     for got, wanted in zip(run(layer, in_features), expected, strict=True):
         torch.testing.assert_close(got, wanted)
 
 
-def test_bfloat16_autocast() -> None:
+def test_autocast_equals_a_dense_layer_of_the_same_values() -> None:
     layer, _ = make_layer()
     dense = layer.dense_weight(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -81,8 +81,8 @@ def test_only_what_wants_a_gradient_gets_one() -> None:
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_training_after_evaluation_and_dequantising_after_both(forced: bool) -> None:
-    """Upstream's evaluation forward repacks the weight on CPUs with AVX512-BF16; `forced` claims to be one."""
+def test_evaluation_changes_neither_training_nor_dequantising(forced: bool) -> None:
+    """bitsandbytes' evaluation forward repacks the weight on CPUs with AVX512-BF16. `forced` simulates such a CPU."""
     layer, _ = make_layer()
     assert not layer.support_avx512bf16_for_cpu
     layer.support_avx512bf16_for_cpu = forced
@@ -123,7 +123,7 @@ CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("cast", CASTS)
-def test_a_cast_moves_the_bias_and_leaves_the_weight_alone(cast: str) -> None:
+def test_a_cast_changes_the_bias_and_not_the_weight(cast: str) -> None:
     layer, _ = make_layer()
     packed, dense = layer.weight.data.clone(), layer.dense_weight(torch.float32)
     layer = CASTS[cast](layer)
@@ -140,7 +140,7 @@ def test_nothing_dense_is_kept_for_backward(saved_bytes: Any) -> None:
     layer, weight = make_layer(256, 512)
     x = torch.randn(4, 256, requires_grad=True)
     with saved_bytes(x, layer.weight, layer.bias) as saved:
-        out = layer(x).square()  # the square keeps the output, so that something is seen
+        out = layer(x).square()  # the square saves the output, so that there are bytes to count
     saved.add_contexts(out)
     assert saved.total == out.numel() * 4 < weight.numel() * 4 / 50
 
@@ -167,7 +167,7 @@ def test_lora_in_the_same_pass_equals_the_plain_formula(dropped: bool, trained_b
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)  # sums of up to 192 squares
 
 
-def test_lora_in_the_same_pass_when_the_input_wants_no_gradient() -> None:
+def test_lora_in_the_same_pass_trains_if_the_input_wants_no_gradient() -> None:
     layer, _ = make_layer()
     x, a, b = torch.randn(4, 64), torch.randn(3, 64, requires_grad=True), torch.randn(192, 3, requires_grad=True)
     layer.forward_with_lora(x, a, b, nn.Identity()).sum().backward()

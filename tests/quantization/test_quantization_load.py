@@ -1,4 +1,4 @@
-"""Loading a base in 4 bit: what is quantised, from which files, and that nothing stays dense unnoticed."""
+"""Loading of a base in 4 bit: the weights that are quantised, their sources, and errors for dense matrices."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ IDS = torch.randint(6, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def model(base: Path) -> LolaForCausalLM:
-    """The base in 4 bit, float32 otherwise; do not change it."""
+    """The base in 4 bit, with all other weights in float32; do not change it."""
     return load_base(base, dtype="float32", quiet=True)
 
 
@@ -39,7 +39,7 @@ def hub_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def dequantised(model: LolaForCausalLM, hub_name: str, dtype: torch.dtype) -> Tensor | None:
-    """The 4-bit weight of a Hub tensor in the Hub's orientation; None if it is not in 4 bit."""
+    """Return the dequantised weight of a Hub tensor in the Hub's orientation; None if it is not in 4 bit."""
     place = architecture_of(model.config).places[hub_name]
     module = model.get_submodule(place.module)
     if isinstance(module, NF4Experts) and not place.leaf.endswith("_bias"):
@@ -50,13 +50,13 @@ def dequantised(model: LolaForCausalLM, hub_name: str, dtype: torch.dtype) -> Te
 
 
 def through_bitsandbytes(weight: Tensor) -> Tensor:
-    """Quantised and dequantised by bitsandbytes itself."""
+    """Quantise and dequantise a weight with bitsandbytes itself."""
     packed, state = bnb.functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
     return bnb.functional.dequantize_4bit(packed, state)
 
 
 def dense_twin(model: LolaForCausalLM, base: Path) -> LolaForCausalLM:
-    """The same base, dense, with the values that the 4-bit model computes with."""
+    """Return the same base as a dense model with the dequantised values of the 4-bit model."""
     twin = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     parameters = dict(twin.named_parameters())
     with torch.no_grad():
@@ -80,7 +80,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_weight_is_quantised_as_bitsandbytes_would(source: str, write_base: BaseWriter) -> None:
-    """From the stored dtype, each expert by itself, in×out; attention and MLP out×in, as nn.Linear holds them."""
+    """Weights are quantised from the stored dtype: each expert separately and in×out, attention and MLP out×in."""
     folder = write_base(**SOURCES[source])
     assert (len(list(folder.glob("*.safetensors"))) > 3) == (source == "sharded")
     loaded = load_base(folder, dtype="float32", quiet=True)
@@ -97,12 +97,12 @@ def test_every_weight_is_quantised_as_bitsandbytes_would(source: str, write_base
         parameter = parameter if place.expert is None else parameter[place.expert]
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, tensor.float()), name
-    # Two attention weights a layer, two MLP weights in 2 layers, two weights of 4 experts in 2 layers.
+    # Two attention weights per layer, two MLP weights in 2 layers, two weights of 4 experts in 2 layers.
     assert quantised == 4 * 2 + 2 * 2 + 2 * 4 * 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_stays_dense(dtype: str, base: Path) -> None:
+def test_only_matrices_are_4_bit_and_all_else_has_the_wanted_dtype(dtype: str, base: Path) -> None:
     loaded = load_base(base, dtype=dtype, quiet=True)
     wanted = getattr(torch, dtype)
     assert loaded.dtype == wanted
@@ -134,7 +134,7 @@ def test_the_model_computes_what_a_dense_one_of_the_same_values_does(
         output = one(inputs_embeds=embeds, labels=IDS, output_router_logits=True)
         outputs.append((output.logits.detach(), *torch.autograd.grad(output.loss, embeds)))
     for got, wanted in zip(*outputs, strict=True):
-        # Float32 sums in another order (a row-major weight against a transposed one), over 4 layers.
+        # Float32 sums have another order (a row-major weight against a transposed one), over 4 layers.
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -142,14 +142,14 @@ def test_four_bit_stays_near_the_dense_model(model: LolaForCausalLM, base: Path)
     dense = load_base(base, quantization=None, dtype="float32", quiet=True)
     with torch.no_grad():
         quantised, full = model(IDS).logits, dense(IDS).logits
-    # 4-bit weights carry an error of a tenth of their size through 4 layers; unrelated logits have similarity 0.
+    # 4-bit weights have an error of a tenth of their size, through 4 layers. Unrelated logits have similarity 0.
     assert nn.functional.cosine_similarity(quantised.flatten(), full.flatten(), dim=0) > 0.9
     assert not torch.equal(quantised, full)
 
 
 @pytest.mark.parametrize("quantization", [None, "none"])
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16])
-def test_without_quantisation_it_is_from_pretrained(
+def test_loading_without_quantisation_equals_from_pretrained(
     quantization: str | None, dtype: str | torch.dtype, base: Path
 ) -> None:
     loaded = load_base(base, quantization=quantization, dtype=dtype, quiet=True)
@@ -186,7 +186,7 @@ def test_a_broken_base_is_one_message(quantization: str | None, write_base: Base
         load_base(folder, quantization=quantization, quiet=True)
 
 
-def test_generation_settings_are_taken_over(write_base: BaseWriter) -> None:
+def test_generation_settings_are_loaded(write_base: BaseWriter) -> None:
     folder = write_base()
     for quantization in ("nf4", None):
         loaded = load_base(folder, quantization=quantization, quiet=True)
@@ -210,14 +210,14 @@ def test_four_bit_generation_runs_and_stops(model: LolaForCausalLM) -> None:
     assert stopped.shape[1] <= 11
 
 
-def test_the_identity_is_the_files(base: Path, model: LolaForCausalLM) -> None:
+def test_the_fingerprint_does_not_depend_on_quantisation(base: Path, model: LolaForCausalLM) -> None:
     dense = load_base(base, quantization=None, quiet=True)
     assert model.base_fingerprint == dense.base_fingerprint
-    assert model.base_id == ""  # a local path would mean nothing to others
+    assert model.base_id == ""  # a local path means nothing on other machines
 
 
 def test_small_tiles_change_no_logit_or_gradient(model: LolaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the order of a float32 sum."""
+    """Only the order of a float32 sum differs."""
 
     def run() -> tuple[Tensor, Tensor]:
         embeds = model.transformer.wte(IDS).detach().requires_grad_()
@@ -253,7 +253,7 @@ def test_a_four_bit_base_is_not_saved_as_a_checkpoint(model: LolaForCausalLM, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_copy_of_the_model(model: LolaForCausalLM) -> None:
+def test_a_copied_model_is_equal_and_independent(model: LolaForCausalLM) -> None:
     twin = copy.deepcopy(model)
     with torch.no_grad():
         before = model(IDS).logits
@@ -266,7 +266,7 @@ def test_a_copy_of_the_model(model: LolaForCausalLM) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_of_the_model_keeps_its_results(dtype: torch.dtype, model: LolaForCausalLM, base: Path) -> None:
-    """As if loaded in that dtype, exactly: the scales stay float32."""
+    """The model equals one that was loaded in this dtype, because the scales stay float32."""
     cast = copy.deepcopy(model).to(dtype)
     loaded = load_base(base, dtype=dtype, quiet=True)
     with torch.no_grad():
@@ -332,7 +332,7 @@ def test_a_dense_linear_layer_is_refused(name: str, base: Path) -> None:
 
 
 @pytest.mark.parametrize("forgotten", [FusedExperts, nn.Linear])
-def test_a_loader_that_forgets_a_layer_does_not_go_on(
+def test_a_layer_without_weights_is_an_error(
     forgotten: type[nn.Module], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = load_module._quantize_module
@@ -347,8 +347,8 @@ def test_a_loader_that_forgets_a_layer_does_not_go_on(
         load_base(base, quiet=True)
 
 
-def test_old_configs_and_legacy_tensors(base: Path, write_base: BaseWriter) -> None:
-    """4-bit loading reads the files itself, so it meets what from_pretrained would have left out."""
+def test_old_configs_and_legacy_tensors_change_nothing(base: Path, write_base: BaseWriter) -> None:
+    """4-bit loading reads the files itself, including tensors that from_pretrained would leave out."""
     folder = write_base()
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel"}

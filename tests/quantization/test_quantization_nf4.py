@@ -1,4 +1,4 @@
-"""NF4 with double quantisation: bitsandbytes' own bits, and right where bitsandbytes is not."""
+"""NF4 with double quantisation: bitsandbytes' own bits, and right values where bitsandbytes is wrong."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +26,7 @@ def weight_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tor
 
 
 def assert_same_bits(weight: torch.Tensor) -> tuple[torch.Tensor, Any, NF4]:
-    """Ours against bitsandbytes' own call, part by part."""
+    """Compare all parts with those of bitsandbytes' own call, bit by bit."""
     packed, state = bnb.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True, blocksize=64)
     nf4 = quantize(weight)
     assert torch.equal(nf4.packed, packed.view(-1))
@@ -37,7 +37,7 @@ def assert_same_bits(weight: torch.Tensor) -> tuple[torch.Tensor, Any, NF4]:
 
 
 def ties() -> torch.Tensor:
-    """Blocks of every level, every value halfway between two, and their nearest neighbours in float32."""
+    """Return blocks with every level, every midpoint between two levels, and their neighbours in float32."""
     levels = bnb.get_4bit_type("nf4", device="cpu")
     middles = (levels[:-1] + levels[1:]) / 2
     infinity = torch.tensor(torch.inf)
@@ -68,12 +68,12 @@ HARD: dict[str, Callable[[], torch.Tensor]] = {
 def test_bits_are_bitsandbytes_own_for_hard_values(case: str, stored: torch.dtype) -> None:
     weight = HARD[case]()
     if stored == torch.float16:
-        weight = weight.clamp(-60_000, 60_000)  # else infinite
+        weight = weight.clamp(-60_000, 60_000)  # larger values are infinite in float16
     assert_same_bits(weight.to(stored))
 
 
 def test_bits_do_not_depend_on_the_threads() -> None:
-    """But for the mean of the scales, which torch itself sums in another order."""
+    """Only the mean of the scales differs, which torch sums in another order."""
     weight, threads = weight_of((3000, 64)), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -95,7 +95,7 @@ def test_bits_are_bitsandbytes_own(shape: tuple[int, int], stored: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_dequantising_against_plain_torch(shape: tuple[int, int], dtype: torch.dtype, reference: Any) -> None:
+def test_dequantising_equals_plain_torch(shape: tuple[int, int], dtype: torch.dtype, reference: Any) -> None:
     nf4 = quantize(weight_of(shape))
     actual = dequantize(nf4, dynamic_code(), shape, dtype)
     assert actual.shape == shape
@@ -104,18 +104,18 @@ def test_dequantising_against_plain_torch(shape: tuple[int, int], dtype: torch.d
 
 
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_quantising_against_plain_torch(shape: tuple[int, int], reference: Any) -> None:
+def test_quantising_equals_plain_torch(shape: tuple[int, int], reference: Any) -> None:
     weight = weight_of(shape)
     nf4 = quantize(weight)
     assert torch.equal(reference.unpack(nf4, weight.numel()), reference.codes(weight))
     absmax = torch.stack([block.abs().max() for block in weight.reshape(-1).split(64)])
-    # The 8-bit code's widest gap is 0.0142 of the largest distance from the mean; half of it at most.
+    # The 8-bit code's widest gap is 0.0142 of the largest distance from the mean. The error is at most half of it.
     spread = float((absmax - nf4.offset).abs().max())
     assert (reference.scales(nf4) - absmax).abs().max() <= 0.0072 * spread + 1e-7
 
 
 @pytest.mark.parametrize("shape", ALIGNED + UNALIGNED)
-def test_sizes_of_the_parts(shape: tuple[int, int]) -> None:
+def test_the_parts_have_the_planned_sizes_and_dtypes(shape: tuple[int, int]) -> None:
     nf4 = quantize(weight_of(shape))
     assert (nf4.packed.numel(), nf4.absmax.numel(), nf4.absmax2.numel()) == packed_sizes(shape[0] * shape[1])
     assert [tensor.dtype for tensor in (nf4.packed, nf4.absmax, nf4.absmax2, nf4.offset)] == [
@@ -126,7 +126,7 @@ def test_sizes_of_the_parts(shape: tuple[int, int]) -> None:
     ]
 
 
-def test_4_127_bits_a_weight() -> None:
+def test_a_weight_takes_4_127_bits() -> None:
     packed, absmax, absmax2 = packed_sizes(2048 * 8192)
     assert 8 * (packed + absmax + 4 * absmax2) / (2048 * 8192) == pytest.approx(4.127, abs=0.001)
 
@@ -143,7 +143,7 @@ def parts(nf4: NF4) -> tuple[torch.Tensor, ...]:
 
 
 def test_zeros_stay_zero() -> None:
-    """A block of zeros has scale 0: nothing may be divided by it."""
+    """A block of zeros has the scale 0, which must not be a divisor."""
     weight = weight_of((64, 64))
     weight[3] = 0
     dense = dequantize(quantize(weight), dynamic_code(), (64, 64), torch.float32)
@@ -154,7 +154,7 @@ def test_zeros_stay_zero() -> None:
 
 
 class OperatorShapes(TorchDispatchMode):
-    """The shapes that bitsandbytes' operator is asked for."""
+    """Records the shapes that bitsandbytes' operator is asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class OperatorShapes(TorchDispatchMode):
 
 
 def test_bitsandbytes_is_only_asked_for_rows_of_a_block() -> None:
-    """Whether its CPU operator is wrong for (64, 96) depends on the CPU, so the values above may not tell."""
+    """The CPU decides if bitsandbytes' operator is wrong for (64, 96), so the tests of values may not find it."""
     nf4 = quantize(weight_of((64, 96)))
     with OperatorShapes() as seen:
         dequantize(nf4, dynamic_code(), (64, 96), torch.float32)
@@ -196,13 +196,13 @@ def test_the_store_is_not_changed_by_dequantising() -> None:
     assert all(torch.equal(a, b) for a, b in zip(parts(nf4), before, strict=True))
 
 
-# Pairs of columns: no weight of LOLA holds an odd number of values, and two share a byte.
+# Even numbers of columns, because two values share a byte. No weight of LOLA has an odd number of values.
 @given(rows=st.integers(1, 40), columns=st.integers(1, 70).map(lambda n: 2 * n), seed=st.integers(0, 10_000))
 @settings(deadline=None, max_examples=30)
 def test_any_shape_comes_back_within_half_a_level(rows: int, columns: int, seed: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     dense = dequantize(quantize(weight), dynamic_code(), (rows, columns), torch.float32)
     absmax = torch.stack([block.abs().max() for block in weight.reshape(-1).split(64)])
-    # The widest gap between levels is 0.304, half of it 0.152; the scales' own 8 bits add up to 0.0072 of their spread.
+    # Half of the widest gap between levels is 0.152. The scales' own 8 bits add up to 0.0072 of their spread.
     limit = 0.152 * absmax.repeat_interleave(64)[: weight.numel()] + 0.0072 * (absmax.max() - absmax.min()) + 1e-6
     assert ((dense - weight).abs().reshape(-1) <= limit).all()

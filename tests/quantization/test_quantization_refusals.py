@@ -1,4 +1,4 @@
-"""Weights that would make a wrong model without a word: not finite, or an output head of its own."""
+"""Weights that would make a wrong model without a message: not finite, or an untied output head."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ EXPERT = "transformer.h.1.moe.experts.2.c_fc.weight"
 
 @pytest.fixture
 def changed_base(tiny_base: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], None]], Path]:
-    """A copy of the tiny base whose tensors a function has changed."""
+    """Copy the tiny base with its tensors changed by a function."""
 
     def write(change: Callable[[dict[str, Tensor]], None]) -> Path:
         folder = tmp_path / "base"

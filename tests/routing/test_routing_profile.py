@@ -149,12 +149,12 @@ def test_mistakes_are_named(
     (tmp_path / "rows.txt").write_text("moja")
     with pytest.raises(DataError, match="does not begin with a language code"):
         profile_routing(tiny_base, [tmp_path / "rows.txt"])
-    with pytest.raises(UserError, match="--max-length 129: must be from 1 to 128"):
+    with pytest.raises(UserError, match="--max-length 129: must be from 1 to 128, the model's positions"):
         profile_routing(tiny_base, [texts], max_length=129, quantization=None)
     out = tmp_path / "p.safetensors"
     for wrong, message in (
         (["--data", str(tmp_path / "none.txt")], "no such file"),
-        (["--data", str(texts), "--format", "prose"], "--format prose: there is alpaca"),
+        (["--data", str(texts), "--format", "prose"], "--format prose: is unknown; choose one of alpaca"),
         (["--data", str(texts), "--unit", "word"], "--unit word: is unknown; choose one of paragraph"),
         (["--data", str(texts), "--quantization", "int8"], "int8"),
         (["--data", str(texts), "--template", "alpaca"], "--template does nothing for format text"),

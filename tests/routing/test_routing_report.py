@@ -206,7 +206,7 @@ def test_the_report_of_two_profiles_says_what_changed(
     assert numbers["second"]["profile"]["kind"] == "adapter"
     assert {"drift", "flips"} <= {file.stem for file in folder.glob("*.png")}
     assert "not the same tokens" not in (folder / "report.html").read_text()
-    assert "changes include rounding" not in done.out + (folder / "report.html").read_text()
+    assert "the changes include rounding" not in done.out + (folder / "report.html").read_text()
     first = (folder / "report.html").read_bytes()
     assert verb("routing", "report", *files).code == 0  # an earlier report is replaced
     assert (folder / "report.html").read_bytes() == first
@@ -223,9 +223,9 @@ def test_a_drift_that_is_also_rounding_is_told(made_profile: Make, tmp_path: Pat
     counts = [[[3, 1]], [[1, 3]]]
     first, second = (made_profile(["de", "sw"], counts, quantization=form) for form in ("none", "nf4"))
     report = write_report(first, tmp_path / "report", second, permutations=9)
-    assert "changes include rounding" in report.headlines()[-1]
+    assert "the changes include rounding" in report.headlines()[-1]
     page = report.page.read_text()
-    assert "changes include rounding" in page
+    assert "the changes include rounding" in page
     assert page.count(", in 4 bit)") == 1
 
 

@@ -1,4 +1,4 @@
-"""A self-contained copy of the authors' checkpoint, and Python environments with several versions of transformers."""
+"""An exported copy of the authors' checkpoint, and Python environments with several versions of transformers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from lola_ft.standalone.export import export
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-# Newest torch that the versions' own code still runs on, and PEFT and accelerate of their time.
+# The newest torch that these versions run on, and PEFT and accelerate of the same time.
 OLD_VERSIONS = {
     "4.41.2": ("torch==2.13.0", "transformers==4.41.2", "peft==0.11.1", "accelerate==0.31.0"),
     "4.57.6": ("torch==2.13.0", "transformers==4.57.6", "peft==0.18.0", "accelerate==1.10.1"),
@@ -43,7 +43,7 @@ def golden_export(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment variables of a process that does not find this checkout, and reaches no Hub."""
+    """Environment variables for a process that does not find this checkout and has no access to the Hub."""
     home = str(tmp_path_factory.mktemp("hf"))
     unset = {"PYTHONPATH", "HF_ENDPOINT"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
@@ -51,7 +51,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 class Found:
-    """What `drive.py` left."""
+    """The results of `drive.py`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,11 +63,11 @@ class Found:
 def drive(
     golden_export: Path, elsewhere: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Found]:
-    """Run `drive.py` with a Python."""
+    """Run `drive.py` with a given Python."""
 
     def run(python: str) -> Found:
         out = tmp_path_factory.mktemp("found")
-        shutil.copyfile(HERE / "drive.py", out / "drive.py")  # so that no folder of ours is on the path
+        shutil.copyfile(HERE / "drive.py", out / "drive.py")  # so that no folder of this checkout is on the path
         command = [python, "drive.py", golden_export, GOLDEN / "io.safetensors", out, GOLDEN / "adapter"]
         done = subprocess.run(list(map(str, command)), cwd=out, env=elsewhere, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -77,9 +77,9 @@ def drive(
 
 
 def python_with(version: str) -> str:
-    """The Python of an environment with an old version of transformers, installed when it is first asked for.
+    """Return the Python of an environment with an old version of transformers, which is installed at first use.
 
-    It stays in the temporary folder for later runs, as installing takes a minute.
+    The environment stays in the temporary folder for later runs, because installing takes a minute.
     """
     folder = Path(tempfile.gettempdir(), f"lola-ft-tests-{os.getuid()}", f"transformers-{version}")
     python = folder / "bin" / "python"

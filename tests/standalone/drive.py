@@ -1,9 +1,9 @@
-"""Run by tests in a process of its own, under some version of transformers, without lola_ft:
+"""Script that tests run in its own process, with some version of transformers and without lola_ft:
 
     python drive.py FOLDER IO OUT
 
-loads the model in FOLDER with the code beside its weights, runs it on the golden inputs in IO, and leaves what it found
-in OUT: `tensors.safetensors` and `facts.json`. It checks nothing itself.
+It loads the model in FOLDER with the code beside its weights, runs it on the golden inputs in IO, and writes the
+results to OUT: `tensors.safetensors` and `facts.json`. It checks nothing itself.
 """
 
 import json
@@ -63,7 +63,7 @@ for attention in ("sdpa", "eager"):
     tensors[f"{attention}.greedy_without_cache"] = greedy(model, prompt, use_cache=False)
     tensors[f"{attention}.beams"] = greedy(model, prompt[:1], num_beams=3)
     tensors[f"{attention}.beams_without_cache"] = greedy(model, prompt[:1], num_beams=3, use_cache=False)
-    # The first prompt with four tokens of padding before it, beside a row that fills the width.
+    # The first prompt with four tokens of padding before it, in a batch with a row of full width.
     padded, real = torch.ones(2, 12, dtype=torch.long), torch.ones(2, 12, dtype=torch.long)
     padded[0, 4:], padded[1], real[0, :4] = prompt[0], torch.arange(20, 32), 0
     tensors[f"{attention}.left_padded"] = greedy(model, padded, real)

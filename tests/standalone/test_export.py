@@ -1,4 +1,4 @@
-"""`lola-ft export` and merged folders: what lies in them, what is refused, and which class loads them."""
+"""`lola-ft export` and merged folders: their files, refused inputs, and the class that loads them."""
 
 import ast
 import json
@@ -34,7 +34,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_code_imports_torch_and_transformers_alone(name: str) -> None:
+def test_the_code_imports_only_torch_and_transformers(name: str) -> None:
     tree = ast.parse((CODE / name).read_text())
     packages = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     packages |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -105,7 +105,7 @@ def test_export_copies_onto_another_disk(
 
 
 def test_a_merged_model_is_exported_whole(tiny_base: Path, tiny_adapter: Path, tmp_path: Path) -> None:
-    """One that an earlier version wrote: without code, and naming the authors'."""
+    """The model is one that an earlier version merged: without code, and with a config that names the authors' code."""
     merge(tiny_base, tiny_adapter, tmp_path / "merged", check=False)
     for name in FILES:
         (tmp_path / "merged" / name).unlink()
@@ -117,7 +117,7 @@ def test_a_merged_model_is_exported_whole(tiny_base: Path, tiny_adapter: Path, t
     assert config_of(tmp_path / "lola")["auto_map"] == dict(LOLA.auto_map)
 
 
-def test_other_code_is_kept_and_said(folder: Folder, tmp_path: Path, verb: Callable[..., Any]) -> None:
+def test_other_code_is_kept_and_reported(folder: Folder, tmp_path: Path, verb: Callable[..., Any]) -> None:
     theirs = {
         "AutoModelForCausalLM": "modeling_lola_gpt2.LOLALMHeadModel",
         "AutoModelForTokenClassification": "modeling_lola_gpt2.LOLAForTokenClassification",
@@ -128,7 +128,7 @@ def test_other_code_is_kept_and_said(folder: Folder, tmp_path: Path, verb: Calla
     assert "Kept modeling_lola_gpt2.py; config.json now names lola_ft's code." in done.out
     assert (tmp_path / "lola" / "modeling_lola_gpt2.py").read_text() == "# theirs\n"
     assert config_of(tmp_path / "lola")["auto_map"] == theirs | dict(LOLA.auto_map)
-    # An export of the export finds nothing else, and writes the same.
+    # An export of the export finds no other code and writes the same.
     export(tmp_path / "lola", tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path / "lola")
 
@@ -143,7 +143,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("expected", UNSUPPORTED)
-def test_what_the_code_does_not_do_is_refused_when_written(
+def test_unsupported_settings_are_refused_when_exporting(
     expected: str, folder: Folder, tmp_path: Path, verb: Callable[..., Any]
 ) -> None:
     folder.set_config(**UNSUPPORTED[expected])
@@ -154,8 +154,8 @@ def test_what_the_code_does_not_do_is_refused_when_written(
 
 
 @pytest.mark.parametrize("expected", UNSUPPORTED)
-def test_and_when_loaded(expected: str, golden_export: Path, tmp_path: Path) -> None:
-    """By the config class beside the weights: a config may be changed after it was written."""
+def test_unsupported_settings_are_refused_when_loading(expected: str, golden_export: Path, tmp_path: Path) -> None:
+    """The config class beside the weights refuses them, because a config may be changed after it was written."""
     own = get_class_from_dynamic_module(LOLA.auto_map["AutoConfig"], golden_export)
     assert own is not LolaConfig
     (tmp_path / "config.json").write_text(json.dumps(config_of(golden_export) | UNSUPPORTED[expected]))
@@ -172,7 +172,7 @@ def test_an_untied_head_is_refused(folder: Folder, tmp_path: Path) -> None:
         export(folder.path, tmp_path / "lola")
 
 
-def test_other_mistakes(
+def test_a_folder_in_use_an_adapter_and_another_family_are_refused(
     folder: Folder, tiny_adapter: Path, tmp_path: Path, dense_gpt2: Path, verb: Callable[..., Any]
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -199,7 +199,7 @@ def dense_gpt2(tmp_path: Path) -> Path:
     return tmp_path / "gpt2"
 
 
-def test_a_portable_tokenizer_says_the_same(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_portable_tokenizer_gives_the_same_ids(tiny_base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     tokenizer.save_pretrained(tmp_path)
@@ -219,7 +219,7 @@ def test_a_portable_tokenizer_says_the_same(tiny_base: Path, tmp_path: Path) -> 
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == first
 
 
-def test_merges_that_the_earlier_form_cannot_say_stay(tmp_path: Path) -> None:
+def test_merges_that_the_earlier_form_cannot_express_stay(tmp_path: Path) -> None:
     content = {"model": {"merges": [["a", "b"], ["c d", "e"]]}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     make_tokenizer_portable(tmp_path)

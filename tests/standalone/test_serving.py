@@ -1,4 +1,4 @@
-"""A self-contained folder on others' engines: transformers' own server, the harness, what vLLM and SGLang ask for."""
+"""An exported folder on other engines: transformers' own server, the harness, and the interface of vLLM and SGLang."""
 
 import json
 import socket
@@ -28,7 +28,7 @@ NUMBERS = "one two three four five six seven eight nine ten"
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-contained model that has learned to count, so that its answers are words."""
+    """An exported model that has learned to count, so that its answers are words."""
     folder = make_base(tmp_path_factory.mktemp("counting") / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -53,7 +53,7 @@ def server(
     elsewhere: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
-    """`transformers serve` with its remote-code switch, offline; gives its address."""
+    """Start `transformers serve` with its remote-code switch, offline, and yield its address."""
     pytest.importorskip("openai", reason="`transformers serve` needs the extra `serving` of transformers")
     pytest.importorskip("uvicorn", reason="`transformers serve` needs the extra `serving` of transformers")
     with socket.socket() as free:
@@ -221,13 +221,13 @@ save_file({"together": together, "embedded": from_embeddings, "compiled": compil
 
 
 @pytest.mark.slow
-def test_an_engine_puts_its_own_attention_in(
+def test_an_engine_can_replace_attention(
     golden_export: Path, elsewhere: dict[str, str], golden: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """What vLLM's and SGLang's transformers backends do with a model, with a stand-in for their attention.
+    """The model runs as in the transformers backends of vLLM and SGLang, with a stand-in for their attention.
 
-    They call the backbone without mask and cache, with positions of several requests in one row and arguments that only
-    their attention knows, and compile it as one graph.
+    These call the backbone without mask and cache, with the positions of several requests in one row and arguments that
+    only their attention uses, and compile it as one graph.
     """
     (tmp_path / "engine.py").write_text(ENGINE)
     command = [sys.executable, "engine.py", str(golden_export), str(GOLDEN / "io.safetensors"), "out.safetensors"]

@@ -1,6 +1,6 @@
-"""The code beside the weights computes what the authors' own code computed, on three versions of transformers.
+"""The code beside the weights gives the numbers of the authors' own code, on three versions of transformers.
 
-Each runs in a process of its own, without lola_ft (`drive.py`).
+Each version runs in its own process, without lola_ft (`drive.py`).
 """
 
 import sys
@@ -18,9 +18,9 @@ from lola_ft.families import architecture_of
 from lola_ft.model import LolaForCausalLM
 from tests.standalone.conftest import GOLDEN, OLD_VERSIONS, TEMPLATE, Found, python_with
 
-# The recorded base values carry noise of the authors' run itself: see tests/model/test_model_golden.py.
+# The recorded base values have noise of the authors' run itself; see tests/model/test_model_golden.py.
 NOISE = 5e-5
-# Float32 sums in another order.
+# Float32 sums have another order.
 ROUNDING = 1e-5
 TODAY = "today's"
 
@@ -35,7 +35,7 @@ def found(request: pytest.FixtureRequest, drive: Callable[[str], Found]) -> Foun
 
 @pytest.fixture(scope="module")
 def native(golden: dict[str, Tensor]) -> dict[str, Any]:
-    """The golden batch through the native model: its output, and the gradient of each tensor of the Hub."""
+    """The native model's output for the golden batch, and the gradient of each Hub tensor."""
     model: LolaForCausalLM = AutoModelForCausalLM.from_pretrained(GOLDEN / "base").eval()
     batch = {name: golden[name] for name in ("input_ids", "attention_mask", "labels")}
     output = model(**batch, output_router_logits=True, output_hidden_states=True)
@@ -51,7 +51,7 @@ def native(golden: dict[str, Tensor]) -> dict[str, Any]:
     return {"output": output, "grads": grads, "summed": summed, "backbone": output.hidden_states[-1]}
 
 
-def test_loading_finds_every_weight_and_nothing_of_ours(found: Found) -> None:
+def test_loading_finds_every_weight_without_lola_ft(found: Found) -> None:
     assert not found.facts["lola_ft"]
     model, config = found.facts["classes"]
     assert model.startswith("transformers_modules.")
@@ -62,7 +62,9 @@ def test_loading_finds_every_weight_and_nothing_of_ours(found: Found) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_logits_of_every_token(found: Found, attention: str, golden: dict[str, Tensor], native: dict[str, Any]) -> None:
+def test_logits_equal_the_authors(
+    found: Found, attention: str, golden: dict[str, Tensor], native: dict[str, Any]
+) -> None:
     logits = found.tensors[f"{attention}.logits"]
     assert_close(logits, golden["base.logits"], atol=NOISE, rtol=1e-4)
     assert_close(logits, native["output"].logits.detach(), atol=ROUNDING, rtol=1e-5)
@@ -72,15 +74,17 @@ def test_logits_of_every_token(found: Found, attention: str, golden: dict[str, T
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_losses(found: Found, attention: str, golden: dict[str, Tensor], native: dict[str, Any]) -> None:
+def test_losses_equal_the_authors(
+    found: Found, attention: str, golden: dict[str, Tensor], native: dict[str, Any]
+) -> None:
     assert_close(found.tensors[f"{attention}.loss"], golden["base.loss"][0], atol=1e-6, rtol=0)
     assert_close(found.tensors[f"{attention}.aux_loss"], golden["base.aux_loss_real_tokens"][0], atol=1e-5, rtol=0)
     assert_close(found.tensors["loss_of_10_items"], native["summed"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("pass_", ["sdpa", "eager", "checkpointed"])
-def test_gradient_of_every_parameter(found: Found, pass_: str, native: dict[str, Any]) -> None:
-    """Of loss and balancing loss; the native model's gradients are held to the authors' in tests/model."""
+def test_every_gradient_equals_the_native_models(found: Found, pass_: str, native: dict[str, Any]) -> None:
+    """Gradients of loss and balancing loss. tests/model compares the native model's gradients with the authors'."""
     own = {name.partition(".grad.")[2]: grad for name, grad in found.tensors.items() if f"{pass_}.grad." in name}
     assert own.keys() == native["grads"].keys()
     for name, expected in native["grads"].items():
@@ -89,7 +93,7 @@ def test_gradient_of_every_parameter(found: Found, pass_: str, native: dict[str,
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_greedy_text(found: Found, attention: str, golden: dict[str, Tensor]) -> None:
+def test_greedy_text_equals_the_authors(found: Found, attention: str, golden: dict[str, Tensor]) -> None:
     expected = golden["base.greedy"].tolist()
     assert found.tensors[f"{attention}.greedy"].tolist() == expected
     assert found.tensors[f"{attention}.greedy_without_cache"].tolist() == expected
@@ -99,7 +103,9 @@ def test_greedy_text(found: Found, attention: str, golden: dict[str, Tensor]) ->
     assert len(set(map(str, beams))) == 1
 
 
-def test_the_rest_of_the_interface(found: Found, golden: dict[str, Tensor], native: dict[str, Any]) -> None:
+def test_backbone_attentions_and_saved_tensors_are_right(
+    found: Found, golden: dict[str, Tensor], native: dict[str, Any]
+) -> None:
     assert_close(found.tensors["backbone"], native["backbone"].detach(), atol=ROUNDING, rtol=1e-5)
     assert_close(found.tensors["last_logits"], found.tensors["sdpa.logits"][:, -1:], atol=ROUNDING, rtol=1e-5)
     weights = found.tensors["eager.attentions"]
@@ -111,7 +117,7 @@ def test_the_rest_of_the_interface(found: Found, golden: dict[str, Tensor], nati
     assert found.facts["saved"].keys() == native["grads"].keys()
 
 
-def test_tokenizer_and_pipeline(found: Found, tiny_base: Path) -> None:
+def test_tokenizer_and_pipeline_work_without_lola_ft(found: Found, tiny_base: Path) -> None:
     before = AutoTokenizer.from_pretrained(tiny_base)
     assert found.facts["tokens"] == before("Jina langu ni Amina").input_ids
     assert found.facts["template"] == TEMPLATE
@@ -119,7 +125,7 @@ def test_tokenizer_and_pipeline(found: Found, tiny_base: Path) -> None:
     assert len(found.facts["text"]) > len("Jina langu ni")
 
 
-def test_stock_peft_adds_and_merges_the_authors_adapter(found: Found, golden: dict[str, Tensor]) -> None:
-    """Made on one module per expert, as the layout `per_expert` is."""
+def test_stock_peft_loads_and_merges_the_authors_adapter(found: Found, golden: dict[str, Tensor]) -> None:
+    """The adapter has the layout `per_expert`, with one module per expert."""
     assert_close(found.tensors["lora.logits"], golden["lora.logits"], atol=ROUNDING, rtol=1e-4)
     assert_close(found.tensors["merged.logits"], golden["merged.logits"], atol=ROUNDING, rtol=1e-4)

@@ -132,9 +132,11 @@ def test_a_run_says_how_much_of_its_batches_is_padding(
     recipe_file: Callable[..., Path], verb: Callable[..., Any]
 ) -> None:
     path = recipe_file(data={"packing": False}, train={"max_steps": 1, "micro_batch_size": 1, "grad_accum_steps": 1})
-    assert "not packed. Micro batches of 1 are 100.0% tokens" in one_line(verb("train", path).out)
+    assert "not packed. Micro batches of 1 are 100.0% tokens; the remainder is padding." in one_line(
+        verb("train", path).out
+    )
     some = one_line(verb("train", path, "train.micro_batch_size=8", f"output={path.parent / 'other'}").out)
-    [share] = re.findall(r"not packed\. Micro batches of 8 are (\d\d\.\d)% tokens", some)
+    [share] = re.findall(r"not packed\. Micro batches of 8 are (\d\d\.\d)% tokens; the remainder is padding\.", some)
     assert 50 < float(share) < 100
 
 

@@ -150,7 +150,7 @@ def _run_all(
             written = {"task": one.task, "settings": settings, **kept}
             write_text(file, json.dumps(written, indent=2, ensure_ascii=False) + "\n")
         else:
-            console.print(f"{one.task}: result kept in {file}")
+            console.print(f"{one.task}: already evaluated, so the result is read from {file}")
         results[one.task] = kept
     return results, failed
 

@@ -13,6 +13,7 @@ from lola_ft.training.precision import Precision
 
 # Optimiser names that transformers spells differently; all other names are transformers' own.
 _OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit"}
+_SMALLEST_MULTIPLE, _MOST_LENGTHS = 8, 32
 
 
 def training_arguments(
@@ -20,7 +21,11 @@ def training_arguments(
 ) -> SFTConfig | DPOConfig | KTOConfig:
     """Return TRL's arguments for the recipe's objective; the warm-up is a share of the run's total `steps`."""
     train, data = recipe.train, recipe.data
-    shared = _shared(train, checkpoints, precision, device, steps, evaluate) | {"max_length": data.max_length}
+    shared = _shared(train, checkpoints, precision, device, steps, evaluate) | {
+        "max_length": data.max_length,
+        # Packed rows are flattened, and a padding token would be a sequence of its own.
+        "pad_to_multiple_of": None if data.packing else padding_multiple(data.max_length, device),
+    }
     config: SFTConfig | DPOConfig | KTOConfig
     if recipe.objective == "dpo":
         config = DPOConfig(**shared, beta=train.beta, loss_type=[train.loss_type])
@@ -34,6 +39,17 @@ def training_arguments(
         config.n_gpu, 1
     )  # one process uses one GPU; for several GPUs, a launcher starts several processes
     return config
+
+
+def padding_multiple(max_length: int, device: torch.device) -> int | None:
+    """Return the number of tokens whose multiple a batch is padded to; None for the longest row of the batch.
+
+    On a CPU every new size costs: the matrix library builds a kernel for it, and freed memory of another size is of no
+    use to it. A multiple of about 1/32 of the longest row leaves 32 sizes, and adds 1/64 of a row on average.
+    A multiple that does not divide `max_length` is not used: padding would go beyond it.
+    """
+    multiple = max(_SMALLEST_MULTIPLE, 1 << max(0, max_length // _MOST_LENGTHS - 1).bit_length())
+    return multiple if device.type == "cpu" and max_length % multiple == 0 else None
 
 
 def _shared(
