@@ -8,11 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOT_YET = (
-    *(f"lola_ft/{part}/" for part in ("adapters", "checkpoints", "families", "kernels", "merging", "model")),
-    *("lola_ft/quantization/", "lola_ft/standalone/", "README.md"),
-)
-"""Beginnings of paths that are not covered yet; `()` covers the whole project."""
+NOT_YET: tuple[str, ...] = ()
+"""Beginnings of paths that are not covered; empty, so that the whole project is."""
 
 BARE_OPENINGS = ("What", "Whether", "Of", "As", "Here", "How", "Where", "Which")
 ALLOWED_OPENINGS: dict[str, str] = {}
@@ -29,7 +26,7 @@ def covered(*patterns: str) -> list[Path]:
 
 
 SOURCES = covered("lola_ft/**/*.py", "finetune.py", "merge.py")
-TEXTS = [*SOURCES, *covered("lola_ft/**/*.jinja", "docs/*.md", "recipes/*.yaml", "recipes/*.json", "README.md")]
+TEXTS = [*SOURCES, *covered("lola_ft/**/*.jinja", "docs/**/*.md", "recipes/*.yaml", "recipes/*.json", "README.md")]
 
 
 def docstrings_in(source: str) -> Iterator[tuple[int, str]]:

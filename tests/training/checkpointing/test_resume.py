@@ -253,7 +253,7 @@ def test_another_number_of_threads_is_said(killed_run: Path, killed: Path) -> No
     resumed = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert "torch had 1 threads when the run was stopped and has 2 now" in resumed.stdout
-    assert "Set OMP_NUM_THREADS=1 to resume exactly" in resumed.stdout
+    assert "OMP_NUM_THREADS=1 goes on exactly" in resumed.stdout
 
 
 def wait_for_lines(file: Path, lines: int, process: "subprocess.Popen[bytes]") -> None:
