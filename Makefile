@@ -17,9 +17,9 @@ demo: $(READY)
 # Where Python is told to keep no bytecode, every process would compile for half a minute.
 export PYTHONDONTWRITEBYTECODE =
 
-# Two processes of tests have two threads each. Waiting threads sleep: spinning ones would keep the others from work.
-# A file stays in one process, so that what its tests share is made once.
-test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+# Waiting threads sleep: beside other work, spinning ones make a small step up to ten times as long. Two processes of
+# tests have two threads each. A file stays in one process, so that what its tests share is made once.
+demo test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
