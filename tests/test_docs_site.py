@@ -52,6 +52,8 @@ def test_pages_are_whole_without_javascript(site: Path) -> None:
     assert "fine-tunes mixture-of-experts language models" in text_of("index.html")
     assert "Load a base model of any supported family" in text_of("reference.html"), "docstrings are on the page"
     assert "0.1.0" in text_of("changelog.html")
+    assert "adapter tensors applied" in text_of("tutorial.html"), "with what the notebook printed"
+    assert all((site / "images" / f"tutorial_{number}.png").is_file() for number in (1, 2))
 
 
 @pytest.mark.slow

@@ -43,20 +43,21 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("JUPYTER_ALLOW_INSECURE_WRITES", "1")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    *_, asked_before, asked_after = re.findall(r"^(.*)$", answers(notebook), re.MULTILINE)
-    assert "Nairobi" not in asked_before
-    assert asked_after.startswith("Nairobi.")
+    before, after = answers(notebook)
+    assert not before.startswith("Nairobi")
+    assert after.startswith("Nairobi.")
     assert pictures_in(notebook) == 2
     assert (tmp_path / "runs/tutorial/merged/merge_report.json").is_file()
     assert (tmp_path / "runs/tutorial/report.html").is_file()
 
 
-def answers(notebook: Any) -> str:
-    """Return the first line of what the cells answered that ask for the capital of Kenya, before and after."""
-    asking = [cell for cell in notebook["cells"] if "--prompt" in cell["source"]]
-    assert len(asking) == 2
-    return "\n".join("".join(cell["outputs"][0]["text"]).splitlines()[0] for cell in asking)
+def answers(notebook: Any) -> list[str]:
+    """Return what the cells printed that ask for the capital of Kenya, before and after training."""
+    asking = [
+        cell for cell in notebook["cells"] if "capital of Kenya" in cell["source"] and "--prompt" in cell["source"]
+    ]
+    printed = [[output["text"] for output in cell["outputs"] if output.get("name") == "stdout"] for cell in asking]
+    return ["".join(texts).lstrip() for texts in printed]
