@@ -42,7 +42,8 @@ def add_guards(trainer: "RunTrainer", recipe: Recipe, metrics: MetricsFile) -> N
             trainer.router_load = trainer.run.kept["router_load"] = RouterLoad(trainer.model)
             limits, stop = (guards.min_load_entropy, guards.max_load_share), guards.router_collapse == "stop"
             alarm = Alarm("router_collapse", metrics)
-            add("router_collapse", RouterCollapse(*limits, architecture.num_experts, stop, alarm))
+            frozen = recipe.router.mode == "frozen"
+            add("router_collapse", RouterCollapse(*limits, architecture.num_experts, stop, alarm, frozen))
         if routed and guards.router_flips:
             trainer.router_probe = RouterProbe(trainer.model, trainer.processing_class)
         if trainer.eval_dataset is not None and train.eval_every and guards.forgetting:

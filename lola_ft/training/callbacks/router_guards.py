@@ -109,9 +109,18 @@ class RouterLoad:
 class RouterCollapse(TrainerCallback):
     """Warns, or ends the run, when a layer's load has too low an entropy or falls mostly on one expert."""
 
-    def __init__(self, min_entropy: float, max_share: float, num_experts: int, stop: bool, alarm: Alarm) -> None:
+    def __init__(
+        self, min_entropy: float, max_share: float, num_experts: int, stop: bool, alarm: Alarm, frozen: bool
+    ) -> None:
+        """Store the limits.
+
+        Args:
+            frozen: Whether the router is; its choices change through LoRA in earlier layers.
+        """
         self.min_entropy, self.max_share, self.num_experts = min_entropy, max_share, num_experts
         self.stop, self._alarm = stop, alarm
+        remedies = "Lower train.learning_rate, or raise router.aux_loss", ", or set router.mode: frozen"
+        self._advice = f"{remedies[0]}{'' if frozen else remedies[1]}."
 
     def on_log(self, _args: object, state: TrainerState, _control: object, logs: dict[str, Any], **_: object) -> None:
         if logs.get("router_tokens", 0) < _ENOUGH * self.num_experts:
@@ -124,12 +133,11 @@ class RouterCollapse(TrainerCallback):
                 f"the router of layer {layer} has collapsed: one expert gets {share:.1%} of the tokens, the load's "
                 f"entropy is {entropy:.2f} (1 is even)."
             )
-            advice = "Raise router.aux_loss, lower train.learning_rate, or set router.mode: frozen."
-            said = self._alarm.update(state.global_step, layer, collapsed, f"{text} {advice}")
+            said = self._alarm.update(state.global_step, layer, collapsed, f"{text} {self._advice}")
             if said and self.stop:
                 raise UserError(
                     f"step {state.global_step}: {text} guards.router_collapse is stop, so the run ends here; earlier "
-                    f"checkpoints are unchanged. {advice}"
+                    f"checkpoints are unchanged. {self._advice}"
                 )
 
     def state_dict(self) -> dict[str, Any]:

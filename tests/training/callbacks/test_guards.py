@@ -178,11 +178,11 @@ def test_load_counts_each_real_token_once(tiny_base: Path, checkpointing: bool) 
     assert load.read() == {}
 
 
-@pytest.mark.parametrize("stop", [False, True])
-def test_a_collapsed_router_is_said_or_ends_the_run(tiny_base: Path, tmp_path: Path, stop: bool) -> None:
+@pytest.mark.parametrize(("stop", "frozen"), [(False, False), (True, False), (True, True)])
+def test_a_collapsed_router_is_said_or_ends_the_run(tiny_base: Path, tmp_path: Path, stop: bool, frozen: bool) -> None:
     model = tiny_model(tiny_base, checkpointing=False)
     load = RouterLoad(model)
-    guard = RouterCollapse(0.2, 0.9, 4, stop, Alarm("router_collapse", MetricsFile(tmp_path / "metrics.jsonl")))
+    guard = RouterCollapse(0.2, 0.9, 4, stop, Alarm("router_collapse", MetricsFile(tmp_path / "metrics.jsonl")), frozen)
     ids = torch.randint(6, 300, (2, 100), generator=torch.Generator().manual_seed(0))
     moe = [module for module in model.modules() if isinstance(module, LolaMoe)][1]
 
@@ -198,8 +198,9 @@ def test_a_collapsed_router_is_said_or_ends_the_run(tiny_base: Path, tmp_path: P
     assert log(1)[f"{ENTROPY}/3"] > 0.2
     moe.gate.register_forward_hook(collapse)
     if stop:
-        with pytest.raises(UserError, match="step 2: the router of layer 3 has collapsed"):
+        with pytest.raises(UserError, match="step 2: the router of layer 3 has collapsed") as refused:
             log(2)
+        assert ("set router.mode: frozen" in str(refused.value)) is not frozen
     else:
         assert log(2)["router_max_share"] == 1.0
         log(3)
