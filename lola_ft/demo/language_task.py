@@ -17,7 +17,7 @@ from lola_ft.nano.sentences import sentences_of
 
 SHORTEST_PIECE, LONGEST_PIECES = 40, (240, 150, 90)  # bytes of a training row, for each way to cut
 PROMPT = "{sentence} —"
-"""The form in which the nano base's text signs a paragraph. With another form, one expert got nearly all tokens."""
+"""The form in which the nano base's text signs a sentence. With another form, one expert got nearly all tokens."""
 
 
 @dataclass(frozen=True)
