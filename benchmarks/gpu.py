@@ -353,8 +353,8 @@ def allocated(device: torch.device) -> float:
     return round(torch.cuda.memory_allocated() / 1e9, 3) if device.type == "cuda" else 0.0
 
 
-def peak(device: torch.device) -> float:
-    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if device.type == "cuda" else 0.0
+def peak(device: torch.device) -> float | None:
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3) if device.type == "cuda" else None
 
 
 def parse() -> argparse.Namespace:

@@ -62,7 +62,10 @@ def fit_of(job: Job, limit: int) -> tuple[str, int | None]:
     if change is None:
         return "no", None
     after = change.prediction.job
-    said = f"{after.micro_batch_size} x {after.length} tokens"
+    changed = (after.micro_batch_size, after.length) != (job.micro_batch_size, job.length)
+    said = f"{after.micro_batch_size} x {after.length} tokens" if changed else "fits"
+    if after.offload != job.offload:
+        said += ", offloaded"
     if after.settings.expert_rank != job.settings.expert_rank:
         said += f", rank {after.settings.expert_rank} on experts"
     return said, change.prediction.total

@@ -48,7 +48,7 @@ def test_the_gpus_benchmark_runs_on_a_cpu_when_small() -> None:
         for part in ("train_1_kept", "train_1_recomputed", "train_8_recomputed"):
             assert 5.5 < model[part]["loss"] < 7.5  # ln(512) = 6.2
             assert 0 < model[part]["share_of_matmul_rate"] < 1
-    assert sum(": yes, " in line or ": no, " in line for line in lines) == 1  # decoding; there is no GPU memory
+    assert sum(": yes, " in line or ": no, " in line for line in lines) == 2  # speeds; there is no GPU memory
 
 
 def test_the_gpus_benchmark_goes_on_where_a_part_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +208,8 @@ def test_standalone_code_gives_the_native_logits() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     [own] = result["with_its_own_code"]
     assert own["largest_logit_difference"] < 1e-4
-    assert own["tokens_per_s"] > 0
+    assert own["tokens_per_s"].keys() == {"1", "32"}
+    assert min(own["tokens_per_s"].values()) > 0
     assert set(result["bytes"]) == {"configuration_lola.py", "modeling_lola.py"}
 
 
@@ -219,5 +220,5 @@ def test_the_readme_has_the_table_of_gpus_that_the_plans_give() -> None:
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout.splitlines()
     table, found = "\n".join(printed[:-1]), json.loads(printed[-1])
     assert table in (root / "README.md").read_text(encoding="utf-8")
-    assert found["instruct_mixtral"]["24GB"] is None
+    assert found["instruct_mixtral"]["8GB"] < 8e9 < found["instruct_mixtral"]["as_in_recipe"], "experts offloaded"
     assert found["instruct"]["8GB"] == found["instruct"]["as_in_recipe"] < 8e9

@@ -44,7 +44,7 @@ def test_a_second_demo_repeats_the_numbers_of_the_first(checkout: Path, capsys: 
     first = json.loads((checkout / "runs" / "demo" / "demo.json").read_text(encoding="utf-8"))
     printed = capsys.readouterr().out
     assert "held-out sentences" in printed
-    assert "5 languages, 6 texts" in printed
+    assert "5 languages, 6 texts" in " ".join(printed.split())  # a narrow table breaks its title
     assert "Most confused" in printed
     assert "best constant answer" in printed
     assert (checkout / "runs" / "demo" / "languages.png").exists()
