@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from memory import read_memory
-from train_step import make_parser, with_adapter, write_base
+from train_step import make_parser, one_step, with_adapter, write_base
 
 import lola_ft
 from lola_ft.memory import keep_freed_memory
@@ -73,13 +73,10 @@ def long_run(way: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
         mask = (torch.arange(length) < rows[:, None]).long()
         ids = torch.randint(6, model.config.vocab_size, (args.batch, length)).where(mask.bool(), 1)
         labels = ids.where(mask.bool(), -100)
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         began = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.bf16):
-            inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-            loss = model(**inputs, use_cache=False, skip_logits=True).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = one_step(model, optimizer, inputs, precision)
         if step >= args.warmup:
             seconds.append(time.perf_counter() - began)
         memory.append(read_memory()["anonymous"])
@@ -91,7 +88,7 @@ def long_run(way: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
         "memory_mb": {f"step {args.warmup}": after, "last tenth": at_the_end, "largest": max(memory)},
         "growth": round(at_the_end / after, 3),
         "share_of_real_tokens": round(real / padded, 3),
-        "loss": round(loss.item(), 4),
+        "loss": round(loss, 4),
     }
 
 

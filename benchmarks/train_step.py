@@ -102,15 +102,22 @@ def train_steps(
     for step in range(warmup + steps):
         ids = torch.randint(6, model.config.vocab_size, (batch, seq), device=model.device)
         began = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.bf16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False, skip_logits=True).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss_value = loss.item()  # waits for a GPU
+        loss_value = one_step(model, optimizer, {"input_ids": ids, "labels": ids}, precision)
         if step >= warmup:
             seconds.append(time.perf_counter() - began)
     return seconds, loss_value
+
+
+def one_step(
+    model: PeftModel, optimizer: torch.optim.Optimizer, inputs: dict[str, torch.Tensor], precision: Precision
+) -> float:
+    """Train on one micro batch, and return its loss."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.bf16):
+        loss = model(**inputs, use_cache=False, skip_logits=True).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()  # waits for a GPU
 
 
 def parse(**defaults: int) -> argparse.Namespace:

@@ -88,3 +88,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a count with its noun, such as "1 row" and "2,000 rows"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

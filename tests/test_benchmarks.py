@@ -201,6 +201,29 @@ def test_full_size_of_another_family_removes_what_it_wrote(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_long_run_compares_rows_as_they_are_with_few_lengths() -> None:
+    options = [*SMALL.split(), "--steps", "20", "--warmup", "10", "--shortest", "8", "--device", "cpu"]
+    command = [sys.executable, str(BENCHMARKS / "long_run.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    as_they_are, few = (result["ways"][way] for way in ("as they are", "few lengths"))
+    assert as_they_are["loss"] == pytest.approx(few["loss"], rel=0.02)
+    assert 0 < few["share_of_real_tokens"] < as_they_are["share_of_real_tokens"] < 1
+    assert few["growth"] > 0
+
+
+@pytest.mark.slow
+def test_roofline_puts_a_top_8_family_beside_the_first() -> None:
+    command = [sys.executable, str(BENCHMARKS / "roofline.py"), *SMALL.split(), "--beside", "olmoe", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert len(result["shares"]) == len(result["olmoe"]["shares"]) == 2
+    # Eight experts per token, each of three matrices of 256 x 64 weights, against one of two of 128 x 64.
+    assert result["olmoe"]["gflops"] * result["olmoe"]["step_s"] > 4 * result["gflops"] * result["step_s"]
+    assert result["share_beside"] > 0
+
+
+@pytest.mark.slow
 def test_standalone_code_gives_the_native_logits() -> None:
     small = "--layers 2 --hidden 64 --heads 4 --experts 4 --vocab 512 --tokens 4 --rounds 1"
     command = [sys.executable, str(BENCHMARKS / "standalone.py"), *small.split()]

@@ -43,13 +43,13 @@ def build_rows(
     languages, is not used for testing.
     """
     rng = random.Random(seed)
+    pieces_of = {tag: _training_pieces(declaration) for tag, declaration in declarations.items()}
     train: list[Row] = []
-    for tag, declaration in declarations.items():
-        pieces = _training_pieces(declaration)
+    for tag, pieces in pieces_of.items():
         again = -(-train_per_language // max(len(pieces), 1))
-        train += [_row(piece, tag, declaration) for piece in rng.sample(pieces * again, train_per_language)]
+        train += [_row(piece, tag, declarations[tag]) for piece in rng.sample(pieces * again, train_per_language)]
     test: list[Row] = []
-    for tag, sentences in _test_sentences(declarations).items():
+    for tag, sentences in _test_sentences(declarations, pieces_of).items():
         asked = rng.sample(sentences, min(test_per_language, len(sentences)))
         test += [_row(sentence, tag, declarations[tag]) for sentence in asked]
     rng.shuffle(train)
@@ -73,10 +73,12 @@ def _training_pieces(declaration: Declaration) -> list[str]:
     return list(dict.fromkeys(piece for pieces in cuts for piece in pieces))
 
 
-def _test_sentences(declarations: Mapping[str, Declaration]) -> dict[str, list[str]]:
+def _test_sentences(
+    declarations: Mapping[str, Declaration], pieces_of: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
     """Return held-out sentences by tag, without those that occur in a training row, in training text, or twice."""
     trained = {tag: normalise("\n".join(found.training_paragraphs)) for tag, found in declarations.items()}
-    rows = {normalise(piece) for found in declarations.values() for piece in _training_pieces(found)}
+    rows = {normalise(piece) for pieces in pieces_of.values() for piece in pieces}
     sentences = {tag: list(dict.fromkeys(sentences_of(d.held_out_paragraphs))) for tag, d in declarations.items()}
     texts = Counter(normalise(sentence) for found in sentences.values() for sentence in found)
     return {

@@ -170,11 +170,11 @@ class Architecture:
                 "or choose another base."
             )
 
-    def refuse_offload(self, quantization: str | None, device: str, processes: int = 1) -> None:
+    def refuse_offload(self, in_4_bit: bool, device: str, processes: int = 1) -> None:
         """Refuse `base.offload: experts` if experts cannot be kept in host memory, or if nothing would be saved.
 
         Args:
-            quantization: "nf4" or None.
+            in_4_bit: The base is loaded in 4 bit.
             device: "cuda" or "cpu".
             processes: Number of processes that train together.
 
@@ -183,7 +183,7 @@ class Architecture:
         """
         reasons = {
             f"a {self.family.title} has no experts": not self.sizes.moe_layers,
-            "base.quantization is none": quantization is None,
+            "base.quantization is none": not in_4_bit,
             "there is no GPU here, and on a CPU they are in host memory in any case": device != "cuda",
             f"each of {processes} processes would keep a copy of them": processes > 1,
         }

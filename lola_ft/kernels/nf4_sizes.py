@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 BLOCK = 64
 ABSMAX_BLOCK = 256
+LAYERS_ON_DEVICE = 2
+"""Layers of offloaded experts that have a buffer on the device: one computes while the next is copied."""
 _ALIGNMENT = 256  # bytes; tensors that kernels read start at multiples of it
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lola_ft.kernels.nf4_sizes import packed_sizes, starts_of_store
+from lola_ft.kernels.nf4_sizes import LAYERS_ON_DEVICE, packed_sizes, starts_of_store
 from lola_ft.planning.job import Job
 from lola_ft.planning.sizes import show_size
 
-_BUFFERS = 2  # layers on the GPU at a time; see `quantization/layer_copies.py`
 LINK_BYTES = 20e9
 """Bytes per second from pinned memory over PCIe 4.0 x16; half of this over 3.0 or x8. An estimate."""
 MATMUL_FLOPS = 30e12
@@ -45,7 +44,7 @@ class Offloading:
     @property
     def buffers(self) -> int:
         """Bytes of the buffers on the GPU."""
-        return self.layer * min(_BUFFERS, len(self.job.sizes.moe_layers))
+        return self.layer * min(LAYERS_ON_DEVICE, len(self.job.sizes.moe_layers))
 
     @property
     def copied(self) -> int:

@@ -16,6 +16,7 @@ The peak is the largest of the three sums. An example, `recipes/instruct.yaml` (
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lola_ft.families.parts import Audit
@@ -64,7 +65,7 @@ class Prediction:
     moment: str
     work: int
 
-    @property
+    @cached_property
     def offloading(self) -> Offloading | None:
         """The experts in host memory; None without offloading."""
         return Offloading(self.job) if self.job.offload else None

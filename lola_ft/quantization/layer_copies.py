@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from lola_ft.errors import UserError
-
-_BUFFERS = 2
+from lola_ft.kernels.nf4_sizes import LAYERS_ON_DEVICE
 
 
 class Transfers(Protocol):
@@ -98,9 +97,9 @@ class LayerCopies:
         self._stores: list[Tensor] = []
         self._buffers: list[Tensor] = []
         # For each buffer: the layer in it or on its way, the event of its arrival, and the event of its last use's end.
-        self._held: list[int | None] = [None] * _BUFFERS
-        self._arrived: list[Any] = [None] * _BUFFERS
-        self._left: list[Any] = [None] * _BUFFERS
+        self._held: list[int | None] = [None] * LAYERS_ON_DEVICE
+        self._arrived: list[Any] = [None] * LAYERS_ON_DEVICE
+        self._left: list[Any] = [None] * LAYERS_ON_DEVICE
         self._last, self._step, self._in_use = -1, 1, False
 
     def add(self, num_bytes: int) -> tuple[int, Tensor, Tensor]:
@@ -108,20 +107,20 @@ class LayerCopies:
         number = len(self._stores)
         assert not self._stores or self._stores[0].numel() == num_bytes, "all layers have stores of one size"
         self._stores.append(self._transfers.host_memory(num_bytes))
-        if number < _BUFFERS:
+        if number < LAYERS_ON_DEVICE:
             self._buffers.append(self._transfers.device_memory(num_bytes))
             self._left[number] = self._transfers.mark()  # this memory's earlier tensors may still be in use
-        return number, self._stores[number], self._buffers[number % _BUFFERS]
+        return number, self._stores[number], self._buffers[number % LAYERS_ON_DEVICE]
 
     @contextmanager
     def use(self, layer: int) -> Iterator[None]:
         """Have a layer's store in its buffer, and copy the layer that is likely to be next meanwhile."""
         assert not self._in_use, "layers compute one after another"
-        buffer = layer % _BUFFERS
+        buffer = layer % LAYERS_ON_DEVICE
         self._fetch(layer)
         self._transfers.wait(self._arrived[buffer])
         following = self._following(layer)
-        if following is not None and following % _BUFFERS != buffer:
+        if following is not None and following % LAYERS_ON_DEVICE != buffer:
             self._fetch(following)
         self._in_use = True
         try:
@@ -132,7 +131,7 @@ class LayerCopies:
 
     def _fetch(self, layer: int) -> None:
         """Queue the copy of a layer into its buffer, unless the layer is there or on its way."""
-        buffer = layer % _BUFFERS
+        buffer = layer % LAYERS_ON_DEVICE
         if self._held[buffer] != layer:
             after = self._left[buffer]
             self._arrived[buffer] = self._transfers.copy(self._stores[layer], self._buffers[buffer], after)

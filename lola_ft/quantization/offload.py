@@ -105,7 +105,7 @@ def copies_for(
         return None
     if offload != "experts":
         raise UserError(f"offload '{offload}' is not known; use 'experts' or None.")
-    architecture.refuse_offload(quantization, device.type)
+    architecture.refuse_offload(quantization is not None, device.type)
     return LayerCopies(transfers_for(device))
 
 

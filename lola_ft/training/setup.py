@@ -118,8 +118,7 @@ def fit_to_base(
 def refuse_offload(recipe: Recipe, base: OpenBase, device: str, processes: int = 1) -> None:
     """Refuse a recipe's `base.offload` that the base, the device or the number of processes does not allow."""
     if recipe.base.offload != "none":
-        quantization = None if recipe.base.quantization == "none" else recipe.base.quantization
-        base.architecture.refuse_offload(quantization, device, processes)
+        base.architecture.refuse_offload(recipe.base.quantization != "none", device, processes)
 
 
 def read_data(

@@ -26,7 +26,6 @@ from lola_ft.quantization import load_base
 from lola_ft.quantization.audit import audit
 from lola_ft.training.reports.tables import count_trainable
 from tests.adapters.test_stock_peft import PARITY, load_stock
-from tests.grids import slow_but
 from tests.tiny import TINY, tiny_config
 
 D, F, E = 64, 128, 4  # sizes of the tiny base; MoE layers 1 and 3
@@ -80,7 +79,7 @@ def test_each_bias_is_trained_once(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("norms", "checkpointing"),
-    slow_but([(False, False), (True, True)], [(False, False), (False, True), (True, False), (True, True)]),
+    [(False, False), (False, True), (True, False), (True, True)],
 )
 def test_three_steps_change_only_trained_weights(
     norms: bool, checkpointing: bool, load: Callable[..., Any], ids: Tensor, biased_base: Path

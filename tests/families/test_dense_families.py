@@ -298,11 +298,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST_OPTIONS = [("norms and biases", "gpt2")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("option", "kind"), slow_but(FAST_OPTIONS, itertools.product(OPTIONS, KINDS)))
+@pytest.mark.parametrize(("option", "kind"), itertools.product(OPTIONS, KINDS))
 def test_every_option_trains_is_stored_and_merged(
     option: str, kind: str, dense_recipe: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -47,11 +47,8 @@ def trained(base: Path, settings: AdapterSettings, quantization: str | None = No
     return model.eval()
 
 
-FAST_KINDS = ("router", "norms and biases with dora")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_but(FAST_KINDS, KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_computes_what_was_trained(kind: str, tiny_base: Path, ids: Tensor, tmp_path: Path) -> None:
     model = trained(tiny_base, KINDS[kind])
     layout = "per_expert" if "some" in kind else "peft"

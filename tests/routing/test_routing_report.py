@@ -172,7 +172,7 @@ def test_every_language_of_the_table_has_name_script_and_one_family() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("pictures")
-@pytest.mark.parametrize("languages", [1, 3, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("languages", [1, 3, 150])
 def test_a_report_of_few_or_many_languages_is_whole(languages: int, made_profile: Make, tmp_path: Path) -> None:
     codes = list(read_languages())[:languages]
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["chat", pytest.param("chatml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("template", ["chat", "chatml"])
 def test_what_was_trained_is_what_a_pipeline_asks_and_the_answer_ends(
     template: str, chat_base: Path, rows: Path, verb: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -31,7 +31,6 @@ from lola_ft.training.base_model import adapter_settings, load_with_adapter
 from lola_ft.training.setup import fit_to_base
 from tests.conftest import Outcome, assert_says, make_base
 from tests.families.moe import make_moe
-from tests.grids import slow_but
 from tests.training.checkpointing.test_resume import assert_same_run, run_child
 from tests.training.conftest import recipe_dict
 
@@ -111,7 +110,7 @@ def resolved(run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", slow_but(["some experts, biases"], list(KINDS)))
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_the_second_stage_starts_where_the_first_ended(kind: str, stages: Stages) -> None:
     """With a learning rate of next to nothing the weights stay; the settings are the first recipe's."""
     first = stages.train(stages.write("first", **KINDS[kind]))
@@ -142,7 +141,7 @@ def test_a_stage_trains_all_that_the_first_has_trained(stages: Stages) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", slow_but(["per_expert"], ["peft", "per_expert"]))
+@pytest.mark.parametrize("layout", ["peft", "per_expert"])
 def test_a_stage_of_another_family_starts_from_either_layout(layout: str, of_olmoe: Stages) -> None:
     groups = {"mlp": None, "attention": {"rank": 4}, "experts": {"rank": 4}}
     first = of_olmoe.train(of_olmoe.write("first", adapter=groups))

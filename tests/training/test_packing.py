@@ -79,7 +79,7 @@ def test_packed_rows_go_to_another_process() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packs", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packs", [True, False])
 def test_a_run_trains_and_evaluates_on_mapped_rows(
     recipe_file: Callable[..., Path],
     verb: Callable[..., Any],

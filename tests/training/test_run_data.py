@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from lola_ft.data import Template
 from lola_ft.recipe import load_recipe
 from lola_ft.training.dataset import RunData, pin, prepare
-from tests.grids import slow_but
 
 
 def rows_file(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
@@ -126,7 +125,7 @@ def test_a_hub_dataset_is_pinned_in_the_recipe_and_the_manifest(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", slow_but([True], [False, True]))
+@pytest.mark.parametrize("packing", [False, True])
 def test_the_mix_is_what_is_trained(
     recipe_file: Callable[..., Path], verb: Callable[..., Any], tmp_path: Path, packing: bool
 ) -> None:

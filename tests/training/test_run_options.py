@@ -19,7 +19,6 @@ from lola_ft.training.precision import choose_precision
 from lola_ft.training.reports.metrics import read_metrics
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.run_trainer import raise_rate_of_b
-from tests.grids import slow_but
 from tests.tiny import TINY
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("option", slow_but(["some experts"], OPTIONS))
+@pytest.mark.parametrize("option", OPTIONS)
 def test_a_run_with_each_option_learns_and_merges(
     option: str, recipe_file: Callable[..., Path], tiny_base: Path, tmp_path: Path
 ) -> None:

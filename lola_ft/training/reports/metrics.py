@@ -77,6 +77,12 @@ def _put(line: dict[str, Any], key: str, value: float | None) -> None:
         line[key] = value
 
 
+def first_and_last(metrics: list[dict[str, Any]], key: str) -> tuple[float, float] | None:
+    """Return a number's first and last known value; None if it is in no line."""
+    values = [line[key] for line in metrics if line.get(key) is not None]
+    return (values[0], values[-1]) if values else None
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a `metrics.jsonl`."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -13,11 +13,11 @@ from ruamel.yaml import YAML
 
 from lola_ft.card.render import lora_line
 from lola_ft.card.stages import STAGE_HEADER, stage_rows
-from lola_ft.console import duration
+from lola_ft.console import counted, duration
 from lola_ft.data.task_formats import language_name
 from lola_ft.file_names import REPORT_FILE
 from lola_ft.files import write_text
-from lola_ft.training.reports.metrics import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE
+from lola_ft.training.reports.metrics import BY_LANGUAGE, DEAD, ENTROPY, FLIP_RATE, SHARE, first_and_last
 from lola_ft.training.reports.svg_chart import Points, line_chart
 
 Metrics = list[dict[str, Any]]
@@ -75,13 +75,12 @@ def _summary(manifest: dict[str, Any], metrics: Metrics) -> list[tuple[str, str]
     if trained := manifest.get("trained"):
         rows.append(("trained parameters", f"{sum(group['parameters'] for group in trained.values()):,}"))
     if total := data.get("total"):
-        rows.append(("data", f"{total['kept']:,} rows in {_count(len(data.get('languages', {})), 'language')}"))
+        rows.append(("data", f"{total['kept']:,} rows in {counted(len(data.get('languages', {})), 'language')}"))
     rows.append(("objective", recipe.get("objective", "sft")))
     rows.append(("steps", f"{results.get('steps', 0):,}, {results.get('tokens', 0):,} tokens"))
     for key, name in (("loss", "training loss"), ("eval_loss", "validation loss")):
-        values = [line[key] for line in metrics if line.get(key) is not None]
-        if values:
-            rows.append((name, f"{_number(values[0])} at first, {_number(values[-1])} at the end"))
+        if ends := first_and_last(metrics, key):
+            rows.append((name, f"{_number(ends[0])} at first, {_number(ends[1])} at the end"))
     if seconds := manifest.get("timings", {}).get("train_s"):
         rows.append(("time", duration(seconds)))
     return rows
@@ -178,10 +177,6 @@ def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _yaml(recipe: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from lola_ft.card.render import lora_line
 from lola_ft.console import Console, duration
 from lola_ft.file_names import ADAPTER_FOLDER, MANIFEST_FILE, METRICS_FILE, REPORT_FILE
-from lola_ft.training.reports.metrics import read_metrics
+from lola_ft.training.reports.metrics import first_and_last, read_metrics
 
 
 def print_summary(output: Path, console: Console) -> None:
@@ -40,9 +40,8 @@ def summary_rows(manifest: dict[str, Any], metrics: list[dict[str, Any]]) -> lis
     parameters = sum(group["parameters"] for group in manifest["trained"].values())
     rows = [("trained", f"{parameters:,} parameters on {recipe['base']['model']}: {lora_line(recipe)}")]
     for key, name in (("loss", "loss"), ("eval_loss", "validation loss")):
-        values = [line[key] for line in metrics if line.get(key) is not None]
-        if values:
-            rows.append((name, f"{values[0]:.3f} at first, {values[-1]:.3f} at the end"))
+        if ends := first_and_last(metrics, key):
+            rows.append((name, f"{ends[0]:.3f} at first, {ends[1]:.3f} at the end"))
     timings = manifest.get("timings", {})
     rows.append(
         ("time", f"{duration(timings.get('train_s', 0))}, {timings.get('tokens_per_s', 0):,.0f} tokens per second")

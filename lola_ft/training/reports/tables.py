@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from lola_ft.console import Console
+from lola_ft.console import Console, counted
 from lola_ft.data import Counts, EncodingReport, Mixed
 from lola_ft.families import architecture_of
 from lola_ft.training.dataset import RunData
@@ -34,20 +34,17 @@ def print_report(data: RunData, console: Console) -> None:
 
 def _left_out(data: RunData) -> Iterator[str]:
     if data.bad_rows and data.bad_rows.counts:
-        skipped = _rows(data.bad_rows.counts.total())
+        skipped = counted(data.bad_rows.counts.total(), "row")
         yield f"Skipped {skipped} that cannot be used; the run's manifest.json lists them. The first:"
         yield from (f"  {message}" for message in data.bad_rows.messages[:_BAD_ROWS_SHOWN])
     if data.duplicates:
-        yield f"Left out of training: {_rows(data.duplicates.total())} that repeat an earlier one."
+        yield f"Left out of training: {counted(data.duplicates.total(), 'row')} that repeat an earlier one."
     if data.leaks and data.leaks.rows:
         fate = "Left out of training" if data.leaks.action == "drop" else "Kept in training"
-        yield f"{fate}: {_rows(data.leaks.rows)} that are also validation rows."
+        yield f"{fate}: {counted(data.leaks.rows, 'row')} that are also validation rows."
     if data.leaks and data.leaks.prompts:
-        yield f"Kept in training: {_rows(data.leaks.prompts)} with the prompt of a validation row and another answer."
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"
+        kept = counted(data.leaks.prompts, "row")
+        yield f"Kept in training: {kept} with the prompt of a validation row and another answer."
 
 
 def mix_table(mixed: Mixed) -> Table:

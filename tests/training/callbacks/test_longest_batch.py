@@ -18,7 +18,6 @@ from lola_ft.training.callbacks.longest_batch import explained_out_of_memory, lo
 from lola_ft.training.trainers.arguments import padding_multiple
 from lola_ft.training.trainers.sft import SftTrainer
 from tests.conftest import write_rows
-from tests.grids import slow_but
 
 
 def test_the_longest_rows_are_found_whatever_their_order() -> None:
@@ -81,7 +80,7 @@ JUDGED_ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", slow_but(["kto"], JUDGED_ROWS))
+@pytest.mark.parametrize("objective", JUDGED_ROWS)
 def test_preferences_are_learned_bit_for_bit_as_without_the_trial(
     objective: str, recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

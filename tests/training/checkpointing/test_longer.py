@@ -15,7 +15,6 @@ from transformers import get_cosine_schedule_with_warmup
 from lola_ft.recipe import load_recipe
 from lola_ft.training import train
 from tests.conftest import Outcome, assert_says
-from tests.grids import slow_but
 from tests.training.checkpointing.test_resume import metrics, run_child, write_recipe
 
 TO_SIX = ("train.max_steps=6", "--resume", "--allow-changed", "train.max_steps")
@@ -69,15 +68,12 @@ def cosine(steps: int, warmup: int = 0) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("short", "long", "changes"),
-    slow_but(
-        [("max_steps=3", "max_steps=6", {})],
-        [
-            ("max_steps=3", "max_steps=6", {}),
-            ("epochs=1", "epochs=2", {}),  # ends where an epoch does
-            ("epochs=1", "max_steps=7", {}),
-            ("max_steps=3", "max_steps=6", {"log_every": 2}),
-        ],
-    ),
+    [
+        ("max_steps=3", "max_steps=6", {}),
+        ("epochs=1", "epochs=2", {}),  # ends where an epoch does
+        ("epochs=1", "max_steps=7", {}),
+        ("max_steps=3", "max_steps=6", {"log_every": 2}),
+    ],
 )
 def test_a_constant_rate_gives_the_run_that_was_long_from_the_start(
     short: str,

@@ -24,7 +24,6 @@ from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainers.arguments import training_arguments
 from lola_ft.training.trainers.preference import DpoTrainer, KtoTrainer
 from tests.conftest import Outcome, write_rows
-from tests.grids import slow_but
 from tests.training.conftest import recipe_dict
 
 EOS = 5
@@ -268,7 +267,7 @@ def test_no_language_can_be_watched(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", slow_but(["dpo"], ["dpo", "kto"]))
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_rows_of_a_batch_that_is_not_finite_are_named(
     objective: str,
     recipe_of: Callable[..., Path],

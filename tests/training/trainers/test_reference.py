@@ -23,7 +23,6 @@ from lola_ft.training.dataset import prepare
 from lola_ft.training.setup import fit_to_base
 from tests.conftest import Outcome, assert_says, write_rows
 from tests.families.moe import make_moe
-from tests.grids import slow_but
 from tests.training.checkpointing.test_resume import run_child
 from tests.training.conftest import recipe_dict
 from tests.training.test_continue_from import KINDS
@@ -72,10 +71,7 @@ def preference(tmp_path: Path, tiny_base: Path, rows_file: Path, verb: Callable[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    slow_but(
-        [("kto", "lora")],
-        [("dpo", "trained too"), ("kto", "lora"), *(("dpo", kind) for kind in KINDS if kind != "trained too")],
-    ),
+    [("dpo", "trained too"), ("kto", "lora"), *(("dpo", kind) for kind in KINDS if kind != "trained too")],
 )
 def test_the_first_loss_is_that_of_no_change(objective: str, kind: str, preference: Preference) -> None:
     """The adapter has moved away from the base, and is its own reference all the same; nothing of it stays behind."""

@@ -16,7 +16,6 @@ from lola_ft.planning.reference_passes import ReferencePasses, reference_passes
 from lola_ft.recipe import load_recipe
 from lola_ft.training.checkpointing.resume import find_run
 from tests.conftest import Outcome, assert_says
-from tests.grids import slow_but
 from tests.training.checkpointing.test_resume import run_child
 from tests.training.test_processes import TWO, launch
 from tests.training.trainers.test_preference import metrics, without_times
@@ -42,7 +41,7 @@ def from_the_base(recipe: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "continued"),
-    slow_but([("dpo", True)], [("dpo", True), ("kto", True), ("dpo", False), ("kto", False)]),
+    [("dpo", True), ("kto", True), ("dpo", False), ("kto", False)],
 )
 def test_both_ways_give_the_same_losses(objective: str, continued: bool, preference: Preference) -> None:
     """In the first epoch to the bit, for a row is in the same micro batch; later, sums of other batches differ."""

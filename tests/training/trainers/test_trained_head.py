@@ -64,7 +64,7 @@ def test_without_its_adapter_the_head_is_the_bases(bases: dict[str, Path]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "way"),
-    slow_but([("dpo", "before")], [(objective, way) for objective in STARTS for way in ("before", "beside")]),
+    [(objective, way) for objective in STARTS for way in ("before", "beside")],
 )
 def test_preferences_move_the_rows_of_special_tokens(
     objective: str, way: str, tmp_path: Path, tiny_base: Path, rows_file: Path, verb: Callable[..., Outcome]
