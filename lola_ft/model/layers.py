@@ -61,11 +61,14 @@ class LolaAttention(nn.Module):
         if stretches is None:
             out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:
-            parts = []
-            for start, stop, mask in stretches:
-                q, k, v = (part[:, :, start:stop] for part in (query, key, value))
-                parts.append(self._attend(q, k, v, mask, **kwargs)[0])
-            out, weights = torch.cat(parts, dim=1), None
+            # `split` has one backward for all stretches. A slice's backward would fill a tensor of the whole row.
+            sizes = [stop - start for start, stop, _ in stretches]
+            parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+            outs = [
+                self._attend(q, k, v, stretch.mask, **kwargs)[0]
+                for (q, k, v), stretch in zip(parts, stretches, strict=True)
+            ]
+            out, weights = torch.cat(outs, dim=1), None
         out_BSD = self.c_proj(out.reshape(batch, seq, -1))
         return self.resid_dropout(out_BSD), weights
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS = {"cpu": 512, "cuda": 2048}
+TOKENS = {"cpu": 128, "cuda": 2048}
 """Most tokens of a stretch of several documents, by device: a GPU wants few large operations, a CPU little work."""
 
 

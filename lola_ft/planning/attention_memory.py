@@ -33,9 +33,13 @@ def attended(job: Job) -> tuple[int, float]:
 
 
 def score_numbers(job: Job) -> int:
-    """Return the number of scores of a layer (H, S, S), over the whole micro batch."""
+    """Return the number of scores of a layer (H, S, S), over the whole micro batch.
+
+    A single document may be longer than stretches of several; then the largest number is that of full rows.
+    """
     length, count = attended(job)
-    return round(count * job.sizes.heads * length**2)
+    longest = min(job.tokens, max(length, job.length))
+    return round(count * job.sizes.heads * length * longest)
 
 
 def mask_numbers(job: Job) -> int:

@@ -12,7 +12,7 @@ from lola_ft.adapters import AdapterSettings
 from lola_ft.families import BLOOM, GPT2, LOLA
 from lola_ft.kernels.experts import run_experts
 from lola_ft.kernels.products import GroupedMatmuls
-from lola_ft.model import experts
+from lola_ft.model import experts, packed
 from lola_ft.planning.saved_for_backward import activations, kept_by_activation
 from tests.grids import slow_but
 from tests.planning.conftest import FAMILIES, Batch, adapted, job_of, make
@@ -132,6 +132,7 @@ def test_a_gpus_way_with_the_experts_is_as_planned_to_the_byte(
     given = {"attention_rank": 4, "mlp_rank": 8, "expert_rank": 12, "selection": selection}
     settings = AdapterSettings(**given, dropouts={"experts": dropout})
     monkeypatch.setattr(experts, "run_experts", partial(run_experts, products=GroupedMatmuls()))
+    monkeypatch.setitem(packed.TOKENS, "cpu", packed.TOKENS["cuda"])
     batch = Batch(3, 50)
     model = adapted(odd_base, None, "float32", settings)
     job = replace(job_of(model.config, settings, None, "float32", batch), device="cuda")
