@@ -32,7 +32,7 @@ from lola_ft.nano.declaration import load_declarations
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, load_recipe
 
-TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 300, 8
+TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 300, 12
 TEST_FILE = "test.jsonl"
 PICTURE = "languages.png"
 _LONGEST_ANSWER = 10

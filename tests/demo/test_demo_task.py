@@ -1,11 +1,11 @@
-"""The demo's rows: sentences of articles that nothing was trained on, the same number for each text."""
+"""The demo's rows: sentences of articles that nothing was trained on, more where two texts look alike."""
 
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from lola_ft.demo.language_task import build_rows
+from lola_ft.demo.language_task import build_rows, row_counts
 from lola_ft.nano.cldr import normalise
 from lola_ft.nano.declaration import Article, Declaration, find_declaration
 from lola_ft.nano.sentences import MAX_BYTES, MIN_BYTES, sentences_of
@@ -22,13 +22,21 @@ def sentence(prompt: str) -> str:
     return prompt.removesuffix(" —")
 
 
-def test_rows_are_balanced_and_ask_for_the_languages_name(declarations: dict[str, Declaration]) -> None:
+def test_rows_ask_for_the_languages_name_as_often_as_each_text_is_given(declarations: dict[str, Declaration]) -> None:
     train, test = build_rows(declarations, train_per_language=150, test_per_language=5)
     assert (train, test) == build_rows(declarations, train_per_language=150, test_per_language=5)
-    assert Counter(row.language for row in train) == dict.fromkeys(TAGS, 150)
+    assert Counter(row.language for row in train) == row_counts(declarations, 150)
     assert Counter(row.language for row in test) == dict.fromkeys(TAGS, 5)
     assert {row.completion for row in test if row.language.startswith("sr")} == {" Serbian"}
     assert all(row.prompt == f"{sentence(row.prompt)} —" for row in (*train, *test))
+
+
+def test_texts_that_look_like_another_languages_have_more_rows(declarations: dict[str, Declaration]) -> None:
+    counts = row_counts(declarations, 150)
+    assert sum(counts.values()) == pytest.approx(150 * len(TAGS), rel=0.01)
+    assert counts["bs"] == counts["sr-Latn"] > 1.5 * counts["am"], "Bosnian and Serbian in Latin, against Amharic"
+    assert counts["sr"] < counts["sr-Latn"], "another script, and a text of the same language does not count"
+    assert row_counts({"am": declarations["am"]}, 7) == {"am": 7}
 
 
 def test_questions_are_of_held_out_articles_only(declarations: dict[str, Declaration]) -> None:
