@@ -19,13 +19,13 @@ import matplotlib.pyplot as plt
 
 _HERE = Path(__file__).parent
 RUNS = {
-    "train_step": ["train_step.py", "--steps", "5"],
-    "whole_step": ["whole_step.py", "--steps", "5", "--warmup", "1"],
-    "roofline": ["roofline.py", "--steps", "5", "--beside", "olmoe"],
-    "families": ["families.py", "--families", "olmoe", "--layers", "2", "--steps", "3", "--warmup", "1"],
-    "long_run": ["long_run.py", "--layers", "2", "--steps", "100", "--warmup", "30", "--seq", "256"],
+    "train_step": ["train_step.py", "--steps", "3", "--warmup", "1"],
+    "whole_step": ["whole_step.py", "--layers", "4", "--steps", "5", "--warmup", "1"],
+    "roofline": ["roofline.py", "--layers", "4", "--steps", "5", "--warmup", "1", "--beside", "olmoe"],
+    "families": ["families.py", "--families", "olmoe", "--layers", "1", "--steps", "3", "--warmup", "1"],
+    "long_run": ["long_run.py", "--layers", "1", "--steps", "100", "--warmup", "30", "--seq", "256", "--batch", "2"],
     "experts": ["experts.py"],
-    "scaling": ["scaling.py", "--layers", "4", "--steps", "3"],
+    "scaling": ["scaling.py", "--layers", "2", "--steps", "3"],
     "decode": ["decode.py"],
     "load": ["load.py", "--layers", "2"],
     "merge": ["merge.py", "--layers", "2"],

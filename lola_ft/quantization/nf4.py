@@ -17,9 +17,10 @@ Letters in shapes: n values of a weight, c values of a chunk of it, M matrices o
 (blocks) and n/64/256 (blocks of scales) are rounded up.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 import bitsandbytes.functional as bnb
@@ -34,7 +35,9 @@ from lola_ft.kernels.tiles import Tiles
 
 # Values quantised at a time: few enough for a core's cache, enough that threads seldom wait for the interpreter.
 _CHUNK = 4096 * BLOCK
+_SQUARE = 64  # values along a side of the squares in which a transposed weight is copied
 _TILE = 1 << 20  # values dequantised at a time on a CPU: 4 MB in float32
+Values = Callable[[slice], np.ndarray]  # returns a chunk of a weight's values
 _SMALLEST_SCALE = np.float32(1e-38)  # divisor of a block of zeros
 
 
@@ -62,11 +65,11 @@ def quantize(weight: Tensor, out: NF4 | None = None) -> NF4:
         out: Tensors to write into; new ones if left out.
     """
     # 1. Codes, two per byte (n/2,), and the float32 scale of each block (n/64,)
-    flat = weight.contiguous().view(-1)
-    if flat.device.type == "cpu":
-        packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8) if out is None else out.packed
-        scales = _fill_codes(flat, packed)
+    if weight.device.type == "cpu":
+        packed = torch.empty(-(-weight.numel() // 2), dtype=torch.uint8) if out is None else out.packed
+        scales = _fill_codes(weight.detach(), packed)
     else:
+        flat = weight.contiguous().view(-1)
         packed, scales = torch.ops.bitsandbytes.quantize_4bit.default(flat, BLOCK, "nf4", torch.uint8)
     # 2. Scales around their mean, in 8 bits: codes (n/64,) and a float32 scale for each 256 of them
     offset = scales.mean()
@@ -80,8 +83,8 @@ def quantize(weight: Tensor, out: NF4 | None = None) -> NF4:
     return out
 
 
-def _fill_codes(flat: Tensor, packed: Tensor) -> Tensor:
-    """Fill `packed` (n/2,) with the codes of a flat CPU weight, and return its float32 block scales (n/64,).
+def _fill_codes(weight: Tensor, packed: Tensor) -> Tensor:
+    """Fill `packed` (n/2,) with the codes of a CPU weight in memory order, and return its float32 block scales (n/64,).
 
     A code is the number of bounds (midpoints between neighbouring NF4 values) below the scaled value. This gives the
     codes of bitsandbytes' CPU operator (0.50) in a fraction of its time and memory: the operator spends three quarters
@@ -91,13 +94,21 @@ def _fill_codes(flat: Tensor, packed: Tensor) -> Tensor:
     that calls torch leaves a pool of OpenMP threads behind. After that, every operation of the process has to wake its
     own threads first: a tenth of a millisecond each time, a fifth of a training step in all.
     """
-    numel = flat.numel()
+    numel = weight.numel()
     scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32)
-    # Whole blocks, a cache-sized chunk per task
-    whole = numel - numel % BLOCK
-    chunks = [slice(start, min(start + _CHUNK, whole)) for start in range(0, whole, _CHUNK)]
-    weights, codes, absmax = _as_numpy(flat.detach()), packed.numpy(), scales.numpy()
-    list(_threads(torch.get_num_threads()).map(lambda chunk: _quantize_chunk(weights, chunk, codes, absmax), chunks))
+    # A chunk per task: its values fit a core's cache. A transposed matrix is cut into whole rows.
+    columns = weight.shape[-1] if weight.ndim else 1
+    if weight.ndim == 2 and not weight.is_contiguous() and weight.t().is_contiguous() and columns % BLOCK == 0:
+        step, whole = max(1, _CHUNK // columns) * columns, numel
+        values: Values = partial(_transposed_rows, _as_numpy(weight.t()), columns)
+    else:
+        flat = weight.contiguous().view(-1)
+        step, whole = _CHUNK, numel - numel % BLOCK
+        values = _as_numpy(flat).__getitem__
+    codes, absmax = packed.numpy(), scales.numpy()
+    chunks = [slice(start, min(start + step, whole)) for start in range(0, whole, step)]
+    threads = _threads(torch.get_num_threads())
+    list(threads.map(lambda chunk: _quantize_chunk(values(chunk), chunk, codes, absmax), chunks))
     # The last block, if it is not full: bitsandbytes' own operator
     if whole < numel:
         tail, tail_scale = torch.ops.bitsandbytes.quantize_4bit.default(flat[whole:], BLOCK, "nf4", torch.uint8)
@@ -105,19 +116,35 @@ def _fill_codes(flat: Tensor, packed: Tensor) -> Tensor:
     return scales
 
 
+def _transposed_rows(stored: np.ndarray, columns: int, chunk: slice) -> np.ndarray:
+    """Return some whole rows of a matrix that is stored transposed, one after another: (c,).
+
+    They are copied in squares, because reading down a column of the whole matrix would miss the cache with each value.
+
+    Args:
+        stored: The matrix as it is stored (columns, rows).
+        chunk: First and last value, counted along the rows.
+    """
+    part = np.ascontiguousarray(stored[:, chunk.start // columns : chunk.stop // columns])
+    rows = np.empty(part.shape[::-1], part.dtype)
+    for start in range(0, columns, _SQUARE):
+        rows[:, start : start + _SQUARE] = part[start : start + _SQUARE].T
+    return rows.reshape(-1)
+
+
 def _as_numpy(flat: Tensor) -> np.ndarray:
     """View a tensor's memory in numpy. numpy has no bfloat16: it becomes uint16, the upper half of a float32."""
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
-def _quantize_chunk(weights: np.ndarray, chunk: slice, packed: np.ndarray, scales: np.ndarray) -> None:
-    """Fill a chunk's codes and scales, with numpy only."""
-    # Values of the chunk in float32, (c,); bfloat16 becomes float32 by 16 zero bits below
-    if weights.dtype == np.uint16:
-        bits = weights[chunk].astype(np.uint32)
+def _quantize_chunk(values: np.ndarray, chunk: slice, packed: np.ndarray, scales: np.ndarray) -> None:
+    """Fill a chunk's codes and scales from its values (c,), with numpy only."""
+    # The values in float32, (c,); bfloat16 becomes float32 by 16 zero bits below
+    if values.dtype == np.uint16:
+        bits = values.astype(np.uint32)
         scaled = np.left_shift(bits, 16, out=bits).view(np.float32)
     else:
-        scaled = weights[chunk].astype(np.float32)  # a copy in every case
+        scaled = values.astype(np.float32)  # a copy in every case
     # Scale of each block (c/64,), and the values divided by it in place: `blocks` (c/64, 64) is a view of `scaled`
     blocks = scaled.reshape(-1, BLOCK)
     absmax = np.abs(blocks).max(axis=1)

@@ -72,6 +72,14 @@ def test_bits_are_bitsandbytes_own_for_hard_values(case: str, stored: torch.dtyp
     assert_same_bits(weight.to(stored))
 
 
+@pytest.mark.parametrize("shape", [*ALIGNED, *UNALIGNED, (64, 8192), (4160, 130), (300, 3000)])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_a_weight_that_is_stored_transposed_has_the_bits_of_its_copy(
+    shape: tuple[int, int], stored: torch.dtype
+) -> None:
+    assert_same_bits(weight_of(shape[::-1], stored).t())
+
+
 def test_bits_do_not_depend_on_the_threads() -> None:
     """Only the mean of the scales differs, which torch sums in another order."""
     weight, threads = weight_of((3000, 64)), torch.get_num_threads()
