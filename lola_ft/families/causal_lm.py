@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.families.balancing import balancing_loss
+from lola_ft.families.packed_attention import no_mask, stretches_for, use_stretches
 from lola_ft.families.routers import keeping_choices
 from lola_ft.kernels.loss import head_of, labelled_cross_entropy
 from lola_ft.model.router import real_tokens
@@ -28,6 +29,10 @@ class LabelledLoss:
     lm_head: Any
     base_model_prefix: str
     quantization: str | None = None
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        use_stretches(self.config)
 
     def forward(
         self,
@@ -61,6 +66,10 @@ class LabelledLoss:
         if labels is None:
             return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
         self._check_packing(attention_mask, position_ids)
+        if attention_mask is None and past_key_values is None and position_ids is not None:
+            stretches = stretches_for(self.config, position_ids)
+            if stretches is not None:
+                inputs |= {"attention_mask": no_mask(position_ids), "stretches": stretches}
         outputs = getattr(self, self.base_model_prefix)(**inputs)
         x_BSD = outputs.last_hidden_state
         if architecture.sizes.logit_divisor != 1:

@@ -76,9 +76,8 @@ class Family:
         positions: Form of a token's position: `learned` embeddings, `rotary`, or `slopes` of attention (ALiBi).
         packs: True if its attention keeps the documents of a packed row apart.
         attention: The way to compute it, which decides about memory: `fused` (PyTorch's own, which holds no scores),
-            `scores` (all scores and a mask of numbers are in memory), `stretches` (fused, and packed documents one
-            stretch at a time), or `latent` (queries and keys are wider than values, which fused attention on a CPU
-            does not support: it holds the scores).
+            `scores` (all scores and a mask of numbers are in memory), or `latent` (queries and keys are wider than
+            values, which fused attention on a CPU does not support: it holds the scores).
         norm: `rms` (root mean square, computed in float32) or `layer` (LayerNorm).
         normed_embeddings: True if there is a norm between the embeddings and the first layer.
         normed_queries: True if there are norms after the projections of queries and keys.
@@ -116,7 +115,7 @@ class Family:
     sizes: Callable[[Any], Sizes]
     config_keys: Callable[[Sizes], dict[str, Any]]
     places: Callable[[Any], dict[str, Place]]
-    attention: Literal["fused", "scores", "stretches", "latent"] = "fused"
+    attention: Literal["fused", "scores", "latent"] = "fused"
     norm: Literal["rms", "layer"] = "rms"
     normed_embeddings: bool = False
     fully: tuple[str, ...] = ("norms", "biases")

@@ -71,7 +71,6 @@ LOLA = Family(
     backbone="transformer",
     positions="learned",
     packs=True,
-    attention="stretches",
     norm="layer",
     targets={
         "attention": ("attn.c_attn", "attn.c_proj"),

@@ -2,10 +2,11 @@
 
 `fused`       PyTorch's `scaled_dot_product_attention`. It keeps no scores, except on a CPU with dropout, where it is
               computed step by step in float32.
-`stretches`   The same, applied to one stretch of packed documents at a time (`model/packed.py`); on a CPU in bfloat16
-              by `kernels/attention.py`.
 `scores`      Computes and keeps every score, with a mask of numbers.
 `latent`      Queries and keys are wider than values. Fused on a GPU, step by step in float32 on a CPU.
+
+Packed documents attend one stretch at a time (`model/packed.py`). LOLA's attention on a CPU in bfloat16 is that of
+`kernels/attention.py`.
 
 An example: kind `scores`, 4 rows of 512 tokens, 16 heads. `attended` gives groups of 512 tokens, 4 of them; a layer has
 4 * 16 * 512 * 512 = 16.8 M scores (H, S, S), kept as 67 MB in float32, and all layers share a mask of 4 * 512 * 512.
@@ -23,13 +24,16 @@ _FLOAT = 4
 def attended(job: Job) -> tuple[int, float]:
     """Return the number of tokens that attend to one another, and how many such groups a micro batch has.
 
-    A group is a row or, with packing, all packed rows together or a stretch of whole documents.
+    A group is a row or, with packing, a stretch of whole documents.
     """
     if not job.packing:
         return job.length, job.sequences
-    by_stretch = job.architecture.family.attention == "stretches"
-    length = min(job.tokens, TOKENS.get(job.device, job.tokens)) if by_stretch else job.tokens
+    length = min(job.tokens, TOKENS.get(job.device, job.tokens))
     return length, job.tokens / length
+
+
+def _has_stretches(job: Job) -> bool:
+    return job.packing and attended(job)[1] > 1
 
 
 def score_numbers(job: Job) -> int:
@@ -78,7 +82,7 @@ def kept_inside(job: Job, size: int) -> tuple[int, bool]:
     kept = 4 * row * job.width + job.tokens * sizes.heads * _FLOAT
     if not _takes_mask_as_it_is(job):
         kept += mask_numbers(job) * job.width
-    return kept, True
+    return kept, not _has_stretches(job)  # the outputs of several stretches are copied beside one another
 
 
 def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int, bool]:
@@ -91,7 +95,7 @@ def kept_inside_latent(job: Job, query: int, value: int, wide: int) -> tuple[int
     tokens, sizes = job.tokens, job.sizes
     if job.on_cuda:
         kept = tokens * (2 * query + wide + value) * job.width + tokens * sizes.heads * _FLOAT
-        return kept + mask_numbers(job) * job.width, True
+        return kept + mask_numbers(job) * job.width, not _has_stretches(job)
     scores = score_numbers(job) * (3 if sizes.attention_dropout else 1)
     return (tokens * (2 * query + (value if job.half else wide)) + scores) * _FLOAT, False
 
@@ -105,5 +109,5 @@ def is_stepwise(job: Job) -> bool:
 
 def _takes_mask_as_it_is(job: Job) -> bool:
     """Tell whether attention uses the mask's bools directly, without converting them (`kernels/attention.py`)."""
-    own = job.architecture.family.attention == "stretches" and not job.on_cuda and job.half
+    own = job.architecture.family.native and not job.on_cuda and job.half
     return own and attended(job)[0] <= LONGEST

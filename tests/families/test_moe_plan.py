@@ -18,13 +18,13 @@ __all__ = ["saved_bytes"]
 TOLERANCE = 0.08
 RANKS = {"attention": "attention_rank", "mlp": "mlp_rank", "shared_experts": "shared_rank", "experts": "expert_rank"}
 CASES: dict[str, tuple[dict[str, Any], Batch, str | None, str]] = {
-    "packed": ({}, Batch(4, 120), "nf4", "float32"),
+    "packed": ({}, Batch(6, 64), "nf4", "float32"),
     "padded, in 16 bit": ({}, Batch(4, 120, packing=False), "nf4", "bfloat16"),
     "checkpointed": ({}, Batch(4, 120, checkpointing=True), "nf4", "bfloat16"),
-    "dense, norms": ({"tune_norms": True}, Batch(4, 120), None, "bfloat16"),
-    "dropout": ({"dropout": 0.1}, Batch(4, 120), "nf4", "float32"),
-    "router tuned": ({"tune_router": True}, Batch(4, 120), "nf4", "bfloat16"),
-    "router with LoRA": ({"router_rank": 4}, Batch(4, 120), "nf4", "float32"),
+    "dense, norms": ({"tune_norms": True}, Batch(6, 64), None, "bfloat16"),
+    "dropout": ({"dropout": 0.1}, Batch(6, 64), "nf4", "float32"),
+    "router tuned": ({"tune_router": True}, Batch(6, 64), "nf4", "bfloat16"),
+    "router with LoRA": ({"router_rank": 4}, Batch(6, 64), "nf4", "float32"),
 }
 
 

@@ -1,0 +1,74 @@
+"""Attention of transformers' models over packed documents: each stretch of whole documents attends only to itself.
+
+transformers gives attention over a packed row a mask of the whole row, so eight rows of 2,048 tokens would cost eight
+times what they need. This way has a name of its own, which a model's config holds in place of "sdpa". It is the same
+as "sdpa" where a forward pass is not given stretches (`model/packed.py`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lola_ft.model.packed import Stretch, stretches_of
+
+NAME = "lola_ft_stretches"
+
+
+def use_stretches(config: Any) -> None:
+    """Have a model with this config attend by stretches, if it uses "sdpa"."""
+    if config._attn_implementation == "sdpa":
+        config._attn_implementation = NAME
+
+
+def stretches_for(config: Any, position_ids: Tensor) -> list[Stretch] | None:
+    """Return the stretches of a row of packed documents; None if the model has to attend to the row as a whole.
+
+    Args:
+        position_ids: (B, S), starting from 0 at each document. The host reads it once.
+    """
+    if config._attn_implementation != NAME:
+        return None
+    stretches = stretches_of(position_ids)
+    window = getattr(config, "sliding_window", None)
+    if stretches and window and any(stop - start > window for start, stop, _ in stretches):
+        return None  # only transformers' mask knows which layers look no further than the window
+    return stretches
+
+
+def no_mask(position_ids: Tensor) -> Tensor:
+    """Return an empty mask with four dimensions, which transformers passes on in place of building one."""
+    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=position_ids.device)
+
+
+def attend_to_stretches(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    stretches: list[Stretch] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention output (B, S, heads, head size) of each stretch, one after another.
+
+    Args:
+        query, key, value: (B, heads, S, head size); keys and values may have fewer heads.
+        attention_mask: Used without stretches.
+    """
+    if stretches is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    sizes = [stop - start for start, stop, _ in stretches]
+    parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+    outs = [
+        sdpa_attention_forward(module, q, k, v, stretch.mask, **kwargs)[0]
+        for (q, k, v), stretch in zip(parts, stretches, strict=True)
+    ]
+    return torch.cat(outs, dim=1), None
+
+
+AttentionInterface.register(NAME, attend_to_stretches)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,116 @@
+"""Attention of transformers' models over packed documents, a stretch at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from lola_ft.adapters import AdapterSettings, add_adapter
+from lola_ft.families import packed_attention
+from lola_ft.families.packed_attention import NAME, stretches_for
+from lola_ft.model import packed
+from lola_ft.quantization import load_base
+from tests.families.moe import KINDS
+
+LENGTHS = (7, 5, 20, 1, 9)
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+IDS = torch.randint(6, 300, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
+every_kind = pytest.mark.parametrize("kind", KINDS)
+STRETCHES = ([(0, 12), (12, 32), (32, 42)], "7 + 5 tokens, 20 alone because it is longer than 12, 1 + 9")
+
+
+@pytest.fixture(autouse=True)
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packed.TOKENS, "cpu", 12)
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call of PyTorch's attention."""
+    seen: list[int] = []
+    attend = packed_attention.sdpa_attention_forward
+
+    def counting(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(query.shape[2])
+        return attend(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", counting)
+    return seen
+
+
+def gradients(base: Path, implementation: str, checkpointing: bool = False) -> dict[str, Tensor]:
+    """Return the loss and the gradients of an adapter on all attention layers."""
+    torch.manual_seed(1)
+    model = add_adapter(load_base(base, None, "float32", "cpu", quiet=True), AdapterSettings(attention_rank=4)).train()
+    model.get_base_model().config._attn_implementation = implementation
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    loss = model(input_ids=IDS, labels=IDS, position_ids=POSITIONS, use_cache=False, skip_logits=True).loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) > 8
+    return found | {"loss": loss.detach()}
+
+
+@every_kind
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_stretches_give_the_loss_and_the_gradients_of_the_whole_row(
+    kind: str, checkpointing: bool, moe_bases: dict[str, Path], widths: list[int]
+) -> None:
+    ours = gradients(moe_bases[kind], NAME, checkpointing)
+    slides = KINDS[kind].sizes.get("sliding_window", 42) < 20
+    assert {*widths} == ({42} if slides else {stop - start for start, stop in STRETCHES[0]}), STRETCHES[1]
+    torch.testing.assert_close(ours, gradients(moe_bases[kind], "sdpa"), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "by_stretch"), [(None, True), (20, True), (19, False), (4, False)])
+def test_a_window_shorter_than_a_stretch_leaves_the_row_whole(
+    window: int | None, by_stretch: bool, tmp_path: Path, widths: list[int]
+) -> None:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.MistralConfig(
+        vocab_size=320, num_key_value_heads=2, sliding_window=window, initializer_range=0.1, **sizes
+    )
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    ours = gradients(tmp_path, NAME)
+    assert {*widths} == ({12, 20, 10} if by_stretch else {42})
+    torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
+
+
+def test_only_packed_rows_of_a_model_with_pytorchs_attention_are_cut(moe_bases: dict[str, Path]) -> None:
+    model = load_base(next(iter(moe_bases.values())), None, "float32", "cpu", quiet=True)
+    found = stretches_for(model.config, POSITIONS)
+    assert found is not None
+    assert [(start, stop) for start, stop, _ in found] == STRETCHES[0]
+    assert stretches_for(model.config, torch.arange(42)[None]) is None, "one document"
+    assert stretches_for(model.config, torch.arange(6).expand(7, 6)) is None, "several rows"
+    model.set_attn_implementation("eager")
+    assert stretches_for(model.config, POSITIONS) is None, "another way to attend was asked for"
+
+
+def test_a_saved_model_names_no_way_to_attend(moe_bases: dict[str, Path], tmp_path: Path) -> None:
+    """Others have no function of this name."""
+    model = load_base(next(iter(moe_bases.values())), None, "float32", "cpu", quiet=True)
+    assert model.config._attn_implementation == NAME
+    model.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_without_stretches_it_is_pytorchs_attention(moe_bases: dict[str, Path]) -> None:
+    base = next(iter(moe_bases.values()))
+    outs: list[Tensor] = []
+    for implementation in (NAME, "sdpa"):
+        model = load_base(base, None, "float32", "cpu", quiet=True)
+        model.config._attn_implementation = implementation
+        mask = torch.ones_like(IDS)
+        mask[0, :3] = 0
+        outs.append(model(IDS, attention_mask=mask, use_cache=False).logits)
+    assert torch.equal(*outs)
