@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lola_ft.model.packed import Stretch, stretches_of
+from lola_ft.model.packed import Stretch, attend_by_stretch, stretches_of
 
 NAME = "lola_ft_stretches"
 
@@ -61,13 +61,10 @@ def attend_to_stretches(
     """
     if stretches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    sizes = [stop - start for start, stop, _ in stretches]
-    parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
-    outs = [
-        sdpa_attention_forward(module, q, k, v, stretch.mask, **kwargs)[0]
-        for (q, k, v), stretch in zip(parts, stretches, strict=True)
-    ]
-    return torch.cat(outs, dim=1), None
+    out = attend_by_stretch(
+        lambda q, k, v, mask: sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0], stretches, query, key, value
+    )
+    return out, None
 
 
 AttentionInterface.register(NAME, attend_to_stretches)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lola_ft.kernels.attention import cpu_attention, suits_cpu_attention
 from lola_ft.model.config import LolaConfig
 from lola_ft.model.experts import FusedExperts
-from lola_ft.model.packed import Stretch
+from lola_ft.model.packed import Stretch, attend_by_stretch
 from lola_ft.model.router import RouterGate, route
 
 
@@ -61,14 +61,10 @@ class LolaAttention(nn.Module):
         if stretches is None:
             out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         else:
-            # `split` has one backward for all stretches. A slice's backward would fill a tensor of the whole row.
-            sizes = [stop - start for start, stop, _ in stretches]
-            parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
-            outs = [
-                self._attend(q, k, v, stretch.mask, **kwargs)[0]
-                for (q, k, v), stretch in zip(parts, stretches, strict=True)
-            ]
-            out, weights = torch.cat(outs, dim=1), None
+            out = attend_by_stretch(
+                lambda q, k, v, mask: self._attend(q, k, v, mask, **kwargs)[0], stretches, query, key, value
+            )
+            weights = None
         out_BSD = self.c_proj(out.reshape(batch, seq, -1))
         return self.resid_dropout(out_BSD), weights
 

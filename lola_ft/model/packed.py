@@ -10,6 +10,7 @@ Example with stretches of at most 6 tokens, and documents of 4, 2 and 5 tokens (
     stretches     0 to 6, with a mask (1, 1, 6, 6) that keeps the first two documents apart; 6 to 11, without a mask
 """
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -66,3 +67,23 @@ def _stretch(start: int, stop: int, document_S: Tensor, documents: int) -> Stret
         return Stretch(start, stop, None)
     own_S = document_S[start:stop]
     return Stretch(start, stop, (own_S[:, None] == own_S).tril_()[None, None])
+
+
+def attend_by_stretch(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    stretches: Sequence[Stretch],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Return the attention outputs of all stretches, one after another: (B, S, H, head size).
+
+    Args:
+        attend: Function of query, key, value and mask of one stretch.
+        query, key, value: (B, H, S, head size).
+    """
+    # `split` has one backward for all stretches. A slice's backward would fill a tensor of the whole row.
+    sizes = [stop - start for start, stop, _ in stretches]
+    parts = zip(*(part.split(sizes, dim=2) for part in (query, key, value)), strict=True)
+    outs = [attend(q, k, v, stretch.mask) for (q, k, v), stretch in zip(parts, stretches, strict=True)]
+    return torch.cat(outs, dim=1)

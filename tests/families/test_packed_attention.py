@@ -70,6 +70,19 @@ def test_stretches_give_the_loss_and_the_gradients_of_the_whole_row(
     torch.testing.assert_close(ours, gradients(moe_bases[kind], "sdpa"), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2", "Qwen3"])
+def test_stretches_give_the_same_in_dense_models(name: str, tmp_path: Path, widths: list[int]) -> None:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name != "GPT2":
+        sizes |= {"num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(vocab_size=320, initializer_range=0.1, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ours = gradients(tmp_path, NAME)
+    assert {*widths} == {12, 20, 10}
+    torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("window", "by_stretch"), [(None, True), (20, True), (19, False), (4, False)])
 def test_a_window_shorter_than_a_stretch_leaves_the_row_whole(
     window: int | None, by_stretch: bool, tmp_path: Path, widths: list[int]
