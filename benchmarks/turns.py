@@ -37,6 +37,8 @@ def in_turns(
     """
     with ExitStack() as running:
         started = {name: running.enter_context(_Way(make)) for name, make in ways.items()}
+        for way in started.values():
+            way.ask("figures")  # loads the model: one way at a time, so that loading disturbs no steps
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for round_ in range(warmup + rounds):
             for name, way in started.items():
@@ -55,9 +57,8 @@ class _Way:
         self._process = context.Process(target=serve, args=(self._theirs, make), daemon=True)
 
     def __enter__(self) -> "_Way":
-        self._process.start()
+        self._process.start()  # it imports, beside the others, until it is asked
         self._theirs.close()  # so that `ask` ends instead of waiting if the process fails
-        self.ask("figures")  # waits for the model, so that loading does not disturb the steps of others
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -74,7 +75,7 @@ class _Way:
 
 
 def serve(pipe: Connection, make: MakeStep) -> None:
-    """Answer `step` with its seconds, and `figures` with these figures.
+    """Load a way's model at the first question. Answer `step` with its seconds, and `figures` with these figures.
 
     after_imports: Resident MB before the model is loaded.
     whole: Largest resident MB.
@@ -84,6 +85,7 @@ def serve(pipe: Connection, make: MakeStep) -> None:
         waiting threads sleep (OMP_WAIT_POLICY=PASSIVE).
     """
     figures = {"after_imports": peak_resident(), "steps_anonymous": 0.0, "cpu_s": 0.0}
+    pipe.poll(None)
     step, cpu_s = make(), []
     gc.collect()
     give_back_freed_memory()

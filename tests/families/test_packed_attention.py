@@ -55,7 +55,7 @@ def gradients(base: Path, implementation: str, checkpointing: bool = False) -> d
     loss = model(input_ids=IDS, labels=IDS, position_ids=POSITIONS, use_cache=False, skip_logits=True).loss
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) > 8
+    assert len(found) >= 8
     return found | {"loss": loss.detach()}
 
 
