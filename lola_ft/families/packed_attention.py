@@ -15,13 +15,13 @@ from transformers.masking_utils import sdpa_mask
 
 from lola_ft.model.packed import Stretch, attend_by_stretch, stretches_of
 
-NAME = "lola_ft_stretches"
+IMPLEMENTATION = "lola_ft_stretches"
 
 
 def use_stretches(config: Any) -> None:
     """Have a model with this config attend by stretches, if it uses "sdpa"."""
     if config._attn_implementation == "sdpa":
-        config._attn_implementation = NAME
+        config._attn_implementation = IMPLEMENTATION
 
 
 def stretches_for(config: Any, position_ids: Tensor) -> list[Stretch] | None:
@@ -30,7 +30,7 @@ def stretches_for(config: Any, position_ids: Tensor) -> list[Stretch] | None:
     Args:
         position_ids: (B, S), starting from 0 at each document. The host reads it once.
     """
-    if config._attn_implementation != NAME:
+    if config._attn_implementation != IMPLEMENTATION:
         return None
     stretches = stretches_of(position_ids)
     window = getattr(config, "sliding_window", None)
@@ -67,5 +67,5 @@ def attend_to_stretches(
     return out, None
 
 
-AttentionInterface.register(NAME, attend_to_stretches)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(IMPLEMENTATION, attend_to_stretches)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lola_ft.adapters import AdapterSettings, add_adapter
 from lola_ft.families import packed_attention
-from lola_ft.families.packed_attention import NAME, stretches_for
+from lola_ft.families.packed_attention import IMPLEMENTATION, stretches_for
 from lola_ft.model import packed
 from lola_ft.quantization import load_base
 from tests.families.moe import KINDS
@@ -64,7 +64,7 @@ def gradients(base: Path, implementation: str, checkpointing: bool = False) -> d
 def test_stretches_give_the_loss_and_the_gradients_of_the_whole_row(
     kind: str, checkpointing: bool, moe_bases: dict[str, Path], widths: list[int]
 ) -> None:
-    ours = gradients(moe_bases[kind], NAME, checkpointing)
+    ours = gradients(moe_bases[kind], IMPLEMENTATION, checkpointing)
     slides = KINDS[kind].sizes.get("sliding_window", 42) < 20
     assert {*widths} == ({42} if slides else {stop - start for start, stop in STRETCHES[0]}), STRETCHES[1]
     torch.testing.assert_close(ours, gradients(moe_bases[kind], "sdpa"), atol=1e-5, rtol=1e-4)
@@ -78,7 +78,7 @@ def test_stretches_give_the_same_in_dense_models(name: str, tmp_path: Path, widt
         sizes |= {"num_key_value_heads": 2}
     config = getattr(transformers, f"{name}Config")(vocab_size=320, initializer_range=0.1, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    ours = gradients(tmp_path, NAME)
+    ours = gradients(tmp_path, IMPLEMENTATION)
     assert {*widths} == {12, 20, 10}
     torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
 
@@ -93,7 +93,7 @@ def test_a_window_shorter_than_a_stretch_leaves_the_row_whole(
         vocab_size=320, num_key_value_heads=2, sliding_window=window, initializer_range=0.1, **sizes
     )
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
-    ours = gradients(tmp_path, NAME)
+    ours = gradients(tmp_path, IMPLEMENTATION)
     assert {*widths} == ({12, 20, 10} if by_stretch else {42})
     torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
 
@@ -112,15 +112,15 @@ def test_only_packed_rows_of_a_model_with_pytorchs_attention_are_cut(moe_bases: 
 def test_a_saved_model_names_no_way_to_attend(moe_bases: dict[str, Path], tmp_path: Path) -> None:
     """Others have no function of this name."""
     model = load_base(next(iter(moe_bases.values())), None, "float32", "cpu", quiet=True)
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == IMPLEMENTATION
     model.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
+    assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
 
 
 def test_without_stretches_it_is_pytorchs_attention(moe_bases: dict[str, Path]) -> None:
     base = next(iter(moe_bases.values()))
     outs: list[Tensor] = []
-    for implementation in (NAME, "sdpa"):
+    for implementation in (IMPLEMENTATION, "sdpa"):
         model = load_base(base, None, "float32", "cpu", quiet=True)
         model.config._attn_implementation = implementation
         mask = torch.ones_like(IDS)
