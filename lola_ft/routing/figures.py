@@ -131,7 +131,9 @@ def dendrogram(linkage: np.ndarray, languages: Sequence[str]) -> bytes:
     axes.tick_params(axis="x", labelsize=_FONT)
     for side in ("top", "left", "right"):
         axes.spines[side].set_visible(False)
-    _legend(axes, colours, "upper left")  # the tree's root leaves room there
+    furthest, nearest = axes.get_xlim()
+    axes.set_xlim(furthest + 0.25 * (furthest - nearest), nearest)  # room for the legend, left of the root
+    _legend(axes, colours, "upper left")
     return _png(figure)
 
 

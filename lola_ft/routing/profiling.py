@@ -75,10 +75,10 @@ def profile_routing(
 
 
 def about_model(opened: OpenModel, max_length: int) -> About:
-    """Return a profile's facts about its model."""
-    sizes = opened.sizes
+    """Return a profile's facts about its model; of a full path only the last folder, because profiles are shared."""
+    sizes, name = opened.sizes, opened.subject.name
     return About(
-        model=opened.subject.name,
+        model=Path(name).name if Path(name).is_absolute() else name,
         kind=opened.subject.kind,
         base_fingerprint=opened.fingerprint,
         quantization=opened.quantization,

@@ -113,6 +113,11 @@ def test_rows_with_prompts_are_counted_by_their_language_column(tiny_base: Path,
     assert found.documents_L.tolist() == [40, 40]
 
 
+def test_a_profile_names_no_folder_of_the_machine(profile: Profile, tiny_base: Path) -> None:
+    assert tiny_base.is_absolute()
+    assert profile.about.model == tiny_base.name
+
+
 def test_a_saved_profile_reads_back_equal(profile: Profile, tmp_path: Path) -> None:
     again = read_profile(save_profile(profile, tmp_path / "new" / "base.safetensors"))
     for field in dataclasses.fields(Profile):
