@@ -24,11 +24,15 @@ _FLOAT = 4
 def attended(job: Job) -> tuple[int, float]:
     """Return the number of tokens that attend to one another, and how many such groups a micro batch has.
 
-    A group is a row or, with packing, a stretch of whole documents.
+    A group is a row or, with packing, a stretch of whole documents. Where a stretch may be longer than the model's
+    sliding window, all packed rows are one group (`families/packed_attention.py`).
     """
     if not job.packing:
         return job.length, job.sequences
     length = min(job.tokens, TOKENS.get(job.device, job.tokens))
+    window = getattr(job.architecture.config, "sliding_window", None)
+    if window and window < min(job.tokens, max(length, job.length)):
+        length = job.tokens
     return length, job.tokens / length
 
 
