@@ -9,7 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -62,7 +62,7 @@ class _Way:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.is_alive():
+        with suppress(ConnectionError):  # a process that failed may be about to end
             self._pipe.send(None)
         self._process.join()
 
