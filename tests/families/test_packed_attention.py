@@ -73,8 +73,10 @@ def test_stretches_give_the_loss_and_the_gradients_of_the_whole_row(
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2", "Qwen3"])
 def test_stretches_give_the_same_in_dense_models(name: str, tmp_path: Path, widths: list[int]) -> None:
     torch.manual_seed(3)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if name != "GPT2":
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if name == "GPT2":
+        sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    else:
         sizes |= {"num_key_value_heads": 2}
     config = getattr(transformers, f"{name}Config")(vocab_size=320, initializer_range=0.1, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
