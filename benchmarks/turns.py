@@ -85,11 +85,13 @@ def serve(pipe: Connection, make: MakeStep) -> None:
         waiting threads sleep (OMP_WAIT_POLICY=PASSIVE).
     """
     figures = {"after_imports": peak_resident(), "steps_anonymous": 0.0, "cpu_s": 0.0}
-    pipe.poll(None)
-    step, cpu_s = make(), []
-    gc.collect()
-    give_back_freed_memory()
+    step: Step | None = None
+    cpu_s: list[float] = []
     while (what := pipe.recv()) is not None:
+        if step is None:
+            step = make()
+            gc.collect()
+            give_back_freed_memory()
         if what == "figures":
             gpu = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else 0.0
             figures["cpu_s"] = round(statistics.median(cpu_s), 3) if cpu_s else 0.0

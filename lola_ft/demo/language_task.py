@@ -66,18 +66,18 @@ def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, 
     The likeness, from 0 to 1, is the cosine of the counts of three characters in a row. Texts of one language do not
     count, since they have the same answer.
     """
-    # Counts of three characters (texts, different threes), each row scaled to length 1
+    # Counts of three characters (texts, different threes), each vector scaled to length 1
     columns: dict[str, int] = {}
     counts = [
         Counter(columns.setdefault(three, len(columns)) for three in _threes(declaration))
         for declaration in declarations.values()
     ]
-    rows = np.zeros((len(counts), len(columns)), dtype=np.float32)
-    for row, count in zip(rows, counts, strict=True):
-        row[list(count)] = list(count.values())
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    vectors = np.zeros((len(counts), len(columns)), dtype=np.float32)
+    for vector, count in zip(vectors, counts, strict=True):
+        vector[list(count)] = list(count.values())
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = np.array([declaration.name for declaration in declarations.values()])
-    likeness = np.where(names[:, None] == names, 0, rows @ rows.T).max(axis=1)
+    likeness = np.where(names[:, None] == names, 0, vectors @ vectors.T).max(axis=1)
     shares = (1 + likeness) / (1 + likeness).mean()
     # Two digits, so that the last bits of a sum do not decide
     return {tag: round(mean * round(float(share), 2)) for tag, share in zip(declarations, shares, strict=True)}

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
 from lola_ft.families.balancing import balancing_loss
-from lola_ft.families.packed_attention import no_mask, stretches_for, use_stretches
+from lola_ft.families.packed_attention import stretch_inputs, use_stretches
 from lola_ft.families.routers import keeping_choices
 from lola_ft.kernels.loss import head_of, labelled_cross_entropy
 from lola_ft.model.router import real_tokens
@@ -67,9 +67,7 @@ class LabelledLoss:
             return super().forward(**inputs, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
         self._check_packing(attention_mask, position_ids)
         if attention_mask is None and past_key_values is None and position_ids is not None:
-            stretches = stretches_for(self.config, position_ids)
-            if stretches is not None:
-                inputs |= {"attention_mask": no_mask(position_ids), "stretches": stretches}
+            inputs |= stretch_inputs(self.config, position_ids)
         outputs = getattr(self, self.base_model_prefix)(**inputs)
         x_BSD = outputs.last_hidden_state
         if architecture.sizes.logit_divisor != 1:

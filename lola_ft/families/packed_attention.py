@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lola_ft.model.packed import Stretch, attend_by_stretch, stretches_of
+from lola_ft.model.packed import Stretch, attend_by_stretch, exceeds_window, stretches_of
 
 IMPLEMENTATION = "lola_ft_stretches"
 
@@ -33,15 +33,23 @@ def stretches_for(config: Any, position_ids: Tensor) -> list[Stretch] | None:
     if config._attn_implementation != IMPLEMENTATION:
         return None
     stretches = stretches_of(position_ids)
-    window = getattr(config, "sliding_window", None)
-    if stretches and window and any(stop - start > window for start, stop, _ in stretches):
-        return None  # only transformers' mask knows which layers look no further than the window
+    if stretches and any(exceeds_window(config, stop - start) for start, stop, _ in stretches):
+        return None
     return stretches
 
 
-def no_mask(position_ids: Tensor) -> Tensor:
-    """Return an empty mask with four dimensions, which transformers passes on in place of building one."""
-    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=position_ids.device)
+def stretch_inputs(config: Any, position_ids: Tensor) -> dict[str, Any]:
+    """Return the inputs with which a model attends by stretches; none if it has to attend to the row as a whole.
+
+    Args:
+        position_ids: See `stretches_for`.
+    """
+    stretches = stretches_for(config, position_ids)
+    if stretches is None:
+        return {}
+    # transformers passes a mask with four dimensions on, even an empty one, in place of building one of the whole row.
+    mask = torch.empty(0, 0, 0, 0, dtype=torch.bool, device=position_ids.device)
+    return {"attention_mask": mask, "stretches": stretches}
 
 
 def attend_to_stretches(

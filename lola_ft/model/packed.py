@@ -12,7 +12,7 @@ Example with stretches of at most 6 tokens, and documents of 4, 2 and 5 tokens (
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,15 @@ def _stretch(start: int, stop: int, document_S: Tensor, documents: int) -> Stret
         return Stretch(start, stop, None)
     own_S = document_S[start:stop]
     return Stretch(start, stop, (own_S[:, None] == own_S).tril_()[None, None])
+
+
+def exceeds_window(config: Any, tokens: int) -> bool:
+    """Return True if a stretch of so many tokens is longer than the model's sliding window.
+
+    Then only transformers' mask of the whole row knows which layers look no further than the window.
+    """
+    window = getattr(config, "sliding_window", None)
+    return bool(window and tokens > window)
 
 
 def attend_by_stretch(

@@ -15,7 +15,7 @@ Letters: T tokens, H heads, S length of a sequence.
 """
 
 from lola_ft.kernels.attention import LONGEST
-from lola_ft.model.packed import TOKENS
+from lola_ft.model.packed import TOKENS, exceeds_window
 from lola_ft.planning.job import Job
 
 _FLOAT = 4
@@ -30,10 +30,14 @@ def attended(job: Job) -> tuple[int, float]:
     if not job.packing:
         return job.length, job.sequences
     length = min(job.tokens, TOKENS.get(job.device, job.tokens))
-    window = getattr(job.architecture.config, "sliding_window", None)
-    if window and window < min(job.tokens, max(length, job.length)):
+    if exceeds_window(job.architecture.config, _longest(job, length)):
         length = job.tokens
     return length, job.tokens / length
+
+
+def _longest(job: Job, length: int) -> int:
+    """Return the tokens of the longest stretch: a single document may be longer than stretches of several."""
+    return min(job.tokens, max(length, job.length))
 
 
 def _has_stretches(job: Job) -> bool:
@@ -41,13 +45,9 @@ def _has_stretches(job: Job) -> bool:
 
 
 def score_numbers(job: Job) -> int:
-    """Return the number of scores of a layer (H, S, S), over the whole micro batch.
-
-    A single document may be longer than stretches of several; then the largest number is that of full rows.
-    """
+    """Return the largest number of scores of a layer (H, S, S), over the whole micro batch."""
     length, count = attended(job)
-    longest = min(job.tokens, max(length, job.length))
-    return round(count * job.sizes.heads * length * longest)
+    return round(count * job.sizes.heads * length * _longest(job, length))
 
 
 def mask_numbers(job: Job) -> int:

@@ -122,7 +122,7 @@ def _transposed_rows(stored: np.ndarray, columns: int, chunk: slice) -> np.ndarr
     They are copied in squares, because reading down a column of the whole matrix would miss the cache with each value.
 
     Args:
-        stored: The matrix as it is stored (columns, rows).
+        stored: The matrix in memory order (columns, rows).
         chunk: First and last value, counted along the rows.
     """
     part = np.ascontiguousarray(stored[:, chunk.start // columns : chunk.stop // columns])

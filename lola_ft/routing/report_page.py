@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lola_ft.console import shown_progress
+from lola_ft.console import counted, shown_progress
 from lola_ft.errors import UserError
 from lola_ft.files import check_folder_target, replace_folder
 from lola_ft.routing import figures
@@ -150,6 +150,7 @@ def _page(numbers: dict[str, Any], pictures: list[Picture]) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
+        "counted": counted,
         "mean": lambda values: sum(values) / len(values),
         "number": _number,
         "name": describe,

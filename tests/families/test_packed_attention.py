@@ -19,7 +19,9 @@ LENGTHS = (7, 5, 20, 1, 9)
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
 IDS = torch.randint(6, 300, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
 every_kind = pytest.mark.parametrize("kind", KINDS)
-STRETCHES = ([(0, 12), (12, 32), (32, 42)], "7 + 5 tokens, 20 alone because it is longer than 12, 1 + 9")
+STRETCHES = [(0, 12), (12, 32), (32, 42)]  # 7 + 5 tokens, 20 alone because it is longer than 12, 1 + 9
+WIDTHS = {stop - start for start, stop in STRETCHES}
+WHOLE = {sum(LENGTHS)}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,7 @@ def test_stretches_give_the_loss_and_the_gradients_of_the_whole_row(
 ) -> None:
     ours = gradients(moe_bases[kind], IMPLEMENTATION, checkpointing)
     slides = KINDS[kind].sizes.get("sliding_window", 42) < 20
-    assert {*widths} == ({42} if slides else {stop - start for start, stop in STRETCHES[0]}), STRETCHES[1]
+    assert {*widths} == (WHOLE if slides else WIDTHS)
     torch.testing.assert_close(ours, gradients(moe_bases[kind], "sdpa"), atol=1e-5, rtol=1e-4)
 
 
@@ -81,7 +83,7 @@ def test_stretches_give_the_same_in_dense_models(name: str, tmp_path: Path, widt
     config = getattr(transformers, f"{name}Config")(vocab_size=320, initializer_range=0.1, **sizes)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     ours = gradients(tmp_path, IMPLEMENTATION)
-    assert {*widths} == {12, 20, 10}
+    assert {*widths} == WIDTHS
     torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
 
 
@@ -96,7 +98,7 @@ def test_a_window_shorter_than_a_stretch_leaves_the_row_whole(
     )
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
     ours = gradients(tmp_path, IMPLEMENTATION)
-    assert {*widths} == ({12, 20, 10} if by_stretch else {42})
+    assert {*widths} == (WIDTHS if by_stretch else WHOLE)
     torch.testing.assert_close(ours, gradients(tmp_path, "sdpa"), atol=1e-5, rtol=1e-4)
 
 
@@ -104,7 +106,7 @@ def test_only_packed_rows_of_a_model_with_pytorchs_attention_are_cut(moe_bases: 
     model = load_base(next(iter(moe_bases.values())), None, "float32", "cpu", quiet=True)
     found = stretches_for(model.config, POSITIONS)
     assert found is not None
-    assert [(start, stop) for start, stop, _ in found] == STRETCHES[0]
+    assert [(start, stop) for start, stop, _ in found] == STRETCHES
     assert stretches_for(model.config, torch.arange(42)[None]) is None, "one document"
     assert stretches_for(model.config, torch.arange(6).expand(7, 6)) is None, "several rows"
     model.set_attn_implementation("eager")
