@@ -19,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE =
 
 # Waiting threads sleep: beside other work, spinning ones make a small step up to ten times as long. Two processes of
 # tests have two threads each. A file stays in one process, so that what its tests share is made once.
-demo test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow: export OMP_WAIT_POLICY ?= PASSIVE
 
 test: check
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -22,6 +22,8 @@ from train_step import make_parser, one_step, with_adapter, write_base
 
 import lola_ft
 from lola_ft.memory import keep_freed_memory
+from lola_ft.start import set_library_defaults
+from lola_ft.training.callbacks.resources import FreedMemory
 from lola_ft.training.precision import choose_precision
 from lola_ft.training.trainers.arguments import padding_multiple
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser = make_parser(layers=2, steps=500, warmup=50)
     parser.add_argument("--shortest", type=int, default=32, help="tokens; rows are between this and --seq long")
     args = parser.parse_args()
+    set_library_defaults()  # as a command does; each way imports torch in a process of its own
     with tempfile.TemporaryDirectory() as folder:
         write_base(Path(folder), args)
         found = {}
@@ -60,7 +63,8 @@ def long_run(way: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
     precision = choose_precision("bfloat16", torch.device(args.device))
     base = lola_ft.load_base(folder, args.quantization, precision.dtype, args.device, quiet=True)
     model = with_adapter(base, args.rank, args.checkpointing)
-    keep_freed_memory()  # as a run does
+    keep_freed_memory()  # as a run does, like the next line
+    freed = FreedMemory() if args.device == "cpu" else None
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     multiple = padding_multiple(args.seq, torch.device(args.device)) if way == "few lengths" else None
     lengths = torch.Generator().manual_seed(0)
@@ -77,11 +81,14 @@ def long_run(way: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         began = time.perf_counter()
         loss = one_step(model, optimizer, inputs, precision)
+        if freed is not None:
+            freed.after_step()
         if step >= args.warmup:
             seconds.append(time.perf_counter() - began)
         memory.append(read_memory()["anonymous"])
         real, padded = real + int(mask.sum()), padded + mask.numel()
-    after, at_the_end = memory[args.warmup - 1], statistics.median(memory[-args.steps // 10 :])
+    after = statistics.median(memory[max(0, args.warmup - 10) : args.warmup])
+    at_the_end = statistics.median(memory[-args.steps // 10 :])
     return {
         "step_s": round(statistics.median(seconds), 4),
         "mean_step_s": round(statistics.mean(seconds), 4),

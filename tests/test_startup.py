@@ -1,6 +1,7 @@
 """Commands that need no model answer at once: they import none of the libraries that take seconds."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -101,3 +102,20 @@ def test_a_mistake_shows_in_half_the_time_of_importing_torch(mistake: Path) -> N
     torch = fastest_of_three(["-c", "import torch"])
     assert fastest_of_three([str(ROOT / "finetune.py"), str(mistake)]) < torch / 2
     assert fastest_of_three(["-m", "lola_ft", "recipes", "list"]) < torch / 2
+
+
+SETTINGS = """
+import sys
+import lola_ft.start
+assert "torch" not in sys.modules
+lola_ft.start.prepare_process()
+import os
+print(*(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "LRU_CACHE_CAPACITY")))
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one of the two is set on x86 only")
+def test_a_command_sets_what_torchs_libraries_read_unless_the_user_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "500")
+    assert python(["-c", SETTINGS]).stdout.split() == ["PASSIVE", "500"]

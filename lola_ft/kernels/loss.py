@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lola_ft.kernels.grouping import padded_rows
+
 IGNORE = -100
 # 256 rows of 100 096 float32 logits are 102 MB; larger chunks gain nothing, smaller ones lose matmul efficiency.
 _CHUNK_ROWS = 256
@@ -83,10 +85,12 @@ def label_nats(x_BSD: Tensor, head_VD: Tensor, labels_BS: Tensor, trained: Token
     """
     rows_ND, targets_N = labelled_rows(x_BSD, labels_BS)
     nats_N = rows_ND.new_empty(targets_N.shape, dtype=torch.float32)
+    padded_ND = _with_few_sizes(rows_ND)
     for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        logits = logits_of(rows_ND[chunk], head_VD, trained)
-        nats_N[chunk] = F.cross_entropy(logits, targets_N[chunk], reduction="none")
+        targets = targets_N[chunk]
+        logits = logits_of(padded_ND[chunk], head_VD, trained)[: targets.numel()]
+        nats_N[chunk] = F.cross_entropy(logits, targets, reduction="none")
     return nats_N
 
 
@@ -130,16 +134,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_rows_ND = torch.empty_like(rows_ND) if wants_rows else None
         d_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_head else None
         total = rows_ND.new_zeros((), dtype=torch.float32)
-        logits_CV = head_VD.new_empty(min(_CHUNK_ROWS, rows_ND.shape[0]), head_VD.shape[0])
+        padded_ND = _with_few_sizes(rows_ND)
+        logits_CV = head_VD.new_empty(min(_CHUNK_ROWS, padded_ND.shape[0]), head_VD.shape[0])
         for start in range(0, rows_ND.shape[0], _CHUNK_ROWS):
             # logits (C, V) = rows (C, D) @ head.T (D, V), with the columns of trained tokens replaced
             chunk = slice(start, start + _CHUNK_ROWS)
-            rows, targets = rows_ND[chunk].to(head_VD.dtype), targets_N[chunk]
-            logits = torch.mm(rows, head_VD.t(), out=logits_CV[: targets.numel()])
+            rows, targets = padded_ND[chunk].to(head_VD.dtype), targets_N[chunk]
+            logits = torch.mm(rows, head_VD.t(), out=logits_CV[: rows.shape[0]])
             if own_KD is not None:
                 logits[:, ids_K] = rows @ own_KD.t()
             # From here on `logits` holds d_logits (C, V), if any gradient is wanted.
-            total += _nats_and_gradients(logits, targets, any(ctx.needs_input_grad))
+            total += _nats_and_gradients(logits[: targets.numel()], targets, any(ctx.needs_input_grad))
             # d_trained (K, D) = d_logits of the trained tokens (K, C) @ rows (C, D)
             if own_KD is not None and d_trained_KD is not None:
                 d_own_CK = logits[:, ids_K]
@@ -148,7 +153,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
             # d_rows (C, D) = d_logits (C, V) @ head (V, D); d_head (V, D) = d_logits.T (V, C) @ rows (C, D)
             if d_rows_ND is not None:
                 d_x = logits @ head_VD
-                d_rows_ND[chunk] = (d_x if own_KD is None else d_x + d_own_CK @ own_KD).to(d_rows_ND.dtype)
+                d_rows = d_x if own_KD is None else d_x + d_own_CK @ own_KD
+                d_rows_ND[chunk] = d_rows[: targets.numel()].to(d_rows_ND.dtype)
             if d_head_VD is not None:
                 d_head_VD += (logits.t() @ rows).float()
         ctx.save_for_backward(d_rows_ND, d_head_VD, d_trained_KD)
@@ -162,6 +168,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
         d_rows = None if d_rows_ND is None else d_rows_ND * d_total.to(d_rows_ND.dtype)
         d_head = None if d_head_VD is None else (d_head_VD * d_total).to(ctx.head_dtype)
         return d_rows, d_head, None, None, None if d_trained_KD is None else d_trained_KD * d_total
+
+
+def _with_few_sizes(rows_ND: Tensor) -> Tensor:
+    """Return the rows (N, D) with rows of zeros at the end, so that a CPU's last chunk has one of few sizes.
+
+    A CPU's matrix library builds and keeps a kernel for each new size (see `grouping`). Logits and gradients of a row
+    of zeros have no effect: they are cut off, or multiplied with the row.
+    """
+    last = rows_ND.shape[0] % _CHUNK_ROWS
+    missing = padded_rows(last) - last if rows_ND.device.type == "cpu" else 0
+    return F.pad(rows_ND, (0, 0, 0, missing)) if missing else rows_ND
 
 
 def _nats_and_gradients(logits_NV: Tensor, targets_N: Tensor, gradients: bool) -> Tensor:

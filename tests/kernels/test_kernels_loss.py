@@ -3,6 +3,8 @@
 Shape suffixes: B batch, S sequence, D hidden, V vocabulary.
 """
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lola_ft.kernels import loss as loss_module
-from lola_ft.kernels.loss import labelled_cross_entropy
+from lola_ft.kernels.loss import TokenRows, label_nats, labelled_cross_entropy
 
 
 def make_batch(
@@ -177,4 +179,36 @@ def test_unlabelled_rows_are_not_scored() -> None:
     labels[:, :-6] = -100
     with LargestTensor(4099) as seen:
         labelled_cross_entropy(x, head, labels)
-    assert seen.rows == 2 * 6
+    assert seen.rows == 16  # twice 6, padded to one of few sizes
+
+
+def test_products_of_any_number_of_rows_have_few_sizes() -> None:
+    """A CPU's matrix library builds and keeps a kernel for each size."""
+    sizes = set()
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket is torch.ops.aten.mm:
+                sizes.add(args[0].shape[0])
+            return function(*args, **(kwargs or {}))
+
+    x, head, _ = make_batch(batch=1, seq=2, hidden=4, vocab=8)
+    for rows in range(1, 600):
+        with Sizes():
+            labelled_cross_entropy(x[:, :1].expand(1, rows + 1, 4), head.detach(), torch.zeros(1, rows + 1).long())
+    assert len(sizes) < 30
+    assert max(sizes) == 256
+
+
+@pytest.mark.parametrize("rows", [1, 5, 255, 257, 300])
+def test_rows_that_fill_a_chunk_leave_no_trace(rows: int) -> None:
+    x, head, labels = make_batch(batch=1, seq=rows + 1, labelled=1.0)
+    ids, own = torch.tensor([3, 7]), torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    replaced = head.index_copy(0, ids, own)
+    expected = with_gradients(plain(x, replaced, labels), x, own)
+    actual = with_gradients(labelled_cross_entropy(x, head.detach(), labels, trained=TokenRows(ids, own)), x, own)
+    for got, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    logits = (x @ replaced.t())[0, :-1]
+    nats = F.cross_entropy(logits, labels[0, 1:], reduction="none")
+    torch.testing.assert_close(label_nats(x, head, labels, TokenRows(ids, own)), nats.detach(), atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from lola_ft.training.callbacks.gradient_check import GradientCheck
 from lola_ft.training.callbacks.guards import add_guards
 from lola_ft.training.callbacks.longest_batch import LongestBatchFirst
 from lola_ft.training.callbacks.progress import Progress
-from lola_ft.training.callbacks.resources import EnergyMeter, PeakMemory
+from lola_ft.training.callbacks.resources import EnergyMeter, FreedMemory, PeakMemory
 from lola_ft.training.callbacks.stop_request import StopRequest
 from lola_ft.training.checkpointing.contents import EvaluationDue
 from lola_ft.training.checkpointing.longer import SaysLonger
@@ -68,6 +68,8 @@ def build_trainer(
     metrics = MetricsFile(output / METRICS_FILE, run)
     for callback in (metrics, check, memory, Progress(check, run)):
         trainer.add_callback(callback)
+    if prepared.device.type == "cpu":
+        trainer.add_callback(FreedMemory())
     if recipe.train.energy and processes.is_main():
         run.kept["energy"] = meter = EnergyMeter(recipe.train.energy.country, run)
         trainer.add_callback(meter)
