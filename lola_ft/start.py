@@ -39,7 +39,7 @@ def set_library_defaults() -> None:
 
     - `OMP_WAIT_POLICY`: OpenMP's waiting threads sleep. Spinning ones slow a step tenfold on a machine that other
       programs use too; on an idle machine sleeping costs nothing.
-    - `LRU_CACHE_CAPACITY`: torch keeps 64 kernels of oneDNN in place of 1,024, one per shape of a product and about half
+    - `LRU_CACHE_CAPACITY`: torch keeps 64 kernels of oneDNN in place of 1,024, one per shape of a product, about half
       a megabyte large. oneDNN keeps 1,024 itself, so nothing is slower. Measured on x86, so set only there. Fewer in
       oneDNN's own cache did not help: what is thrown out leaves gaps.
     """

@@ -11,8 +11,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOut
 
 from lola_ft.errors import UserError
 from lola_ft.families import architecture_of
+from lola_ft.families.attention import stretch_inputs, use_our_attention
 from lola_ft.families.balancing import balancing_loss
-from lola_ft.families.packed_attention import stretch_inputs, use_stretches
 from lola_ft.families.routers import keeping_choices
 from lola_ft.kernels.loss import head_of, labelled_cross_entropy
 from lola_ft.model.router import real_tokens
@@ -32,7 +32,7 @@ class LabelledLoss:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        use_stretches(self.config)
+        use_our_attention(self.config)
 
     def forward(
         self,

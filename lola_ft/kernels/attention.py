@@ -37,14 +37,17 @@ _PIECES = 3  # bfloat16 numbers whose sum is as exact as a float32 number
 _FURTHER = 8  # further columns: three are used, but rows of a multiple of 16 bytes are faster
 
 
-def suits_cpu_attention(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Return True if `cpu_attention` can replace PyTorch's attention here, and is faster."""
+def suits_cpu_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Return True if `cpu_attention` can replace PyTorch's attention here, and is faster.
+
+    Heads do not count: where keys and values have fewer, the caller repeats them.
+    """
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and query.requires_grad
         and torch.is_grad_enabled()
-        and query.shape == key.shape
+        and query.shape[2:] == key.shape[2:] == value.shape[2:]
         and query.shape[2] <= LONGEST
         and (mask is None or mask.dtype == torch.bool)
         and not dropout

@@ -74,7 +74,7 @@ class LolaAttention(nn.Module):
         """Return the attention output (B, S, H, head size) for query, key and value (B, H, S, head size)."""
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and suits_cpu_attention(query, key, mask, dropout):
+        if implementation == "sdpa" and suits_cpu_attention(query, key, value, mask, dropout):
             return cpu_attention(query, key, value, mask, self.scaling).transpose(1, 2), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         return attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, **kwargs)

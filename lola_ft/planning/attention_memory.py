@@ -5,8 +5,8 @@
 `scores`      Computes and keeps every score, with a mask of numbers.
 `latent`      Queries and keys are wider than values. Fused on a GPU, step by step in float32 on a CPU.
 
-Packed documents attend one stretch at a time (`model/packed.py`). LOLA's attention on a CPU in bfloat16 is that of
-`kernels/attention.py`.
+Packed documents attend one stretch at a time (`model/packed.py`). On a CPU in bfloat16, fused attention without dropout
+is that of `kernels/attention.py`.
 
 An example: kind `scores`, 4 rows of 512 tokens, 16 heads. `attended` gives groups of 512 tokens, 4 of them; a layer has
 4 * 16 * 512 * 512 = 16.8 M scores (H, S, S), kept as 67 MB in float32, and all layers share a mask of 4 * 512 * 512.
@@ -25,7 +25,7 @@ def attended(job: Job) -> tuple[int, float]:
     """Return the number of tokens that attend to one another, and how many such groups a micro batch has.
 
     A group is a row or, with packing, a stretch of whole documents. Where a stretch may be longer than the model's
-    sliding window, all packed rows are one group (`families/packed_attention.py`).
+    sliding window, all packed rows are one group (`families/attention.py`).
     """
     if not job.packing:
         return job.length, job.sequences
@@ -113,5 +113,4 @@ def is_stepwise(job: Job) -> bool:
 
 def _takes_mask_as_it_is(job: Job) -> bool:
     """Tell whether attention uses the mask's bools directly, without converting them (`kernels/attention.py`)."""
-    own = job.architecture.family.native and not job.on_cuda and job.half
-    return own and attended(job)[0] <= LONGEST
+    return not job.on_cuda and job.half and attended(job)[0] <= LONGEST

@@ -79,17 +79,17 @@ def test_large_scores_stay_exact() -> None:
 def test_it_suits_only_short_bfloat16_training_without_dropout() -> None:
     query, key, _ = leaves((1, 2, 8, 16))
     mask = documents(1, 8)
-    assert suits_cpu_attention(query, key, None, 0.0)
-    assert suits_cpu_attention(query, key, mask, 0.0)
-    assert not suits_cpu_attention(query, key, mask.float(), 0.0)
-    assert not suits_cpu_attention(query, key, None, 0.1)
-    assert not suits_cpu_attention(query[:, :, -1:], key, None, 0.0)
-    assert not suits_cpu_attention(query.detach().float().requires_grad_(), key.float(), None, 0.0)
-    assert not suits_cpu_attention(query.detach(), key.detach(), None, 0.0)
+    assert suits_cpu_attention(query, key, key, None, 0.0)
+    assert suits_cpu_attention(query, key, key, mask, 0.0)
+    assert not suits_cpu_attention(query, key, key, mask.float(), 0.0)
+    assert not suits_cpu_attention(query, key, key, None, 0.1)
+    assert not suits_cpu_attention(query[:, :, -1:], key, key, None, 0.0)
+    assert not suits_cpu_attention(query.detach().float().requires_grad_(), key.float(), key.float(), None, 0.0)
+    assert not suits_cpu_attention(query.detach(), key.detach(), key, None, 0.0)
     with torch.no_grad():
-        assert not suits_cpu_attention(query, key, None, 0.0)
+        assert not suits_cpu_attention(query, key, key, None, 0.0)
     long, long_key, _ = leaves((1, 1, 513, 8))
-    assert not suits_cpu_attention(long, long_key, None, 0.0)
+    assert not suits_cpu_attention(long, long_key, long_key, None, 0.0)
 
 
 @pytest.mark.slow

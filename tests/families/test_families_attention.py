@@ -1,4 +1,4 @@
-"""Attention of transformers' models over packed documents, a stretch at a time."""
+"""Attention of transformers' models: packed documents a stretch at a time, and a CPU's backward in bfloat16."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ import transformers
 from torch import Tensor
 
 from lola_ft.adapters import AdapterSettings, add_adapter
-from lola_ft.families import packed_attention
-from lola_ft.families.packed_attention import IMPLEMENTATION, stretches_for
+from lola_ft.families import architecture_of, attention
+from lola_ft.families.attention import IMPLEMENTATION, stretches_for
+from lola_ft.kernels.attention import cpu_attention
 from lola_ft.model import packed
 from lola_ft.quantization import load_base
 from tests.families.moe import KINDS
@@ -33,13 +34,13 @@ def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
 def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each call of PyTorch's attention."""
     seen: list[int] = []
-    attend = packed_attention.sdpa_attention_forward
+    attend = attention.sdpa_attention_forward
 
     def counting(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         seen.append(query.shape[2])
         return attend(module, query, *args, **kwargs)
 
-    monkeypatch.setattr(packed_attention, "sdpa_attention_forward", counting)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", counting)
     return seen
 
 
@@ -131,3 +132,47 @@ def test_without_stretches_it_is_pytorchs_attention(moe_bases: dict[str, Path]) 
         mask[0, :3] = 0
         outs.append(model(IDS, attention_mask=mask, use_cache=False).logits)
     assert torch.equal(*outs)
+
+
+@every_kind
+@pytest.mark.parametrize("rows", ["full", "padded", "packed"])
+def test_in_bfloat16_on_a_cpu_the_backward_is_ours_and_right(
+    kind: str, rows: str, moe_bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[int, int]] = []
+
+    def counting(query: Tensor, key: Tensor, *args: Any) -> Tensor:
+        used.append((query.shape[1], key.shape[1]))
+        return cpu_attention(query, key, *args)
+
+    monkeypatch.setattr(attention, "cpu_attention", counting)
+    exact = _of_rows(moe_bases[kind], rows, "sdpa", None)
+    assert not used
+    ours, theirs = (_of_rows(moe_bases[kind], rows, name, torch.bfloat16) for name in (IMPLEMENTATION, "sdpa"))
+    latent = architecture_of(load_base(moe_bases[kind], None, "float32", "cpu", quiet=True).config).family.attention
+    if latent == "latent":  # queries and values have other sizes
+        assert not used
+    else:
+        assert used
+        assert all(heads == key_heads for heads, key_heads in used)
+    error = float((ours - exact).norm() / exact.norm())
+    assert error < 1.5 * float((theirs - exact).norm() / exact.norm()) + 1e-3
+
+
+def _of_rows(base: Path, rows: str, implementation: str, dtype: torch.dtype | None) -> Tensor:
+    """Return the gradients of queries' and values' layers, one after another."""
+    model = load_base(base, None, "float32", "cpu", quiet=True)
+    model.config._attn_implementation = implementation
+    inputs = {"input_ids": IDS, "labels": IDS, "position_ids": POSITIONS}
+    if rows != "packed":
+        inputs = {"input_ids": IDS.view(2, -1), "labels": IDS.view(2, -1)}
+    if rows == "padded":
+        mask = torch.ones(2, 21, dtype=torch.long)
+        mask[1, 15:] = 0
+        inputs |= {"attention_mask": mask, "labels": inputs["labels"].where(mask.bool(), -100)}
+    model.requires_grad_(False)
+    trained = [p.requires_grad_() for name, p in model.named_parameters() if "self_attn" in name and p.ndim == 2]
+    assert trained
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        loss = model(**inputs, use_cache=False, skip_logits=True).loss
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
