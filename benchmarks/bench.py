@@ -1,6 +1,6 @@
 """The CPU's benchmarks, one after another: `make bench`. Writes a table and a plot to a folder (bench/).
 
-Each benchmark runs in its own process. Shapes and repetitions are meant to take ten minutes in all on two idle cores.
+Each benchmark runs in its own process. Shapes and repetitions take less than ten minutes in all on two idle cores.
 Speeds of different runs cannot be compared, but ratios within a run can.
 """
 
