@@ -146,11 +146,11 @@ def test_in_bfloat16_on_a_cpu_the_backward_is_ours_and_right(
         return cpu_attention(query, key, *args)
 
     monkeypatch.setattr(attention, "cpu_attention", counting)
-    exact = _of_rows(moe_bases[kind], rows, "sdpa", None)
+    exact = _of_rows(moe_bases[kind], rows, "sdpa", bfloat16=False)
     assert not used
-    ours, theirs = (_of_rows(moe_bases[kind], rows, name, torch.bfloat16) for name in (IMPLEMENTATION, "sdpa"))
-    latent = architecture_of(load_base(moe_bases[kind], None, "float32", "cpu", quiet=True).config).family.attention
-    if latent == "latent":  # queries and values have other sizes
+    ours, theirs = (_of_rows(moe_bases[kind], rows, name, bfloat16=True) for name in (IMPLEMENTATION, "sdpa"))
+    config = transformers.AutoConfig.from_pretrained(moe_bases[kind])
+    if architecture_of(config).family.attention == "latent":  # queries and values have other sizes
         assert not used
     else:
         assert used
@@ -159,8 +159,8 @@ def test_in_bfloat16_on_a_cpu_the_backward_is_ours_and_right(
     assert error < 1.5 * float((theirs - exact).norm() / exact.norm()) + 1e-3
 
 
-def _of_rows(base: Path, rows: str, implementation: str, dtype: torch.dtype | None) -> Tensor:
-    """Return the gradients of queries' and values' layers, one after another."""
+def _of_rows(base: Path, rows: str, implementation: str, bfloat16: bool) -> Tensor:
+    """Return the gradients of all weights of attention layers, one after another."""
     model = load_base(base, None, "float32", "cpu", quiet=True)
     model.config._attn_implementation = implementation
     inputs = {"input_ids": IDS, "labels": IDS, "position_ids": POSITIONS}
@@ -173,6 +173,6 @@ def _of_rows(base: Path, rows: str, implementation: str, dtype: torch.dtype | No
     model.requires_grad_(False)
     trained = [p.requires_grad_() for name, p in model.named_parameters() if "self_attn" in name and p.ndim == 2]
     assert trained
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         loss = model(**inputs, use_cache=False, skip_logits=True).loss
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
