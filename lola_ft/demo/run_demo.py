@@ -5,9 +5,9 @@ for the language of sentences that none of them has seen.
 """
 
 import json
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from lola_ft.nano.declaration import load_declarations
 from lola_ft.quantization import audit
 from lola_ft.recipe import Recipe, load_recipe
 
-TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 300, 12
+TRAIN_PER_LANGUAGE, TEST_PER_LANGUAGE = 220, 12
 TEST_FILE = "test.jsonl"
 PICTURE = "languages.png"
 _LONGEST_ANSWER = 10
@@ -93,11 +93,16 @@ def _write_task(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def _command(console: Console, script: str, argument: str) -> None:
-    """Run one of the two scripts like a user; its output goes directly to the terminal."""
+    """Run one of the two scripts like a user, but in this process: loading the libraries again takes many seconds."""
     console.print(f"$ python {script} {shlex.quote(argument)}")
-    done = subprocess.run([sys.executable, script, argument], check=False)
-    if done.returncode:
-        raise UserError(f"python {script} {argument} ended with code {done.returncode}; see its message above.")
+    own, sys.argv = sys.argv, [script, argument]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:  # the script has said why
+            raise
+    finally:
+        sys.argv = own
 
 
 def _evaluate(base: Path, run: Path, rows: list[dict[str, str]]) -> tuple[dict[str, ExactMatch], dict[str, int]]:

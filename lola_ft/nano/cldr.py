@@ -132,8 +132,7 @@ def _clean(language: str, not_these: set[str]) -> list[Term]:
 
 def _is_name(text: str) -> bool:
     """Tell whether a text has 2 to MAX_CHARACTERS characters, a letter and no digit."""
-    has_digit = any(char.isdigit() for char in text)
-    return 2 <= len(text) <= MAX_CHARACTERS and not has_digit and _LETTER.search(text) is not None
+    return 2 <= len(text) <= MAX_CHARACTERS and not any(map(str.isdigit, text)) and _LETTER.search(text) is not None
 
 
 _LETTER = re.compile(r"[^\W\d_]")

@@ -1,6 +1,7 @@
-"""The demo from end to end at a small size, with the real commands in real processes."""
+"""The demo from end to end at a small size, with the real commands."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "demo.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(demo, "build_nano", lambda out: build_nano(out, SMALL))
     declarations = {tag: find_declaration(tag) for tag in ("en", "de", "sw", "sr", "sr-Latn", "ja")}
     for module in (build, demo):
@@ -69,6 +69,17 @@ def test_somebody_elses_run_is_not_touched(checkout: Path) -> None:
     with pytest.raises(UserError, match="holds something other than a run of the demo"):
         demo.run_demo()
     assert (run / "thesis.txt").read_text() == "mine"
+
+
+def test_a_script_that_fails_ends_the_demo_with_its_code(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "build_nano", lambda _: None)
+    (checkout / "finetune.py").unlink()
+    (checkout / "finetune.py").write_text("import sys\nassert sys.argv[1:] == ['recipes/demo.yaml']\nsys.exit(130)\n")
+    before = sys.argv
+    with pytest.raises(SystemExit) as end:
+        demo.run_demo()
+    assert end.value.code == 130
+    assert sys.argv is before
 
 
 def test_outside_a_checkout_the_demo_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
