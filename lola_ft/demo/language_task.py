@@ -61,10 +61,11 @@ def build_rows(
 
 
 def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, int]:
-    """Return the number of training rows of each text: proportional to 1 + its likeness to the most similar other one.
+    """Return the number of training rows of each text: proportional to 1 / (1.2 - its likeness to the most similar one).
 
-    The likeness, from 0 to 1, is the cosine of the counts of three characters in a row. Texts of one language do not
-    count, since they have the same answer.
+    The likeness, from 0 to 1, is the cosine of the counts of three characters in a row: 0.98 for Bosnian and Croatian,
+    0.92 for Indonesian and Malay, 0.8 for Kinyarwanda and Rundi. Texts of one language do not count, since they have the
+    same answer.
     """
     # Counts of three characters (texts, different threes), each vector scaled to length 1
     columns: dict[str, int] = {}
@@ -78,7 +79,8 @@ def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = np.array([declaration.name for declaration in declarations.values()])
     likeness = np.where(names[:, None] == names, 0, vectors @ vectors.T).max(axis=1)
-    shares = (1 + likeness) / (1 + likeness).mean()
+    shares = 1 / (1.2 - likeness)
+    shares /= shares.mean()
     # Two digits, so that the last bits of a sum do not decide
     return {tag: round(mean * round(float(share), 2)) for tag, share in zip(declarations, shares, strict=True)}
 
