@@ -61,11 +61,11 @@ def build_rows(
 
 
 def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, int]:
-    """Return the number of training rows of each text: proportional to 1 / (1.2 - its likeness to the most similar one).
+    """Return the number of training rows of each text: proportional to 1 / (1.2 - likeness to the most similar one).
 
     The likeness, from 0 to 1, is the cosine of the counts of three characters in a row: 0.98 for Bosnian and Croatian,
-    0.92 for Indonesian and Malay, 0.8 for Kinyarwanda and Rundi. Texts of one language do not count, since they have the
-    same answer.
+    0.92 for Indonesian and Malay, 0.8 for Kinyarwanda and Rundi. Texts of one language do not count, since they have
+    the same answer.
     """
     # Counts of three characters (texts, different threes), each vector scaled to length 1
     columns: dict[str, int] = {}
