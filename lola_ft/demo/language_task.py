@@ -61,7 +61,7 @@ def build_rows(
 
 
 def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, int]:
-    """Return the number of training rows of each text: proportional to 1 / (1.2 - likeness to the most similar one).
+    """Return the number of training rows of each text: proportional to 1 / (1.3 - likeness to the most similar one).
 
     The likeness, from 0 to 1, is the cosine of the counts of three characters in a row: 0.98 for Bosnian and Croatian,
     0.92 for Indonesian and Malay, 0.8 for Kinyarwanda and Rundi. Texts of one language do not count, since they have
@@ -79,7 +79,7 @@ def row_counts(declarations: Mapping[str, Declaration], mean: int) -> dict[str, 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     names = np.array([declaration.name for declaration in declarations.values()])
     likeness = np.where(names[:, None] == names, 0, vectors @ vectors.T).max(axis=1)
-    shares = 1 / (1.2 - likeness)
+    shares = 1 / (1.3 - likeness)
     shares /= shares.mean()
     # Two digits, so that the last bits of a sum do not decide
     return {tag: round(mean * round(float(share), 2)) for tag, share in zip(declarations, shares, strict=True)}
