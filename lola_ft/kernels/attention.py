@@ -3,8 +3,8 @@
 PyTorch's fused attention (2.13) is fast forward. Its backward does not use the matrix units, so that it takes as long
 in bfloat16 as in float32: a fifth of a training step. Here forward is PyTorch's, and backward is five matrix products
 for some heads at a time. They compute the whole (S, S) square, although causal attention needs only the half below the
-diagonal. For long sequences this costs more than the matrix units gain. (With few tokens and heads, up to 256 tokens with two
-heads or 32 with twelve, PyTorch's backward is faster, too. Models that small are faster in float32 anyway.)
+diagonal. For long sequences this costs more than the matrix units gain. With few tokens and heads (up to 256 tokens
+with two heads, 32 with twelve) PyTorch's backward is faster, too, but models that small are faster in float32 anyway.
 
 The maths of one head, with forward's logsumexp L (S,) of each row of scores:
 
