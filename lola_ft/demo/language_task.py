@@ -2,8 +2,8 @@
 
 Training sentences come from the declaration's articles 1 to 25 (and preamble), test sentences from articles 26 to 30. A
 language that is written in two scripts has two texts and one name. Texts that look like one in another language give
-more training rows: Serbian in Cyrillic, beside Bosnian in Cyrillic, has nearly four times as many as
-Georgian. With fewer, one of two neighbours often got all answers of both.
+more training rows: Serbian in Cyrillic, beside Bosnian in Cyrillic, has nearly four times as many as Georgian. With
+fewer, one of two neighbours often got all answers of both.
 """
 
 import json
